@@ -1,0 +1,1 @@
+"""Directories of tensors, without torch: where files come from, what is in them, writing."""

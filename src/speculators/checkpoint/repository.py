@@ -1,0 +1,69 @@
+"""Where a checkpoint's files come from: a local directory, or a repository on the Hub.
+
+Both answer one question, "where is the file of this name?", so that readers ask only
+for the files they need and a Hub repository is never downloaded whole.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from speculators.errors import CheckpointError
+
+__all__ = ["LocalDirectory", "Repository", "open_repository"]
+
+
+class Repository(Protocol):
+    """A named set of files."""
+
+    name: str
+    """What the user called it: a path or a Hub id."""
+
+    def file(self, filename: str) -> Path | None:
+        """A local path of ``filename``, or ``None`` where the repository has no such file."""
+
+    def holds(self, filename: str) -> bool:
+        """Whether the repository has ``filename``; never downloads it."""
+
+
+class LocalDirectory:
+    """A directory on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = str(path)
+
+    def file(self, filename: str) -> Path | None:
+        """See ``Repository``."""
+        path = self.path / filename
+        return path if path.is_file() else None
+
+    def holds(self, filename: str) -> bool:
+        """See ``Repository``."""
+        return (self.path / filename).is_file()
+
+
+def open_repository(
+    source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Repository:
+    """Tell whether ``source`` is a directory here or a Hub id, and open it.
+
+    Raises:
+        CheckpointError: if it looks like a path, and there is nothing.
+
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return LocalDirectory(path)
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; give the directory that holds config.json.")
+    if isinstance(source, Path) or _looks_like_a_path(source):
+        raise CheckpointError(f"{path} does not exist; give a directory, or a Hugging Face id.")
+
+    from speculators.checkpoint.hub import HubRepository
+
+    return HubRepository(source, revision=revision, cache_dir=cache_dir)
+
+
+def _looks_like_a_path(source: str) -> bool:
+    """A Hub id is ``name`` or ``organisation/name``, without a leading dot, slash or tilde."""
+    return source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1

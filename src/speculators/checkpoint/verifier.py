@@ -1,0 +1,127 @@
+"""The verifier's side of a draft, without torch: its sizes, its head, its embedding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speculators.checkpoint.reader import read_config, read_tensors
+from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
+from speculators.checkpoint.tensor import TensorInfo, describe_shape
+from speculators.errors import CheckpointError, VerifierError
+
+__all__ = ["Verifier", "open_verifier"]
+
+HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
+EMBEDDING_NAMES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """What a draft needs to know of its verifier.
+
+    Attributes:
+        name: the Hub id, or the directory's absolute path, so that it holds from anywhere.
+        architectures: from its config.json.
+        hidden_size: of its last hidden states.
+        vocab_size: rows of its head.
+        tied: whether the head is the embedding.
+        repository: where its files are.
+
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    hidden_size: int
+    vocab_size: int
+    tied: bool
+    repository: Repository
+
+    def check_fits(self, hidden_size: int, vocab_size: int) -> None:
+        """Check that a draft of these sizes can be used with this verifier.
+
+        Raises:
+            VerifierError: if not.
+
+        """
+        for what, draft, verifier in (
+            ("hidden size", hidden_size, self.hidden_size),
+            ("vocabulary", vocab_size, self.vocab_size),
+        ):
+            if draft != verifier:
+                raise VerifierError(
+                    f"The draft does not fit the verifier {self.name}: its {what} is {draft}, "
+                    f"the verifier's is {verifier}; give the model that it was trained for."
+                )
+
+    def head(self) -> TensorInfo:
+        """The matrix that makes logits of hidden states, (vocabulary, hidden).
+
+        Only the weight file that holds it is fetched.
+
+        Raises:
+            VerifierError: if there is none, or its shape is wrong.
+            CheckpointError, HubError: if the weights cannot be read or had.
+
+        """
+        return self._matrix("output head", EMBEDDING_NAMES if self.tied else HEAD_NAMES)
+
+    def embedding(self) -> TensorInfo:
+        """The embedding of its tokens, (vocabulary, hidden); see ``head``."""
+        return self._matrix("embedding", EMBEDDING_NAMES)
+
+    def _matrix(self, what: str, names: Sequence[str]) -> TensorInfo:
+        tensors = read_tensors(self.repository, only=names)
+        info = next((tensors[name] for name in names if name in tensors), None)
+        if info is None:
+            raise VerifierError(
+                f"The verifier {self.name} has no tensor for its {what}: "
+                f"none of {', '.join(names)} is there."
+            )
+        if info.shape != (self.vocab_size, self.hidden_size):
+            raise VerifierError(
+                f"The verifier {self.name} has a {what} ({info.name}) of shape "
+                f"{describe_shape(info.shape)}, its config.json says "
+                f"{describe_shape((self.vocab_size, self.hidden_size))}."
+            )
+        return info
+
+
+def open_verifier(base_model: str | Path, *, cache_dir: str | Path | None = None) -> Verifier:
+    """Read a verifier's config.json; its weights are not touched.
+
+    Raises:
+        VerifierError: if it is not the config of a causal language model.
+        CheckpointError, HubError: if there is no config, or it cannot be had.
+
+    """
+    try:
+        repository = open_repository(base_model, cache_dir=cache_dir)
+        config, config_file = read_config(repository)
+    except CheckpointError as error:
+        raise VerifierError(f"The verifier cannot be read: {error}") from error
+    if "speculators_model_type" in config:
+        raise VerifierError(
+            f"The verifier {repository.name} is a draft in the speculators format itself; "
+            "give the model that the draft was trained for."
+        )
+    text: dict[str, Any] = config.get("text_config") or config
+    sizes = {key: text.get(key) for key in ("hidden_size", "vocab_size")}
+    architectures = config.get("architectures")
+    if not all(isinstance(size, int) for size in sizes.values()) or not architectures:
+        raise VerifierError(
+            f"{config_file} does not tell hidden_size, vocab_size and architectures, "
+            "so it is no verifier's."
+        )
+    return Verifier(
+        name=(
+            str(repository.path.resolve())
+            if isinstance(repository, LocalDirectory)
+            else repository.name
+        ),
+        architectures=tuple(architectures),
+        hidden_size=text["hidden_size"],
+        vocab_size=text["vocab_size"],
+        tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        repository=repository,
+    )

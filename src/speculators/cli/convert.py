@@ -1,0 +1,106 @@
+"""`speculators convert`: research checkpoints into the speculators format."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Convert a research checkpoint to the speculators format.", no_args_is_help=True
+)
+
+
+@app.callback()
+def convert() -> None:
+    """Convert a research checkpoint to the speculators format."""
+
+
+@app.command()
+def eagle(
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="The draft: a directory or a Hugging Face id.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
+    base_model: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE_MODEL",
+            help="The verifier that the draft was trained for: a directory or a Hugging Face id.",
+        ),
+    ],
+    layernorms: Annotated[
+        bool,
+        typer.Option(
+            "--layernorms",
+            help="Insist that the draft has extra layernorms (they are found by themselves).",
+        ),
+    ] = False,
+    fusion_bias: Annotated[
+        bool,
+        typer.Option(
+            "--fusion-bias", help="Insist that the draft has fc.bias (it is found by itself)."
+        ),
+    ] = False,
+    validate: Annotated[
+        bool,
+        typer.Option(
+            "--validate/--no-validate",
+            help="Prove that the result holds and computes what the draft does.",
+        ),
+    ] = True,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="A branch, tag or commit of INPUT on the Hub.", show_default=False),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace OUTPUT if a converted checkpoint is there."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Log every detail, and show tracebacks.")
+    ] = False,
+) -> None:
+    """Convert an EAGLE-1, EAGLE-2 or HASS draft.
+
+    OUTPUT gets config.json and model.safetensors. It appears complete and proven, or not at all.
+
+    Example: speculators convert eagle yuhuili/EAGLE-LLaMA3.1-Instruct-8B ./converted
+    meta-llama/Llama-3.1-8B-Instruct
+    """
+    from speculators.convert.eagle import EagleConverter
+
+    del debug  # read by main, before the command line is parsed
+    converter = EagleConverter()
+    if dry_run:
+        from speculators.cli.plan_view import print_plan
+
+        print_plan(
+            converter.plan(
+                source,
+                base_model,
+                fusion_bias=fusion_bias,
+                layernorms=layernorms,
+                cache_dir=cache_dir,
+                revision=revision,
+            )
+        )
+        return
+    converter.convert(
+        source,
+        output,
+        base_model,
+        fusion_bias=fusion_bias,
+        layernorms=layernorms,
+        validate=validate,
+        cache_dir=cache_dir,
+        revision=revision,
+        overwrite=overwrite,
+    )

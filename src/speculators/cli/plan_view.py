@@ -1,0 +1,30 @@
+"""How a conversion plan is shown."""
+
+from rich.console import Console
+from rich.table import Table
+
+from speculators.checkpoint.tensor import describe_shape
+from speculators.convert.eagle.plan import ConversionPlan
+
+__all__ = ["print_plan"]
+
+
+def print_plan(plan: ConversionPlan) -> None:
+    """Print what will become of every tensor and every key of the config."""
+    console = Console(soft_wrap=True)
+    tensors = Table("source tensor", "becomes", "type", "shape", title=plan.source.name)
+    for target, info in plan.tensors.items():
+        tensors.add_row(info.name, target, info.dtype, describe_shape(info.shape))
+    for name, why in plan.left_out.items():
+        info = plan.source.tensors[name]
+        tensors.add_row(name, f"left out: {why}", info.dtype, describe_shape(info.shape))
+    console.print(tensors)
+    if plan.config_left_out:
+        keys = Table("key of config.json", "left out, because", title="config.json")
+        for key, why in plan.config_left_out.items():
+            keys.add_row(key, why)
+        console.print(keys)
+    console.print_json(plan.config.model_dump_json(exclude_none=True))
+    for sentence in plan.odd:
+        console.print(f"Note: {sentence}")
+    console.print(f"{len(plan.tensors)} tensors, {plan.nbytes / 1e6:.1f} MB; nothing was written.")

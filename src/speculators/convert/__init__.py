@@ -1,0 +1,1 @@
+"""From checkpoint families to the speculators format."""

@@ -1,0 +1,53 @@
+"""Every error that speculators raises on purpose.
+
+Each message is one sentence that says what is wrong, where (file or tensor), and
+what to do. The command line prints it and exits with status 1.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ConversionError",
+    "FormatError",
+    "HubError",
+    "OutputError",
+    "SpeculatorsError",
+    "UnsafeCheckpointError",
+    "ValidationError",
+    "VerifierError",
+]
+
+
+class SpeculatorsError(Exception):
+    """Base of all errors below: catch this one to catch them all."""
+
+
+class CheckpointError(SpeculatorsError, ValueError):
+    """A file of a checkpoint is missing, damaged, or of a kind that is not read."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A pickle asks for something other than rebuilding tensors; nothing of it was run."""
+
+
+class ConversionError(SpeculatorsError, ValueError):
+    """No conversion plan can be made: the tensors, the config and the flags do not agree."""
+
+
+class VerifierError(SpeculatorsError, ValueError):
+    """The verifier cannot be read, or does not fit the draft."""
+
+
+class FormatError(SpeculatorsError, ValueError):
+    """A directory is not in the speculators format, or breaks its rules."""
+
+
+class OutputError(SpeculatorsError, OSError):
+    """The output cannot be written where it was asked for."""
+
+
+class HubError(SpeculatorsError, OSError):
+    """A file cannot be had from the Hugging Face Hub."""
+
+
+class ValidationError(SpeculatorsError, ValueError):
+    """A converted checkpoint does not hold or compute what its source does."""

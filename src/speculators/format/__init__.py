@@ -1,0 +1,1 @@
+"""The speculators format, without torch: its config.json and its tensors."""

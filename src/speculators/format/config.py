@@ -1,0 +1,156 @@
+"""The config.json of a converted checkpoint, as pydantic models.
+
+The keys are those that speculators has written since 0.1.0, so that its readers understand
+them. ``transformer_layer_config`` is a transformers config as a dictionary; what the draft
+computes with is typed here, any other key is carried along untouched.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ValidationError as PydanticValidationError
+
+from speculators.errors import FormatError
+
+__all__ = [
+    "EagleConfig",
+    "LayerConfig",
+    "ProposalMethod",
+    "SpeculatorsConfig",
+    "VerifierReference",
+    "parse_config",
+]
+
+
+class ProposalMethod(BaseModel):
+    """One way of proposing tokens; a key that this version does not know is kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    proposal_type: str = "greedy"
+    """``greedy``, ``sampling``, ``static_tree`` or ``dynamic_tree``."""
+    speculative_tokens: int = Field(default=5, ge=1)
+    """How many tokens are proposed for one pass of the verifier."""
+    verifier_accept_k: int = Field(default=1, ge=1)
+    """A token is accepted if it is among the verifier's k best."""
+    accept_tolerance: float = Field(default=0.0, ge=0.0)
+    """For ``verifier_accept_k`` over 1: how far below the best one it may lie, in nats."""
+
+
+class VerifierReference(BaseModel):
+    """The model that the draft was trained for."""
+
+    name_or_path: str | None
+    """A directory or a Hub id; ``None`` where it is not told."""
+    architectures: list[str]
+    """The verifier's own, from its config.json: ``["LlamaForCausalLM"]``."""
+
+
+class SpeculatorsConfig(BaseModel):
+    """How to speculate with the draft."""
+
+    model_config = ConfigDict(extra="allow")
+
+    algorithm: Literal["eagle"] = "eagle"
+    proposal_methods: list[ProposalMethod] = Field(default_factory=lambda: [ProposalMethod()])
+    default_proposal_method: str = "greedy"
+    verifier: VerifierReference
+
+
+class LayerConfig(BaseModel):
+    """The draft's one decoder layer.
+
+    The defaults are those of transformers' Llama config: earlier versions of speculators wrote
+    only what differs from them.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    model_type: Literal["llama", "qwen2"] = "llama"
+    vocab_size: int = Field(default=32000, ge=1)
+    hidden_size: int = Field(default=4096, ge=1)
+    intermediate_size: int = Field(default=11008, ge=1)
+    num_hidden_layers: int = 1
+    num_attention_heads: int = Field(default=32, ge=1)
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    """As many as ``num_attention_heads`` if not given."""
+    head_dim: int | None = Field(default=None, ge=1)
+    """``hidden_size / num_attention_heads`` if not given."""
+    hidden_act: str = "silu"
+    max_position_embeddings: int = Field(default=2048, ge=1)
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | list[int] | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+
+    def dimensions(self) -> dict[str, int]:
+        """The sizes that tensors' shapes are made of, by the names that ``tensors`` uses."""
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        return {
+            "vocabulary": self.vocab_size,
+            "hidden": self.hidden_size,
+            "embedding+hidden": 2 * self.hidden_size,
+            "intermediate": self.intermediate_size,
+            "queries": self.num_attention_heads * head_dim,
+            "keys": (self.num_key_value_heads or self.num_attention_heads) * head_dim,
+        }
+
+
+class EagleConfig(BaseModel):
+    """The whole config.json."""
+
+    model_config = ConfigDict(extra="allow")
+
+    architectures: list[str]
+    speculators_model_type: Literal["eagle"] = "eagle"
+    speculators_version: str
+    torch_dtype: str | None = None
+    """The dtype of the tensors, by torch's name; kept out of files of 0.1.0 to 0.3.0."""
+    transformer_layer_architecture: str
+    transformer_layer_config: LayerConfig
+    layernorms: bool = False
+    """Whether there are norms on the embedding, on the hidden states, and before the head."""
+    fusion_bias: bool = False
+    """Whether ``fc`` has a bias."""
+    speculators_config: SpeculatorsConfig
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The features of ``tensors.TENSORS`` that this config asks for."""
+        present = {
+            "fusion_bias": self.fusion_bias,
+            "layernorms": self.layernorms,
+            "attention_bias": self.transformer_layer_config.model_type == "qwen2",
+        }
+        return frozenset(name for name, there in present.items() if there)
+
+
+def parse_config(config: dict[str, Any], where: str) -> EagleConfig:
+    """Check a config.json against the format.
+
+    Args:
+        config: the parsed JSON.
+        where: the directory or file, for the message.
+
+    Raises:
+        FormatError: if it is not in the format; the message names the first wrong key, or how
+            to convert the checkpoint if it is no speculators directory at all.
+
+    """
+    model_type = config.get("speculators_model_type")
+    if model_type != "eagle":
+        found = "it is missing" if model_type is None else f"found {model_type!r}"
+        raise FormatError(
+            f"Missing or incorrect speculators_model_type in {where}: expected 'eagle', {found}. "
+            f"Convert the checkpoint first: speculators convert eagle {where} OUTPUT BASE_MODEL"
+        )
+    try:
+        return EagleConfig.model_validate(config)
+    except PydanticValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise FormatError(f"{where}: config.json, key {key}: {first['msg']}") from error

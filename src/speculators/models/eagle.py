@@ -1,0 +1,465 @@
+"""EAGLE-1, EAGLE-2 and HASS drafts as a transformers model.
+
+The draft fuses the embedding of each token with the verifier's hidden state at the token before
+it, and passes the result through one decoder layer; the verifier's own head makes logits of what
+comes out (EAGLE, arXiv:2401.15077, section 4.1; SafeAILab/EAGLE, eagle/model/cnets1.py).
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.utils.generic import ModelOutput
+
+from speculators import __version__
+from speculators.checkpoint.tensor import describe_shape
+from speculators.checkpoint.verifier import Verifier, open_verifier
+from speculators.errors import SpeculatorsError, VerifierError
+from speculators.format.config import EagleConfig, SpeculatorsConfig
+from speculators.format.layouts import LEGACY_PREFIXES
+from speculators.models.converted import open_converted
+from speculators.models.tensors import read_tensor
+
+__all__ = ["EagleOutput", "EagleSpeculator", "EagleSpeculatorConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerClasses:
+    """The parts of transformers that make up the layer of a draft."""
+
+    decoder_layer: type[nn.Module]
+    norm: type[nn.Module]
+    rotary_embedding: type[nn.Module]
+
+
+LAYER_CLASSES = {
+    "llama": LayerClasses(
+        modeling_llama.LlamaDecoderLayer,
+        modeling_llama.LlamaRMSNorm,
+        modeling_llama.LlamaRotaryEmbedding,
+    ),
+    "qwen2": LayerClasses(
+        modeling_qwen2.Qwen2DecoderLayer,
+        modeling_qwen2.Qwen2RMSNorm,
+        modeling_qwen2.Qwen2RotaryEmbedding,
+    ),
+}
+"""By the ``model_type`` of the layer's config."""
+
+
+class EagleSpeculatorConfig(PreTrainedConfig):
+    """The config of an ``EagleSpeculator``; its JSON is ``format.config.EagleConfig``.
+
+    Attributes:
+        transformer_layer_config: a transformers config of the draft's decoder layer; a dictionary
+            with ``model_type`` is turned into one.
+        transformer_layer_architecture: the name of the layer's class.
+        layernorms: whether the draft has the three extra layernorms.
+        fusion_bias: whether ``fc`` has a bias.
+        speculators_config: proposal methods and the verifier, as a dictionary.
+
+    """
+
+    sub_configs = {"transformer_layer_config": AutoConfig}  # type: ignore[dict-item]  # noqa: RUF012
+
+    transformer_layer_config: PreTrainedConfig | dict[str, Any] | None = None
+    transformer_layer_architecture: str = "auto"
+    layernorms: bool = False
+    fusion_bias: bool = False
+    speculators_model_type: str = "eagle"
+    speculators_version: str = __version__
+    speculators_config: dict[str, Any] | SpeculatorsConfig | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        layer = self.transformer_layer_config
+        if not isinstance(layer, PreTrainedConfig):
+            layer = dict(layer or {})
+            self.transformer_layer_config = AutoConfig.for_model(
+                layer.pop("model_type", "llama"), **{"num_hidden_layers": 1, **layer}
+            )
+        if isinstance(self.speculators_config, SpeculatorsConfig):
+            self.speculators_config = self.speculators_config.model_dump()
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        decoder_layer = LAYER_CLASSES[self.layer.model_type].decoder_layer.__name__
+        if self.transformer_layer_architecture == "auto":
+            self.transformer_layer_architecture = decoder_layer
+        self.architectures = ["EagleSpeculator", self.transformer_layer_architecture]
+
+    @property
+    def layer(self) -> Any:
+        """``transformer_layer_config``, which is never a dictionary here."""
+        return self.transformer_layer_config
+
+    def get_text_config(self, *_: Any, **__: Any) -> Any:
+        """The part that transformers asks for sizes and caches: the layer's config."""
+        return self.transformer_layer_config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json of the format, without what only transformers keeps."""
+        layer = {
+            key: value
+            for key, value in self.layer.to_diff_dict().items()
+            if key not in {"transformers_version", "dtype", "torch_dtype", "architectures"}
+        }
+        rope = dict(self.layer.rope_parameters)
+        layer.pop("rope_parameters", None)
+        layer["rope_theta"] = rope.pop("rope_theta")
+        layer["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
+            layer[key] = getattr(self.layer, key)
+        dtype = self.dtype
+        config = EagleConfig.model_validate(
+            {
+                "architectures": self.architectures,
+                "speculators_version": self.speculators_version,
+                "torch_dtype": str(dtype).removeprefix("torch.") if dtype else None,
+                "transformer_layer_architecture": self.transformer_layer_architecture,
+                "transformer_layer_config": layer,
+                "layernorms": self.layernorms,
+                "fusion_bias": self.fusion_bias,
+                "speculators_config": self.speculators_config
+                or {"verifier": {"name_or_path": None, "architectures": []}},
+            }
+        )
+        return config.model_dump(exclude_none=True)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As ``to_dict``: the file says everything, whatever the defaults of its reader."""
+        return self.to_dict()
+
+
+@dataclass
+class EagleOutput(ModelOutput):
+    """What a forward pass gives.
+
+    Attributes:
+        logits: (batch, sequence, vocabulary), in the head's dtype.
+        last_hidden_state: (batch, sequence, hidden), the layer's output, without the norm before
+            the head: this is what is fed back as the next position's hidden state.
+        past_key_values: the layer's cache, if one is used.
+
+    """
+
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class EagleSpeculator(PreTrainedModel):
+    """An EAGLE draft: fusion, one decoder layer, and the verifier's head.
+
+    Args:
+        config: see ``EagleSpeculatorConfig``.
+        own_embedding: whether the draft has an embedding of its own; otherwise the verifier's
+            is used.
+
+    """
+
+    config_class = EagleSpeculatorConfig
+    config: EagleSpeculatorConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_save = {  # noqa: RUF012
+        "borrowed_head.weight",
+        "borrowed_embedding.weight",
+    }
+
+    def __init__(self, config: EagleSpeculatorConfig, own_embedding: bool = True) -> None:
+        super().__init__(config)
+        layer_config = config.layer
+        # The layer's config is no model's own, so transformers leaves it without an attention.
+        layer_config._attn_implementation = config._attn_implementation
+        classes = LAYER_CLASSES[layer_config.model_type]
+        hidden = layer_config.hidden_size
+
+        def norm() -> nn.Module:
+            if not config.layernorms:
+                return nn.Identity()
+            return classes.norm(hidden, eps=layer_config.rms_norm_eps)
+
+        self.embed_tokens = nn.Embedding(layer_config.vocab_size, hidden) if own_embedding else None
+        self.post_embedding_layernorm = norm()
+        self.hidden_layernorm = norm()
+        self.fc = nn.Linear(2 * hidden, hidden, bias=config.fusion_bias)
+        layer = classes.decoder_layer(layer_config, layer_idx=0)
+        layer.input_layernorm = nn.Identity()  # the first layer has none in the reference
+        self.layers = nn.ModuleList([layer])
+        self.rotary_emb = classes.rotary_embedding(layer_config)
+        self.pre_lm_head_layernorm = norm()
+
+        # Single matrices read from the verifier's files; never saved with the draft.
+        self.borrowed_head: nn.Linear | None = None
+        self.borrowed_embedding: nn.Embedding | None = None
+        # Not a submodule: moving or casting the draft must not touch the verifier.
+        self._verifier: tuple[PreTrainedModel, ...] = ()
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        verifier: PreTrainedModel | str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> "EagleSpeculator":
+        """Load a converted draft, with the head (and embedding) that it takes from its verifier.
+
+        Args:
+            pretrained_model_name_or_path: a converted directory, or a Hub id of one; the layout
+                of speculators 0.1.0 to 0.3.0 is understood too.
+            verifier: a loaded verifier, or where one is, to attach; see ``attach_verifier``. If
+                not given, only the matrices that the draft needs are read from the verifier that
+                the config names; if they cannot be had, the draft has no logits until a
+                verifier is attached.
+            cache_dir: where downloads are kept.
+            revision: a branch, tag or commit on the Hub.
+            **kwargs: as for ``PreTrainedModel.from_pretrained``: ``dtype``, ``device_map``,
+                ``attn_implementation``, ...
+
+        Raises:
+            FormatError: if it is not a converted draft, or its tensors are not complete.
+            CheckpointError, HubError: if it cannot be read or had.
+            VerifierError: if the verifier does not fit.
+
+        """
+        converted = open_converted(
+            pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir
+        )
+        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(converted.directory)
+        kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.get("dtype", "auto")
+        model: EagleSpeculator = super().from_pretrained(
+            converted.directory,
+            config=config,
+            own_embedding=converted.own_embedding,
+            key_mapping={
+                f"^{old.replace('.', '[.]')}": new for old, new in LEGACY_PREFIXES.items()
+            },
+            **kwargs,
+        )
+        if verifier is not None:
+            model.attach_verifier(verifier)
+        else:
+            model._borrow(converted.config.speculators_config.verifier.name_or_path, cache_dir)
+        return model
+
+    def attach_verifier(
+        self, verifier: PreTrainedModel | str | os.PathLike[str]
+    ) -> PreTrainedModel:
+        """Use a loaded verifier's head (and embedding, where the draft has none).
+
+        Its tensors are shared, not copied, and it keeps its own device and dtype: moving or
+        casting the draft does not touch it.
+
+        Args:
+            verifier: a model, or a directory or Hub id that one is loaded from.
+
+        Returns:
+            The verifier.
+
+        Raises:
+            VerifierError: if its hidden size or vocabulary is not the draft's.
+
+        """
+        if not isinstance(verifier, PreTrainedModel):
+            self._check_fits(
+                open_verifier(Path(verifier) if isinstance(verifier, os.PathLike) else verifier)
+            )
+            verifier = AutoModelForCausalLM.from_pretrained(
+                verifier, dtype="auto", device_map=self.device
+            )
+        head = verifier.get_output_embeddings()
+        if head is None:
+            raise VerifierError(
+                f"{type(verifier).__name__} has no output head; attach a causal language model."
+            )
+        layer = self.config.layer
+        expected = (layer.vocab_size, layer.hidden_size)
+        if tuple(head.weight.shape) != expected:
+            raise VerifierError(
+                f"The draft does not fit {type(verifier).__name__}: its vocabulary and hidden size "
+                f"are {describe_shape(expected)}, the verifier's "
+                f"{describe_shape(tuple(head.weight.shape))}; "
+                "attach the model that it was trained for."
+            )
+        self.borrowed_head = self.borrowed_embedding = None
+        self._verifier = (verifier,)
+        return verifier
+
+    def detach_verifier(self) -> None:
+        """Let go of the verifier: the draft has no logits until another one is attached."""
+        self._verifier = ()
+
+    @property
+    def verifier(self) -> PreTrainedModel | None:
+        """The attached verifier."""
+        return self._verifier[0] if self._verifier else None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> EagleOutput | tuple[Any, ...]:
+        """Draft: from tokens and the verifier's hidden states to the logits of what follows.
+
+        Position t takes the token t+1 and the hidden state that the verifier computed at token t
+        (its last one, after its final norm), and predicts token t+2. Attention is always causal.
+
+        Args:
+            input_ids: tokens, (batch, sequence), integers.
+            hidden_states: (batch, sequence, hidden), any floating dtype.
+            attention_mask: (batch, past + sequence), 1 where a position counts and 0 where it is
+                padding; or a mask of four dimensions, (batch, 1, sequence, past + sequence),
+                which is then used as it is.
+            position_ids: (batch, sequence); counted on from the cache if not given.
+            past_key_values: the cache that an earlier call returned.
+            use_cache: return a cache; implied by ``past_key_values``.
+            return_dict: ``False`` for a tuple instead of an ``EagleOutput``.
+            logits_to_keep: only the logits of the last so many positions; 0 for all.
+            **kwargs: passed on to the attention.
+
+        Raises:
+            VerifierError: if there is no head, since no verifier could be had or was attached.
+
+        """
+        head = self.get_output_embeddings()
+        if head is None:
+            raise VerifierError(
+                "The draft has no head: logits are made by its verifier's. "
+                "Attach the verifier first: model.attach_verifier(...)"
+            )
+        output = self.draft(
+            input_ids,
+            hidden_states,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache,
+            **kwargs,
+        )
+        assert output.last_hidden_state is not None
+        kept = self.pre_lm_head_layernorm(output.last_hidden_state[:, -logits_to_keep:])
+        output.logits = head(kept.to(device=head.weight.device, dtype=head.weight.dtype))
+        return output if return_dict is not False else output.to_tuple()
+
+    def draft(
+        self,
+        input_ids: Tensor,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> EagleOutput:
+        """The part of ``forward`` before the head, which needs no head; ``logits`` is ``None``."""
+        device, dtype = self.fc.weight.device, self.fc.weight.dtype
+        input_ids = input_ids.to(device)
+        hidden_states = hidden_states.to(device=device, dtype=dtype)
+        fused = self.fc(
+            torch.cat(
+                (
+                    self.post_embedding_layernorm(self._embed(input_ids)),
+                    self.hidden_layernorm(hidden_states),
+                ),
+                dim=-1,
+            )
+        )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.layer)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + fused.shape[1], device=device).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config.layer,
+            inputs_embeds=fused,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        x = self.layers[0](
+            fused,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+            position_embeddings=self.rotary_emb(fused, position_ids=position_ids),
+            **kwargs,
+        )
+        return EagleOutput(last_hidden_state=x, past_key_values=past_key_values)
+
+    def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]
+        """The draft's own embedding, or the verifier's, or ``None``."""
+        if self.embed_tokens is not None:
+            return self.embed_tokens
+        if self.verifier is not None:
+            embedding: nn.Embedding = self.verifier.get_input_embeddings()
+            return embedding
+        return self.borrowed_embedding
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The verifier's head, or ``None``."""
+        if self.verifier is not None:
+            head: nn.Linear = self.verifier.get_output_embeddings()
+            return head
+        return self.borrowed_head
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        embedding = self.get_input_embeddings()
+        if embedding is None:
+            raise VerifierError(
+                "The draft has no embedding of its own and its verifier is not there. "
+                "Attach the verifier first: model.attach_verifier(...)"
+            )
+        embedded: Tensor = embedding(input_ids.to(embedding.weight.device))
+        return embedded.to(device=self.fc.weight.device, dtype=self.fc.weight.dtype)
+
+    def _check_fits(self, verifier: Verifier) -> None:
+        verifier.check_fits(self.config.layer.hidden_size, self.config.layer.vocab_size)
+
+    def _borrow(self, name: str | None, cache_dir: str | os.PathLike[str] | None) -> None:
+        """Read what the draft takes from its verifier, or say that it cannot be had."""
+        try:
+            if name is None:
+                raise VerifierError("The config names no verifier.")
+            verifier = open_verifier(name, cache_dir=None if cache_dir is None else str(cache_dir))
+            self._check_fits(verifier)
+            head = verifier.head()
+            embedding = verifier.embedding() if self.embed_tokens is None else None
+        except SpeculatorsError as error:
+            logger.warning(f"{error} The draft has no logits until a verifier is attached.")
+            return
+        like = self.fc.weight
+        self.borrowed_head = _linear(read_tensor(head).to(like))
+        if embedding is not None:
+            self.borrowed_embedding = nn.Embedding.from_pretrained(read_tensor(embedding).to(like))
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear

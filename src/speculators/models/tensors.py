@@ -1,0 +1,35 @@
+"""Reading single tensors of a checkpoint into torch."""
+
+import torch
+from torch import Tensor
+
+from speculators.checkpoint.tensor import TensorInfo
+from speculators.checkpoint.writer import contiguous_chunks
+
+__all__ = ["TORCH_DTYPES", "read_tensor"]
+
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Dtypes of drafts, heads and embeddings, by the names of the safetensors format."""
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read a tensor into memory, in its own shape and dtype.
+
+    Raises:
+        CheckpointError: if its file ends before it does.
+        KeyError: if its dtype is not in ``TORCH_DTYPES``.
+
+    """
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    position = 0
+    for chunk in contiguous_chunks(info):
+        # A bytearray, since torch warns of memory that it could but must not write to.
+        raw[position : position + len(chunk)] = torch.frombuffer(
+            bytearray(chunk), dtype=torch.uint8
+        )
+        position += len(chunk)
+    return raw.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
