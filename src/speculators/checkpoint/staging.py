@@ -8,6 +8,7 @@ which the next run to the same output removes.
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -64,11 +65,13 @@ def staged_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]
 
     """
     check_output(output, overwrite=overwrite)
+    new_parents = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output)
         staging, lock = _make_locked_sibling(output)
     except OSError as error:
+        _remove_empty(new_parents)
         raise OutputError(f"{output} cannot be made: {error.strerror or error}.") from error
     try:
         yield staging
@@ -86,6 +89,7 @@ def staged_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]
         # After an exchange, what was at the output lies here.
         shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
+        _remove_empty(new_parents)
 
 
 def _make_locked_sibling(output: Path) -> tuple[Path, int]:
@@ -102,7 +106,7 @@ def _make_locked_sibling(output: Path) -> tuple[Path, int]:
 
 def _remove_leftovers(output: Path) -> None:
     """Remove siblings of runs that were killed: those that no living process has locked."""
-    for leftover in output.parent.glob(f"{_prefix(output)}*"):
+    for leftover in output.parent.glob(f"{glob.escape(_prefix(output))}*"):
         try:
             lock = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
@@ -115,6 +119,15 @@ def _remove_leftovers(output: Path) -> None:
             logger.debug(f"{leftover} belongs to a run that is going on")
         finally:
             os.close(lock)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Remove directories, the innermost first, until one holds something."""
+    for directory in directories:
+        try:
+            directory.rmdir()
+        except OSError:
+            return
 
 
 def _publish(staging: Path, output: Path) -> None:

@@ -13,6 +13,7 @@ from speculators.errors import CheckpointError, VerifierError
 __all__ = ["Verifier", "open_verifier"]
 
 HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
+MATRIX_DTYPES = ("F32", "F16", "BF16")
 EMBEDDING_NAMES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
 
 
@@ -78,9 +79,14 @@ class Verifier:
                 f"The verifier {self.name} has no tensor for its {what}: "
                 f"none of {', '.join(names)} is there."
             )
+        if info.dtype not in MATRIX_DTYPES:
+            raise VerifierError(
+                f"The verifier {self.name} has its {what} ({info.name}) in the type {info.dtype}; "
+                f"one of {', '.join(MATRIX_DTYPES)} is read."
+            )
         if info.shape != (self.vocab_size, self.hidden_size):
             raise VerifierError(
-                f"The verifier {self.name} has a {what} ({info.name}) of shape "
+                f"The verifier {self.name} has an {what} ({info.name}) of shape "
                 f"{describe_shape(info.shape)}, its config.json says "
                 f"{describe_shape((self.vocab_size, self.hidden_size))}."
             )
@@ -105,10 +111,12 @@ def open_verifier(base_model: str | Path, *, cache_dir: str | Path | None = None
             f"The verifier {repository.name} is a draft in the speculators format itself; "
             "give the model that the draft was trained for."
         )
-    text: dict[str, Any] = config.get("text_config") or config
+    nested = config.get("text_config")
+    text: dict[str, Any] = nested if isinstance(nested, dict) and nested else config
     sizes = {key: text.get(key) for key in ("hidden_size", "vocab_size")}
     architectures = config.get("architectures")
-    if not all(isinstance(size, int) for size in sizes.values()) or not architectures:
+    named = isinstance(architectures, list) and all(isinstance(it, str) for it in architectures)
+    if not all(isinstance(size, int) for size in sizes.values()) or not architectures or not named:
         raise VerifierError(
             f"{config_file} does not tell hidden_size, vocab_size and architectures, "
             "so it is no verifier's."

@@ -56,6 +56,11 @@ def main() -> None:
             raise
         logger.error(str(error))
         sys.exit(1)
+    except OSError as error:  # a disk or a file system that fails where nothing expects it
+        if debug:
+            raise
+        logger.error(f"{error}.")
+        sys.exit(1)
     except KeyboardInterrupt:
         logger.error("Interrupted.")
         sys.exit(130)

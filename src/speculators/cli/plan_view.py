@@ -1,7 +1,9 @@
 """How a conversion plan is shown."""
 
+import sys
+
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from speculators.checkpoint.tensor import describe_shape
 from speculators.convert.eagle.plan import ConversionPlan
@@ -11,8 +13,12 @@ __all__ = ["print_plan"]
 
 def print_plan(plan: ConversionPlan) -> None:
     """Print what will become of every tensor and every key of the config."""
-    console = Console(soft_wrap=True)
-    tensors = Table("source tensor", "becomes", "type", "shape", title=plan.source.name)
+    # Names are for reading and for grep: never cut short, and brackets in them are no markup.
+    console = Console(soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 1000)
+    tensors = Table(
+        *(Column(head, overflow="fold") for head in ("source tensor", "becomes", "type", "shape")),
+        title=plan.source.name,
+    )
     for target, info in plan.tensors.items():
         tensors.add_row(info.name, target, info.dtype, describe_shape(info.shape))
     for name, why in plan.left_out.items():

@@ -40,7 +40,7 @@ class ProposalMethod(BaseModel):
 class VerifierReference(BaseModel):
     """The model that the draft was trained for."""
 
-    name_or_path: str | None
+    name_or_path: str | None = None
     """A directory or a Hub id; ``None`` where it is not told."""
     architectures: list[str]
     """The verifier's own, from its config.json: ``["LlamaForCausalLM"]``."""
@@ -79,11 +79,11 @@ class LayerConfig(BaseModel):
     hidden_act: str = "silu"
     max_position_embeddings: int = Field(default=2048, ge=1)
     initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rms_norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
+    rope_theta: float = Field(default=10000.0, gt=0, allow_inf_nan=False)
     rope_scaling: dict[str, Any] | None = None
     pad_token_id: int | None = None
-    bos_token_id: int | list[int] | None = 1
+    bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
 

@@ -24,7 +24,7 @@ from speculators import __version__
 from speculators.checkpoint.tensor import describe_shape
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.errors import SpeculatorsError, VerifierError
-from speculators.format.config import EagleConfig, SpeculatorsConfig
+from speculators.format.config import EagleConfig, LayerConfig, SpeculatorsConfig
 from speculators.format.layouts import LEGACY_PREFIXES
 from speculators.models.converted import open_converted
 from speculators.models.tensors import read_tensor
@@ -54,6 +54,12 @@ LAYER_CLASSES = {
     ),
 }
 """By the ``model_type`` of the layer's config."""
+
+LAYER_SWITCHES = {"attention_bias", "mlp_bias", "use_sliding_window"}
+"""What the converter writes of the layer's config beside the keys of ``LayerConfig``."""
+
+NOT_WRITTEN = {"transformers_version", "dtype", "torch_dtype", "architectures", "layer_types"}
+"""What transformers adds to the layer's config: the draft's own, or derived from other keys."""
 
 
 class EagleSpeculatorConfig(PreTrainedConfig):
@@ -92,7 +98,10 @@ class EagleSpeculatorConfig(PreTrainedConfig):
         decoder_layer = LAYER_CLASSES[self.layer.model_type].decoder_layer.__name__
         if self.transformer_layer_architecture == "auto":
             self.transformer_layer_architecture = decoder_layer
-        self.architectures = ["EagleSpeculator", self.transformer_layer_architecture]
+        self.architectures = self._architectures()
+
+    def _architectures(self) -> list[str]:
+        return ["EagleSpeculator", self.transformer_layer_architecture]
 
     @property
     def layer(self) -> Any:
@@ -105,21 +114,21 @@ class EagleSpeculatorConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json of the format, without what only transformers keeps."""
+        defaults = type(self.layer)().to_dict()
+        always = LayerConfig.model_fields.keys() | LAYER_SWITCHES
         layer = {
             key: value
-            for key, value in self.layer.to_diff_dict().items()
-            if key not in {"transformers_version", "dtype", "torch_dtype", "architectures"}
+            for key, value in self.layer.to_dict().items()
+            if (key in always or value != defaults.get(key)) and key not in NOT_WRITTEN
         }
         rope = dict(self.layer.rope_parameters)
         layer.pop("rope_parameters", None)
         layer["rope_theta"] = rope.pop("rope_theta")
         layer["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
-            layer[key] = getattr(self.layer, key)
         dtype = self.dtype
         config = EagleConfig.model_validate(
             {
-                "architectures": self.architectures,
+                "architectures": self._architectures(),
                 "speculators_version": self.speculators_version,
                 "torch_dtype": str(dtype).removeprefix("torch.") if dtype else None,
                 "transformer_layer_architecture": self.transformer_layer_architecture,
@@ -253,6 +262,8 @@ class EagleSpeculator(PreTrainedModel):
             },
             **kwargs,
         )
+        # Otherwise save_pretrained would undo the renaming, and write names of the older layout.
+        model._weight_conversions = []  # type: ignore[assignment]
         if verifier is not None:
             model.attach_verifier(verifier)
         else:
@@ -281,9 +292,10 @@ class EagleSpeculator(PreTrainedModel):
             self._check_fits(
                 open_verifier(Path(verifier) if isinstance(verifier, os.PathLike) else verifier)
             )
-            verifier = AutoModelForCausalLM.from_pretrained(
-                verifier, dtype="auto", device_map=self.device
-            )
+            # Not by device_map, which takes a package more.
+            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(verifier, dtype="auto")
+            loaded.to(self.device)  # type: ignore[arg-type]
+            verifier = loaded
         head = verifier.get_output_embeddings()
         if head is None:
             raise VerifierError(
@@ -351,7 +363,7 @@ class EagleSpeculator(PreTrainedModel):
                 "The draft has no head: logits are made by its verifier's. "
                 "Attach the verifier first: model.attach_verifier(...)"
             )
-        output = self.draft(
+        drafted = self.draft(
             input_ids,
             hidden_states,
             attention_mask,
@@ -360,9 +372,13 @@ class EagleSpeculator(PreTrainedModel):
             use_cache,
             **kwargs,
         )
-        assert output.last_hidden_state is not None
-        kept = self.pre_lm_head_layernorm(output.last_hidden_state[:, -logits_to_keep:])
-        output.logits = head(kept.to(device=head.weight.device, dtype=head.weight.dtype))
+        assert drafted.last_hidden_state is not None
+        kept = self.pre_lm_head_layernorm(drafted.last_hidden_state[:, -logits_to_keep:])
+        output = EagleOutput(
+            logits=head(kept.to(device=head.weight.device, dtype=head.weight.dtype)),
+            last_hidden_state=drafted.last_hidden_state,
+            past_key_values=drafted.past_key_values,
+        )
         return output if return_dict is not False else output.to_tuple()
 
     def draft(
@@ -416,7 +432,7 @@ class EagleSpeculator(PreTrainedModel):
         if self.embed_tokens is not None:
             return self.embed_tokens
         if self.verifier is not None:
-            embedding: nn.Embedding = self.verifier.get_input_embeddings()
+            embedding: nn.Embedding = self.verifier.get_input_embeddings()  # type: ignore[assignment]
             return embedding
         return self.borrowed_embedding
 

@@ -82,6 +82,7 @@ class EagleConverter:
         logger.info(f"Converting Eagle checkpoint: {input_path}")
         output = Path(output_path).expanduser()
         _refuse_same_directory(input_path, output)
+        _refuse_to_replace_what_is_read({"input": input_path, "verifier": base_model}, output)
         check_output(output, overwrite=overwrite)
         plan = self.plan(
             input_path,
@@ -142,6 +143,13 @@ def _log(plan: ConversionPlan) -> None:
         logger.debug(f"Left out of config.json: {key}: {why}")
     for sentence in plan.odd:
         logger.warning(f"{plan.source.name}: {sentence}")
+
+
+def _refuse_to_replace_what_is_read(read: dict[str, str | Path], output: Path) -> None:
+    for what, path in read.items():
+        source = Path(path).expanduser()
+        if source.is_dir() and output.is_dir() and output.resolve() in source.resolve().parents:
+            raise OutputError(f"{output} holds the {what} {source}; choose another output.")
 
 
 def _refuse_same_directory(input_path: str | Path, output: Path) -> None:

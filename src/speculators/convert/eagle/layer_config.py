@@ -1,5 +1,6 @@
 """From a research checkpoint's config.json to the config of the draft's decoder layer."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,22 @@ LAYER_OF_FEATURES: dict[bool, dict[str, Any]] = {
 
 REFERENCE_ROPE_BASE = 10000.0
 
+SCALING_PARAMETERS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": ("factor",),
+}
+"""The types of RoPE scaling that are taken, and the numbers that each needs."""
+
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+"""The activations that are taken, by transformers' names; the reference has silu alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
@@ -87,7 +104,16 @@ def plan_layer(
     values: dict[str, Any] = {key: source[key] for key in SIZES}
     values |= {key: source.get(key, default) for key, default in CARRIED_OVER.items()}
     values |= LAYER_OF_FEATURES["attention_bias" in features]
-    values |= _rope(source, odd)
+    values |= _rope(source, str(where), odd)
+    for key in ("pad_token_id", "bos_token_id"):
+        if isinstance(values[key], list):
+            odd.append(f"{key} is the list {values[key]}; the layer's config takes its first")
+            values[key] = next(iter(values[key]), None)
+    if values["hidden_act"] not in ACTIVATIONS:
+        raise ConversionError(
+            f"{where}, key hidden_act: {values['hidden_act']!r} is not known; "
+            f"one of {', '.join(ACTIVATIONS)} is expected."
+        )
     try:
         config = LayerConfig.model_validate(values)
     except PydanticValidationError as error:
@@ -95,6 +121,11 @@ def plan_layer(
         key = ".".join(map(str, first["loc"]))
         raise ConversionError(f"{where}, key {key}: {first['msg']}.") from error
     config.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ConversionError(
+            f"{where}: {config.num_attention_heads} attention heads cannot share "
+            f"{config.num_key_value_heads} key-value heads evenly; correct the config."
+        )
     config.head_dim = _head_dim(config, tensors, checkpoint, odd)
 
     odd += _contradicted_hints(source, features)
@@ -111,19 +142,34 @@ def plan_layer(
     return LayerPlan(config, odd, left_out)
 
 
-def _rope(source: Mapping[str, Any], odd: list[str]) -> dict[str, Any]:
+def _rope(source: Mapping[str, Any], where: str, odd: list[str]) -> dict[str, Any]:
     """RoPE's base and scaling, as the reference computes them (EAGLE, cnets1.py, `_init_rope`).
 
     The reference passes ``rope_theta`` on only where there is no scaling.
     """
-    parameters = dict(source.get("rope_parameters") or source.get("rope_scaling") or {})
-    theta = float(
-        parameters.pop("rope_theta", None) or source.get("rope_theta") or REFERENCE_ROPE_BASE
-    )
+    key = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
+    found = source.get(key) or {}
+    if not isinstance(found, dict):
+        raise ConversionError(f"{where}, key {key}: {found!r} is no JSON object.")
+    parameters = dict(found)
+    bases = (parameters.pop("rope_theta", None), source.get("rope_theta"))
+    theta = next((base for base in bases if base is not None), REFERENCE_ROPE_BASE)
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
+    if not isinstance(kind, str) or kind not in SCALING_PARAMETERS:
+        raise ConversionError(
+            f"{where}, key {key}: the type {kind!r} is not known; "
+            f"one of {', '.join(SCALING_PARAMETERS)} is expected."
+        )
+    for name in SCALING_PARAMETERS[kind]:
+        value = parameters.get(name)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConversionError(
+                f"{where}, key {key}: the type {kind} needs {name}, a number over 0; "
+                f"found {value!r}."
+            )
     if kind in {"linear", "dynamic"} and theta != REFERENCE_ROPE_BASE:
         odd.append(
             f"rope_theta {theta:g} is not used: with {kind} scaling the reference, and so the "
@@ -151,6 +197,12 @@ def _head_dim(
     hinted = checkpoint.config.get("head_dim") or config.hidden_size // config.num_attention_heads
     if head_dim != hinted:
         odd.append(f"the config implies head_dim {hinted}, the tensors have {head_dim}")
+    if head_dim % 2:
+        raise ConversionError(
+            f"{query.file}: {query.name} has heads of size {head_dim} by the "
+            f"{config.num_attention_heads} heads of {checkpoint.config_file}, and RoPE needs an "
+            "even size; give the config that belongs to the tensors."
+        )
     return head_dim
 
 

@@ -96,7 +96,7 @@ def plan_conversion(
     features = features_of(tensors)
     _check_names(checkpoint, tensors, features, renames)
     _check_flags(checkpoint, features, {"fusion_bias": fusion_bias, "layernorms": layernorms})
-    dtype = _check_dtypes(tensors.values())
+    _check_dtypes(stored.values())
     layer = plan_layer(checkpoint, tensors, features)
     _check_shapes(checkpoint, tensors, layer.config.dimensions())
     verifier.check_fits(layer.config.hidden_size, layer.config.vocab_size)
@@ -105,7 +105,7 @@ def plan_conversion(
     config = EagleConfig(
         architectures=["EagleSpeculator", decoder_layer],
         speculators_version=__version__,
-        torch_dtype=dtype,
+        torch_dtype=_dtype_of(tensors.values()),
         transformer_layer_architecture=decoder_layer,
         transformer_layer_config=layer.config,
         layernorms="layernorms" in features,
@@ -198,13 +198,16 @@ def _check_flags(checkpoint: Checkpoint, features: frozenset[str], flags: dict[s
             )
 
 
-def _check_dtypes(tensors: Collection[TensorInfo]) -> str:
+def _check_dtypes(tensors: Collection[TensorInfo]) -> None:
     for info in tensors:
         if info.dtype not in DTYPES:
             raise ConversionError(
                 f"{info.file}: {info.name} has the type {info.dtype}, so its weights are quantized "
                 f"or not a draft's; a draft's are one of {', '.join(DTYPES)}."
             )
+
+
+def _dtype_of(tensors: Collection[TensorInfo]) -> str:
     found = {info.dtype for info in tensors}
     return DTYPES[found.pop()] if len(found) == 1 else "float32"  # which holds both others
 

@@ -51,13 +51,18 @@ def validate_conversion(
             model = EagleSpeculator.from_pretrained(
                 directory, dtype=torch.float32, cache_dir=cache_dir
             )
-    except (SpeculatorsError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # transformers lets errors of many kinds through
         raise ValidationError(f"The converted checkpoint does not load: {error}") from error
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
+            whose = (
+                f"the verifier {plan.verifier.name} is damaged"
+                if name.startswith("borrowed_")
+                else "the source is damaged, or its training diverged"
+            )
             raise ValidationError(
                 f"{name} has values that are not finite (NaN or infinity), so it drafts nothing; "
-                "the source is damaged, or its training diverged."
+                f"{whose}."
             )
     logger.success("Model loaded successfully")
     with torch.inference_mode():

@@ -1,0 +1,308 @@
+"""A repository on the Hugging Face Hub, read one file at a time.
+
+The Hub's own client does the work, with its cache, its retries and its environment
+(``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ...). What is added here:
+all files of a repository come from one commit, the weights are checked against the
+hash that the Hub announced, and each way to fail is one sentence.
+
+The client is imported only when a file is asked for: importing it takes long.
+"""
+
+import errno
+import hashlib
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from speculators.errors import HubError
+
+__all__ = ["HubRepository"]
+
+_NO_REPOSITORY = (
+    "There is no public repository '{repo}' on {endpoint}: check the spelling (or the path, if a"
+    " directory on this machine was meant), or set HF_TOKEN if the repository is private"
+)
+_NO_SPACE = (
+    "No space is left for '{file}' of {repo} in the cache {cache}: free some, or choose another"
+    " cache with --cache-dir or HF_HOME"
+)
+
+# What can go wrong, by the names that _kinds() gives to an error. Classes are told by name,
+# not by type: they come from the client and from its HTTP library, which is httpx under
+# huggingface_hub 1 and httpx2 under 2, and none of them is imported with this module.
+_SENTENCES = {
+    "HFValidationError": (
+        "{repo!r} is neither an existing directory or file nor a Hub id: check the path, or give"
+        " an id such as 'organization/name'"
+    ),
+    "RepositoryNotFoundError": _NO_REPOSITORY,
+    "RepositoryNotFoundError, token sent": (
+        "There is no repository '{repo}' on {endpoint} that the access token may read: check the"
+        " spelling (or the path, if a directory on this machine was meant), or use a token with"
+        " access to it"
+    ),
+    "GatedRepoError": (
+        "{repo} is gated and no access token was sent: accept its licence at {endpoint}/{repo},"
+        " then set HF_TOKEN or log in with 'hf auth login'"
+    ),
+    "GatedRepoError, token sent": (
+        "{repo} is gated and the access token is not let in: accept its licence at"
+        " {endpoint}/{repo} with the account of the token"
+    ),
+    "DisabledRepoError": ("{endpoint} has disabled {repo}: its page {endpoint}/{repo} may say why"),
+    "RevisionNotFoundError": (
+        "{repo} on {endpoint} has no revision '{revision}': give one of its branches, tags or full"
+        " commit hashes"
+    ),
+    # The Hub answers 401 for a repository that does not exist, as if it were private.
+    "HTTP 401": _NO_REPOSITORY,
+    "HTTP 401, token sent": (
+        "{endpoint} rejects the access token: set HF_TOKEN to a valid one or log in again with"
+        " 'hf auth login', or remove the token where the repository is public"
+    ),
+    "HTTP 403": (
+        "{endpoint} forbids reading '{file}' of {repo} ({reason}): use an access token that may"
+        " read this repository"
+    ),
+    "HTTP 429": (
+        "{endpoint} has had too many requests from here ({reason}): wait some minutes, or set"
+        " HF_TOKEN, which raises the limit"
+    ),
+    "HTTP 5xx": "{endpoint} fails to serve '{file}' of {repo} ({reason}): try again later",
+    "HfHubHTTPError": (
+        "{endpoint} does not serve '{file}' of {repo} ({reason}): check the id, the revision and"
+        " HF_ENDPOINT"
+    ),
+    "FileMetadataError": (
+        "{endpoint} does not answer as a Hub does when asked for '{file}' of {repo}: check"
+        " HF_ENDPOINT and the proxy"
+    ),
+    "HTTPError": (
+        "'{file}' of {repo} cannot be had from {endpoint} ({reason}): check the network, the proxy"
+        " and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to work with what is cached"
+    ),
+    "OfflineModeIsEnabled": (
+        "'{file}' of {repo} (revision '{revision}') is not in the cache {cache} and offline mode"
+        " forbids fetching it: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, or fetch it once"
+        " while online"
+    ),
+    # Of all that is sent, only the token is not encoded beforehand.
+    "UnicodeEncodeError": (
+        "The access token holds characters that cannot be sent: set HF_TOKEN to the token as"
+        " {endpoint}/settings/tokens shows it"
+    ),
+    "ENOSPC": _NO_SPACE,
+    "EDQUOT": _NO_SPACE,
+    "errno": (
+        "'{file}' of {repo} cannot be kept in the cache {cache} ({reason}): make it writable, or"
+        " choose another cache with --cache-dir or HF_HOME"
+    ),
+    "_DamagedDownloadError": (
+        "'{file}' of {repo} arrived damaged, its SHA-256 is not the one that {endpoint} announced,"
+        " and was deleted: try again"
+    ),
+    # The client's check of the size raises a bare OSError without an errno.
+    "OSError": "'{file}' of {repo} did not arrive whole ({reason}): try again",
+    "Exception": (
+        "'{file}' of {repo} cannot be fetched from {endpoint} ({kind}: {reason}): check the id, the"
+        " revision and the HF_* environment variables"
+    ),
+}
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# The client's words for a file of the wrong size.
+_SIZES = re.compile(r"^Consistency check failed.* of size (\d+) but has size (\d+).*", re.DOTALL)
+# Access tokens, in a header or bare, and credentials in a URL.
+_SECRET = re.compile(r"(?<=Bearer )[^\s'\"]+|\bhf_\w{8,}|(?<=//)[^/@\s]+(?=@)")
+
+
+class HubRepository:
+    """A model repository on the Hugging Face Hub; implements ``Repository``.
+
+    Nothing is fetched until a file is asked for, and then that file only.
+
+    Args:
+        repo_id: ``organization/name``, or ``name`` for one of the Hub's oldest.
+        revision: a branch, a tag or a full commit hash; the Hub's ``main`` where ``None``.
+        cache_dir: where downloads are kept; the Hub's own cache where ``None``.
+
+    Attributes:
+        name: ``repo_id``, as given.
+        commit: the hash of the commit that the files come from; ``None`` before the first one.
+
+    """
+
+    def __init__(
+        self, repo_id: str, *, revision: str | None = None, cache_dir: str | Path | None = None
+    ) -> None:
+        self.name = repo_id
+        self.revision = revision
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.commit: str | None = None
+
+    def file(self, filename: str) -> Path | None:
+        """Give the path of ``filename`` in the local cache, downloaded if it is not there.
+
+        After the first file, all others are taken from the same commit, even if the branch
+        moves on. In offline mode, what the cache of a known repository lacks counts as not
+        being in the repository.
+
+        Args:
+            filename: its path within the repository, with ``/`` between folders.
+
+        Returns:
+            The path, or ``None`` where the repository has no such file.
+
+        Raises:
+            HubError: The file cannot be had; the message says why and what to do.
+
+        """
+        return self._get(filename)
+
+    def holds(self, filename: str) -> bool:
+        """Whether the repository has ``filename``; asks the Hub, and downloads nothing.
+
+        Raises:
+            HubError: The Hub does not answer, as for ``file``.
+        """
+        return self._get(filename, dry_run=True) is not None
+
+    def _get(self, filename: str, *, dry_run: bool = False) -> Path | None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        wanted: dict[str, Any] = {
+            "repo_id": self.name,
+            "filename": filename,
+            "revision": self.commit or self.revision,
+            "cache_dir": self.cache_dir,
+        }
+        try:
+            if dry_run:
+                path = Path(hf_hub_download(**wanted, dry_run=True).local_path)
+            else:
+                path = _download(wanted)
+        except RemoteEntryNotFoundError:
+            return None
+        except Exception as error:  # the client lets errors of many libraries through
+            if "OfflineModeIsEnabled" in _kinds(error) and self._is_cached():
+                return None
+            message = self._sentence(error, filename)
+            # A traceback would show the cause's own text.
+            raise HubError(message) from (None if _SECRET.search(str(error)) else error)
+        # The cache's layout: snapshots/<commit>/<filename>.
+        self.commit = path.parents[filename.count("/")].name
+        return path
+
+    def _is_cached(self) -> bool:
+        """Whether the cache holds any file of this repository at this revision."""
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        folder = self._cache() / repo_folder_name(repo_id=self.name, repo_type="model")
+        revision = self.commit or self.revision or constants.DEFAULT_REVISION
+        ref = folder / "refs" / revision
+        snapshot = folder / "snapshots" / (ref.read_text() if ref.is_file() else revision)
+        return snapshot.is_dir() and any(snapshot.iterdir())
+
+    def _cache(self) -> Path:
+        from huggingface_hub import constants
+
+        return self.cache_dir or Path(constants.HF_HUB_CACHE)
+
+    def _sentence(self, error: Exception, filename: str) -> str:
+        """Say to the user what went wrong and what to do."""
+        from huggingface_hub import constants
+
+        sentence = next(_SENTENCES[kind] for kind in _kinds(error) if kind in _SENTENCES) + "."
+        return sentence.format(
+            repo=self.name,
+            revision=self.revision or constants.DEFAULT_REVISION,
+            file=filename,
+            endpoint=_SECRET.sub("***", constants.ENDPOINT),
+            cache=self._cache(),
+            kind=type(error).__name__,
+            reason=_reason(error),
+        )
+
+
+class _DamagedDownloadError(Exception):
+    """The bytes that came are not those that the Hub announced."""
+
+
+def _download(wanted: dict[str, Any]) -> Path:
+    """Get a file, and check it if it was not in the cache before."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(**wanted)
+    path = Path(hf_hub_download(**wanted))
+    if not (isinstance(cached, str) and path.samefile(cached)):
+        _check_hash(path)
+    return path
+
+
+def _check_hash(path: Path) -> None:
+    """Check a fresh download, which the client does not, and delete it if it is damaged.
+
+    A cached file is a link to ``blobs/<ETag>``, and the ETag of a file in large-file storage
+    is its SHA-256. (That of other files is a git hash, but some mirrors send another one;
+    and a cache without links does not keep it: nothing is checked then.)
+    """
+    if not path.is_symlink():
+        return
+    blob = path.parent / path.readlink()
+    if not _SHA256.fullmatch(blob.name):
+        return
+    digest = hashlib.sha256()
+    with blob.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != blob.name:
+        path.unlink()
+        blob.unlink()
+        raise _DamagedDownloadError
+
+
+def _root(error: BaseException) -> BaseException:
+    """Find the failed request behind "nor is the file in the local cache"."""
+    if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__:
+        return error.__cause__
+    return error
+
+
+def _kinds(error: BaseException) -> Iterator[str]:
+    """Name what an error is, the most specific first; the last are the names of its bases."""
+    error = _root(error)
+    if isinstance(error, OSError) and error.errno:
+        yield errno.errorcode.get(error.errno, "errno")
+        yield "errno"
+    response = getattr(error, "response", None)
+    token_sent = response is not None and "authorization" in response.request.headers
+    for base in type(error).__mro__:
+        names = [base.__name__]
+        if response is not None and base.__name__ == "HfHubHTTPError":
+            names[:0] = [f"HTTP {response.status_code}", f"HTTP {response.status_code // 100}xx"]
+        for name in names:
+            if token_sent:
+                yield f"{name}, token sent"
+            yield name
+
+
+def _reason(error: BaseException) -> str:
+    """Quote an error, cut to what fits into a sentence."""
+    error = _root(error)
+    response = getattr(error, "response", None)
+    if response is not None:
+        text = f"{response.status_code} {response.reason_phrase}"
+        message = getattr(error, "server_message", None)
+        if message and message != response.reason_phrase:
+            text += f": {message}"
+    elif isinstance(error, OSError) and error.errno:
+        text = f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror}"
+    else:
+        text = _SIZES.sub(r"\1 bytes were announced and \2 came", str(error))
+    line = next(iter(text.strip().splitlines()), type(error).__name__)
+    line = re.sub(r"^\[Errno -?\d+\] ", "", line).rstrip(".")
+    return textwrap.shorten(_SECRET.sub("***", line), 200, placeholder=" ...")

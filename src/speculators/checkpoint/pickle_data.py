@@ -1,0 +1,382 @@
+"""Pickles read as data: what a pickle says, without doing what it asks.
+
+A pickle is a program for a small stack machine, and two of its opcodes import and call
+anything at all. The machine here has the same stack, but what it may do is two tables:
+``OPCODES``, the opcodes that writers of tensors use, and the globals that the caller
+admits. A global is never imported; its name stands for a value or a function of our own.
+Whatever is in neither table is refused by name before its argument is even read.
+
+The meaning of each opcode is that of Python's ``pickletools``, whose readers of
+arguments are used here but for the names of globals.
+"""
+
+import pickletools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any, cast
+
+from speculators.errors import CheckpointError, UnsafeCheckpointError
+
+__all__ = ["MALFORMED", "MAX_BYTES", "PYTHON_GLOBALS", "Builder", "Globals", "Ignored", "Items"]
+__all__ += ["OrderedItems", "Refused", "printable", "read_pickle"]
+
+# A tensor takes some 30 opcodes and 200 bytes, so these bounds are far above real files, and
+# what a hostile one can waste is about a second and some hundred megabytes.
+MAX_BYTES = 16 << 20
+MAX_OPCODES = 500_000
+MAX_LINE = 1024
+MAX_ARGUMENTS = 16
+
+# What a malformed pickle can raise in the readers of arguments, the handlers and the builders.
+MALFORMED = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+
+
+class _TooLargeError(ValueError):
+    """The pickle is beyond any that describes tensors."""
+
+
+class Refused(Exception):  # noqa: N818 - not an error yet: `read_pickle` makes it one
+    """Raised by handlers, builders and persistent ids: what the pickle asked for in vain."""
+
+
+@dataclass(eq=False, repr=False, slots=True)
+class Items:
+    """A dict, as its pairs in order.
+
+    Keys stay as they are, because hashing, comparing or printing a nested value of a
+    hostile pickle can take exponential time or exhaust the C stack.
+    """
+
+    pairs: list[tuple[object, object]] = field(default_factory=list)
+
+
+class OrderedItems(Items):
+    """A dict of a class that also takes attributes, such as OrderedDict's ``_metadata``."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Ignored:
+    """A value that no tensor needs, of which only the kind is kept."""
+
+    kind: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Builder:
+    """Our function in place of one that a pickle may name and call."""
+
+    build: Callable[..., object]
+
+
+Globals = Mapping[tuple[str, str], object]
+
+
+def read_pickle(
+    file: IO[bytes],
+    *,
+    name: str,
+    size: int = MAX_BYTES,
+    admitted: Globals,
+    persistent: Callable[[object], object] | None = None,
+) -> object:
+    """Read one pickle from ``file``, up to and including its STOP.
+
+    Lists, tuples, strings and numbers come out as such, dicts as ``Items``, and what a
+    global named as whatever ``admitted`` has for it.
+
+    Args:
+        file: where to read, from its current position.
+        name: what to call the file in messages.
+        size: how many bytes the pickle has at most.
+        admitted: (module, name) of each global that may be named, and what it stands for.
+        persistent: makes a value of a persistent id; without it they are refused.
+
+    Raises:
+        UnsafeCheckpointError: it asks for an opcode or a global that is not admitted.
+        CheckpointError: it is damaged, or larger than any pickle of tensors.
+
+    """
+    source = _Source(file, size)
+    machine = _Machine(admitted, persistent)
+    try:
+        return _run(machine, source)
+    except Refused as refusal:
+        raise UnsafeCheckpointError(
+            f"{name} was refused, and nothing in it was run, for its pickle asks for {refusal}, "
+            "which plain tensors do not need: convert it to safetensors with the library that made "
+            "it, and in a sandbox if you do not trust where it comes from."
+        ) from None
+    except CheckpointError:
+        raise
+    except _TooLargeError:
+        raise CheckpointError(
+            f"{name} holds a pickle of more than {MAX_BYTES >> 20} MiB or {MAX_OPCODES} steps, "
+            "which no weights need: save them alone, with torch.save(model.state_dict(), ...)."
+        ) from None
+    except MALFORMED:
+        raise CheckpointError(
+            f"{name} was not written by torch.save, or is damaged: its pickle makes no sense at "
+            f"byte {source.used}; download it or save it again."
+        ) from None
+
+
+def printable(text: str) -> str:
+    """``text`` from a file as a message can show it: short, and without control characters."""
+    return ascii(text[:100])[1:-1] + ("..." if len(text) > 100 else "")
+
+
+class _Source:
+    """A file as the readers of arguments need it, of which a pickle has ``size`` bytes."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file = file
+        self._size = size
+        self.used = 0
+
+    def read(self, size: int) -> bytes:
+        # The length is the pickle's own claim: it is checked before memory is set aside for it.
+        if self.used + size > MAX_BYTES:
+            raise _TooLargeError
+        if self.used + size > self._size:
+            raise ValueError("the pickle ends early")
+        self.used += size
+        return self._file.read(size)
+
+    def readline(self) -> bytes:
+        line = self._file.readline(MAX_LINE)
+        self.used += len(line)
+        if self.used > self._size:
+            raise ValueError("the pickle ends early")
+        return line
+
+    def read_name(self) -> str:
+        # As `pickle` does; `pickletools` would resolve escapes, and take \x6fs for os.
+        line = self.readline()
+        if not line.endswith(b"\n"):
+            raise ValueError("a name ends with its line")
+        return line[:-1].decode()
+
+
+class _Machine:
+    """The state of a pickle's stack machine, named as in Python's ``pickle``."""
+
+    def __init__(self, admitted: Globals, persistent: Callable[[object], object] | None) -> None:
+        self.admitted = admitted
+        self.persistent = persistent
+        self.stack: list[object] = []
+        self.metastack: list[list[object]] = []
+        self.memo: dict[int, object] = {}
+
+    def pop_mark(self) -> list[object]:
+        items, self.stack = self.stack, self.metastack.pop()
+        return items
+
+    def find_global(self, module: str, name: str) -> object:
+        if (module, name) not in self.admitted:
+            raise Refused(f"the global {printable(f'{module}.{name}')}")
+        return self.admitted[module, name]
+
+
+def _run(machine: _Machine, source: _Source) -> object:
+    for _ in range(MAX_OPCODES):
+        opcode = _BY_CODE[source.read(1)]
+        if opcode.name == "STOP":
+            if machine.metastack or len(machine.stack) != 1:
+                raise ValueError("a pickle ends with one value")
+            return machine.stack[0]
+        handler = OPCODES.get(opcode.name)
+        if handler is None:
+            raise Refused(f"the opcode {opcode.name}")
+        argument: object = None
+        if opcode.name == "GLOBAL":
+            argument = source.read_name(), source.read_name()
+        elif opcode.arg:
+            argument = opcode.arg.reader(cast("IO[bytes]", source))
+        handler(machine, argument)
+    raise _TooLargeError
+
+
+def _nothing(_machine: _Machine, _argument: Any) -> None:
+    """PROTO and FRAME tell how the pickle was written; what is read does not depend on it."""
+
+
+def _push(machine: _Machine, value: Any) -> None:
+    machine.stack.append(value)
+
+
+def _push_new(make: Callable[[], object]) -> "Handler":
+    return lambda machine, _: machine.stack.append(make())
+
+
+def _mark(machine: _Machine, _: None) -> None:
+    machine.metastack.append(machine.stack)
+    machine.stack = []
+
+
+def _tuple(machine: _Machine, _: None) -> None:
+    items = machine.pop_mark()
+    machine.stack.append(tuple(items))
+
+
+def _tuple_of(length: int) -> "Handler":
+    def handler(machine: _Machine, _: None) -> None:
+        items = [machine.stack.pop() for _ in range(length)]
+        machine.stack.append(tuple(reversed(items)))
+
+    return handler
+
+
+def _discard_marked(kind: str) -> "Handler":
+    def handler(machine: _Machine, _: None) -> None:
+        machine.pop_mark()
+        machine.stack.append(Ignored(kind))
+
+    return handler
+
+
+def _add_items(machine: _Machine, _: None) -> None:
+    machine.pop_mark()
+    _expect(machine.stack[-1], Ignored, "ADDITEMS")
+
+
+def _extend(machine: _Machine, items: list[object]) -> None:
+    target = machine.stack[-1]
+    _expect(target, list, "APPEND")
+    cast("list[object]", target).extend(items)
+
+
+def _set_items(machine: _Machine, items: list[object]) -> None:
+    target = machine.stack[-1]
+    _expect(target, Items, "SETITEM")
+    cast("Items", target).pairs.extend(zip(items[::2], items[1::2], strict=True))
+
+
+def _expect(target: object, kind: type, opcode: str) -> None:
+    # `pickle` would call a method of whatever the target is.
+    if not isinstance(target, kind):
+        raise Refused(f"{opcode} on a {type(target).__name__}")
+
+
+def _get(machine: _Machine, index: int) -> None:
+    machine.stack.append(machine.memo[index])
+
+
+def _put(machine: _Machine, index: int | None) -> None:
+    machine.memo[len(machine.memo) if index is None else index] = machine.stack[-1]
+
+
+def _global(machine: _Machine, names: tuple[str, str]) -> None:
+    machine.stack.append(machine.find_global(*names))
+
+
+def _stack_global(machine: _Machine, _: None) -> None:
+    name, module = machine.stack.pop(), machine.stack.pop()
+    if not (isinstance(module, str) and isinstance(name, str)):
+        raise Refused("a global whose name is not a string")
+    machine.stack.append(machine.find_global(module, name))
+
+
+def _call(machine: _Machine, _: None) -> None:
+    arguments, function = machine.stack.pop(), machine.stack.pop()
+    if not isinstance(function, Builder):
+        raise Refused(f"a call of a {type(function).__name__}, which is no function")
+    # Passing arguments copies them: a long tuple passed again and again would take forever.
+    if not isinstance(arguments, tuple) or len(arguments) > MAX_ARGUMENTS:
+        raise TypeError("arguments are a short tuple")
+    machine.stack.append(function.build(*arguments))
+
+
+def _drop_state(machine: _Machine, _: None) -> None:
+    machine.stack.pop()
+    if not isinstance(machine.stack[-1], OrderedItems | Ignored):
+        raise Refused(f"BUILD, which sets the state of a {type(machine.stack[-1]).__name__}")
+
+
+def _persistent(machine: _Machine, _: None) -> None:
+    if machine.persistent is None:
+        raise Refused("a persistent id where none belongs")
+    machine.stack.append(machine.persistent(machine.stack.pop()))
+
+
+Handler = Callable[[_Machine, Any], None]
+
+OPCODES: dict[str, Handler] = {
+    "PROTO": _nothing,
+    "FRAME": _nothing,
+    "NONE": _push_new(lambda: None),
+    "NEWTRUE": _push_new(lambda: True),
+    "NEWFALSE": _push_new(lambda: False),
+    "EMPTY_TUPLE": _push_new(tuple),
+    "EMPTY_LIST": _push_new(list),
+    "EMPTY_DICT": _push_new(Items),
+    "EMPTY_SET": _push_new(lambda: Ignored("set")),
+    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "BINFLOAT"), _push),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _push),
+    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"), _push),
+    "MARK": _mark,
+    "TUPLE": _tuple,
+    "TUPLE1": _tuple_of(1),
+    "TUPLE2": _tuple_of(2),
+    "TUPLE3": _tuple_of(3),
+    "FROZENSET": _discard_marked("frozenset"),
+    "ADDITEMS": _add_items,
+    "APPEND": lambda machine, _: _extend(machine, [machine.stack.pop()]),
+    "APPENDS": lambda machine, _: _extend(machine, machine.pop_mark()),
+    "SETITEM": lambda machine, _: _set_items(machine, [machine.stack.pop(-2), machine.stack.pop()]),
+    "SETITEMS": lambda machine, _: _set_items(machine, machine.pop_mark()),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _get),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), _put),
+    "GLOBAL": _global,
+    "STACK_GLOBAL": _stack_global,
+    "REDUCE": _call,
+    "NEWOBJ": _call,
+    "BUILD": _drop_state,
+    "BINPERSID": _persistent,
+}
+_BY_CODE = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+
+
+def _ignore(kind: str) -> Builder:
+    return Builder(lambda *_: Ignored(kind))
+
+
+PYTHON_GLOBALS: dict[tuple[str, str], object] = {
+    ("collections", "OrderedDict"): Builder(OrderedItems),
+    ("collections", "Counter"): Builder(lambda *_: OrderedItems()),
+    ("collections", "defaultdict"): Builder(lambda *_: OrderedItems()),
+    ("_codecs", "encode"): _ignore("bytes"),
+    **{
+        (module, name): _ignore(name)
+        for module in ("builtins", "__builtin__")
+        for name in (
+            "bytearray",
+            "bytes",
+            "complex",
+            "frozenset",
+            "range",
+            "set",
+            "slice",
+            "xrange",
+        )
+    },
+    # The factory of a defaultdict is one of these.
+    **{
+        (module, name): Ignored(name)
+        for module in ("builtins", "__builtin__")
+        for name in ("dict", "float", "int", "list")
+    },
+    ("numpy", "dtype"): _ignore("numpy.dtype"),
+    ("numpy", "ndarray"): Ignored("numpy.ndarray"),
+    **{
+        (f"{core}.{module}", name): _ignore("numpy array")
+        for core in ("numpy.core", "numpy._core")
+        for module, name in (
+            ("multiarray", "scalar"),
+            ("multiarray", "_reconstruct"),
+            ("numeric", "_frombuffer"),
+        )
+    },
+}
+"""What training scripts leave beside weights, and the dicts that hold them."""
