@@ -1,0 +1,98 @@
+"""Fixtures for the tests of the conversion and the model."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from loguru import logger
+from transformers.utils import logging as transformers_logging
+
+from helpers import (
+    GOLDEN,
+    GOLDEN_NAMES,
+    PLAIN,
+    CommandLine,
+    Run,
+    golden_vectors,
+    save_quietly,
+    source_tensors,
+    tiny_llama,
+)
+from speculators.cli import main
+from speculators.convert.eagle import EagleConverter
+
+transformers_logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def verifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For each golden checkpoint a tiny Llama with the golden head and another embedding."""
+    root = tmp_path_factory.mktemp("verifiers")
+    return {
+        name: save_quietly(tiny_llama(golden_vectors(name)["lm_head.weight"]), root / name)
+        for name in GOLDEN_NAMES
+    }
+
+
+@pytest.fixture(scope="session")
+def verifier(verifiers: dict[str, Path]) -> Path:
+    """The verifier of the plain golden checkpoint."""
+    return verifiers[PLAIN]
+
+
+@pytest.fixture(scope="session")
+def converted(
+    tmp_path_factory: pytest.TempPathFactory, verifiers: dict[str, Path]
+) -> dict[str, Path]:
+    """Every golden checkpoint, converted with validation; not to be changed."""
+    root = tmp_path_factory.mktemp("converted")
+    return {
+        name: EagleConverter().convert(GOLDEN / name, root / name, verifiers[name])
+        for name in GOLDEN_NAMES
+    }
+
+
+@pytest.fixture(scope="session")
+def own_verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A verifier whose embedding is the plain golden checkpoint's own."""
+    model = tiny_llama(
+        golden_vectors(PLAIN)["lm_head.weight"], source_tensors(PLAIN)["embed_tokens.weight"]
+    )
+    return save_quietly(model, tmp_path_factory.mktemp("own") / "verifier")
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """What is logged during a test, as ``LEVEL message``."""
+    lines: list[str] = []
+
+    def keep(message: str) -> None:
+        lines.append(message.removesuffix("\n"))
+
+    handler = logger.add(keep, level="DEBUG", format="{level} {message}")
+    yield lines
+    logger.remove(handler)
+
+
+@pytest.fixture
+def speculators(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[CommandLine]:
+    """The command line's ``main`` in this process."""
+
+    def run(*arguments: str | Path) -> Run:
+        monkeypatch.setattr(sys, "argv", ["speculators", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
+        captured = capfd.readouterr()
+        return Run(status, captured.out, captured.err)
+
+    yield run
+    logger.remove()

@@ -1,0 +1,558 @@
+"""Errors leave the command line as one sentence, and leave nothing behind."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import (
+    CommandLine,
+    Run,
+    Tensors,
+    entries,
+    run_process,
+    save_quietly,
+    tiny_llama,
+    write_checkpoint,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the command gets; a case below spoils something of it."""
+
+    source: Path
+    output: Path
+    verifier: Path
+
+    @property
+    def config(self) -> Path:
+        return self.source / "config.json"
+
+    @property
+    def weights(self) -> Path:
+        return self.source / "model.safetensors"
+
+
+@pytest.fixture
+def setting(tmp_path: Path, verifier: Path) -> Setting:
+    source = write_checkpoint(tmp_path / "source")
+    shutil.copytree(verifier, tmp_path / "verifier")
+    return Setting(source, tmp_path / "output", tmp_path / "verifier")
+
+
+def with_config(**keys: Any) -> Callable[[Setting], None]:
+    def spoil(setting: Setting) -> None:
+        config = json.loads(setting.config.read_text()) | keys
+        setting.config.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+    return spoil
+
+
+def with_tensors(edit: Callable[[Tensors], object]) -> Callable[[Setting], None]:
+    def spoil(setting: Setting) -> None:
+        shutil.rmtree(setting.source)
+        write_checkpoint(setting.source, edit=edit)
+
+    return spoil
+
+
+def with_verifier(**sizes: Any) -> Callable[[Setting], None]:
+    def spoil(setting: Setting) -> None:
+        shutil.rmtree(setting.verifier)
+        save_quietly(tiny_llama(**sizes), setting.verifier)
+
+    return spoil
+
+
+def with_output(write: Callable[[Path], object]) -> Callable[[Setting], object]:
+    return lambda setting: write(setting.output)
+
+
+def a_full_directory(output: Path) -> None:
+    output.mkdir()
+    (output / "thesis.txt").write_text("years of work")
+
+
+def as_eagle_3(tensors: Tensors) -> None:
+    tensors["d2t"] = torch.arange(320)
+    tensors["fc.weight"] = torch.zeros(64, 192)
+
+
+def truncated(setting: Setting) -> None:
+    setting.weights.write_bytes(setting.weights.read_bytes()[:-1000])
+
+
+def damaged_header(setting: Setting) -> None:
+    data = bytearray(setting.weights.read_bytes())
+    data[8:12] = b"}}}}"
+    setting.weights.write_bytes(data)
+
+
+def head_of_another(setting: Setting) -> None:
+    with_tensors(lambda t: t.update({"lm_head.weight": torch.ones(320, 64)}))(setting)
+
+
+def a_file_as_input(setting: Setting) -> None:
+    shutil.rmtree(setting.source)
+    setting.source.write_text("x")
+
+
+def a_whole_model(setting: Setting) -> None:
+    shutil.rmtree(setting.source)
+    shutil.copytree(setting.verifier, setting.source)
+
+
+def unreadable_config(setting: Setting) -> None:
+    """A file that is there and whose reading fails, even for root."""
+    setting.config.unlink()
+    setting.config.symlink_to("/proc/self/mem")
+
+
+ERRORS: dict[str, tuple[Callable[[Setting], object], str]] = {
+    "missing input": (lambda s: shutil.rmtree(s.source), r"source does not exist"),
+    "input is a file": (
+        a_file_as_input,
+        r"source is a file; give the directory",
+    ),
+    "no config.json": (lambda s: s.config.unlink(), r"source has no config\.json"),
+    "no weights": (lambda s: s.weights.unlink(), r"source has no weights: none of model\.safet"),
+    "bad JSON": (lambda s: s.config.write_text('{"a": '), r"config\.json is not valid JSON"),
+    "binary config": (lambda s: s.config.write_bytes(b"\xff\xfe\x00"), r"is not valid JSON"),
+    "JSON list": (lambda s: s.config.write_text("[]"), r"config\.json holds no JSON object"),
+    "endless nesting": (lambda s: s.config.write_text("[" * 200_000), r"is not valid JSON"),
+    "config without sizes": (
+        with_config(hidden_size=..., vocab_size=...),
+        r"config\.json lacks hidden_size, vocab_size",
+    ),
+    "size of another type": (with_config(hidden_size="big"), r"key hidden_size: "),
+    "no heads": (with_config(num_attention_heads=0), r"key num_attention_heads: "),
+    "uneven heads": (with_config(num_key_value_heads=3), r"4 attention heads cannot share 3"),
+    "odd heads": (
+        with_config(num_attention_heads=64, num_key_value_heads=32),
+        r"RoPE needs an even size",
+    ),
+    "eps is not a number": (with_config(rms_norm_eps=float("nan")), r"key rms_norm_eps: "),
+    "eps is null": (with_config(rms_norm_eps=None), r"key rms_norm_eps: "),
+    "theta is a word": (with_config(rope_theta="high"), r"key rope_theta: "),
+    "theta is 0": (with_config(rope_theta=0), r"key rope_theta: "),
+    "theta is negative": (with_config(rope_theta=-1e4), r"key rope_theta: "),
+    "scaling is a word": (with_config(rope_scaling="linear"), r"key rope_scaling: 'linear'"),
+    "scaling is a list": (with_config(rope_scaling=[2]), r"key rope_scaling: \[2\]"),
+    "unknown scaling": (with_config(rope_scaling={"type": "su"}), r"the type 'su' is not known"),
+    "scaling type is a list": (with_config(rope_scaling={"type": [1]}), r"type \[1\] is not known"),
+    "scaling without factor": (with_config(rope_scaling={"type": "linear"}), r"needs factor"),
+    "scaling by 0": (with_config(rope_scaling={"type": "linear", "factor": 0}), r"needs factor"),
+    "scaling by a word": (
+        with_config(rope_scaling={"type": "dynamic", "factor": "2"}),
+        r"needs factor, a number over 0; found '2'",
+    ),
+    "llama3 scaling in part": (
+        with_config(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+        r"llama3 needs low_freq_factor",
+    ),
+    "unknown activation": (with_config(hidden_act="sine"), r"key hidden_act: 'sine'"),
+    "truncated file": (truncated, r"model\.safetensors is truncated"),
+    "damaged header": (damaged_header, r"model\.safetensors is not a safetensors file"),
+    "missing tensor": (
+        with_tensors(lambda t: t.pop("layers.0.mlp.up_proj.weight")),
+        r"lacks layers\.0\.mlp\.up_proj\.weight",
+    ),
+    "several missing tensors": (
+        with_tensors(lambda t: (t.pop("fc.weight"), t.pop("layers.0.mlp.up_proj.weight"))),
+        r"lacks fc\.weight, layers\.0\.mlp\.up_proj\.weight",
+    ),
+    "some of a feature's tensors": (
+        with_tensors(lambda t: t.update({"embed_layernorm.weight": torch.ones(64)})),
+        r"lacks hidden_layernorm\.weight, lm_head_layernorm\.weight",
+    ),
+    "unknown tensor": (
+        with_tensors(lambda t: t.update({"layers.0.mlp.mystery": torch.ones(1)})),
+        r"unknown layers\.0\.mlp\.mystery",
+    ),
+    "bias on o": (
+        with_tensors(lambda t: t.update({"layers.0.self_attn.o_proj.bias": torch.ones(64)})),
+        r"unknown layers\.0\.self_attn\.o_proj\.bias",
+    ),
+    "a tensor twice": (
+        with_tensors(lambda t: t.update({"model.fc.weight": t["fc.weight"] + 1})),
+        r"has (model\.)?fc\.weight and (model\.)?fc\.weight",
+    ),
+    "wrong shape": (
+        with_tensors(lambda t: t.update({"fc.weight": torch.ones(64, 127)})),
+        r"fc\.weight has the shape \(64, 127\).*should have \(64, 128\)",
+    ),
+    "transposed": (
+        with_tensors(lambda t: t.update({"fc.weight": t["fc.weight"].T.contiguous()})),
+        r"fc\.weight has the shape \(128, 64\)",
+    ),
+    "config of another draft": (
+        with_config(intermediate_size=352),
+        r"mlp\.\w+_proj\.weight has the shape",
+    ),
+    "EAGLE-3": (with_tensors(as_eagle_3), r"an EAGLE-3 draft \(it has d2t\)"),
+    "EAGLE-3 by its fc alone": (
+        with_tensors(lambda t: t.update({"fc.weight": torch.zeros(64, 192)})),
+        r"an EAGLE-3 draft \(it has fc\.weight\)",
+    ),
+    "two layers": (
+        with_tensors(lambda t: t.update({"layers.1.mlp.up_proj.weight": torch.ones(176, 64)})),
+        r"a draft of several layers \(it has layers\.1\.mlp\.up_proj\.weight\)",
+    ),
+    "quantized by config": (
+        with_config(quantization_config={"quant_method": "gptq"}),
+        r"quantization_config: quantized weights are not converted",
+    ),
+    "quantized by tensors": (
+        with_tensors(lambda t: t.update({"fc.qweight": torch.ones(1)})),
+        r"quantized weights \(it has fc\.qweight\)",
+    ),
+    "quantized by type": (
+        with_tensors(lambda t: t.update({"fc.weight": torch.ones(64, 128, dtype=torch.int8)})),
+        r"fc\.weight has the type I8",
+    ),
+    "a whole model": (
+        a_whole_model,
+        r"a whole language model",
+    ),
+    "converted already": (
+        with_config(speculators_model_type="eagle"),
+        r"is in a speculators format already",
+    ),
+    "values that are not finite": (
+        with_tensors(lambda t: t["fc.weight"].fill_(torch.nan)),
+        r"fc\.weight has values that are not finite",
+    ),
+    "overflow in the forward pass": (
+        with_tensors(lambda t: t["layers.0.mlp.down_proj.weight"].fill_(3e38)),
+        r"The forward pass gives values that are not finite",
+    ),
+    "head of another verifier": (head_of_another, r"lm_head\.weight that is not the verifier's"),
+    "missing verifier": (
+        lambda s: shutil.rmtree(s.verifier),
+        r"The verifier cannot be read: .*verifier does not exist",
+    ),
+    "verifier without config": (
+        lambda s: (s.verifier / "config.json").unlink(),
+        r"The verifier cannot be read: .*has no config\.json",
+    ),
+    "verifier with bad JSON": (
+        lambda s: (s.verifier / "config.json").write_text("{"),
+        r"The verifier cannot be read: .*not valid JSON",
+    ),
+    "verifier with an empty config": (
+        lambda s: (s.verifier / "config.json").write_text("{}"),
+        r"does not tell hidden_size, vocab_size and architectures",
+    ),
+    "verifier with odd architectures": (
+        lambda s: (s.verifier / "config.json").write_text(
+            '{"hidden_size": 64, "vocab_size": 320, "architectures": "LlamaForCausalLM"}'
+        ),
+        r"does not tell hidden_size, vocab_size and architectures",
+    ),
+    "verifier that is a draft": (
+        lambda s: (s.verifier / "config.json").write_text('{"speculators_model_type": "eagle"}'),
+        r"is a draft in the speculators format itself",
+    ),
+    "verifier of another hidden size": (with_verifier(hidden_size=128), r"hidden size is 64"),
+    "verifier of another vocabulary": (with_verifier(vocab_size=100), r"vocabulary is 320"),
+    "output exists": (with_output(a_full_directory), r"output exists; choose another output"),
+    "output is a file": (
+        with_output(lambda path: path.write_text("mine")),
+        r"output exists and is not a directory",
+    ),
+    "output is a dangling link": (
+        with_output(lambda path: path.symlink_to("nowhere")),
+        r"output exists and is not a directory",
+    ),
+    "config that cannot be read": (unreadable_config, r"Input/output error|Errno"),
+}
+
+
+def contents(directory: Path) -> dict[str, bytes | None]:
+    return {
+        name: (directory / name).read_bytes()
+        if (directory / name).is_file() and not (directory / name).is_symlink()
+        else None
+        for name in entries(directory)
+    }
+
+
+def check_told(run: Run, pattern: str) -> None:
+    assert run.status == 1
+    assert run.stdout == ""
+    assert "Traceback" not in run.stderr
+    assert len(run.errors) == 1, run.stderr
+    assert re.search(pattern, run.errors[0]), run.errors[0]
+    assert run.stderr.rstrip("\n").endswith(run.errors[0])  # nothing after it
+    assert run.errors[0].endswith(".")
+    assert len(run.errors[0]) < 600 + 4 * len(str(Path.cwd()))
+
+
+@pytest.mark.parametrize(("spoil", "pattern"), ERRORS.values(), ids=ERRORS.keys())
+def test_one_sentence_status_1_and_nothing_left_behind(
+    tmp_path: Path,
+    setting: Setting,
+    speculators: CommandLine,
+    spoil: Callable[[Setting], object],
+    pattern: str,
+) -> None:
+    spoil(setting)
+    before = contents(tmp_path)
+    run = speculators("convert", "eagle", setting.source, setting.output, setting.verifier)
+    check_told(run, pattern)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("case", "option"),
+    [
+        ("wrong shape", "--no-validate"),
+        ("wrong shape", "--overwrite"),
+        ("wrong shape", "--dry-run"),
+        ("truncated file", "--no-validate"),
+        ("truncated file", "--dry-run"),
+        ("output exists", "--no-validate"),
+    ],
+)
+def test_the_same_with_other_options(
+    tmp_path: Path, setting: Setting, speculators: CommandLine, case: str, option: str
+) -> None:
+    spoil, pattern = ERRORS[case]
+    spoil(setting)
+    before = contents(tmp_path)
+    check_told(
+        speculators("convert", "eagle", setting.source, setting.output, setting.verifier, option),
+        pattern,
+    )
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("case", ["output exists", "output is a file", "output is a dangling link"])
+def test_overwrite_does_not_replace_what_is_no_converted_checkpoint(
+    tmp_path: Path, setting: Setting, speculators: CommandLine, case: str
+) -> None:
+    ERRORS[case][0](setting)
+    before = contents(tmp_path)
+    run = speculators(
+        "convert", "eagle", setting.source, setting.output, setting.verifier, "--overwrite"
+    )
+    check_told(run, "not a converted checkpoint|not a directory")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("case", ["EAGLE-3", "truncated file", "values that are not finite"])
+def test_a_failing_process(tmp_path: Path, setting: Setting, case: str) -> None:
+    spoil, pattern = ERRORS[case]
+    spoil(setting)
+    before = contents(tmp_path)
+    check_told(
+        run_process("convert", "eagle", setting.source, setting.output, setting.verifier), pattern
+    )
+    assert contents(tmp_path) == before
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, setting: Setting) -> None:
+    truncated(setting)
+    run = run_process(
+        "convert", "eagle", setting.source, setting.output, setting.verifier, "--debug"
+    )
+    assert run.status == 1
+    assert "Traceback (most recent call last)" in run.stderr
+    assert "CheckpointError: " in run.stderr
+    assert not setting.output.exists()
+
+
+@pytest.mark.parametrize("flag", ["--layernorms", "--fusion-bias"])
+def test_a_flag_against_the_tensors(
+    tmp_path: Path, setting: Setting, speculators: CommandLine, flag: str
+) -> None:
+    before = contents(tmp_path)
+    run = speculators("convert", "eagle", setting.source, setting.output, setting.verifier, flag)
+    check_told(run, flag.removeprefix("--").replace("-", ".") + " asks for")
+    assert contents(tmp_path) == before
+
+
+def test_output_equal_to_input(tmp_path: Path, setting: Setting, speculators: CommandLine) -> None:
+    before = contents(tmp_path)
+    for output in (setting.source, setting.source / ".", setting.source / ".." / "source"):
+        for more in ((), ("--overwrite",)):
+            run = speculators("convert", "eagle", setting.source, output, setting.verifier, *more)
+            check_told(run, "is the input too")
+    assert contents(tmp_path) == before
+
+
+def test_a_converted_output_stays_when_its_replacement_fails(
+    tmp_path: Path, setting: Setting, speculators: CommandLine
+) -> None:
+    arguments = ("convert", "eagle", setting.source, setting.output, setting.verifier)
+    assert speculators(*arguments).status == 0
+    with_tensors(lambda t: t["fc.weight"].fill_(torch.nan))(setting)
+    before = contents(tmp_path)
+    check_told(speculators(*arguments, "--overwrite"), "not finite")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("case", ["values that are not finite", "wrong shape"])
+def test_new_parent_directories_go_with_a_failure(
+    tmp_path: Path, setting: Setting, speculators: CommandLine, case: str
+) -> None:
+    spoil, pattern = ERRORS[case]
+    spoil(setting)
+    before = contents(tmp_path)
+    output = tmp_path / "new" / "and" / "deep" / "output"
+    check_told(speculators("convert", "eagle", setting.source, output, setting.verifier), pattern)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_where_a_parent_directory_should_be(
+    tmp_path: Path, setting: Setting, speculators: CommandLine
+) -> None:
+    output = setting.config / "output"
+    before = contents(tmp_path)
+    check_told(
+        speculators("convert", "eagle", setting.source, output, setting.verifier), "cannot be made"
+    )
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_parent_that_cannot_be_written(
+    tmp_path: Path, setting: Setting, speculators: CommandLine
+) -> None:
+    parent = tmp_path / "locked"
+    parent.mkdir(mode=0o500)
+    run = speculators("convert", "eagle", setting.source, parent / "out", setting.verifier)
+    check_told(run, "cannot be made: Permission denied")
+    assert entries(parent) == []
+
+
+def test_a_file_system_that_takes_no_directory(setting: Setting, speculators: CommandLine) -> None:
+    run = speculators("convert", "eagle", setting.source, "/proc/output", setting.verifier)
+    check_told(run, r"/proc/output cannot be made: ")
+
+
+def test_a_name_that_no_file_system_takes(setting: Setting, speculators: CommandLine) -> None:
+    too_long = "a" * 300
+    check_told(
+        speculators("convert", "eagle", too_long, setting.output, setting.verifier), "too long"
+    )
+    check_told(
+        speculators("convert", "eagle", setting.source, too_long, setting.verifier), "too long"
+    )
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_disk_that_fails_while_writing(
+    tmp_path: Path,
+    setting: Setting,
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    overwrite: bool,
+) -> None:
+    arguments = ("convert", "eagle", setting.source, setting.output, setting.verifier)
+    if overwrite:
+        assert speculators(*arguments).status == 0
+        arguments = (*arguments, "--overwrite")  # type: ignore[assignment]
+    before = contents(tmp_path)
+
+    def fail(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    check_told(speculators(*arguments), os.strerror(code))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "eagle"],
+        ["convert", "eagle", "source", "output"],
+        ["convert", "eagle", "source", "output", "verifier", "--bogus"],
+        ["convert", "eagle", "source", "output", "verifier", "another"],
+        ["convert", "falcon", "source", "output", "verifier"],
+        ["transmogrify"],
+        ["convert", "eagle", "source", "output", "verifier", "--revision"],
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_have_status_2(
+    tmp_path: Path,
+    setting: Setting,
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    run = speculators(*arguments)
+    assert run.status == 2
+    assert "Traceback" not in run.stderr
+    assert "Error" in run.stderr
+    assert contents(tmp_path) == before
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, setting: Setting) -> None:
+    """Ctrl-C while validating; the process waits there for it."""
+    script = (
+        "import speculators.convert.eagle.validation as validation, time\n"
+        "def wait(*_, **__):\n"
+        "    print('here', flush=True)\n"
+        "    time.sleep(60)\n"
+        "validation.validate_conversion = wait\n"
+        "from speculators.cli import main; main()\n"
+    )
+    before = contents(tmp_path)
+    output = tmp_path / "new" / "output"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, "convert", "eagle"]
+        + [str(path) for path in (setting.source, output, setting.verifier)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        during = entries(tmp_path)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+    assert any(".output.speculators-" in name for name in during)
+    assert "new/output" not in during
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert contents(tmp_path) == before
+
+
+def test_a_killed_run_leaves_a_sibling_that_the_next_run_removes(
+    tmp_path: Path, setting: Setting, speculators: CommandLine
+) -> None:
+    script = (
+        "import speculators.convert.eagle.validation as validation, os, signal\n"
+        "validation.validate_conversion = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from speculators.cli import main; main()\n"
+    )
+    output = tmp_path / "out [1]"  # brackets mean something to globs
+    arguments = [str(path) for path in (setting.source, output, setting.verifier)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, "convert", "eagle", *arguments], check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    leftovers = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert len(leftovers) == 1
+    assert not output.exists()
+    assert speculators("convert", "eagle", *arguments).status == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out [1]", "source", "verifier"]

@@ -1,0 +1,442 @@
+"""A Hub on loopback: directories served as repositories, the way the Hugging Face Hub does.
+
+Only as much of the Hub as its real client needs, with faults on demand:
+
+    with HubServer() as server:
+        server.add_repo("org/draft", directory)
+        server.fail("model.safetensors", cut=True, times=1)
+        patch_hub(monkeypatch, server, cache)  # or, for a subprocess, hub_environment()
+        ...
+        assert server.fetched == ["config.json", "model.safetensors", "model.safetensors"]
+"""
+
+import hashlib
+import importlib.util
+import json
+import math
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote, urlsplit
+
+import pytest
+
+__all__ = [
+    "MEMBER",
+    "STRANGER",
+    "HubServer",
+    "Request",
+    "hub_environment",
+    "patch_hub",
+    "skip_waits",
+]
+
+MEMBER = "hf_memberOfEveryRepository"
+"""A token that may read private and gated repositories."""
+
+STRANGER = "hf_strangerToEveryRepository"
+"""A valid token that may not."""
+
+# What a new repository's .gitattributes puts into large-file storage.
+LFS_SUFFIXES = frozenset({".bin", ".ckpt", ".gguf", ".pt", ".pth", ".safetensors"})
+
+
+class Request(NamedTuple):
+    """A request as it arrived; ``file`` is the repository's file that it asks for."""
+
+    method: str
+    path: str
+    file: str | None
+    range: str | None
+    authorization: str | None
+
+
+@dataclass
+class Repo:
+    """A repository: which directory is which commit, and which names point to it."""
+
+    private: bool
+    gated: bool
+    commits: dict[str, Path] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Fault:
+    """What to do wrong, how often, for requests of one method for one file."""
+
+    file: str
+    method: str = "GET"
+    times: float = math.inf
+    status: int | None = None
+    """Answer with this status instead."""
+    cut: bool = False
+    """Close the connection after half of the bytes."""
+    delay: float = 0
+    """Wait this many seconds before the answer."""
+    size: int | None = None
+    """Announce this size (HEAD)."""
+    etag: str | None = None
+    """Announce this ETag (HEAD)."""
+
+
+class HubServer(ThreadingHTTPServer):
+    """A Hub on 127.0.0.1, at ``url``, while the context is open."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        # Files in large-file storage come from another origin, as from the Hub's CDN: there
+        # the client must not send its token.
+        self.cdn_url = f"http://localhost:{self.server_port}/cdn"
+        self.repos: dict[str, Repo] = {}
+        self.users = {MEMBER: "member", STRANGER: "stranger"}
+        self.faults: list[Fault] = []
+        self.requests: list[Request] = []
+        self.closing = threading.Event()
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "HubServer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Let clients go away at any time."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+    def add_repo(
+        self,
+        repo_id: str,
+        directory: Path,
+        *,
+        revision: str = "main",
+        private: bool = False,
+        gated: bool = False,
+    ) -> str:
+        """Serve a directory as a repository, or as one more revision; gives the commit's hash."""
+        repo = self.repos.setdefault(repo_id, Repo(private, gated))
+        listing = "".join(f"{name} {git_oid(directory / name)}\n" for name in files_of(directory))
+        commit = hashlib.sha1(listing.encode()).hexdigest()
+        repo.commits[commit] = directory
+        repo.refs[revision] = commit
+        return commit
+
+    def fail(self, file: str, method: str = "GET", **how: Any) -> None:
+        """Add a ``Fault``."""
+        self.faults.append(Fault(file, method, **how))
+
+    def take_fault(self, method: str, file: str) -> Fault:
+        """The fault to commit now, counted down; one without effect where there is none."""
+        with self._lock:
+            for fault in self.faults:
+                if (fault.method, fault.file) == (method, file) and fault.times > 0:
+                    fault.times -= 1
+                    return fault
+        return Fault(file)
+
+    @property
+    def fetched(self) -> list[str]:
+        """The files whose bytes were asked for, in order."""
+        return [r.file for r in self.requests if r.method == "GET" and r.file is not None]
+
+
+class Refusal(Exception):  # noqa: N818 (an answer, not an error)
+    """An answer with an error status, the Hub's code for it, and a message."""
+
+    def __init__(self, status: int, code: str | None, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.headers["X-Error-Message"] = message
+        if code:
+            self.headers["X-Error-Code"] = code
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """Answers one request by the table ``ROUTES`` below."""
+
+    server: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        # The last route matches everything.
+        found, answer = next((m, a) for pattern, a in ROUTES if (m := re.fullmatch(pattern, path)))
+        arguments = {name: unquote(text) for name, text in found.groupdict("").items()}
+        self.server.requests.append(
+            Request(
+                self.command,
+                self.path,
+                arguments.get("file"),
+                self.headers.get("Range"),
+                self.headers.get("Authorization"),
+            )
+        )
+        try:
+            answer(self, **arguments)
+        except Refusal as refusal:
+            body = json.dumps({"error": str(refusal)}).encode()
+            self.reply(refusal.status, body, refusal.headers)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class's name)
+        """Requests are recorded, not printed."""
+
+    def reply(
+        self,
+        status: int,
+        body: bytes = b"",
+        headers: dict[str, str] | None = None,
+        size: int | None = None,
+    ) -> None:
+        """Send an answer, with the bytes unless the request is HEAD."""
+        self.send_response(status)
+        # One connection a request, so that no thread outlives its test.
+        self.send_header("Connection", "close")
+        self.send_header("Content-Length", str(len(body) if size is None else size))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def reply_json(self, value: object) -> None:
+        self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    # What a request may see
+
+    def user(self) -> str | None:
+        """Whose token came with the request."""
+        header = self.headers.get("Authorization")
+        if header is None:
+            return None
+        user = self.server.users.get(header.removeprefix("Bearer "))
+        if user is None:
+            raise Refusal(401, None, "Invalid credentials in Authorization header")
+        return user
+
+    def find_repo(self, repo_id: str) -> Repo:
+        user = self.user()
+        repo = self.server.repos.get(repo_id)
+        if repo is None or (repo.private and user != "member"):
+            if user is None:  # the Hub does not tell what exists to those who do not log in
+                raise Refusal(401, None, "Invalid username or password.")
+            raise Refusal(404, "RepoNotFound", "Repository not found")
+        return repo
+
+    def find_commit(self, repo: Repo, revision: str) -> str:
+        commit = repo.refs.get(revision, revision)
+        if commit not in repo.commits:
+            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return commit
+
+    # The routes
+
+    def resolve(self, repo_id: str, revision: str, file: str) -> None:
+        repo = self.find_repo(repo_id)
+        if repo.gated and (user := self.user()) != "member":
+            status = 403 if user else 401
+            raise Refusal(status, "GatedRepo", f"Access to model {repo_id} is restricted.")
+        commit = self.find_commit(repo, revision)
+        path = repo.commits[commit] / file
+        if file not in files_of(repo.commits[commit]):
+            raise Refusal(404, "EntryNotFound", "Entry not found", X_Repo_Commit=commit)
+        if path.suffix not in LFS_SUFFIXES:
+            self.reply_file(path, file, {"X-Repo-Commit": commit, "ETag": f'"{git_oid(path)}"'})
+            return
+        fault = self.begin_fault(file) if self.command == "HEAD" else Fault(file)
+        self.reply(
+            302,
+            headers={
+                "Location": f"{self.server.cdn_url}/{quote(repo_id)}/{commit}/{quote(file)}",
+                "X-Repo-Commit": commit,
+                "X-Linked-ETag": f'"{fault.etag or sha256(path)}"',
+                "X-Linked-Size": str(path.stat().st_size if fault.size is None else fault.size),
+            },
+        )
+
+    def cdn(self, repo_id: str, revision: str, file: str) -> None:
+        path = self.server.repos[repo_id].commits[revision] / file
+        self.reply_file(path, file, {"ETag": f'"{sha256(path)}"'})
+
+    def whoami(self) -> None:
+        user = self.user()
+        if user is None:
+            raise Refusal(401, None, "Invalid username or password.")
+        access = {"displayName": "test", "role": "write"}
+        self.reply_json({"type": "user", "name": user, "auth": {"accessToken": access}})
+
+    def model_info(self, repo_id: str, revision: str) -> None:
+        repo = self.find_repo(repo_id)
+        commit = self.find_commit(repo, revision or "main")
+        self.reply_json(
+            {
+                "id": repo_id,
+                "modelId": repo_id,
+                "sha": commit,
+                "private": repo.private,
+                "gated": "auto" if repo.gated else False,
+                "tags": [],
+                "siblings": [{"rfilename": name} for name in files_of(repo.commits[commit])],
+            }
+        )
+
+    def tree(self, repo_id: str, revision: str, folder: str) -> None:
+        repo = self.find_repo(repo_id)
+        directory = repo.commits[self.find_commit(repo, revision)]
+        entries: list[dict[str, Any]] = []
+        for name in files_of(directory):
+            path = directory / name
+            size = path.stat().st_size
+            entry = {"type": "file", "path": name, "size": size, "oid": git_oid(path)}
+            if path.suffix in LFS_SUFFIXES:
+                entry["lfs"] = {"oid": sha256(path), "size": size, "pointerSize": 134}
+            if name.startswith(folder):
+                entries.append(entry)
+        self.reply_json(entries)
+
+    def nothing(self) -> None:
+        raise Refusal(404, None, "Not Found")
+
+    # Files, and what may be wrong with them
+
+    def begin_fault(self, file: str) -> Fault:
+        """The fault of this request; those that hold whatever is asked are committed here."""
+        fault = self.server.take_fault(self.command, file)
+        if fault.delay:
+            self.server.closing.wait(fault.delay)
+        if fault.status:
+            raise Refusal(fault.status, None, HTTPStatus(fault.status).phrase)
+        return fault
+
+    def reply_file(self, path: Path, file: str, headers: dict[str, str]) -> None:
+        fault = self.begin_fault(file)
+        body = path.read_bytes()
+        headers["Accept-Ranges"] = "bytes"
+        if fault.etag:
+            headers["ETag"] = f'"{fault.etag}"'
+        status = 200
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(match[1]), min(int(match[2] or len(body)), len(body) - 1)
+            if first > last:
+                total = {"Content-Range": f"bytes */{len(body)}"}
+                self.reply(416, headers=headers | total)
+                return
+            status = 206
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
+            body = body[first : last + 1]
+        size = len(body) if fault.size is None else fault.size
+        self.reply(status, body[: len(body) // 2] if fault.cut else body, headers, size)
+
+
+def files_of(directory: Path) -> list[str]:
+    """The names of all files below a directory, with ``/`` between folders."""
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+
+
+def git_oid(path: Path) -> str:
+    """The hash that git gives a file."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+_REPO = "(?P<repo_id>[^/]+(?:/[^/]+)?)"
+_FILE = _REPO + "/%s(?P<revision>[^/]+)/(?P<file>.+)"
+
+# The first that matches the whole path answers; its groups are the arguments.
+ROUTES: list[tuple[str, Callable[..., None]]] = [
+    ("/api/whoami-v2", HubHandler.whoami),
+    (f"/api/models/{_REPO}/tree/(?P<revision>[^/]+)/?(?P<folder>.*)", HubHandler.tree),
+    (f"/api/models/{_REPO}(?:/revision/(?P<revision>[^/]+))?", HubHandler.model_info),
+    ("/cdn/" + _FILE % "", HubHandler.cdn),
+    ("/" + _FILE % "resolve/", HubHandler.resolve),
+    (".*", HubHandler.nothing),
+]
+
+
+def hub_environment(server: HubServer, cache: Path, **changes: str) -> dict[str, str]:
+    """Environment variables that send the Hub's client to ``server``, on top of ``os.environ``.
+
+    Every variable that could lead elsewhere is set, to nothing where there is no value for it:
+    what the machine has (a token, a proxy, a cache) has no effect. ``changes`` come last, as
+    ``HF_TOKEN=MEMBER``.
+    """
+    return {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(cache),
+        "HF_HUB_CACHE": str(cache / "hub"),
+        "HF_XET_CACHE": str(cache / "xet"),
+        "HF_TOKEN_PATH": str(cache / "token"),
+        "HF_TOKEN": "",
+        "HUGGING_FACE_HUB_TOKEN": "",
+        "HUGGINGFACE_CO_STAGING": "",
+        "HF_OIDC_RESOURCE": "",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "",
+        "TRANSFORMERS_OFFLINE": "",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+        **changes,
+    }
+
+
+def patch_hub(
+    monkeypatch: pytest.MonkeyPatch, server: HubServer, cache: Path, **changes: str
+) -> None:
+    """Send the Hub's client of this process to ``server``, until ``monkeypatch`` is undone.
+
+    The client reads its environment when it is imported, which may be long ago. So its module
+    of constants is run once more, aside, under the new environment, and what differs is
+    carried over: the other modules look the constants up in the old module.
+    """
+    from huggingface_hub import close_session, constants, hf_api
+
+    for name, value in hub_environment(server, cache, **changes).items():
+        monkeypatch.setenv(name, value)
+    spec = importlib.util.spec_from_file_location(constants.__name__, constants.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    for name, value in vars(fresh).items():
+        if name.isupper() and value != getattr(constants, name):
+            monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # taken at import, too
+    close_session()  # connections and proxies of before
+
+
+def skip_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let the client's retries follow each other at once; gives the seconds it meant to wait."""
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http
+
+    waits: list[float] = []
+    clock = SimpleNamespace(**{**vars(time), "sleep": waits.append})
+    for module in (file_download, _http):
+        monkeypatch.setattr(module, "time", clock)
+    return waits

@@ -1,0 +1,96 @@
+"""Dependencies point one way: cli → convert → models → checkpoint → format's side."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import speculators
+
+ROOT = Path(speculators.__file__).parent
+
+MAY_IMPORT = {
+    "errors": set[str](),
+    "format": {"errors"},
+    "checkpoint": {"errors"},
+    "models": {"checkpoint", "format", "errors"},
+    "decode": {"models", "checkpoint", "format", "errors"},
+    "convert": {"models", "checkpoint", "format", "errors"},
+    "evaluate": {"decode", "models", "checkpoint", "format", "errors"},
+    "cli": {"evaluate", "decode", "convert", "models", "checkpoint", "format", "errors"},
+}
+"""By package: which others it may import. The version in ``speculators`` is for all."""
+
+
+def module_name(file: Path) -> str:
+    parts = [ROOT.name, *file.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(file): file for file in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(module: str, *, top_level: bool = False) -> set[str]:
+    """The modules of ours that a module imports, within functions too unless ``top_level``."""
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    nodes = list(tree.body) if top_level else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                found.add(submodule if submodule in FILES else str(node.module))
+    return {name for name in found if name.split(".")[0] == ROOT.name}
+
+
+def package(module: str) -> str:
+    """``convert`` for ``speculators.convert.eagle.plan``; empty for ``speculators``."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def test_the_imports_are_found() -> None:
+    assert "speculators.errors" in imports("speculators.format.config")
+    assert "speculators.cli.plan_view" in imports("speculators.cli.convert")
+    assert "speculators.cli.plan_view" not in imports("speculators.cli.convert", top_level=True)
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if package(module) in MAY_IMPORT])
+def test_dependencies_point_one_way(module: str) -> None:
+    of = package(module)
+    imported = {package(name) for name in imports(module)} - {"", of}
+    assert imported <= MAY_IMPORT[of]
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert imports("speculators") == set()
+
+
+def test_there_are_no_cycles() -> None:
+    """Not between modules, counting what is imported at their top."""
+    left = {module: imports(module, top_level=True) & FILES.keys() - {module} for module in FILES}
+    while left:
+        free = {module for module, needs in left.items() if not needs & left.keys()}
+        assert free, f"a cycle among {sorted(left)}"
+        left = {module: needs for module, needs in left.items() if module not in free}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_torch_is_imported_at_the_top_only_where_models_are(module: str) -> None:
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    heavy = {
+        name.split(".")[0]
+        for node in tree.body
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [str(node.module)]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    } & {"torch", "transformers"}
+    proof = {"speculators.convert.eagle.reference", "speculators.convert.eagle.validation"}
+    if package(module) in {"format", "checkpoint", "convert", "cli", "errors"}:
+        assert not heavy or module in proof

@@ -1,0 +1,127 @@
+"""What a user waits for needs no torch: help, a dry run, a conversion without validation."""
+
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import speculators
+from helpers import entries, write_checkpoint
+
+HEAVY = ("torch", "transformers", "numpy")
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(speculators.__path__, "speculators.")
+)
+
+
+def loaded_after(code: str, *arguments: str, cwd: Path | None = None) -> tuple[int, set[str]]:
+    """Run code in a fresh process; its exit status, and which of ``HEAVY`` it loaded."""
+    script = (
+        "import atexit, json, sys\n"
+        f"atexit.register(lambda: print('\\n' + json.dumps([m for m in {HEAVY} "
+        "if m in sys.modules])))\n" + code
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
+    return done.returncode, set(json.loads(done.stdout.splitlines()[-1]))
+
+
+MAIN = "from speculators.cli import main; main()"
+
+
+def test_this_test_sees_what_is_loaded() -> None:
+    assert loaded_after("import speculators.models.eagle")[1] >= {"torch", "transformers"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["convert", "--help"], ["convert", "eagle", "--help"], ["-h"]],
+    ids=" ".join,
+)
+def test_the_command_line_answers_without_torch(arguments: list[str]) -> None:
+    assert loaded_after(MAIN, *arguments) == (0, set())
+
+
+def test_an_unknown_command_is_refused_without_torch() -> None:
+    assert loaded_after(MAIN, "transmogrify") == (2, set())
+
+
+@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("option", ["--no-validate", "--dry-run"])
+def test_a_conversion_without_validation_needs_no_torch(
+    tmp_path: Path, verifier: Path, container: str, option: str
+) -> None:
+    source = write_checkpoint(tmp_path / "source", container=container)
+    arguments = ["convert", "eagle", str(source), "out", str(verifier), option]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
+    assert ("out/model.safetensors" in entries(tmp_path)) == (option == "--no-validate")
+
+
+def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", edit=lambda tensors: tensors.pop("fc.weight"))
+    arguments = ["convert", "eagle", str(source), "out", str(verifier)]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (1, set())
+
+
+LIGHT = [
+    module
+    for module in MODULES
+    if module.split(".")[1] in {"format", "checkpoint", "cli", "errors", "convert"}
+    and module
+    not in {
+        # The proof of a conversion is about a model.
+        "speculators.convert.eagle.reference",
+        "speculators.convert.eagle.validation",
+    }
+]
+
+
+@pytest.fixture(scope="module")
+def imported_alone() -> dict[str, list[str]]:
+    """By module: what of ``HEAVY`` importing it loads, each in a forked process of its own.
+
+    For the modules outside ``LIGHT`` torch and transformers are there before, to save time.
+    """
+    script = """
+import importlib, json, os, sys
+heavy, light, others = json.loads(sys.argv[1])
+def report(modules):
+    for module in modules:
+        if os.fork() == 0:
+            importlib.import_module(module)
+            print(json.dumps([module, [m for m in heavy if m in sys.modules]]), flush=True)
+            os._exit(0)
+        os.wait()
+report(light)
+import torch, transformers
+report(others)
+"""
+    others = sorted(set(MODULES) - set(LIGHT))
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps([HEAVY, LIGHT, others])],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_imports_on_its_own(imported_alone: dict[str, list[str]], module: str) -> None:
+    assert module in imported_alone
+    if module in LIGHT:
+        assert imported_alone[module] == []
+
+
+def test_there_are_modules_of_both_kinds() -> None:
+    assert "speculators.checkpoint.torch_file" in LIGHT
+    assert "speculators.models.eagle" in MODULES
+    assert len(LIGHT) > 20
