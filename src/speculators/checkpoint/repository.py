@@ -18,6 +18,9 @@ class Repository(Protocol):
     name: str
     """What the user called it: a path or a Hub id."""
 
+    commit: str | None
+    """Of a Hub repository: the commit that its files come from, once there was one."""
+
     def file(self, filename: str) -> Path | None:
         """A local path of ``filename``, or ``None`` where the repository has no such file."""
 
@@ -31,6 +34,7 @@ class LocalDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = str(path)
+        self.commit: str | None = None
 
     def file(self, filename: str) -> Path | None:
         """See ``Repository``."""

@@ -7,7 +7,8 @@ import typer
 from loguru import logger
 
 from speculators import __version__
-from speculators.cli import convert
+from speculators.cli import convert, validate
+from speculators.cli.signals import stop_on_sigterm
 from speculators.errors import SpeculatorsError
 
 __all__ = ["app", "main"]
@@ -20,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(convert.app, name="convert")
+app.command()(validate.validate)
 
 
 def _print_version(asked: bool) -> None:
@@ -41,7 +43,11 @@ def root(
 
 
 def main() -> None:
-    """Run the command line; exits with 0, 1 (an error, told in a sentence), 2 (usage) or 130."""
+    """Run the command line.
+
+    It exits with 0, 1 (an error, told in a sentence), 2 (usage), 130 (Ctrl-C) or 143 (SIGTERM).
+    """
+    stop_on_sigterm()
     logger.remove()
     debug = "--debug" in sys.argv
     logger.add(

@@ -20,7 +20,9 @@ def print_plan(plan: ConversionPlan) -> None:
         title=plan.source.name,
     )
     for target, info in plan.tensors.items():
-        tensors.add_row(info.name, target, info.dtype, describe_shape(info.shape))
+        rounded = plan.rounded_to not in {None, info.dtype}
+        dtype = f"{info.dtype} → {plan.rounded_to}" if rounded else info.dtype
+        tensors.add_row(info.name, target, dtype, describe_shape(info.shape))
     for name, why in plan.left_out.items():
         info = plan.source.tensors[name]
         tensors.add_row(name, f"left out: {why}", info.dtype, describe_shape(info.shape))

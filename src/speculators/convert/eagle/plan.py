@@ -6,7 +6,8 @@ from pathlib import Path
 
 from speculators import __version__
 from speculators.checkpoint.reader import Checkpoint
-from speculators.checkpoint.tensor import TensorInfo, describe_shape
+from speculators.checkpoint.rounding import FLOATS
+from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier
 from speculators.convert.eagle.families import (
     reason_to_leave_out,
@@ -24,7 +25,7 @@ from speculators.format.tensors import FEATURES, features_of, required_tensors
 
 __all__ = ["DTYPES", "ConversionPlan", "plan_conversion"]
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {stored: kind.name for stored, kind in FLOATS.items()}
 """Dtypes that a draft may have, and torch's names for them."""
 
 DECODER_LAYERS = {"llama": "LlamaDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
@@ -42,6 +43,8 @@ class ConversionPlan:
         left_out: source name → why the tensor is not taken along.
         config_left_out: key of the source's config → why it does not reach the new one.
         odd: sentences for the log: where config, tensors and reference do not say the same.
+        rounded_to: the type that all tensors get, a key of ``DTYPES``; ``None`` if each keeps its
+            own.
 
     """
 
@@ -52,11 +55,15 @@ class ConversionPlan:
     left_out: dict[str, str]
     config_left_out: dict[str, str]
     odd: list[str]
+    rounded_to: str | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+        """Bytes of all tensors, as they are written."""
+        return sum(
+            info.elements * DTYPE_BITS[self.rounded_to or info.dtype] // 8
+            for info in self.tensors.values()
+        )
 
 
 def plan_conversion(
@@ -66,6 +73,7 @@ def plan_conversion(
     *,
     fusion_bias: bool = False,
     layernorms: bool = False,
+    rounded_to: str | None = None,
 ) -> ConversionPlan:
     """Plan the conversion of an EAGLE-1, EAGLE-2 or HASS checkpoint.
 
@@ -76,6 +84,8 @@ def plan_conversion(
         fusion_bias: the caller says that there is ``fc.bias``: an error if there is not. The
             tensors decide in any case.
         layernorms: the caller says that there are extra layernorms; likewise.
+        rounded_to: the type that all tensors get, a key of ``DTYPES``; each keeps its own if not
+            given.
 
     Raises:
         ConversionError: if the tensors are not those of such a checkpoint, or contradict the
@@ -105,7 +115,7 @@ def plan_conversion(
     config = EagleConfig(
         architectures=["EagleSpeculator", decoder_layer],
         speculators_version=__version__,
-        torch_dtype=_dtype_of(tensors.values()),
+        torch_dtype=DTYPES[rounded_to] if rounded_to else _dtype_of(tensors.values()),
         transformer_layer_architecture=decoder_layer,
         transformer_layer_config=layer.config,
         layernorms="layernorms" in features,
@@ -117,7 +127,7 @@ def plan_conversion(
         ),
     )
     return ConversionPlan(
-        checkpoint, verifier, config, tensors, left_out, layer.left_out, layer.odd
+        checkpoint, verifier, config, tensors, left_out, layer.left_out, layer.odd, rounded_to
     )
 
 
