@@ -9,6 +9,7 @@ __all__ = [
     "ConversionError",
     "FormatError",
     "HubError",
+    "ManifestError",
     "OutputError",
     "SpeculatorsError",
     "UnsafeCheckpointError",
@@ -39,6 +40,10 @@ class VerifierError(SpeculatorsError, ValueError):
 
 class FormatError(SpeculatorsError, ValueError):
     """A directory is not in the speculators format, or breaks its rules."""
+
+
+class ManifestError(SpeculatorsError, ValueError):
+    """A batch's manifest cannot be read, or asks for what cannot be done."""
 
 
 class OutputError(SpeculatorsError, OSError):

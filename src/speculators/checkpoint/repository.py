@@ -9,7 +9,7 @@ from typing import Protocol
 
 from speculators.errors import CheckpointError
 
-__all__ = ["LocalDirectory", "Repository", "open_repository"]
+__all__ = ["LocalDirectory", "Repository", "looks_like_a_path", "open_repository"]
 
 
 class Repository(Protocol):
@@ -60,7 +60,7 @@ def open_repository(
         return LocalDirectory(path)
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json.")
-    if isinstance(source, Path) or _looks_like_a_path(source):
+    if isinstance(source, Path) or looks_like_a_path(source):
         raise CheckpointError(f"{path} does not exist; give a directory, or a Hugging Face id.")
 
     from speculators.checkpoint.hub import HubRepository
@@ -68,6 +68,6 @@ def open_repository(
     return HubRepository(source, revision=revision, cache_dir=cache_dir)
 
 
-def _looks_like_a_path(source: str) -> bool:
+def looks_like_a_path(source: str) -> bool:
     """A Hub id is ``name`` or ``organisation/name``, without a leading dot, slash or tilde."""
     return source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1

@@ -29,16 +29,30 @@ def convert() -> None:
 @app.command()
 def eagle(
     source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="The draft: a directory or a Hugging Face id.")
-    ],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
+        str | None,
+        typer.Argument(metavar="INPUT", help="The draft: a directory or a Hugging Face id."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Argument(metavar="OUTPUT", help="The directory to make.")
+    ] = None,
     base_model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="BASE_MODEL",
             help="The verifier that the draft was trained for: a directory or a Hugging Face id.",
         ),
-    ],
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of INPUT, OUTPUT and BASE_MODEL: a YAML or JSON file with a list of "
+            "conversions; what is done already is left as it is.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="With --manifest: how many conversions run at a time.")
+    ] = 1,
     layernorms: Annotated[
         bool,
         typer.Option(
@@ -88,11 +102,38 @@ def eagle(
 
     Example: speculators convert eagle yuhuili/EAGLE-LLaMA3.1-Instruct-8B ./converted
     meta-llama/Llama-3.1-8B-Instruct
+
+    Many at once: speculators convert eagle --manifest batch.yaml --jobs 2
     """
+    del debug  # read by main, before the command line is parsed
+    if manifest is not None:
+        _refuse_beside_manifest(
+            {
+                "INPUT": source,
+                "OUTPUT": output,
+                "BASE_MODEL": base_model,
+                "--layernorms": layernorms,
+                "--fusion-bias": fusion_bias,
+                "--no-validate": not validate,
+                "--revision": revision,
+                "--overwrite": overwrite,
+                "--dtype": dtype,
+            }
+        )
+        from speculators.cli.batch import run_batch
+
+        run_batch(manifest, jobs=jobs, cache_dir=cache_dir, dry_run=dry_run)
+        return
+    if source is None or output is None or base_model is None:
+        raise typer.BadParameter(
+            "give INPUT, OUTPUT and BASE_MODEL, all three of them, or --manifest alone."
+        )
+    if jobs > 1:
+        raise typer.BadParameter("--jobs is of use with --manifest only.")
+
     from speculators.cli.progress import progress_bar
     from speculators.convert.eagle import EagleConverter
 
-    del debug  # read by main, before the command line is parsed
     converter = EagleConverter()
     if dry_run:
         from speculators.cli.plan_view import print_plan
@@ -123,3 +164,11 @@ def eagle(
             dtype=dtype,
             progress=progress,
         )
+
+
+def _refuse_beside_manifest(given: dict[str, object]) -> None:
+    for name, value in given.items():
+        if value:
+            raise typer.BadParameter(
+                f"with --manifest, {name} is told in the manifest, entry by entry."
+            )
