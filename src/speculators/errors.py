@@ -14,6 +14,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "ValidationError",
     "VerifierError",
+    "printable",
 ]
 
 
@@ -51,3 +52,8 @@ class HubError(SpeculatorsError, OSError):
 
 class ValidationError(SpeculatorsError, ValueError):
     """A converted checkpoint does not hold or compute what its source does."""
+
+
+def printable(text: str) -> str:
+    """``text`` from a file as a message can show it: short, and without control characters."""
+    return ascii(text[:100])[1:-1] + ("..." if len(text) > 100 else "")
