@@ -3,9 +3,10 @@
     python benchmarks/convert.py            an 8B draft, as `make bench` does it
     python benchmarks/convert.py --size small --repeats 2 --without-earlier
 
-Every ratio is the median of ratios of neighbours: a copy and a conversion that ran one after the
-other, in turns, with the source in the page cache and nothing left to write. So a machine that
-is slow for a while slows both. The raw seconds go into benchmarks/results/convert.json.
+Every ratio is the median of ratios of neighbours: a copy, a conversion and one of a tiny
+checkpoint (the start-up) that ran one after the other, with the source in the page cache and
+nothing left to write. So a machine that is slow for a while slows all three. The raw seconds go
+into benchmarks/results/convert.json.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,10 +31,12 @@ from make_checkpoint import CONTAINERS, SIZES, write_verifier
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
+MAKER = ROOT / "benchmarks" / "make_checkpoint.py"
 RESULTS = ROOT / "benchmarks" / "results" / "convert.json"
 
 EARLIER = "speculators==0.1.0"
-EARLIER_TORCH = "torch==2.13.0"
+EARLIER_NEEDS = ("torch==2.13.0", "typer==0.16.0", "click==8.1.8")
+"""What it runs with: it takes any typer, and does not start with those that came after it."""
 
 COMMAND = (sys.executable, "-c", "from speculators.cli import main; main()")
 TIMED_COMMAND = (
@@ -70,21 +74,25 @@ class Run:
 
 @dataclass
 class Case:
-    """All runs of one container, the lists in pairs."""
+    """All runs of one container: what has the same place in the lists ran together."""
 
     container: str
     megabytes: float = 0.0
     cp: list[Run] = field(default_factory=list)
     convert: list[Run] = field(default_factory=list)
+    startup: list[Run] = field(default_factory=list)
     earlier: list[Run] = field(default_factory=list)
     earlier_refused: str = ""
 
-    def ratios(self, startup: float, *, fsync: bool) -> list[float]:
+    def ratios(self, *, fsync: bool) -> list[float]:
         """Seconds of converting, less the start-up, over those of copying."""
+
+        def seconds(run: Run) -> float:
+            return run.wall_s if fsync else run.wall_s - run.fsync_s
+
         return [
-            (ours.wall_s - startup - (0 if fsync else ours.fsync_s))
-            / (copy.wall_s + (copy.fsync_s if fsync else 0))
-            for ours, copy in zip(self.convert, self.cp, strict=True)
+            (seconds(ours) - (tiny.wall_s - tiny.fsync_s)) / (copy.wall_s + fsync * copy.fsync_s)
+            for ours, tiny, copy in zip(self.convert, self.startup, self.cp, strict=True)
         ]
 
     def earlier_ratios(self) -> list[float]:
@@ -140,7 +148,18 @@ def convert(source: Path, target: Path, verifier: Path) -> Run:
     return done
 
 
-def earlier_command() -> Path:
+def make_tiny(folder: Path) -> None:
+    """Write a tiny checkpoint and its verifier, for ``convert_tiny``."""
+    write_verifier(folder / "tiny-verifier", "small")
+    run(sys.executable, MAKER, folder / "tiny", "--size", "small")
+
+
+def convert_tiny(folder: Path, target: Path) -> Run:
+    """Convert where there is next to nothing to copy."""
+    return convert(folder / "tiny", target, folder / "tiny-verifier")
+
+
+def earlier_command() -> tuple[str | Path, ...]:
     """Install the earlier version into an environment of its own, if it is not there.
 
     Raises:
@@ -148,20 +167,31 @@ def earlier_command() -> Path:
 
     """
     environment = CACHE / EARLIER.replace("==", "-")
-    command = environment / "bin" / "speculators"
-    if not command.exists():
+    python = environment / "bin" / "python"
+    command = (python, "-I", "-m", "speculators")
+    try:
+        run(*command, "--version")
+    except (OSError, RunError):
         print(f"Installing {EARLIER} into .cache ...", flush=True)
         run(sys.executable, "-m", "venv", environment)
-        for package in (EARLIER_TORCH, EARLIER):
-            run(environment / "bin" / "pip", "install", "--quiet", package)
+        run(python, "-m", "pip", "install", "--quiet", EARLIER_NEEDS[0])
+        run(python, "-m", "pip", "install", "--quiet", EARLIER, *EARLIER_NEEDS)
+        run(*command, "--version")
     return command
 
 
-def measure(case: Case, repeats: int, folder: Path, size: str, earlier: Path | None) -> None:
+def why(error: RunError) -> str:
+    """Tell the kind of an error and its first line, from a traceback."""
+    lines = re.findall(r"^\w+Error: .*", str(error), re.MULTILINE)
+    return str(lines[-1]).strip(" :") if lines else "it failed"
+
+
+def measure(
+    case: Case, repeats: int, folder: Path, size: str, earlier: tuple[str | Path, ...]
+) -> None:
     """Run a case: copies and conversions in turns, and then the earlier version."""
     source, target, verifier = folder / case.container, folder / "out", folder / "verifier"
-    maker = ROOT / "benchmarks" / "make_checkpoint.py"
-    run(sys.executable, maker, source, "--container", case.container, "--size", size)
+    run(sys.executable, MAKER, source, "--container", case.container, "--size", size)
     case.megabytes = sum(path.stat().st_size for path in source.iterdir()) / 1e6
 
     def once(what: Callable[[], Run]) -> Run:
@@ -176,18 +206,19 @@ def measure(case: Case, repeats: int, folder: Path, size: str, earlier: Path | N
         if repeat % 2:
             case.cp.append(once(lambda: copy(source, target)))
         case.convert.append(once(lambda: convert(source, target, verifier)))
+        case.startup.append(once(lambda: convert_tiny(folder, target)))
         if not repeat % 2:
             case.cp.append(once(lambda: copy(source, target)))
         print(f"{case.container}: cp {case.cp[-1]}, convert {case.convert[-1]}", flush=True)
     if earlier:
-        # As its guide says; it validates unless told otherwise.
-        arguments = ("convert", "eagle", source, target, verifier, "--no-validate")
+        # It does not validate unless it is told a device for that.
+        options = ("--algorithm", "eagle", "--verifier", verifier, "--output-path", target)
         try:
-            for _ in range(min(repeats, 2)):
-                case.earlier.append(once(lambda: run(earlier, *arguments)))
+            for _ in range(min(repeats, 3)):
+                case.earlier.append(once(lambda: run(*earlier, "convert", source, *options)))
                 print(f"{case.container}: {EARLIER} {case.earlier[-1]}", flush=True)
         except RunError as error:
-            case.earlier_refused = str(error).strip().splitlines()[-1]
+            case.earlier_refused = why(error)
     shutil.rmtree(source)
 
 
@@ -214,26 +245,25 @@ def conditions() -> dict[str, Any]:
     }
 
 
-def summarise(cases: list[Case], small: list[Run], helps: dict[str, list[Run]]) -> dict[str, Any]:
+def summarise(cases: list[Case], helps: dict[str, list[Run]]) -> dict[str, Any]:
     """Reduce the runs to the numbers that the targets are about."""
-    startup = median(run.wall_s - run.fsync_s for run in small)
+    tiny = [run for case in cases for run in case.startup]
     ours = helps["ours"]
     found: dict[str, Any] = {
         "--help, CPU seconds": {"median": median(run.cpu_s for run in ours), "target": 0.25},
         "small conversion, wall seconds": {
-            "median": median(run.wall_s for run in small),
-            "of CPU": median(run.cpu_s for run in small),
+            "median": median(run.wall_s for run in tiny),
+            "of CPU": median(run.cpu_s for run in tiny),
             "target": 0.5,
         },
-        "start-up, wall seconds": {"median": startup},
     }
     for case in cases:
         found[f"{case.container}, over cp"] = {
-            "median": median(case.ratios(startup, fsync=False)),
+            "median": median(case.ratios(fsync=False)),
             "target": 1.15,
         }
         found[f"{case.container}, over cp, with fsync in both"] = {
-            "median": median(case.ratios(startup, fsync=True))
+            "median": median(case.ratios(fsync=True))
         }
         found[f"{case.container}, peak MB"] = {
             "median": median(run.peak_mb for run in case.convert),
@@ -265,33 +295,28 @@ def main() -> None:
 
     CACHE.mkdir(exist_ok=True)
     about = conditions()
-    earlier, not_installed = None, ""
+    earlier: tuple[str | Path, ...] = ()
+    not_installed = ""
     if not arguments.without_earlier:
         try:
             earlier = earlier_command()
         except RunError as error:
-            not_installed = f"{EARLIER} could not be installed: {error}"
+            not_installed = f"{EARLIER} could not be installed: {why(error)}"
     cases = [Case(container) for container in CONTAINERS]
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="bench-") as name:
         folder = Path(name)
         write_verifier(folder / "verifier", arguments.size)
         helps = {"ours": [run(*COMMAND, "--help") for _ in range(10)]}
         if earlier:
-            helps[EARLIER] = [run(earlier, "--help") for _ in range(2)]
+            helps[EARLIER] = [run(*earlier, "--help") for _ in range(2)]
 
-        few = folder / "few"
-        write_verifier(few / "verifier", "small")
-        maker = ROOT / "benchmarks" / "make_checkpoint.py"
-        run(sys.executable, maker, few / "source", "--size", "small")
-        small = [
-            convert(few / "source", few / f"out-{number}", few / "verifier") for number in range(10)
-        ]
+        make_tiny(folder)
         for case in cases:
             measure(case, arguments.repeats, folder, arguments.size, earlier)
     about["load_average_at_end"] = os.getloadavg()
 
-    summary = summarise(cases, small, helps)
-    raw = {"cases": cases, "small": small, "help": helps}
+    summary = summarise(cases, helps)
+    raw = {"cases": cases, "help": helps}
     results = {
         "conditions": about,
         "size": arguments.size,
