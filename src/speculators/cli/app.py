@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 from loguru import logger
 
-from speculators import __version__
 from speculators.cli import convert
 from speculators.errors import SpeculatorsError
 
@@ -24,6 +23,8 @@ app.add_typer(convert.app, name="convert")
 
 def _print_version(asked: bool) -> None:
     if asked:
+        from speculators import __version__
+
         typer.echo(f"speculators {__version__}")
         raise typer.Exit
 
