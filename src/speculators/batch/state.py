@@ -8,7 +8,7 @@ from loguru import logger
 
 from speculators.batch.manifest import Conversion
 from speculators.checkpoint.digest import sha256_of_files
-from speculators.checkpoint.reader import read_json
+from speculators.checkpoint.json_file import read_json
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.staging import check_output
 from speculators.convert.eagle.provenance import read_record

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 from loguru import logger
 
-from speculators import __version__
 from speculators.cli import convert, validate
 from speculators.cli.signals import stop_on_sigterm
 from speculators.errors import SpeculatorsError
@@ -26,6 +25,8 @@ app.command()(validate.validate)
 
 def _print_version(asked: bool) -> None:
     if asked:
+        from speculators import __version__
+
         typer.echo(f"speculators {__version__}")
         raise typer.Exit
 

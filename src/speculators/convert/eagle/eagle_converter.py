@@ -216,7 +216,9 @@ class EagleConverter:
 
 
 def _read(source: str | Path, revision: str | None, cache_dir: str | Path | None) -> Checkpoint:
-    checkpoint = read_checkpoint(open_repository(source, revision=revision, cache_dir=cache_dir))
+    checkpoint = read_checkpoint(
+        open_repository(source, revision=revision, cache_dir=cache_dir, one_file=True)
+    )
     logger.info(f"Loaded {len(checkpoint.tensors)} weights")
     return checkpoint
 
@@ -261,7 +263,7 @@ def _log(plan: ConversionPlan) -> None:
 def _refuse_to_replace_what_is_read(read: dict[str, str | Path], output: Path) -> None:
     for what, path in read.items():
         source = Path(path).expanduser()
-        if source.is_dir() and output.is_dir() and output.resolve() in source.resolve().parents:
+        if source.exists() and output.is_dir() and output.resolve() in source.resolve().parents:
             raise OutputError(f"{output} holds the {what} {source}; choose another output.")
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from loguru import logger
 
 from speculators.checkpoint.digest import sha256_of_files
+from speculators.checkpoint.json_file import read_json
 from speculators.checkpoint.progress import Progress, silent
-from speculators.checkpoint.reader import Checkpoint, read_json
+from speculators.checkpoint.reader import Checkpoint
 from speculators.convert.eagle.plan import DTYPES, ConversionPlan
 from speculators.errors import ValidationError
 from speculators.format.conversion import (

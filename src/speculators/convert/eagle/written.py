@@ -1,6 +1,6 @@
 """A converted checkpoint as the outcome of a plan, to check it again without its source."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,9 +20,14 @@ class Unavailable:
 
     name: str
     error: SpeculatorsError
+    weights: str | None = None
     commit: str | None = None
 
     def file(self, filename: str) -> Path | None:  # noqa: ARG002
+        """Raise the error."""
+        raise self.error
+
+    def part(self, filename: str, tensors: Collection[str]) -> Path | None:  # noqa: ARG002
         """Raise the error."""
         raise self.error
 
