@@ -64,9 +64,6 @@ def eagle(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Log every detail, and show tracebacks.")
-    ] = False,
 ) -> None:
     """Convert an EAGLE-1, EAGLE-2 or HASS draft.
 
@@ -77,7 +74,6 @@ def eagle(
     """
     from speculators.convert.eagle import EagleConverter
 
-    del debug  # read by main, before the command line is parsed
     converter = EagleConverter()
     if dry_run:
         from speculators.cli.plan_view import print_plan

@@ -14,9 +14,9 @@ from speculators.checkpoint.reader import read_tensors
 from speculators.checkpoint.repository import LocalDirectory
 from speculators.checkpoint.tensor import TensorInfo
 from speculators.checkpoint.writer import contiguous_chunks
-from speculators.convert.eagle.families import strip_prefix
 from speculators.convert.eagle.plan import ConversionPlan
 from speculators.convert.eagle.reference import PlainDraft
+from speculators.convert.families import strip_prefix
 from speculators.errors import SpeculatorsError, ValidationError
 from speculators.models.eagle import EagleOutput, EagleSpeculator
 from speculators.models.tensors import read_tensor
