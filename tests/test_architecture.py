@@ -17,7 +17,17 @@ MAY_IMPORT = {
     "decode": {"models", "checkpoint", "format", "errors"},
     "convert": {"models", "checkpoint", "format", "errors"},
     "evaluate": {"decode", "models", "checkpoint", "format", "errors"},
-    "cli": {"evaluate", "decode", "convert", "models", "checkpoint", "format", "errors"},
+    "inspection": {"convert", "models", "checkpoint", "format", "errors"},
+    "cli": {
+        "evaluate",
+        "inspection",
+        "decode",
+        "convert",
+        "models",
+        "checkpoint",
+        "format",
+        "errors",
+    },
 }
 """By package: which others it may import. The version in ``speculators`` is for all."""
 
@@ -92,5 +102,5 @@ def test_torch_is_imported_at_the_top_only_where_models_are(module: str) -> None
         )
     } & {"torch", "transformers"}
     proof = {"speculators.convert.eagle.reference", "speculators.convert.eagle.validation"}
-    if package(module) in {"format", "checkpoint", "convert", "cli", "errors"}:
+    if package(module) in {"format", "checkpoint", "convert", "inspection", "cli", "errors"}:
         assert not heavy or module in proof

@@ -74,7 +74,7 @@ def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
 LIGHT = [
     module
     for module in MODULES
-    if module.split(".")[1] in {"format", "checkpoint", "cli", "errors", "convert"}
+    if module.split(".")[1] in {"format", "checkpoint", "cli", "errors", "convert", "inspection"}
     and module
     not in {
         # The proof of a conversion is about a model.

@@ -9,6 +9,7 @@ __all__ = [
     "ConversionError",
     "FormatError",
     "HubError",
+    "NoWeightsError",
     "OutputError",
     "SpeculatorsError",
     "UnsafeCheckpointError",
@@ -23,6 +24,10 @@ class SpeculatorsError(Exception):
 
 class CheckpointError(SpeculatorsError, ValueError):
     """A file of a checkpoint is missing, damaged, or of a kind that is not read."""
+
+
+class NoWeightsError(CheckpointError):
+    """A checkpoint has none of the files that weights are looked for in."""
 
 
 class UnsafeCheckpointError(CheckpointError):

@@ -228,7 +228,7 @@ ERRORS: dict[str, tuple[Callable[[Setting], object], str]] = {
     ),
     "converted already": (
         with_config(speculators_model_type="eagle"),
-        r"is in a speculators format already",
+        r"a draft in the speculators format \(.*it is converted already",
     ),
     "values that are not finite": (
         with_tensors(lambda t: t["fc.weight"].fill_(torch.nan)),

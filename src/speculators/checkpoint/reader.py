@@ -12,7 +12,7 @@ from speculators.checkpoint.repository import Repository
 from speculators.checkpoint.safetensors_file import read_safetensors_file
 from speculators.checkpoint.tensor import TensorInfo
 from speculators.checkpoint.torch_file import read_torch_file
-from speculators.errors import CheckpointError
+from speculators.errors import CheckpointError, NoWeightsError
 
 __all__ = ["Checkpoint", "read_checkpoint", "read_config", "read_json", "read_tensors"]
 
@@ -119,7 +119,7 @@ def read_tensors(
     expected = ", ".join(
         name for container in CONTAINERS for name in (container.filename, container.index)
     )
-    raise CheckpointError(f"{repository.name} has no weights: none of {expected} is there.")
+    raise NoWeightsError(f"{repository.name} has no weights: none of {expected} is there.")
 
 
 def _say_what_is_passed_over(repository: Repository, chosen: Container) -> None:

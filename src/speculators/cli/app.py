@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from speculators import __version__
-from speculators.cli import convert
+from speculators.cli import convert, inspect
 from speculators.cli.shared import share_options
 
 __all__ = ["app", "main"]
@@ -17,6 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(convert.app, name="convert")
+app.command()(inspect.inspect)
 
 
 def _print_version(asked: bool) -> None:

@@ -67,9 +67,14 @@ def eagle(
 ) -> None:
     """Convert an EAGLE-1, EAGLE-2 or HASS draft.
 
-    OUTPUT gets config.json and model.safetensors. It appears complete and proven, or not at all.
+    OUTPUT gets config.json and model.safetensors. It appears complete and
+    proven, or not at all.
 
-    Example: speculators convert eagle yuhuili/EAGLE-LLaMA3.1-Instruct-8B ./converted
+    For example:
+
+    speculators convert eagle ./draft ./converted ./verifier --dry-run
+
+    speculators convert eagle yuhuili/EAGLE-LLaMA3.1-Instruct-8B ./converted
     meta-llama/Llama-3.1-8B-Instruct
     """
     from speculators.convert.eagle import EagleConverter

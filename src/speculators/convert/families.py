@@ -19,6 +19,8 @@ PREFIXES = ("model.",)
 
 NEVER = r"(?!)"
 
+AT_MOST_NEAR = 2
+
 QUANTIZED = re.compile(
     r"(?P<module>.+)\.(qweight|qzeros|g_idx|weight_scale(_inv)?|weight_packed|input_scale|scales?"
     r"|SCB|absmax|quant_map|weight\..+)"
@@ -58,10 +60,10 @@ class Family:
 FAMILIES = (
     Family(
         "speculators",
-        "a draft that is in a speculators format already",
+        "a draft in the speculators format",
         hints={"speculators_model_type": r".+"},
         decisive=True,
-        advice="load it with EagleSpeculator.from_pretrained",
+        advice="it is converted already: load it with EagleSpeculator.from_pretrained",
     ),
     Family(
         "eagle3",
@@ -138,6 +140,17 @@ class Near:
     found: dict[str, str]
     missing: tuple[str, ...]
     excluded: str | None
+
+    def __str__(self) -> str:
+        """The difference as a clause."""
+        before = sorted({name.removesuffix(part) for part, name in self.found.items()} - {""})
+        clauses = [
+            f"of {self.family.name} it has {len(self.found)} of {len(self.family.parts)} tensors",
+            f"with {' or '.join(before)} before their names" if before else "",
+            f"but lacks {listed(self.missing)}" if self.missing else "",
+            f"but also has {self.excluded}, which that never has" if self.excluded else "",
+        ]
+        return ", ".join(filter(None, clauses))
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,4 +259,4 @@ def _nearest(tensors: Mapping[str, TensorInfo]) -> tuple[Near, ...]:
             missing = tuple(part for part in family.parts if part not in found)
             excluded = family.lacks if family.lacks in tensors else None
             near.append(Near(family, found, missing, excluded))
-    return tuple(sorted(near, key=lambda it: len(it.missing) / len(it.family.parts)))
+    return tuple(sorted(near, key=lambda it: len(it.missing) / len(it.family.parts))[:AT_MOST_NEAR])

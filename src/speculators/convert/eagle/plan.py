@@ -10,7 +10,7 @@ from speculators.checkpoint.reader import Checkpoint
 from speculators.checkpoint.tensor import TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier
 from speculators.convert.eagle.layer_config import plan_layer
-from speculators.convert.families import Near, listed, recognise, strip_prefix
+from speculators.convert.families import listed, recognise, strip_prefix
 from speculators.errors import ConversionError
 from speculators.format.config import (
     EagleConfig,
@@ -18,12 +18,9 @@ from speculators.format.config import (
     SpeculatorsConfig,
     VerifierReference,
 )
-from speculators.format.tensors import FEATURES, features_of, required_tensors
+from speculators.format.tensors import DTYPES, FEATURES, features_of, required_tensors
 
-__all__ = ["DTYPES", "ConversionPlan", "DraftPlan", "plan_conversion", "plan_draft"]
-
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Dtypes that a draft may have, and torch's names for them."""
+__all__ = ["ConversionPlan", "DraftPlan", "plan_conversion", "plan_draft"]
 
 DECODER_LAYERS = {"llama": "LlamaDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
 
@@ -190,23 +187,11 @@ def _refuse_other_families(checkpoint: Checkpoint) -> None:
             "converted; give the original, unquantized checkpoint."
         )
     if found.family is None:
-        near = "; ".join(map(_describe_near, found.near)) or "it resembles none"
+        near = "; ".join(map(str, found.near)) or "none of these is in any of them"
         raise ConversionError(
             f"{checkpoint.name} is not an EAGLE checkpoint, nor of another kind that is known: "
             f"it has {listed(checkpoint.tensors)}; {near}."
         )
-
-
-def _describe_near(near: Near) -> str:
-    renamed = {part: name for part, name in near.found.items() if part != name}
-    clauses = [
-        f"has {near.excluded}, which that never has" if near.excluded else "",
-        f"lacks {listed(near.missing)}" if near.missing else "",
-        f"has {listed([f'{name} for {part}' for part, name in renamed.items()])}"
-        if renamed
-        else "",
-    ]
-    return f"next to {near.family.name} it {', and '.join(filter(None, clauses))}"
 
 
 def _without_prefix(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
