@@ -15,6 +15,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "ValidationError",
     "VerifierError",
+    "printable",
 ]
 
 
@@ -56,3 +57,8 @@ class HubError(SpeculatorsError, OSError):
 
 class ValidationError(SpeculatorsError, ValueError):
     """A converted checkpoint does not hold or compute what its source does."""
+
+
+def printable(text: str) -> str:
+    """``text`` from a file as a message can show it: short, and without control characters."""
+    return ascii(text[:100])[1:-1] + ("..." if len(text) > 100 else "")

@@ -24,10 +24,9 @@ from speculators.checkpoint.pickle_data import (
     Items,
     OrderedItems,
     Refused,
-    printable,
     read_pickle,
 )
-from speculators.errors import CheckpointError, UnsafeCheckpointError
+from speculators.errors import CheckpointError, UnsafeCheckpointError, printable
 
 TORCH_LIKE = {
     **PYTHON_GLOBALS,

@@ -115,7 +115,7 @@ class EagleConverter:
     ) -> ConversionPlan:
         """Say what ``convert`` would do, without writing anything; see there for the arguments."""
         checkpoint = read_checkpoint(
-            open_repository(input_path, revision=revision, cache_dir=cache_dir)
+            open_repository(input_path, revision=revision, cache_dir=cache_dir, one_file=True)
         )
         logger.info(f"Loaded {len(checkpoint.tensors)} weights")
         plan = plan_conversion(
@@ -148,7 +148,7 @@ def _log(plan: ConversionPlan) -> None:
 def _refuse_to_replace_what_is_read(read: dict[str, str | Path], output: Path) -> None:
     for what, path in read.items():
         source = Path(path).expanduser()
-        if source.is_dir() and output.is_dir() and output.resolve() in source.resolve().parents:
+        if source.exists() and output.is_dir() and output.resolve() in source.resolve().parents:
             raise OutputError(f"{output} holds the {what} {source}; choose another output.")
 
 
