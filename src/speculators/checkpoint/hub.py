@@ -220,7 +220,7 @@ class HubRepository:
 
     def _part_file(self, filename: str, tensors: Collection[str]) -> Path:
         """Where a part is kept: in the folder that the client has for what is made of files."""
-        from huggingface_hub import cached_assets_path
+        from huggingface_hub import cached_assets_path, constants
 
         assert self.commit is not None
         with self._told(filename):
@@ -228,7 +228,9 @@ class HubRepository:
                 "speculators",
                 namespace=self.name,
                 subfolder=self.commit,
-                assets_dir=self.cache_dir and self.cache_dir / "assets",
+                assets_dir=(
+                    self.cache_dir / "assets" if self.cache_dir else constants.HF_ASSETS_CACHE
+                ),
             )
         digest = hashlib.sha256("\n".join([filename, *sorted(tensors)]).encode()).hexdigest()
         return folder / f"{Path(filename).stem}-{digest[:16]}.safetensors"
