@@ -38,12 +38,11 @@ def inspect(
 
     speculators inspect yuhuili/EAGLE-LLaMA3.1-Instruct-8B --json
     """
-    from speculators.checkpoint.repository import open_repository
     from speculators.cli.inspect_view import print_finding
     from speculators.errors import CheckpointError
     from speculators.inspection.checkpoint import inspect_checkpoint
 
-    finding = inspect_checkpoint(open_repository(source, revision=revision, cache_dir=cache_dir))
+    finding = inspect_checkpoint(source, revision=revision, cache_dir=cache_dir)
     if as_json:
         print(finding.model_dump_json(indent=2))
     else:

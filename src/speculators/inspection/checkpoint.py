@@ -5,11 +5,12 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from speculators.checkpoint.reader import Checkpoint, read_config, read_tensors
-from speculators.checkpoint.repository import Repository
+from speculators.checkpoint.remote_header import headers_only
+from speculators.checkpoint.repository import Repository, open_repository
 from speculators.convert.eagle import LAYERNORM_MAPPINGS
 from speculators.convert.eagle.plan import plan_draft
 from speculators.convert.families import recognise, strip_prefix
@@ -45,16 +46,33 @@ UNUSUAL = ("fusion_bias", "attention_bias", "layernorms")
 HASS = re.compile(r"(?<![a-z])hass(?![a-z])", re.IGNORECASE)
 
 
-def inspect_checkpoint(repository: Repository) -> Finding:
+def inspect_checkpoint(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Finding:
     """Say what a checkpoint is, on what evidence, and what can be done with it.
 
-    Only its config.json and the headers of its weight files are read.
+    Only its config.json and the headers of its weight files are read; from the Hub no more than
+    those is fetched.
+
+    Args:
+        source: a directory, a file of weights in one, or a Hugging Face id.
+        revision: a branch, tag or commit on the Hub.
+        cache_dir: where downloads are kept; the Hub client's own place if not given.
 
     Raises:
         CheckpointError: if either is damaged, or there is no config.json.
         HubError: if a file cannot be had from the Hub.
 
     """
+    repository = open_repository(source, revision=revision, cache_dir=cache_dir, one_file=True)
+    with headers_only(repository) as light:
+        return _inspect(light)
+
+
+def _inspect(repository: Repository) -> Finding:
     config, config_file = read_config(repository)
     notes: list[str] = []
     try:
