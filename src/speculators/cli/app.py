@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from speculators import __version__
-from speculators.cli import convert, inspect
+from speculators.cli import convert, doctor, inspect
 from speculators.cli.shared import share_options
 
 __all__ = ["app", "main"]
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.add_typer(convert.app, name="convert")
 app.command()(inspect.inspect)
+app.command()(doctor.doctor)
 
 
 def _print_version(asked: bool) -> None:
