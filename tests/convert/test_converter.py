@@ -15,6 +15,7 @@ from helpers import (
     GOLDEN_NAMES,
     PLAIN,
     TOLERANCE,
+    WRITTEN,
     CommandLine,
     Tensors,
     config_of,
@@ -81,7 +82,7 @@ def test_the_log_of_a_process_is_the_same(tmp_path: Path, verifier: Path) -> Non
         "Saved to: out",
     ]
     assert len(run.messages) == len(run.stderr.splitlines())
-    assert entries(tmp_path) == ["out", "out/config.json", "out/model.safetensors"]
+    assert entries(tmp_path) == ["out", *(f"out/{name}" for name in WRITTEN)]
 
 
 def test_without_validation_nothing_is_said_of_it(
@@ -162,7 +163,7 @@ def test_str_and_path_are_taken_and_the_path_comes_back(
     returned = EagleConverter().convert(kind(GOLDEN / PLAIN), kind(output), kind(verifier))
     assert isinstance(returned, Path)
     assert returned == output
-    assert entries(output) == ["config.json", "model.safetensors"]
+    assert entries(output) == WRITTEN
 
 
 def test_one_converter_converts_many(tmp_path: Path, verifiers: dict[str, Path]) -> None:
@@ -183,7 +184,7 @@ def test_one_converter_converts_many(tmp_path: Path, verifiers: dict[str, Path])
 
 def test_two_conversions_give_the_same_bytes(tmp_path: Path, verifier: Path) -> None:
     one, two = (convert(GOLDEN / PLAIN, tmp_path / name, verifier) for name in ("one", "two"))
-    for name in ("config.json", "model.safetensors"):
+    for name in WRITTEN:
         assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
@@ -634,14 +635,14 @@ def test_overwrite_replaces_a_converted_checkpoint_as_a_whole(
     assert speculators(*arguments).status == 1
     assert "more.txt" in entries(out)
     assert speculators(*arguments, "--overwrite").status == 0
-    assert entries(tmp_path) == ["out", "out/config.json", "out/model.safetensors"]
+    assert entries(tmp_path) == ["out", *(f"out/{name}" for name in WRITTEN)]
     assert config_of(out)["layernorms"] is True
 
 
 def test_an_empty_directory_may_be_the_output(tmp_path: Path, verifier: Path) -> None:
     (tmp_path / "out").mkdir()
     convert(GOLDEN / PLAIN, tmp_path / "out", verifier)
-    assert entries(tmp_path) == ["out", "out/config.json", "out/model.safetensors"]
+    assert entries(tmp_path) == ["out", *(f"out/{name}" for name in WRITTEN)]
 
 
 @pytest.mark.parametrize("config", ["{}", '{"model_type": "llama"}', None])
@@ -693,8 +694,8 @@ def test_validation_finds_a_wrong_result(
     if what == "bytes":
         from speculators.checkpoint.writer import write_safetensors_file as write
 
-        def write_wrong(path: Path, tensors: Any) -> None:
-            write(path, tensors)
+        def write_wrong(path: Path, *arguments: Any, **options: Any) -> None:
+            write(path, *arguments, **options)
             data = bytearray(path.read_bytes())
             data[-1] ^= 1
             path.write_bytes(data)

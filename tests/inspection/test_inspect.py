@@ -59,6 +59,7 @@ def added(name: str, tensor: torch.Tensor) -> Callable[[Tensors], None]:
 def test_the_json_of_every_golden_checkpoint(
     monkeypatch: pytest.MonkeyPatch, speculators: CommandLine, name: str
 ) -> None:
+    """They are made anew by `cd tests/golden; speculators inspect NAME --json`."""
     monkeypatch.chdir(GOLDEN)
     assert finding(speculators, name) == json.loads((EXPECTED / f"{name}.json").read_text())
 

@@ -64,6 +64,9 @@ class Checkpoint:
     config_file: Path
     tensors: dict[str, TensorInfo]
 
+    commit: str | None = None
+    """That the files come from, if they are the Hub's."""
+
 
 def read_checkpoint(repository: Repository) -> Checkpoint:
     """Read a checkpoint's config.json and the headers of its weight files.
@@ -75,7 +78,8 @@ def read_checkpoint(repository: Repository) -> Checkpoint:
     """
     _weights_of(repository)
     config, config_file = read_config(repository)
-    return Checkpoint(repository.name, config, config_file, read_tensors(repository))
+    tensors = read_tensors(repository)
+    return Checkpoint(repository.name, config, config_file, tensors, repository.commit)
 
 
 def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:

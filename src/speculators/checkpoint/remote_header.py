@@ -74,6 +74,11 @@ class _HeadersOnly:
         self.hub = hub
         self.folder = folder
 
+    @property
+    def commit(self) -> str | None:
+        """See ``Repository``."""
+        return self.hub.commit
+
     def file(self, filename: str) -> Path | None:
         """See ``Repository``."""
         if not WEIGHTS.fullmatch(filename):

@@ -22,6 +22,10 @@ class Repository(Protocol):
     weights: str | None
     """The file of weights, or the index of several, that the user named; else ``None``."""
 
+    @property
+    def commit(self) -> str | None:
+        """Of a Hub repository: the commit that its files come from, once there was one."""
+
     def file(self, filename: str) -> Path | None:
         """A local path of ``filename``, or ``None`` where the repository has no such file."""
 
@@ -42,6 +46,7 @@ class LocalDirectory:
         self.path = path
         self.weights = weights
         self.name = str(path / (weights or ""))
+        self.commit: str | None = None
 
     def file(self, filename: str) -> Path | None:
         """See ``Repository``."""

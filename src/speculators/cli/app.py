@@ -5,8 +5,9 @@ from typing import Annotated
 import typer
 
 from speculators import __version__
-from speculators.cli import convert, doctor, inspect
+from speculators.cli import convert, doctor, inspect, validate
 from speculators.cli.shared import share_options
+from speculators.cli.signals import stop_on_sigterm
 
 __all__ = ["app", "main"]
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(convert.app, name="convert")
 app.command()(inspect.inspect)
+app.command()(validate.validate)
 app.command()(doctor.doctor)
 
 
@@ -46,4 +48,5 @@ share_options(app)  # after the last command is added
 
 def main() -> None:
     """Run the command line; exits with a status that ``shared`` lists."""
+    stop_on_sigterm()
     app()

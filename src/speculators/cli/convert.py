@@ -1,5 +1,6 @@
 """`speculators convert`: research checkpoints into the speculators format."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,14 @@ __all__ = ["app"]
 app = typer.Typer(
     help="Convert a research checkpoint to the speculators format.", no_args_is_help=True
 )
+
+
+class Dtype(str, Enum):
+    """What tensors can be rounded to."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
 
 
 @app.callback()
@@ -61,14 +70,18 @@ def eagle(
         bool,
         typer.Option("--overwrite", help="Replace OUTPUT if a converted checkpoint is there."),
     ] = False,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Round the tensors to this type; each keeps its own if not given."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
     ] = False,
 ) -> None:
     """Convert an EAGLE-1, EAGLE-2 or HASS draft.
 
-    OUTPUT gets config.json and model.safetensors. It appears complete and
-    proven, or not at all.
+    OUTPUT gets config.json, model.safetensors, and conversion.json, which tells
+    what they were made of. It appears complete and proven, or not at all.
 
     For example:
 
@@ -77,6 +90,7 @@ def eagle(
     speculators convert eagle yuhuili/EAGLE-LLaMA3.1-Instruct-8B ./converted
     meta-llama/Llama-3.1-8B-Instruct
     """
+    from speculators.cli.progress import progress_bar
     from speculators.convert.eagle import EagleConverter
 
     converter = EagleConverter()
@@ -91,17 +105,21 @@ def eagle(
                 layernorms=layernorms,
                 cache_dir=cache_dir,
                 revision=revision,
+                dtype=dtype,
             )
         )
         return
-    converter.convert(
-        source,
-        output,
-        base_model,
-        fusion_bias=fusion_bias,
-        layernorms=layernorms,
-        validate=validate,
-        cache_dir=cache_dir,
-        revision=revision,
-        overwrite=overwrite,
-    )
+    with progress_bar() as progress:
+        converter.convert(
+            source,
+            output,
+            base_model,
+            fusion_bias=fusion_bias,
+            layernorms=layernorms,
+            validate=validate,
+            cache_dir=cache_dir,
+            revision=revision,
+            overwrite=overwrite,
+            dtype=dtype,
+            progress=progress,
+        )

@@ -35,7 +35,9 @@ def _tensors(plan: ConversionPlan) -> Iterator[tuple[str, ...]]:
     targets = {info.name: target for target, info in plan.tensors.items()}
     for name, info in plan.source.tensors.items():
         becomes = targets.get(name) or f"left out: {plan.left_out[name]}"
-        yield name, info.dtype, describe_shape(info.shape), becomes
+        rounded = name in targets and plan.rounded_to not in {None, info.dtype}
+        dtype = f"{info.dtype} -> {plan.rounded_to}" if rounded else info.dtype
+        yield name, dtype, describe_shape(info.shape), becomes
 
 
 def _line(change: ConfigChange) -> str:

@@ -1,7 +1,7 @@
 """What every command shares: --quiet and --debug, the log, and how errors leave it.
 
 Exit statuses: 0, done; 1, an error, told in one sentence; 2, the command line was not
-understood; 130, interrupted.
+understood; 130, interrupted by Ctrl-C; 143, stopped by SIGTERM.
 """
 
 import functools

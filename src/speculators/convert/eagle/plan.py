@@ -7,7 +7,7 @@ from pathlib import Path
 
 from speculators import __version__
 from speculators.checkpoint.reader import Checkpoint
-from speculators.checkpoint.tensor import TensorInfo, describe_shape
+from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier
 from speculators.convert.eagle.layer_config import plan_layer
 from speculators.convert.families import listed, recognise, strip_prefix
@@ -70,6 +70,8 @@ class ConversionPlan:
         left_out: source name → why the tensor is not taken along.
         config_left_out: key of the source's config → why it does not reach the new one.
         odd: sentences for the log: where config, tensors and reference do not say the same.
+        rounded_to: the type that all tensors get, a key of ``DTYPES``; ``None`` if each keeps its
+            own.
 
     """
 
@@ -80,11 +82,15 @@ class ConversionPlan:
     left_out: dict[str, str]
     config_left_out: dict[str, str]
     odd: list[str]
+    rounded_to: str | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+        """Bytes of all tensors, as they are written."""
+        return sum(
+            info.elements * DTYPE_BITS[self.rounded_to or info.dtype] // 8
+            for info in self.tensors.values()
+        )
 
 
 def plan_conversion(
@@ -94,6 +100,7 @@ def plan_conversion(
     *,
     fusion_bias: bool = False,
     layernorms: bool = False,
+    rounded_to: str | None = None,
 ) -> ConversionPlan:
     """Plan the conversion of an EAGLE-1, EAGLE-2 or HASS checkpoint.
 
@@ -104,6 +111,8 @@ def plan_conversion(
         fusion_bias: the caller says that there is ``fc.bias``: an error if there is not. The
             tensors decide in any case.
         layernorms: the caller says that there are extra layernorms; likewise.
+        rounded_to: the type that all tensors get, a key of ``DTYPES``; each keeps its own if not
+            given.
 
     Raises:
         ConversionError: if the tensors are not those of such a checkpoint, or contradict the
@@ -120,7 +129,7 @@ def plan_conversion(
     config = EagleConfig(
         architectures=["EagleSpeculator", decoder_layer],
         speculators_version=__version__,
-        torch_dtype=draft.dtype,
+        torch_dtype=DTYPES[rounded_to] if rounded_to else draft.dtype,
         transformer_layer_architecture=decoder_layer,
         transformer_layer_config=draft.layer,
         layernorms="layernorms" in draft.features,
@@ -139,6 +148,7 @@ def plan_conversion(
         draft.left_out,
         draft.config_left_out,
         draft.odd,
+        rounded_to,
     )
 
 
