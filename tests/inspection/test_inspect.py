@@ -170,6 +170,7 @@ def test_a_converted_draft(
         "vocab_size": 320,
         "name": str(verifiers[name]),
     }
+    assert found["converted_from"] == {"name": str(GOLDEN / name), "revision": None}
     assert not found["conversion"]["possible"]
     assert "converted already" in found["conversion"]["why_not"]
 
@@ -210,6 +211,16 @@ def test_a_converted_draft_that_is_damaged(
     found = finding(speculators, damaged)
     assert found["kind"] == "speculators"
     assert re.search(r"cannot be used: .*lacks fc\.weight", found["notes"][0])
+
+
+def test_a_record_that_is_damaged(
+    tmp_path: Path, converted: dict[str, Path], speculators: CommandLine
+) -> None:
+    draft = shutil.copytree(converted[PLAIN], tmp_path / "draft")
+    (draft / "conversion.json").write_text("{}")
+    found = finding(speculators, draft)
+    assert found["converted_from"] is None
+    assert "not known: conversion.json, key speculators_version" in found["notes"][0]
 
 
 def test_a_type_that_this_version_does_not_read(tmp_path: Path, speculators: CommandLine) -> None:

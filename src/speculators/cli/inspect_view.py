@@ -46,6 +46,8 @@ def _lines(finding: Finding) -> Iterator[tuple[str, list[str]]]:
         yield "weights", _weights(finding)
     if finding.sizes:
         yield "sizes", [", ".join(f"{key} {value}" for key, value in finding.sizes.items())]
+    if source := finding.converted_from:
+        yield "made of", [source.name + (f" at {source.revision}" if source.revision else "")]
     if finding.layout:
         yield "layout", [LAYOUTS[finding.layout]]
     if finding.verifier:

@@ -6,8 +6,10 @@ understood; 130, interrupted by Ctrl-C; 143, stopped by SIGTERM.
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 import typer
@@ -15,16 +17,30 @@ from loguru import logger
 
 from speculators.errors import SpeculatorsError
 
-__all__ = ["share_options"]
+__all__ = ["is_quiet", "share_options"]
 
 FORMAT = "<green>{time:YYYY-MM-DD HH:mm:ss}</green> | <level>{level: <8}</level> | {message}"
+
+QUIET_ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""What keeps the libraries quiet, which read it when they are imported."""
+
+LEFT_TO_TYPER = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
+"""How a command ends early, asks for other arguments, or finds the reader of its output gone."""
+
+_quiet = ContextVar("quiet", default=False)
 
 SHARED_OPTIONS = tuple(
     inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
     )
     for name, option in {
-        "quiet": typer.Option("--quiet", "-q", help="Log nothing but errors."),
+        "quiet": typer.Option(
+            "--quiet", "-q", help="Log nothing but errors, and show no progress."
+        ),
         "debug": typer.Option("--debug", help="Log every detail, and show tracebacks."),
     }.items()
 )
@@ -40,6 +56,11 @@ def share_options(app: typer.Typer) -> None:
             share_options(group.typer_instance)
 
 
+def is_quiet() -> bool:
+    """Whether the command that runs was told --quiet: then it shows no progress either."""
+    return _quiet.get()
+
+
 def _sharing(command: Callable[..., Any]) -> Callable[..., None]:
     """Wrap a command: typer takes its options from the signature."""
 
@@ -48,18 +69,21 @@ def _sharing(command: Callable[..., Any]) -> Callable[..., None]:
         if quiet and debug:
             raise typer.BadParameter("--quiet and --debug exclude each other.")
         _start_log("ERROR" if quiet else "DEBUG" if debug else "INFO")
+        _quiet.set(quiet)
+        if quiet:
+            os.environ |= QUIET_ENVIRONMENT
         try:
             command(*arguments, **options)
-        except (SpeculatorsError, OSError) as error:
-            # An OSError of another class: a disk or a file system that fails where nothing
-            # expects it. A reader of a pipe that went away is no error: typer sees to it.
-            if debug or isinstance(error, BrokenPipeError):
-                raise
-            logger.error(str(error) if isinstance(error, SpeculatorsError) else f"{error}.")
-            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             logger.error("Interrupted.")
             raise typer.Exit(130) from None
+        except LEFT_TO_TYPER:
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            logger.error(_sentence(error))
+            raise typer.Exit(1) from None
 
     signature = inspect.signature(command, eval_str=True)
     parameters = [*signature.parameters.values(), *SHARED_OPTIONS]
@@ -68,6 +92,19 @@ def _sharing(command: Callable[..., Any]) -> Callable[..., None]:
     return run
 
 
+def _sentence(error: Exception) -> str:
+    if isinstance(error, SpeculatorsError):
+        return str(error)
+    if isinstance(error, OSError):  # a disk or a file system that fails where nothing expects it
+        return f"{error}."
+    first, *_ = [*str(error).splitlines(), ""]
+    return (
+        f"This should not happen ({type(error).__name__}: {first}): run it again with --debug, and "
+        "report what that prints."
+    )
+
+
 def _start_log(level: str) -> None:
     logger.remove()
-    logger.add(sys.stderr, level=level, format=FORMAT)
+    colorize = False if os.environ.get("NO_COLOR") else None  # loguru does not heed it itself
+    logger.add(sys.stderr, level=level, format=FORMAT, colorize=colorize)

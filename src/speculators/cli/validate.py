@@ -30,10 +30,15 @@ def validate(
 ) -> None:
     """Check a converted checkpoint again, at any time; nothing is written.
 
-    Its files have to be those that its conversion.json tells of, and the draft has to load and
-    compute what its tensors say. With --source, everything is proven that `convert` proves.
+    Its files have to be those that its conversion.json tells of, and the draft
+    has to load and compute what its tensors say. With --source, everything is
+    proven that `convert` proves.
 
-    Example: speculators validate ./converted --source yuhuili/EAGLE-LLaMA3.1-Instruct-8B
+    For example:
+
+    speculators validate ./converted
+
+    speculators validate ./converted --source ./draft
     """
     from speculators.cli.progress import progress_bar
     from speculators.convert.eagle import EagleConverter

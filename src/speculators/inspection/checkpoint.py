@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from speculators.checkpoint.json_file import read_json
 from speculators.checkpoint.reader import Checkpoint, read_config, read_tensors
 from speculators.checkpoint.remote_header import headers_only
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.convert.eagle import LAYERNORM_MAPPINGS
 from speculators.convert.eagle.plan import plan_draft
 from speculators.convert.families import recognise, strip_prefix
-from speculators.errors import ConversionError, FormatError, NoWeightsError
+from speculators.errors import CheckpointError, ConversionError, FormatError, NoWeightsError
+from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
 from speculators.format.layouts import current_name
 from speculators.format.tensors import FEATURES, TENSORS
 from speculators.inspection.findings import (
@@ -84,6 +86,7 @@ def _inspect(repository: Repository) -> Finding:
     found = recognise(config, tensors)
     kind = found.family.kind if found.family else "unknown"
     details = DETAILS.get(kind, _details)(checkpoint)
+    record = repository.file(CONVERSION_FILE) if kind == "speculators" else None
 
     title = found.family.name if found.family else "of no kind that is known"
     unusual = [FEATURES[it] for it in UNUSUAL if details.features and details.features[it]]
@@ -104,6 +107,7 @@ def _inspect(repository: Repository) -> Finding:
             )
             for near in found.near
         ],
+        converted_from=_source_of(record, notes) if record else None,
         notes=notes + details.notes,
         layout=details.layout,
         features=details.features,
@@ -238,6 +242,16 @@ def _why_not(checkpoint: Checkpoint) -> str:
     except ConversionError as error:
         return str(error)
     raise AssertionError(f"{checkpoint.name} can be converted")
+
+
+def _source_of(record: Path, notes: list[str]) -> RepositoryRecord | None:
+    """What a conversion.json says that a draft was made of."""
+    try:
+        source = parse_conversion(read_json(record), record.name).source
+    except (CheckpointError, FormatError) as error:
+        notes.append(f"Where it comes from is not known: {error}")
+        return None
+    return RepositoryRecord(name=source.name, revision=source.revision)
 
 
 def _features(names: Mapping[str, str]) -> dict[str, list[str]]:

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from speculators.format.conversion import RepositoryRecord
+
 __all__ = [
     "ConversionFinding",
     "Finding",
@@ -90,6 +92,8 @@ class Finding(_Part):
     """For an unknown checkpoint: the kinds that it resembles, the nearest first."""
     notes: list[str]
     """What cannot be told, and what is wrong."""
+    converted_from: RepositoryRecord | None = None
+    """For kind speculators: what its conversion.json says that it was made of."""
     layout: Literal["current", "0.1.0 to 0.3.0"] | None = None
     """For kind speculators: which version's names its tensors have."""
     features: dict[str, list[str]] | None = None
