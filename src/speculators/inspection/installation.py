@@ -36,7 +36,7 @@ LITTLE_SPACE = 10 * 10**9
 class Check(BaseModel):
     """One thing that was looked at."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     name: str
     status: Literal["ok", "absent", "warning", "broken"]
@@ -51,7 +51,7 @@ class Check(BaseModel):
 class Diagnosis(BaseModel):
     """What ``speculators doctor --json`` prints."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     schema_version: Literal[1] = 1
     ok: bool
