@@ -164,6 +164,22 @@ def test_what_is_encoded_is_read_by_us_and_by_the_library(
         assert set(file.keys()) == tensors.keys()
 
 
+def test_most_bytes_come_to_lie_on_the_same_place_of_a_page(path: Path) -> None:
+    """Which is what the kernel copies fastest; the library's own alignment is kept."""
+    infos = {
+        "small": TensorInfo("small", "U8", (5000,), path, 16),
+        "large": TensorInfo("large", "F32", (100, 1000), path, 12345 * 8),
+        "odd": TensorInfo("odd", "U8", (300_000,), path, 7),
+    }
+    header = encode_header(infos, {})
+    large = len(header) + 5000
+    assert (large - infos["large"].offset) % 4096 == 0
+    assert len(header) % 8 == 0
+    assert len(header) < 5000
+    tiny = {"tiny": TensorInfo("tiny", "U8", (100,), path, 1000)}
+    assert len(encode_header(tiny, {})) < 120
+
+
 # --- what is refused
 
 

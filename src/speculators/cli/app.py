@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from speculators import __version__
 from speculators.cli import convert, doctor, inspect, validate
 from speculators.cli.shared import share_options
 from speculators.cli.signals import stop_on_sigterm
@@ -25,6 +24,8 @@ app.command()(doctor.doctor)
 
 def _print_version(asked: bool) -> None:
     if asked:
+        from speculators import __version__
+
         typer.echo(f"speculators {__version__}")
         raise typer.Exit
 
