@@ -161,6 +161,7 @@ def test_colours_are_for_terminals_and_heed_no_color(tmp_path: Path) -> None:
     assert COLOUR.search(on_a_terminal("--help"))
     assert not COLOUR.search(on_a_terminal("--help", NO_COLOR="1"))
     assert "\x1b" not in run_process("inspect", missing).stderr
+    assert COLOUR.search(run_process("inspect", missing, FORCE_COLOR="1").stderr)
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])

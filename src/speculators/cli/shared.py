@@ -106,5 +106,7 @@ def _sentence(error: Exception) -> str:
 
 def _start_log(level: str) -> None:
     logger.remove()
-    colorize = False if os.environ.get("NO_COLOR") else None  # loguru does not heed it itself
+    # loguru does not heed these by itself; None leaves it to what the log goes to.
+    wanted = {"NO_COLOR": False, "FORCE_COLOR": True}
+    colorize = next((colour for name, colour in wanted.items() if os.environ.get(name)), None)
     logger.add(sys.stderr, level=level, format=FORMAT, colorize=colorize)

@@ -19,8 +19,6 @@ PREFIXES = ("model.",)
 
 NEVER = r"(?!)"
 
-AT_MOST_NEAR = 2
-
 QUANTIZED = re.compile(
     r"(?P<module>.+)\.(qweight|qzeros|g_idx|weight_scale(_inv)?|weight_packed|input_scale|scales?"
     r"|SCB|absmax|quant_map|weight\..+)"
@@ -259,4 +257,6 @@ def _nearest(tensors: Mapping[str, TensorInfo]) -> tuple[Near, ...]:
             missing = tuple(part for part in family.parts if part not in found)
             excluded = family.lacks if family.lacks in tensors else None
             near.append(Near(family, found, missing, excluded))
-    return tuple(sorted(near, key=lambda it: len(it.missing) / len(it.family.parts))[:AT_MOST_NEAR])
+    near.sort(key=lambda it: len(it.missing) / len(it.family.parts))
+    # One of which only a few tensors are there is worth a word if there is no nearer one.
+    return tuple(it for it in near if it is near[0] or len(it.found) >= len(it.missing))
