@@ -191,6 +191,23 @@ def test_a_damaged_file_is_called_by_its_name_on_the_hub(
     assert re.search(f"^org/draft/model.safetensors .*{pattern}", run.errors[0])
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda tensors: tensors.update({"fc.weight": torch.ones(64, 127)}),
+        lambda tensors: tensors.update({"layers.0.mlp.up_proj.weight": torch.ones(3, 64)}),
+    ],
+)
+def test_why_it_cannot_be_converted_is_told_in_its_names_on_the_hub(
+    tmp_path: Path, server: HubServer, speculators: CommandLine, edit: Callable[[Tensors], None]
+) -> None:
+    source = write_checkpoint(tmp_path / "source", edit=edit)
+    server.add_repo("org/draft", source)
+    found = told(speculators, "org/draft")
+    assert found == told(speculators, source)
+    assert found["conversion"]["why_not"].startswith("SOURCE/model.safetensors: ")
+
+
 @pytest.mark.parametrize("at", [0, 40, 1000, -30])
 def test_a_damaged_zip(
     tmp_path: Path, server: HubServer, speculators: CommandLine, at: int

@@ -4,7 +4,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -82,6 +82,10 @@ def _inspect(repository: Repository) -> Finding:
     except NoWeightsError as error:
         tensors = {}
         notes.append(f"{error} What it is, is judged by its config.json alone.")
+    if repository.commit:  # on the Hub, where files have other names than in a cache
+        home = Path(repository.name)
+        tensors = {n: replace(info, file=home / info.file.name) for n, info in tensors.items()}
+        config_file = home / config_file.name
     checkpoint = Checkpoint(repository.name, config, config_file, tensors)
     found = recognise(config, tensors)
     kind = found.family.kind if found.family else "unknown"
