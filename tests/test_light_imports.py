@@ -65,6 +65,24 @@ def test_a_conversion_without_validation_needs_no_torch(
     assert ("out/model.safetensors" in entries(tmp_path)) == (option == "--no-validate")
 
 
+@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_inspecting_needs_no_torch(tmp_path: Path, container: str, options: list[str]) -> None:
+    source = write_checkpoint(tmp_path / "source", container=container)
+    assert loaded_after(MAIN, "inspect", str(source), *options) == (0, set())
+
+
+def test_inspecting_a_converted_draft_needs_no_torch(converted: dict[str, Path]) -> None:
+    for directory in converted.values():
+        assert loaded_after(MAIN, "inspect", str(directory)) == (0, set())
+
+
+def test_the_doctor_needs_no_torch() -> None:
+    status, loaded = loaded_after(MAIN, "doctor")
+    assert status in {0, 1}  # it may have found something
+    assert loaded == set()
+
+
 def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
     source = write_checkpoint(tmp_path / "source", edit=lambda tensors: tensors.pop("fc.weight"))
     arguments = ["convert", "eagle", str(source), "out", str(verifier)]
@@ -74,7 +92,8 @@ def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
 LIGHT = [
     module
     for module in MODULES
-    if module.split(".")[1] in {"format", "checkpoint", "cli", "errors", "convert", "batch"}
+    if module.split(".")[1]
+    in {"format", "checkpoint", "cli", "errors", "convert", "inspection", "batch"}
     and module
     not in {
         # The proof of a conversion is about a model.

@@ -10,12 +10,14 @@ __all__ = [
     "FormatError",
     "HubError",
     "ManifestError",
+    "NoWeightsError",
     "OutputError",
     "SpeculatorsError",
     "UnsafeCheckpointError",
     "ValidationError",
     "VerifierError",
     "printable",
+    "sentence",
 ]
 
 
@@ -25,6 +27,10 @@ class SpeculatorsError(Exception):
 
 class CheckpointError(SpeculatorsError, ValueError):
     """A file of a checkpoint is missing, damaged, or of a kind that is not read."""
+
+
+class NoWeightsError(CheckpointError):
+    """A checkpoint has none of the files that weights are looked for in."""
 
 
 class UnsafeCheckpointError(CheckpointError):
@@ -62,3 +68,16 @@ class ValidationError(SpeculatorsError, ValueError):
 def printable(text: str) -> str:
     """``text`` from a file as a message can show it: short, and without control characters."""
     return ascii(text[:100])[1:-1] + ("..." if len(text) > 100 else "")
+
+
+def sentence(error: Exception) -> str:
+    """What to tell a user of an error; of one that was not foreseen, what to do about it."""
+    if isinstance(error, SpeculatorsError):
+        return str(error)
+    if isinstance(error, OSError):  # a disk or a file system that fails where nothing expects it
+        return f"{error}."
+    first, *_ = [*str(error).splitlines(), ""]
+    return (
+        f"This should not happen ({type(error).__name__}: {first}): run it again with --debug, and "
+        "report what that prints."
+    )

@@ -38,6 +38,9 @@ from speculators.models.eagle import EagleSpeculator
 
 convert = EagleConverter().convert
 
+CHANGE = re.compile(r"([=~+-]) ([\w.]+): ")
+"""What a dry run says of a key of config.json."""
+
 
 def without_embedding(tensors: Tensors) -> None:
     del tensors["embed_tokens.weight"]
@@ -584,11 +587,39 @@ def test_a_dry_run_names_every_tensor_and_writes_nothing(
     assert run.status == 0
     assert entries(tmp_path) == before
     for stored in [*source_tensors(name), *LAYERNORM_MAPPINGS.values(), head]:
-        assert re.search(rf"│ {re.escape(stored)} ", run.stdout), stored
-    assert "left out: " in run.stdout
+        assert re.search(rf"(^|  ){re.escape(stored)}(  |$)", run.stdout, re.MULTILINE), stored
+    assert "left out: logits come from the verifier's own head" in run.stdout
     assert str(source) in run.stdout
-    assert '"speculators_model_type": "eagle"' in run.stdout
-    assert "nothing was written" in run.stdout
+    assert (
+        '~ architectures: ["LlamaForCausalLM"] -> ["EagleSpeculator", "LlamaDecoderLayer"]  '
+        "(the draft's own are written)\n"
+    ) in run.stdout
+    for line in (
+        "= transformer_layer_config.hidden_size: 64",
+        "- bias: false  (a hint: the tensors decide)",
+        '+ speculators_model_type: "eagle"',
+        "+ layernorms: true",
+        "Nothing was written.",
+    ):
+        assert line in run.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_a_dry_run_tells_of_every_key_of_both_configs(
+    tmp_path: Path, verifiers: dict[str, Path], speculators: CommandLine, name: str
+) -> None:
+    arguments = ("convert", "eagle", GOLDEN / name, tmp_path / "out", verifiers[name])
+    lines = speculators(*arguments, "--dry-run").stdout.splitlines()
+    assert speculators(*arguments, "--no-validate").status == 0
+    told = {
+        key: sign for sign, key in (m.groups() for m in map(CHANGE.match, lines) if m is not None)
+    }
+    for key, value in source_config(name).items():
+        assert key in told or f"transformer_layer_config.{key}" in told or value is None
+    written = config_of(tmp_path / "out")
+    nested = {key: written.pop(key) for key in ("transformer_layer_config", "speculators_config")}
+    expected = {*written, *(f"{key}.{inner}" for key in nested for inner in nested[key])}
+    assert {key for key, sign in told.items() if sign != "-"} == expected
 
 
 # --overwrite

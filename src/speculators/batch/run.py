@@ -27,7 +27,7 @@ from loguru import logger
 from speculators.batch.manifest import Conversion
 from speculators.batch.state import is_done
 from speculators.convert.eagle import EagleConverter
-from speculators.errors import SpeculatorsError
+from speculators.errors import sentence
 
 if TYPE_CHECKING:
     from loguru import Message
@@ -117,8 +117,8 @@ class Batch:
             try:
                 if is_done(outcome.conversion, cache_dir=self.cache_dir):
                     outcome.state = State.DONE_BEFORE
-            except (SpeculatorsError, OSError) as error:
-                outcome.state, outcome.error = State.FAILED, _sentence(error)
+            except Exception as error:
+                outcome.state, outcome.error = State.FAILED, sentence(error)
                 logger.error(f"[{self._name(number)}] {outcome.error}")
 
     def run(self) -> None:
@@ -229,10 +229,6 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
 
 
-def _sentence(error: Exception) -> str:
-    return str(error) if isinstance(error, SpeculatorsError) else f"{error}."
-
-
 # In the process
 
 
@@ -254,12 +250,9 @@ def _work(
     try:
         _convert(conversion, cache_dir)
         reports.send(Done(None))
-    except (SpeculatorsError, OSError) as error:
+    except Exception as error:  # whatever it is, the others go on
         logger.debug(traceback.format_exc().rstrip())
-        reports.send(Done(_sentence(error)))
-    except Exception as error:  # a mistake of ours: the others go on, and it can be reported
-        logger.error(traceback.format_exc().rstrip())
-        reports.send(Done(f"Unexpected {type(error).__name__}: {error}."))
+        reports.send(Done(sentence(error)))
 
 
 def _convert(conversion: Conversion, cache_dir: Path | None) -> None:

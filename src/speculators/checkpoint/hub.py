@@ -186,7 +186,39 @@ class HubRepository:
         Raises:
             HubError: The Hub does not answer, as for ``file``.
         """
-        return self._get(filename, dry_run=True) is not None
+        return self.location(filename) is not None
+
+    def location(self, filename: str) -> Path | None:
+        """Where ``filename`` is in the local cache, or would be; downloads nothing.
+
+        ``None`` where the repository has no such file.
+
+        Raises:
+            HubError: The Hub does not answer, as for ``file``.
+
+        """
+        return self._get(filename, dry_run=True)
+
+    def read(self, filename: str, start: int, size: int) -> tuple[bytes, int] | None:
+        """Read a range of a file's bytes from the Hub; nothing of it is kept.
+
+        Args:
+            filename: a file that ``location`` found.
+            start: the first byte.
+            size: how many; fewer come where the file ends before.
+
+        Returns:
+            The bytes, and the size of the whole file; ``None`` where the server sends whole files
+            only.
+
+        Raises:
+            HubError: The bytes cannot be had; the message says why and what to do.
+
+        """
+        from huggingface_hub import hf_hub_url
+
+        with self._told(filename):
+            return _read_range(hf_hub_url(self.name, filename, revision=self.commit), start, size)
 
     def part(self, filename: str, tensors: Collection[str]) -> Path | None:
         """Give a safetensors file with those of ``tensors`` that ``filename`` holds.
@@ -210,7 +242,7 @@ class HubRepository:
         """
         part = self._part_file(filename, tensors) if self.commit else None
         if part is None or not part.is_file():
-            whole = self._get(filename, dry_run=True)
+            whole = self.location(filename)
             if whole is None or whole.is_file():
                 return whole
             part = self._part_file(filename, tensors)
@@ -239,21 +271,18 @@ class HubRepository:
         """Make ``part``; returns whether the server sends ranges of bytes."""
         from huggingface_hub import hf_hub_url
 
-        url = hf_hub_url(self.name, filename, revision=self.commit)
-        with self._told(filename):
-            found = _read_start(url, HEADER_GUESS)
+        found = self.read(filename, 0, HEADER_GUESS)
         if found is None:
             return False
         start, size = found
         remote = Path(self.name, filename)
         data_start = find_data(start[:PREFIX_BYTES], size, remote)
         if data_start > len(start):
-            with self._told(filename):
-                start, _ = _read_start(url, data_start) or (b"", 0)
+            start, _ = self.read(filename, 0, data_start) or (b"", 0)
         header = parse_header(start[PREFIX_BYTES:data_start], size, remote)
         wanted = {name: info for name, info in header.items() if name in names}
         with self._told(filename):
-            _write_part(part, wanted, url)
+            _write_part(part, wanted, hf_hub_url(self.name, filename, revision=self.commit))
         return True
 
     def _get(self, filename: str, *, dry_run: bool = False) -> Path | None:
@@ -348,14 +377,8 @@ def _range(start: int, size: int) -> dict[str, str]:
     return build_hf_headers() | wanted
 
 
-def _read_start(url: str, size: int) -> tuple[bytes, int] | None:
-    """Read the first ``size`` bytes of a file.
-
-    Returns:
-        The bytes, fewer where the file is shorter, and the size of the whole file; ``None``
-        where the server sends whole files only.
-
-    """
+def _read_range(url: str, start: int, size: int) -> tuple[bytes, int] | None:
+    """See ``HubRepository.read``."""
     from huggingface_hub import constants
     from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
 
@@ -363,14 +386,15 @@ def _read_start(url: str, size: int) -> tuple[bytes, int] | None:
         with http_stream_backoff(
             "GET",
             url,
-            headers=_range(0, size),
+            headers=_range(start, size),
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             retry_on_exceptions=(),  # its own way fails once an answer has begun
         ) as response:
             if response.status_code == 416:  # of an empty file there is no range
                 return None
             hf_raise_for_status(response)
-            total = re.fullmatch(r"bytes 0-\d+/(\d+)", response.headers.get("Content-Range", ""))
+            came = response.headers.get("Content-Range", "")
+            total = re.fullmatch(rf"bytes {start}-\d+/(\d+)", came)
             if response.status_code != 206 or total is None:
                 return None
             return response.read()[:size], int(total[1])

@@ -12,7 +12,7 @@ from speculators.checkpoint.repository import Repository
 from speculators.checkpoint.safetensors_file import read_safetensors_file
 from speculators.checkpoint.tensor import TensorInfo, check_name
 from speculators.checkpoint.torch_file import read_torch_file
-from speculators.errors import CheckpointError, printable
+from speculators.errors import CheckpointError, NoWeightsError, printable
 
 __all__ = ["Checkpoint", "read_checkpoint", "read_config", "read_tensors"]
 
@@ -129,7 +129,7 @@ def read_tensors(
         if filename.endswith(INDEX):
             return _read_shards(repository, container, path, only)
         return container.read(path)
-    raise CheckpointError(
+    raise NoWeightsError(
         f"{repository.name} has no weights: none of {', '.join(weights)} is there; a file of "
         "another name can be given itself."
     )

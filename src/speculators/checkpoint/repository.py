@@ -19,10 +19,12 @@ class Repository(Protocol):
     name: str
     """What the user called it: a path or a Hub id."""
 
-    commit: str | None
-    """Of a Hub repository: the commit that its files come from, once there was one."""
     weights: str | None
     """The file of weights, or the index of several, that the user named; else ``None``."""
+
+    @property
+    def commit(self) -> str | None:
+        """Of a Hub repository: the commit that its files come from, once there was one."""
 
     def file(self, filename: str) -> Path | None:
         """A local path of ``filename``, or ``None`` where the repository has no such file."""

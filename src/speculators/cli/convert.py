@@ -91,21 +91,21 @@ def eagle(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Log every detail, and show tracebacks.")
-    ] = False,
 ) -> None:
     """Convert an EAGLE-1, EAGLE-2 or HASS draft.
 
-    OUTPUT gets config.json, model.safetensors, and conversion.json, which tells what they were
-    made of. It appears complete and proven, or not at all.
+    OUTPUT gets config.json, model.safetensors, and conversion.json, which tells
+    what they were made of. It appears complete and proven, or not at all.
 
-    Example: speculators convert eagle yuhuili/EAGLE-LLaMA3.1-Instruct-8B ./converted
+    For example:
+
+    speculators convert eagle ./draft ./converted ./verifier --dry-run
+
+    speculators convert eagle yuhuili/EAGLE-LLaMA3.1-Instruct-8B ./converted
     meta-llama/Llama-3.1-8B-Instruct
 
-    Many at once: speculators convert eagle --manifest batch.yaml --jobs 2
+    speculators convert eagle --manifest batch.yaml --jobs 2
     """
-    del debug  # read by main, before the command line is parsed
     if manifest is not None:
         _refuse_beside_manifest(
             {

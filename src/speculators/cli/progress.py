@@ -17,6 +17,7 @@ from rich.progress import (
 
 from speculators.checkpoint.progress import Progress as ProgressCallback
 from speculators.checkpoint.progress import silent
+from speculators.cli.shared import is_quiet
 
 __all__ = ["progress_bar"]
 
@@ -28,9 +29,9 @@ def progress_bar() -> Iterator[ProgressCallback]:
     """Give what shows a step's bytes, of how many, and how many a second, beside the log.
 
     A bar appears for a step that takes over a second, and goes when the step is done. Where the
-    log is no terminal, nothing is shown.
+    log is no terminal, and with --quiet, nothing is shown.
     """
-    if not sys.stderr.isatty():
+    if is_quiet() or not sys.stderr.isatty():
         yield silent
         return
     bars = _Bars()

@@ -27,21 +27,22 @@ def validate(
         str | None,
         typer.Option(help="A branch, tag or commit of INPUT on the Hub.", show_default=False),
     ] = None,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Log every detail, and show tracebacks.")
-    ] = False,
 ) -> None:
     """Check a converted checkpoint again, at any time; nothing is written.
 
-    Its files have to be those that its conversion.json tells of, and the draft has to load and
-    compute what its tensors say. With --source, everything is proven that `convert` proves.
+    Its files have to be those that its conversion.json tells of, and the draft
+    has to load and compute what its tensors say. With --source, everything is
+    proven that `convert` proves.
 
-    Example: speculators validate ./converted --source yuhuili/EAGLE-LLaMA3.1-Instruct-8B
+    For example:
+
+    speculators validate ./converted
+
+    speculators validate ./converted --source ./draft
     """
     from speculators.cli.progress import progress_bar
     from speculators.convert.eagle import EagleConverter
 
-    del debug  # read by main, before the command line is parsed
     with progress_bar() as progress:
         EagleConverter().validate(
             output, source, cache_dir=cache_dir, revision=revision, progress=progress

@@ -10,7 +10,7 @@ from speculators.checkpoint.repository import LocalDirectory, open_repository
 from speculators.checkpoint.staging import check_output, staged_directory
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.checkpoint.writer import write_safetensors_file
-from speculators.convert.eagle.plan import DTYPES, ConversionPlan, plan_conversion
+from speculators.convert.eagle.plan import ConversionPlan, plan_conversion
 from speculators.convert.eagle.provenance import (
     changed_source_files,
     check_files,
@@ -21,6 +21,7 @@ from speculators.convert.eagle.written import plan_of_itself, verifier_of
 from speculators.errors import CheckpointError, ConversionError, OutputError
 from speculators.format.config import parse_config
 from speculators.format.conversion import CONVERSION_FILE
+from speculators.format.tensors import DTYPES
 
 __all__ = ["LAYERNORM_MAPPINGS", "EagleConverter"]
 

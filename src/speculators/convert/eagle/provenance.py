@@ -15,7 +15,7 @@ from speculators.checkpoint.digest import sha256_of_files
 from speculators.checkpoint.json_file import read_json
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint
-from speculators.convert.eagle.plan import DTYPES, ConversionPlan
+from speculators.convert.eagle.plan import ConversionPlan
 from speculators.errors import ValidationError
 from speculators.format.conversion import (
     CONVERSION_FILE,
@@ -25,6 +25,7 @@ from speculators.format.conversion import (
     SourceRecord,
     parse_conversion,
 )
+from speculators.format.tensors import DTYPES
 
 __all__ = ["changed_source_files", "check_files", "read_record", "record_conversion"]
 

@@ -17,10 +17,11 @@ from speculators.checkpoint.reader import read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory
 from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo
 from speculators.checkpoint.writer import contiguous_chunks
-from speculators.convert.eagle.families import strip_prefix
-from speculators.convert.eagle.plan import DTYPES, ConversionPlan
+from speculators.convert.eagle.plan import ConversionPlan
 from speculators.convert.eagle.reference import PlainDraft
+from speculators.convert.families import strip_prefix
 from speculators.errors import SpeculatorsError, ValidationError
+from speculators.format.tensors import DTYPES
 from speculators.models.eagle import EagleOutput, EagleSpeculator
 from speculators.models.tensors import TORCH_DTYPES, read_tensor
 
