@@ -10,6 +10,7 @@ __all__ = [
     "FormatError",
     "HubError",
     "OutputError",
+    "PromptsError",
     "SpeculatorsError",
     "UnsafeCheckpointError",
     "ValidationError",
@@ -43,6 +44,10 @@ class FormatError(SpeculatorsError, ValueError):
 
 class OutputError(SpeculatorsError, OSError):
     """The output cannot be written where it was asked for."""
+
+
+class PromptsError(SpeculatorsError, ValueError):
+    """A file of prompts is missing, empty, or has a line that is no prompt."""
 
 
 class HubError(SpeculatorsError, OSError):

@@ -14,23 +14,43 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from loguru import logger
 
 from speculators.errors import OutputError
 
-__all__ = ["check_output", "staged_directory"]
+__all__ = ["CONVERTED", "Kind", "check_output", "staged_directory"]
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # from linux/fs.h
 
 
-def check_output(output: Path, *, overwrite: bool, marker: str = "config.json") -> None:
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of directory that speculators makes, and how one is known.
+
+    Attributes:
+        name: with its article, for messages.
+        file: a JSON file in it.
+        key: a key that only speculators writes there.
+
+    """
+
+    name: str
+    file: str
+    key: str
+
+
+CONVERTED = Kind("a converted checkpoint", "config.json", "speculators_model_type")
+
+
+def check_output(output: Path, *, overwrite: bool, kind: Kind = CONVERTED) -> None:
     """Check that a directory may be made at ``output``.
 
     An empty directory may always be replaced; anything else only with ``overwrite``, and only
-    if ``marker`` is a file in it that speculators wrote.
+    if it is of the same ``kind``.
 
     Raises:
         OutputError: if not.
@@ -46,16 +66,18 @@ def check_output(output: Path, *, overwrite: bool, marker: str = "config.json") 
         raise OutputError(
             f"{output} exists; choose another output, or replace it with --overwrite."
         )
-    config = output / marker
-    if not config.is_file() or b'"speculators_model_type"' not in config.read_bytes():
+    marker = output / kind.file
+    if not marker.is_file() or f'"{kind.key}"'.encode() not in marker.read_bytes():
         raise OutputError(
-            f"{output} is not a converted checkpoint, so --overwrite does not replace it; "
+            f"{output} is not {kind.name}, so --overwrite does not replace it; "
             "choose another output."
         )
 
 
 @contextmanager
-def staged_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_directory(
+    output: Path, *, overwrite: bool = False, kind: Kind = CONVERTED
+) -> Iterator[Path]:
     """Make ``output`` from a temporary sibling that the ``with`` block fills.
 
     If the block raises, the sibling is removed and ``output`` stays as it was.
@@ -64,7 +86,7 @@ def staged_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]
         OutputError: if something is in the way, or the disk does not take it.
 
     """
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, kind=kind)
     new_parents = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +98,7 @@ def staged_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]
     try:
         yield staging
         _sync(staging)
-        check_output(output, overwrite=overwrite)
+        check_output(output, overwrite=overwrite, kind=kind)
         _publish(staging, output)
     except OSError as error:
         if isinstance(error, OutputError) or error.errno is None:
