@@ -7,6 +7,7 @@ what to do. The command line prints it and exits with status 1.
 __all__ = [
     "CheckpointError",
     "ConversionError",
+    "EvaluationError",
     "FormatError",
     "HubError",
     "OutputError",
@@ -44,6 +45,10 @@ class FormatError(SpeculatorsError, ValueError):
 
 class OutputError(SpeculatorsError, OSError):
     """The output cannot be written where it was asked for."""
+
+
+class EvaluationError(SpeculatorsError, ValueError):
+    """A draft cannot be measured in the way that was asked for."""
 
 
 class PromptsError(SpeculatorsError, ValueError):

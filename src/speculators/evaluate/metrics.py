@@ -29,7 +29,7 @@ CLOSE_TO_BEST = 0.99
 class Acceptance(BaseModel):
     """Counts over verification steps; those of several prompts are added up, never averaged."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     steps: int = Field(default=0, ge=0)
     """Verification steps."""

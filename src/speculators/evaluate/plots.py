@@ -20,8 +20,9 @@ SIZE = (7.0, 4.2)
 def write_plots(report: Report, directory: Path) -> list[Path]:
     """Draw what the report can show.
 
-    Acceptance by position and acceptance length by category, both of ``report.shown``; and the
-    speed-up against the draft length, if several lengths were measured with their speed.
+    Acceptance by position, of the longest draft; acceptance length by category, of
+    ``report.shown``; and the speed-up against the draft length, if several lengths were measured
+    with their speed.
 
     Returns:
         The files, named after what they show.
@@ -50,32 +51,29 @@ def write_plots(report: Report, directory: Path) -> list[Path]:
 
 
 def _acceptance_by_position(report: Report, axes: Axes) -> None:
-    summary = report.shown.overall
+    summary = report.longest.overall
     positions = range(1, len(summary.acceptance_rates) + 1)
-    bars = axes.bar(
-        positions, summary.acceptance_rates, color=BLUE, width=0.6, label="of all steps"
-    )
-    axes.bar_label(bars, fmt="%.2f", padding=2)
-    reached = [
-        (position, rate)
-        for position, rate in zip(positions, summary.conditional_acceptance_rates, strict=True)
-        if rate is not None
-    ]
-    axes.plot(
-        [position for position, _ in reached],
-        [rate for _, rate in reached],
-        color=ORANGE,
-        marker="o",
-        label="of the steps that accepted all before",
-    )
+    for side, color, rates, label in (
+        (-0.2, BLUE, summary.acceptance_rates, "of all steps"),
+        (0.2, ORANGE, summary.conditional_acceptance_rates, "of those that accepted all before"),
+    ):
+        bars = axes.bar(
+            [position + side for position in positions],
+            [rate or 0.0 for rate in rates],
+            color=color,
+            width=0.38,
+            label=label,
+        )
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axes.set(
-        title=f"Acceptance by position ({_named(report.shown)})",
+        title=f"Acceptance by position ({_named(report.longest)})",
         xlabel="position in the draft",
         ylabel="share accepted",
         xticks=positions,
-        ylim=(0, 1.05),
+        ylim=(0, 1.2),
+        yticks=[0, 0.2, 0.4, 0.6, 0.8, 1],
     )
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right", ncols=2)
 
 
 def _acceptance_length_by_category(report: Report, axes: Axes) -> None:
@@ -84,13 +82,16 @@ def _acceptance_length_by_category(report: Report, axes: Axes) -> None:
         for category, summary in report.shown.categories.items()
         if summary.acceptance_length is not None
     }
-    ordered = sorted(lengths, key=lambda category: lengths[category])
-    bars = axes.barh(ordered, [lengths[category] for category in ordered], color=BLUE, height=0.6)
+    ordered = ["overall", *sorted(lengths, key=lambda category: lengths[category])]
+    overall = report.shown.overall.acceptance_length or 1.0
+    bars = axes.barh(
+        range(len(ordered)),
+        [overall, *(lengths[category] for category in ordered[1:])],
+        color=[ORANGE, *[BLUE] * len(lengths)],
+        height=0.6,
+        tick_label=ordered,
+    )
     axes.bar_label(bars, fmt="%.2f", padding=3)
-    overall = report.shown.overall.acceptance_length
-    if overall is not None:
-        axes.axvline(overall, color=ORANGE, linestyle="--", label=f"overall: {overall:.2f}")
-        axes.legend(frameon=False, loc="lower right")
     axes.set(
         title=f"Acceptance length by category ({_named(report.shown)})",
         xlabel="tokens per verification step",
@@ -102,7 +103,8 @@ def _speedup_by_draft_length(report: Report, axes: Axes) -> None:
     recommendation = report.recommendation
     assert recommendation is not None
     speedups = {
-        result.proposal.speculative_tokens: result.overall.speedup for result in report.results
+        result.proposal.speculative_tokens: result.overall.speedup or 0.0
+        for result in report.results
     }
     axes.axhline(1, color=GREY, linestyle="--", label="the verifier alone")
     axes.plot(list(speedups), list(speedups.values()), color=BLUE, marker="o", label="measured")
@@ -122,9 +124,9 @@ def _speedup_by_draft_length(report: Report, axes: Axes) -> None:
         ylabel="speed-up",
         xticks=list(speedups),
     )
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    axes.set_ylim(0, 1.1 * max(1, *speedups.values()))
+    axes.legend(frameon=False, loc="lower right")
 
 
 def _named(result: ProposalResult) -> str:
-    return f"{result.proposal.proposal_type}, {result.proposal.speculative_tokens} tokens"
+    return f"{result.proposal.proposal_type}, draft of {result.proposal.speculative_tokens}"

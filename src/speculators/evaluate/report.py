@@ -28,6 +28,7 @@ __all__ = [
     "ProposalResult",
     "Recommendation",
     "Report",
+    "Settings",
     "SpeculativeMeasurement",
     "Summary",
     "recommend",
@@ -43,7 +44,7 @@ RULE = "the shortest draft whose speed-up is within 1 % of the highest measured"
 class Model(BaseModel):
     """Base of all parts: a key that the schema does not have is an error."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class Measurement(Model):
@@ -126,6 +127,28 @@ class Recommendation(Model):
     rule: str
 
 
+class Settings(Model):
+    """How it was measured."""
+
+    prompts_file: str | None = None
+    """``null`` for the prompts that speculators brings."""
+    prompts_total: int = Field(ge=1)
+    """How many were to be measured."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """The longest output, in tokens."""
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """0 is greedy decoding."""
+    seed: int = 0
+    """Of the random numbers that sampling takes."""
+    acceptance_only: bool = False
+    """Whether plain decoding was left out."""
+
+    @property
+    def compared(self) -> bool:
+        """Whether outputs are compared with plain ones: those of sampling are random."""
+        return self.temperature == 0 and not self.acceptance_only
+
+
 class Environment(Model):
     """Where and with what it was measured; speeds hold for this only."""
 
@@ -150,16 +173,9 @@ class Report(Model):
     """Whether every prompt was measured; not if the run was stopped."""
     draft: str
     verifier: str
-    prompts_file: str | None
-    """``null`` for the prompts that speculators brings."""
-    prompts_total: int
-    """How many were to be measured."""
     chat_template: bool
     """Whether the verifier's chat template was applied; otherwise prompts are plain text."""
-    max_new_tokens: int
-    temperature: float
-    """0 is greedy decoding."""
-    seed: int
+    settings: Settings
     environment: Environment
     recommendation: Recommendation | None
     """``null`` unless several draft lengths were measured, with speed."""
@@ -168,10 +184,15 @@ class Report(Model):
     """In the order of measuring."""
 
     @property
+    def longest(self) -> ProposalResult:
+        """The result of the longest draft, which knows all positions."""
+        return max(self.results, key=lambda result: result.proposal.speculative_tokens)
+
+    @property
     def shown(self) -> ProposalResult:
-        """The result that stands for the draft: the recommended one, or else the longest draft."""
+        """The result that stands for the draft: the recommended one, if one is."""
         if self.recommendation is None:
-            return max(self.results, key=lambda result: result.proposal.speculative_tokens)
+            return self.longest
         wanted = self.recommendation.speculative_tokens
         return next(r for r in self.results if r.proposal.speculative_tokens == wanted)
 
