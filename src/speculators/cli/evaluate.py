@@ -84,7 +84,7 @@ def evaluate(
         ),
     ] = False,
     dtype: Annotated[
-        Dtype, typer.Option(help="What both models run in; auto: each as it is stored.")
+        Dtype, typer.Option(help="What both models run in; auto: what the verifier is stored in.")
     ] = Dtype.AUTO,
     device: Annotated[
         str | None,

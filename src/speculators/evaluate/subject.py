@@ -95,7 +95,7 @@ def load_subject(
     Args:
         directory: the draft: a converted directory, or a Hub id of one.
         verifier: a directory or a Hub id; the one that the draft's config names if not given.
-        dtype: of both models, by torch's name; ``auto`` for each as it is stored.
+        dtype: of both models, by torch's name; ``auto`` for what the verifier is stored in.
         device: by torch's name; an accelerator's if there is one, else ``cpu``, if not given.
         cache_dir: where downloads are kept.
 
@@ -117,7 +117,7 @@ def load_subject(
     model = _load("weights", AutoModelForCausalLM, opened, options | {"dtype": dtype})
     model.to(place).eval()
     draft = EagleSpeculator.from_pretrained(
-        converted.directory, verifier=model, dtype=dtype, cache_dir=cache_dir
+        converted.directory, verifier=model, dtype=model.dtype, cache_dir=cache_dir
     )
     draft.to(place).eval()  # type: ignore[arg-type]
     return Subject(
