@@ -8,6 +8,7 @@ __all__ = [
     "CheckpointError",
     "ConversionError",
     "FormatError",
+    "GenerationError",
     "HubError",
     "OutputError",
     "SpeculatorsError",
@@ -39,6 +40,10 @@ class VerifierError(SpeculatorsError, ValueError):
 
 class FormatError(SpeculatorsError, ValueError):
     """A directory is not in the speculators format, or breaks its rules."""
+
+
+class GenerationError(SpeculatorsError, ValueError):
+    """Speculation cannot give what the verifier alone would give with these settings."""
 
 
 class OutputError(SpeculatorsError, OSError):
