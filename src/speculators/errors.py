@@ -9,6 +9,7 @@ __all__ = [
     "ConversionError",
     "EvaluationError",
     "FormatError",
+    "GenerationError",
     "HubError",
     "OutputError",
     "PromptsError",
@@ -41,6 +42,10 @@ class VerifierError(SpeculatorsError, ValueError):
 
 class FormatError(SpeculatorsError, ValueError):
     """A directory is not in the speculators format, or breaks its rules."""
+
+
+class GenerationError(SpeculatorsError, ValueError):
+    """Speculation cannot give what the verifier alone would give with these settings."""
 
 
 class OutputError(SpeculatorsError, OSError):
