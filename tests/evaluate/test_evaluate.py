@@ -31,10 +31,11 @@ from helpers import (
     write_checkpoint,
 )
 from speculators.convert.eagle import EagleConverter
+from speculators.decode import speculate
 from speculators.errors import EvaluationError
-from speculators.evaluate import evaluation
 from speculators.evaluate.metrics import count_steps, total
 from speculators.evaluate.report import Report
+from speculators.format.config import ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 
 CHAT_TEMPLATE = (
@@ -48,6 +49,7 @@ PROMPTS = [
     {"question_id": 101, "category": "math", "turns": ["1 + 1 is what?"]},
 ]
 NEW_TOKENS = 12
+SPECULATE = "speculators.evaluate.evaluation.speculate"
 REPORT_FILES = [
     "acceptance_by_position.png",
     "acceptance_length_by_category.png",
@@ -136,18 +138,19 @@ def steps_by_definition(pair: Pair, text: str, length: int) -> tuple[list[int], 
         return logits[:, -1:].argmax(-1)
 
     with torch.inference_mode():
-        while tokens.shape[1] < len(prompt) + NEW_TOKENS:
+        end = len(prompt) + NEW_TOKENS
+        while tokens.shape[1] < end + length:
             tokens = torch.cat((tokens, next_token(verifier(tokens).logits)), 1)
         accepted, offered = [], []
         known = len(prompt) + 1
-        while known < tokens.shape[1]:
+        while known < end:  # the last step's tokens may lie behind it
             ids = tokens[:, :known]
             hidden = verifier(ids[:, :-1], output_hidden_states=True).hidden_states[-1]
-            for _ in range(min(length, tokens.shape[1] - known - 1)):
+            for _ in range(length):
                 output = draft(ids[:, 1:], hidden)
                 ids = torch.cat((ids, next_token(output.logits)), 1)
                 hidden = torch.cat((hidden, output.last_hidden_state[:, -1:]), 1)
-            offered.append(ids.shape[1] - known)
+            offered.append(length)
             same = (ids == tokens[:, : ids.shape[1]])[0, known:].tolist()
             accepted.append([*same, False].index(False))
             known += accepted[-1] + 1
@@ -211,21 +214,19 @@ def test_plain_and_speculative_decoding_take_turns_after_a_warm_up(
     arguments: list[str], speculators: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    speculate, generate = evaluation.speculate, LlamaForCausalLM.generate
+    generate = LlamaForCausalLM.generate
 
-    def recording(name: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name(**kwargs))
-            return function(*args, **kwargs)
+    def speculating(*args: Any, proposal: ProposalMethod, **kwargs: Any) -> Any:
+        calls.append(str(proposal.speculative_tokens))
+        return speculate(*args, proposal=proposal, **kwargs)
 
-        return call
+    def generating(*args: Any, **kwargs: Any) -> Any:
+        if "custom_generate" not in kwargs:  # by which speculate gets its things prepared
+            calls.append("plain")
+        return generate(*args, **kwargs)
 
-    monkeypatch.setattr(
-        evaluation,
-        "speculate",
-        recording(lambda proposal, **_: str(proposal.speculative_tokens), speculate),
-    )
-    monkeypatch.setattr(LlamaForCausalLM, "generate", recording(lambda **_: "plain", generate))
+    monkeypatch.setattr(SPECULATE, speculating)
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generating)
     assert speculators(*arguments, "--num-draft-tokens=1..2").status == 0
     warm_up, *rounds = [calls[start : start + 3] for start in range(0, len(calls), 3)]
     assert warm_up == ["plain", "1", "2"]
@@ -307,7 +308,7 @@ def test_a_verifier_without_a_chat_template_gets_plain_text(
     assert not report.chat_template
     tokenizer = tiny_tokenizer(None)
     assert [prompt.prompt_tokens for prompt in report.prompts] == [
-        len(tokenizer(line["turns"][0])["input_ids"])  # type: ignore[index, arg-type]
+        len(tokenizer(line["turns"][0])["input_ids"])  # type: ignore[index]
         for line in PROMPTS
     ]
     assert "no chat template" in run.stdout
@@ -326,14 +327,13 @@ def test_sampled_outputs_are_not_compared(
 def test_outputs_that_differ_are_told(
     arguments: list[str], speculators: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    speculate = evaluation.speculate
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         generation = speculate(*args, **kwargs)
         generation.sequences[0, -2] = 7
         return generation
 
-    monkeypatch.setattr(evaluation, "speculate", wrong)
+    monkeypatch.setattr(SPECULATE, wrong)
     run = speculators(*arguments)
     assert run.status == 0, run.stderr
     report = report_in(tmp_path / "report")
@@ -382,7 +382,6 @@ main()
 def test_an_evaluation_that_fails_keeps_what_was_measured(
     arguments: list[str], speculators: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    speculate = evaluation.speculate
     calls = iter(range(10))
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -390,7 +389,7 @@ def test_an_evaluation_that_fails_keeps_what_was_measured(
             raise EvaluationError("It broke.")
         return speculate(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "speculate", failing)
+    monkeypatch.setattr(SPECULATE, failing)
     run = speculators(*arguments)
     assert run.status == 1
     assert run.errors == ["It broke."]
@@ -405,7 +404,7 @@ def test_nothing_is_written_if_nothing_was_measured(
     def failing(*_: Any, **__: Any) -> Any:
         raise EvaluationError("It broke.")
 
-    monkeypatch.setattr(evaluation, "speculate", failing)
+    monkeypatch.setattr(SPECULATE, failing)
     run = speculators(*arguments)
     assert (run.status, run.stdout) == (1, "")
     assert entries(tmp_path) == ["prompts.jsonl"]

@@ -135,15 +135,13 @@ def evaluate(
     )
 
     from speculators.evaluate.evaluation import Evaluation
-    from speculators.evaluate.proposals import choose_proposals
     from speculators.evaluate.subject import load_subject
 
     subject = load_subject(
         directory, verifier=verifier, dtype=dtype.value, device=device, cache_dir=cache_dir
     )
-    proposals = choose_proposals(
-        subject.speculators_config, None if proposal is None else proposal.value, lengths
-    )
+    kind = None if proposal is None else proposal.value
+    proposals = [subject.draft.proposal_method(kind, length) for length in lengths]
     evaluation = Evaluation(subject, selected, proposals, settings)
     try:
         with progress_bar(len(selected)) as advance:
@@ -157,10 +155,10 @@ def evaluate(
                 save_report(report, output, overwrite=overwrite)
 
 
-def _draft_lengths(text: str | None) -> list[int] | None:
-    """``4`` is [4], ``1..8`` is [1, ..., 8]."""
+def _draft_lengths(text: str | None) -> list[int] | list[None]:
+    """``4`` is [4], ``1..8`` is [1, ..., 8]; [None] is what the proposal method says."""
     if text is None:
-        return None
+        return [None]
     found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text.strip())
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= last:

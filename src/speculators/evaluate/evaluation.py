@@ -149,8 +149,9 @@ class Evaluation:
         generation = copy.deepcopy(verifier.generation_config) or GenerationConfig()
         generation.max_new_tokens = max_new_tokens
         generation.do_sample = temperature > 0
+        # From the whole distribution: None would be generate's own default, and 0 turns it off.
         generation.temperature = temperature or None
-        generation.top_k = generation.top_p = None
+        generation.top_k, generation.top_p = (0, 1.0) if temperature else (None, None)
         if generation.pad_token_id is None:  # never used in a batch of one; generate asks for it
             generation.pad_token_id = 0
         return generation
@@ -164,7 +165,7 @@ class Evaluation:
         acceptance = Acceptance()
         start = perf_counter()
         if proposal is None:
-            sequences = verifier.generate(
+            sequences = verifier.generate(  # type: ignore[operator]
                 input_ids, attention_mask=mask, generation_config=generation
             )
         else:

@@ -95,8 +95,8 @@ def acceptance_rates(counts: Acceptance) -> list[float]:
     """By position: the share of all verification steps in which the token there was accepted.
 
     Unconditional, as vLLM reports it per position: the rates fall from position to position, and
-    their sum is the acceptance length less one. A step that offered fewer tokens, as the last
-    ones before the limit of new tokens may, counts as one that did not accept the others.
+    their sum is the acceptance length less one. A step whose tree is less deep counts as one that
+    did not accept what it was not offered.
     """
     return [accepted / counts.steps for accepted in counts.accepted]
 

@@ -13,7 +13,6 @@ from transformers.utils import logging as transformers_logging
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.errors import EvaluationError, PromptsError, SpeculatorsError, VerifierError
 from speculators.evaluate.prompts import Prompt
-from speculators.format.config import SpeculatorsConfig
 from speculators.models.converted import Converted, open_converted
 from speculators.models.eagle import EagleSpeculator
 
@@ -33,7 +32,6 @@ class Subject:
         verifier: the model that the draft drafts for.
         verifier_name: its Hub id or directory.
         tokenizer: the verifier's.
-        speculators_config: the draft's, for its proposal methods.
 
     """
 
@@ -42,7 +40,6 @@ class Subject:
     verifier: PreTrainedModel
     verifier_name: str
     tokenizer: PreTrainedTokenizerBase
-    speculators_config: SpeculatorsConfig
 
     @property
     def has_chat_template(self) -> bool:
@@ -126,7 +123,6 @@ def load_subject(
         verifier=model,
         verifier_name=opened.name,
         tokenizer=tokenizer,
-        speculators_config=converted.config.speculators_config,
     )
 
 
