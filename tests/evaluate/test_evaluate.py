@@ -35,7 +35,7 @@ from speculators.decode import speculate
 from speculators.errors import EvaluationError
 from speculators.evaluate.metrics import count_steps, total
 from speculators.evaluate.report import Report
-from speculators.format.config import ProposalMethod
+from speculators.format.config import PROPOSALS, ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 
 CHAT_TEMPLATE = (
@@ -324,6 +324,20 @@ def test_sampled_outputs_are_not_compared(
     assert report.results[0].overall.speedup is not None
 
 
+@pytest.mark.parametrize("proposal", sorted(PROPOSALS))
+def test_every_proposal_method_is_measured(
+    arguments: list[str], speculators: CommandLine, tmp_path: Path, proposal: str
+) -> None:
+    run = speculators(*arguments, f"--proposal={proposal}")
+    assert run.status == 0, run.stderr
+    [result] = report_in(tmp_path / "report").results
+    assert result.proposal == ProposalMethod(proposal_type=proposal)
+    assert result.overall.identical == 3
+    rates = result.overall.acceptance_rates
+    assert rates == sorted(rates, reverse=True)
+    assert result.overall.acceptance_length == pytest.approx(1 + sum(rates))
+
+
 def test_outputs_that_differ_are_told(
     arguments: list[str], speculators: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,6 +550,7 @@ def test_a_draft_whose_verifier_is_not_here(
         (["--prompts=none.jsonl"], 1, "none.jsonl cannot be read: No such file"),
         (["--device=abacus"], 1, "The device 'abacus' cannot be used: "),
         (["--device=cuda:77"], 1, "The device 'cuda:77' cannot be used: "),
+        (["--proposal=static_tree", "--num-draft-tokens=3"], 1, "The static tree has 25 tokens"),
         (["--num-draft-tokens=0"], 2, "neither a number of tokens"),
         (["--num-draft-tokens=4..2"], 2, "neither a number of tokens"),
         (["--num-draft-tokens=few"], 2, "neither a number of tokens"),

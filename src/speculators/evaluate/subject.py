@@ -30,7 +30,7 @@ class Subject:
         name: where the draft is.
         draft: with the verifier attached.
         verifier: the model that the draft drafts for.
-        verifier_name: its Hub id or directory.
+        verifier_name: its Hub id or directory, as it was given.
         tokenizer: the verifier's.
 
     """
@@ -121,7 +121,7 @@ def load_subject(
         name=str(directory),
         draft=draft,
         verifier=model,
-        verifier_name=opened.name,
+        verifier_name=opened.name if verifier is None else str(verifier),
         tokenizer=tokenizer,
     )
 
