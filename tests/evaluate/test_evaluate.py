@@ -246,7 +246,7 @@ def test_a_sweep_recommends_a_draft_length(
     close = [length for length, speedup in speedups.items() if speedup and speedup >= 0.99 * best]
     assert report.recommendation.speculative_tokens == close[0]
     assert report.recommendation.speedup == speedups[close[0]]
-    assert f"Recommended: {close[0]} draft tokens" in run.stdout
+    assert f"Recommended draft length: {close[0]}, speed-up" in run.stdout
     assert entries(tmp_path / "report") == [*REPORT_FILES, "speedup_by_draft_length.png"]
 
 
@@ -358,7 +358,7 @@ def test_outputs_that_differ_are_told(
         assert difference.position == NEW_TOKENS - 2
         assert difference.speculative == 7
     assert "0 of 3" in run.stdout
-    assert "Prompt 101 with 5 draft tokens: new token 11 is 7, by plain decoding " in run.stdout
+    assert "Prompt 101, draft of 5: new token 11 is 7, by plain decoding " in run.stdout
 
 
 # Stopping

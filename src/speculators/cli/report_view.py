@@ -133,14 +133,14 @@ def _sentences(report: Report) -> Iterator[str]:
     ]
     for tokens, prompt, difference in differing[:DIFFERENCES_SHOWN]:
         yield (
-            f"Prompt {prompt} with {tokens} draft tokens: new token {difference.position + 1} is "
+            f"Prompt {prompt}, draft of {tokens}: new token {difference.position + 1} is "
             f"{_token(difference.speculative)}, by plain decoding {_token(difference.plain)}."
         )
     if len(differing) > DIFFERENCES_SHOWN:
         yield f"{len(differing) - DIFFERENCES_SHOWN} more outputs differ; report.json has them all."
     if recommendation := report.recommendation:
         yield (
-            f"Recommended: {recommendation.speculative_tokens} draft tokens, speed-up "
+            f"Recommended draft length: {recommendation.speculative_tokens}, speed-up "
             f"{recommendation.speedup:.2f} ({recommendation.rule})."
         )
         if recommendation.speedup < 1:
