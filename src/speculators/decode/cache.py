@@ -143,7 +143,7 @@ class BlockLayer(CacheLayerMixin):
     values: Tensor
 
     def __init__(self, cache: BlockCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

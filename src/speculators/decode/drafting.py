@@ -19,7 +19,6 @@ from speculators.decode.tree import (
     EAGLE1_TREE,
     Level,
     Path,
-    Shape,
     Tree,
     ancestors_of,
     chain,
@@ -86,7 +85,9 @@ class Drafter(ABC):
         self.cache.confirm(counts)
         ends = torch.arange(len(counts)), torch.tensor(counts) - 1
         state = output[ends][:, None]
-        return self._grow(tokens[ends][:, None], state, self._logits(state))
+        tree = self._grow(tokens[ends][:, None], state, self._logits(state))
+        self.cache.tried = 0  # none of it had the verifier's hidden states
+        return tree
 
     @abstractmethod
     def _grow(self, root: Tensor, state: Tensor, logits: Tensor) -> Tree:

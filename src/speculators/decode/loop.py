@@ -153,7 +153,7 @@ def _decode(
     padding = left_padding(input_ids, attention_mask)
     capacity = int(generation_config.max_length or 0) + room_for(proposal)
     warp = warp_of(logits_processor)
-    drafter = drafter_of(draft, BlockCache(padding, capacity), proposal, partial(warp, None))
+    drafter = drafter_of(draft, BlockCache(padding, capacity), proposal, warp)
 
     prompts = [Prompt(tokens, stopping, streamer) for tokens in input_ids.tolist()]
     with VerifierPass(verifier, BlockCache(padding, capacity)) as target:
@@ -166,7 +166,7 @@ def _decode(
             if len(going_on) < len(active):
                 active = [active[row] for row in going_on]
                 unseen = [unseen[row] for row in going_on]
-                states = states[going_on]
+                states = states[going_on, : max(map(len, unseen))]
                 target.cache.select(going_on)
                 drafter.cache.select(going_on)
             counts = [len(tokens) for tokens in unseen]

@@ -12,19 +12,34 @@ arXiv:2211.17192; Chen et al., 2023, arXiv:2302.01318). The proposal is taken wi
 min(1, p/q), and otherwise the token is drawn from max(0, p - q), normalised.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
-from transformers.generation import logits_process
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 __all__ = ["Choice", "coupled_draw", "warp_of"]
 
-WARPERS = tuple(
-    getattr(logits_process, f"{name}LogitsWarper")
-    for name in ("Temperature", "TopK", "TopP", "TopH", "MinP", "Typical", "Epsilon", "Eta")
+WARPERS = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 """What shapes a distribution whatever the tokens before it."""
 
@@ -63,9 +78,10 @@ class Choice:
             q: the draft's distribution, (vocabulary).
 
         """
-        scores = logits.to(copy=True, dtype=torch.float32)[None]
+        scores: Tensor = logits.to(copy=True, dtype=torch.float32)[None]
         if self.processors:
-            scores = self.processors(torch.tensor([before], device=logits.device), scores)
+            tokens = torch.tensor([before], device=logits.device)
+            scores = self.processors(tokens, scores)  # type: ignore[arg-type]
         if not self.do_sample:
             return int(scores.argmax())
         p = scores[0].softmax(-1)
@@ -93,10 +109,18 @@ def coupled_draw(p: Tensor, q: Tensor, proposed: Tensor) -> Tensor:
     return torch.where(accepted, proposed, rest.multinomial(1))
 
 
-def warp_of(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """Those of the verifier's processors that shape the draft's distribution too.
+def warp_of(processors: LogitsProcessorList) -> Callable[[Tensor], Tensor]:
+    """What makes the draft's distribution more like the verifier's.
 
-    The proposals may come from any distribution; the closer it is to the verifier's, the more of
-    them are accepted.
+    A proposal may come from any distribution; the closer it is to the verifier's, the more often
+    it is accepted.
+
+    Args:
+        processors: the verifier's.
+
+    Returns:
+        a function of logits, (rows, vocabulary).
+
     """
-    return LogitsProcessorList([one for one in processors if isinstance(one, WARPERS)])
+    warpers = LogitsProcessorList([one for one in processors if isinstance(one, WARPERS)])
+    return lambda logits: warpers(None, logits)  # type: ignore[arg-type]

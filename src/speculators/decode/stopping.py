@@ -39,4 +39,4 @@ class Stopping:
             return True
         if not self.others:
             return False
-        return bool(self.others(torch.tensor([tokens], device=self.device), None))  # type: ignore[arg-type]
+        return bool(self.others(torch.tensor([tokens], device=self.device), None))

@@ -138,7 +138,7 @@ class VerifierPass:
                 f"Trees and batches need masks that the attention {implementation!r} does not "
                 f"take; load the verifier with attn_implementation={MASKABLE[0]!r}."
             )
-        return masks if None not in masks else masks[None]
+        return masks.get(None, masks)
 
     def _keep_states(self, _module: object, _arguments: object, output: Any) -> None:
         self._states = output[0]

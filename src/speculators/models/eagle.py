@@ -498,14 +498,12 @@ class EagleSpeculator(PreTrainedModel):
             generation=generation_config,
             **kwargs,
         )
-        as_dict = kwargs.get(
-            "return_dict_in_generate",
-            getattr(
-                generation_config or self.verifier.generation_config,
-                "return_dict_in_generate",
-                None,
-            ),
-        )
+        asked = [
+            kwargs.get("return_dict_in_generate"),
+            getattr(generation_config, "return_dict_in_generate", None),
+            self.verifier.generation_config.return_dict_in_generate,
+        ]
+        as_dict = next((said for said in asked if said is not None), False)
         return generation if as_dict else generation.sequences
 
     def proposal_method(
