@@ -1,4 +1,4 @@
-"""Dependencies point one way: cli → convert → models → checkpoint → format's side."""
+"""Dependencies point one way: cli → convert → models → decode, checkpoint → format's side."""
 
 import ast
 from pathlib import Path
@@ -13,8 +13,8 @@ MAY_IMPORT = {
     "errors": set[str](),
     "format": {"errors"},
     "checkpoint": {"errors"},
-    "models": {"checkpoint", "format", "errors"},
-    "decode": {"models", "checkpoint", "format", "errors"},
+    "decode": {"format", "errors"},
+    "models": {"decode", "checkpoint", "format", "errors"},
     "convert": {"models", "checkpoint", "format", "errors"},
     "evaluate": {"decode", "models", "checkpoint", "format", "errors"},
     "inspection": {"convert", "models", "checkpoint", "format", "errors"},

@@ -43,7 +43,14 @@ def test_this_test_sees_what_is_loaded() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["convert", "--help"], ["convert", "eagle", "--help"], ["-h"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["convert", "--help"],
+        ["convert", "eagle", "--help"],
+        ["evaluate", "--help"],
+        ["-h"],
+    ],
     ids=" ".join,
 )
 def test_the_command_line_answers_without_torch(arguments: list[str]) -> None:
@@ -87,6 +94,16 @@ def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
     source = write_checkpoint(tmp_path / "source", edit=lambda tensors: tensors.pop("fc.weight"))
     arguments = ["convert", "eagle", str(source), "out", str(verifier)]
     assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (1, set())
+
+
+def test_a_report_is_read_and_shown_without_torch(tmp_path: Path) -> None:
+    modules = ("evaluate.files", "evaluate.plots", "evaluate.prompts", "cli.report_view")
+    code = "import " + ", ".join(f"speculators.{module}" for module in modules)
+    assert loaded_after(code) == (0, set())
+    assert loaded_after(MAIN, "evaluate", "draft", "--prompts", "none.jsonl", cwd=tmp_path) == (
+        1,
+        set(),
+    )
 
 
 LIGHT = [

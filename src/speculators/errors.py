@@ -7,11 +7,14 @@ what to do. The command line prints it and exits with status 1.
 __all__ = [
     "CheckpointError",
     "ConversionError",
+    "EvaluationError",
     "FormatError",
+    "GenerationError",
     "HubError",
     "ManifestError",
     "NoWeightsError",
     "OutputError",
+    "PromptsError",
     "SpeculatorsError",
     "UnsafeCheckpointError",
     "ValidationError",
@@ -49,12 +52,24 @@ class FormatError(SpeculatorsError, ValueError):
     """A directory is not in the speculators format, or breaks its rules."""
 
 
+class GenerationError(SpeculatorsError, ValueError):
+    """Speculation cannot give what the verifier alone would give with these settings."""
+
+
 class ManifestError(SpeculatorsError, ValueError):
     """A batch's manifest cannot be read, or asks for what cannot be done."""
 
 
 class OutputError(SpeculatorsError, OSError):
     """The output cannot be written where it was asked for."""
+
+
+class EvaluationError(SpeculatorsError, ValueError):
+    """A draft cannot be measured in the way that was asked for."""
+
+
+class PromptsError(SpeculatorsError, ValueError):
+    """A file of prompts is missing, empty, or has a line that is no prompt."""
 
 
 class HubError(SpeculatorsError, OSError):

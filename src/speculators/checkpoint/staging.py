@@ -21,13 +21,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from loguru import logger
 
 from speculators.errors import OutputError
 
-__all__ = ["check_output", "staged_directory"]
+__all__ = ["CONVERTED", "Kind", "check_output", "staged_directory"]
 
 LOCK, NEW, OLD = "lock", "new", "old"
 
@@ -42,11 +43,30 @@ ADVICE = {
 """What to do about an error, by its number."""
 
 
-def check_output(output: Path, *, overwrite: bool, marker: str = "config.json") -> None:
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of directory that speculators makes, and how one is known.
+
+    Attributes:
+        name: with its article, for messages.
+        file: a JSON file in it.
+        key: a key that only speculators writes there.
+
+    """
+
+    name: str
+    file: str
+    key: str
+
+
+CONVERTED = Kind("a converted checkpoint", "config.json", "speculators_model_type")
+
+
+def check_output(output: Path, *, overwrite: bool, kind: Kind = CONVERTED) -> None:
     """Check that a directory may be made at ``output``.
 
     An empty directory may always be replaced; anything else only with ``overwrite``, and only
-    if ``marker`` is a file in it that speculators wrote.
+    if it is of the same ``kind``.
 
     Raises:
         OutputError: if not.
@@ -62,16 +82,18 @@ def check_output(output: Path, *, overwrite: bool, marker: str = "config.json") 
         raise OutputError(
             f"{output} exists; choose another output, or replace it with --overwrite."
         )
-    config = output / marker
-    if not config.is_file() or b'"speculators_model_type"' not in config.read_bytes():
+    marker = output / kind.file
+    if not marker.is_file() or f'"{kind.key}"'.encode() not in marker.read_bytes():
         raise OutputError(
-            f"{output} is not a converted checkpoint, so --overwrite does not replace it; "
+            f"{output} is not {kind.name}, so --overwrite does not replace it; "
             "choose another output."
         )
 
 
 @contextmanager
-def staged_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_directory(
+    output: Path, *, overwrite: bool = False, kind: Kind = CONVERTED
+) -> Iterator[Path]:
     """Make ``output`` from a temporary directory that the ``with`` block fills.
 
     If the block raises, the temporary directory is removed and ``output`` stays as it was.
@@ -89,12 +111,12 @@ def staged_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]
         _remove_empty(new_parents)
         raise OutputError(f"{output} cannot be made: {error.strerror or error}.") from error
     try:
-        check_output(output, overwrite=overwrite)
+        check_output(output, overwrite=overwrite, kind=kind)
         staging = sibling / NEW
         staging.mkdir()
         yield staging
         _sync(staging)
-        check_output(output, overwrite=overwrite)
+        check_output(output, overwrite=overwrite, kind=kind)
         _publish(sibling, output, overwrite=overwrite)
         for directory in {output.parent, *(parent.parent for parent in new_parents)}:
             _sync_directory(directory)

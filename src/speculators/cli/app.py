@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from speculators.cli import convert, doctor, inspect, validate
+from speculators.cli import convert, doctor, evaluate, inspect, validate
 from speculators.cli.shared import share_options
 from speculators.cli.signals import stop_on_sigterm
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.add_typer(convert.app, name="convert")
 app.command()(inspect.inspect)
 app.command()(validate.validate)
+app.command()(evaluate.evaluate)
 app.command()(doctor.doctor)
 
 
