@@ -9,16 +9,15 @@ to fail is one sentence.
 The client is imported only when a file is asked for: importing it takes long.
 """
 
-import errno
 import hashlib
 import re
-import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
+from speculators.checkpoint.hub_errors import kinds_of, raise_told
 from speculators.checkpoint.safetensors_file import (
     PREFIX_BYTES,
     encode_header,
@@ -26,7 +25,6 @@ from speculators.checkpoint.safetensors_file import (
     parse_header,
 )
 from speculators.checkpoint.tensor import TensorInfo
-from speculators.errors import HubError
 
 __all__ = ["HubRepository"]
 
@@ -39,9 +37,7 @@ _NO_SPACE = (
     " cache with --cache-dir or HF_HOME"
 )
 
-# What can go wrong, by the names that _kinds() gives to an error. Classes are told by name,
-# not by type: they come from the client and from its HTTP library, which is httpx under
-# huggingface_hub 1 and httpx2 under 2, and none of them is imported with this module.
+# What can go wrong, by the names that hub_errors gives to an error.
 _SENTENCES = {
     "HFValidationError": (
         "{repo!r} is neither an existing directory or file nor a Hub id: check the path, or give"
@@ -122,10 +118,6 @@ _SENTENCES = {
 }
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# The client's words for a file of the wrong size.
-_SIZES = re.compile(r"^Consistency check failed.* of size (\d+) but has size (\d+).*", re.DOTALL)
-# Access tokens, in a header or bare, and credentials in a URL.
-_SECRET = re.compile(r"(?<=Bearer )[^\s'\"]+|\bhf_\w{8,}|(?<=//)[^/@\s]+(?=@)")
 
 
 HEADER_GUESS = 128 << 10
@@ -303,7 +295,7 @@ class HubRepository:
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:  # the client lets errors of many libraries through
-            if "OfflineModeIsEnabled" in _kinds(error) and self._is_cached():
+            if "OfflineModeIsEnabled" in kinds_of(error) and self._is_cached():
                 return None
             self._tell(error, filename)
         # The cache's layout: snapshots/<commit>/<filename>.
@@ -318,9 +310,16 @@ class HubRepository:
             self._tell(error, filename)
 
     def _tell(self, error: Exception, filename: str) -> NoReturn:
-        message = self._sentence(error, filename)
-        # A traceback would show the cause's own text.
-        raise HubError(message) from (None if _SECRET.search(str(error)) else error)
+        from huggingface_hub import constants
+
+        raise_told(
+            error,
+            _SENTENCES,
+            repo=self.name,
+            revision=self.revision or constants.DEFAULT_REVISION,
+            file=filename,
+            cache=self._cache(),
+        )
 
     def _is_cached(self) -> bool:
         """Whether the cache holds any file of this repository at this revision."""
@@ -338,21 +337,6 @@ class HubRepository:
 
         return self.cache_dir or Path(constants.HF_HUB_CACHE)
 
-    def _sentence(self, error: Exception, filename: str) -> str:
-        """Say to the user what went wrong and what to do."""
-        from huggingface_hub import constants
-
-        sentence = next(_SENTENCES[kind] for kind in _kinds(error) if kind in _SENTENCES) + "."
-        return sentence.format(
-            repo=self.name,
-            revision=self.revision or constants.DEFAULT_REVISION,
-            file=filename,
-            endpoint=_SECRET.sub("***", constants.ENDPOINT),
-            cache=self._cache(),
-            kind=type(error).__name__,
-            reason=_reason(error),
-        )
-
 
 T = TypeVar("T")
 
@@ -363,7 +347,7 @@ def _retried(action: Callable[[], T], *kinds: str) -> T:
         try:
             return action()
         except Exception as error:
-            if not set(kinds) & set(_kinds(error)):
+            if not set(kinds) & set(kinds_of(error)):
                 raise
         time.sleep(seconds)
     return action()
@@ -475,48 +459,3 @@ def _check_hash(path: Path) -> None:
         path.unlink()
         blob.unlink()
         raise _DamagedDownloadError
-
-
-def _root(error: BaseException) -> BaseException:
-    """Find the failed request behind "nor is the file in the local cache"."""
-    if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__:
-        return error.__cause__
-    return error
-
-
-def _kinds(error: BaseException) -> Iterator[str]:
-    """Name what an error is, the most specific first; the last are the names of its bases."""
-    error = _root(error)
-    if isinstance(error, OSError) and error.errno:
-        yield errno.errorcode.get(error.errno, "errno")
-        yield "errno"
-    response = getattr(error, "response", None)
-    token_sent = response is not None and "authorization" in response.request.headers
-    for base in type(error).__mro__:
-        names = [base.__name__]
-        if response is not None and base.__name__ == "HfHubHTTPError":
-            hundreds = f"{response.status_code // 100}xx"
-            names[:0] = [f"HTTP {response.status_code}", f"HTTP {hundreds}"]
-            names.append(f"{response.request.method} {hundreds}")
-        for name in names:
-            if token_sent:
-                yield f"{name}, token sent"
-            yield name
-
-
-def _reason(error: BaseException) -> str:
-    """Quote an error, cut to what fits into a sentence."""
-    error = _root(error)
-    response = getattr(error, "response", None)
-    if response is not None:
-        text = f"{response.status_code} {response.reason_phrase}"
-        message = getattr(error, "server_message", None)
-        if message and message != response.reason_phrase:
-            text += f": {message}"
-    elif isinstance(error, OSError) and error.errno:
-        text = f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror}"
-    else:
-        text = _SIZES.sub(r"\1 bytes were announced and \2 came", str(error))
-    line = next(iter(text.strip().splitlines()), type(error).__name__)
-    line = re.sub(r"^\[Errno -?\d+\] ", "", line).rstrip(".")
-    return textwrap.shorten(_SECRET.sub("***", line), 200, placeholder=" ...")

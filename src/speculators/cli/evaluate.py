@@ -108,7 +108,9 @@ def evaluate(
 
     Ctrl-C stops it, and what was measured until then is reported.
 
-    Example: speculators evaluate ./converted --num-draft-tokens 1..8 --output report
+    For example:
+
+    speculators evaluate ./converted --num-draft-tokens 1..8 --output report
     """
     lengths = _draft_lengths(num_draft_tokens)
 
