@@ -26,6 +26,7 @@ from helpers import (
     write_checkpoint,
     write_shards,
 )
+from hub_server import HubServer, patch_hub
 from speculators import __version__
 from speculators.convert.eagle import EagleConverter
 from speculators.format.conversion import ConversionRecord
@@ -124,6 +125,25 @@ def test_a_relative_source_is_recorded_by_its_absolute_path(
     monkeypatch.chdir(tmp_path)
     out = convert("./source", "out", verifier, validate=False)
     assert record_of(out)["source"]["name"] == str(tmp_path / "source")
+
+
+def test_what_comes_from_the_hub_is_told_by_its_commit(
+    tmp_path: Path, verifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HubServer() as server:
+        patch_hub(monkeypatch, server, tmp_path / "cache")
+        commit = server.add_repo("org/draft", GOLDEN / PLAIN)
+        verifiers_commit = server.add_repo("org/verifier", verifier)
+        out = convert("org/draft", tmp_path / "out", "org/verifier")
+        record = record_of(out)
+        assert record["source"]["name"] == "org/draft"
+        assert record["source"]["revision"] == commit
+        assert record["source"]["files"] == {
+            name: described(GOLDEN / PLAIN / name) for name in ("config.json", "model.safetensors")
+        }
+        assert record["verifier"] == {"name": "org/verifier", "revision": verifiers_commit}
+        server.add_repo("org/draft", write_checkpoint(tmp_path / "newer", config={"x": 1}))
+        validate(out, "org/draft", revision=record["source"]["revision"])
 
 
 def test_the_rounding_is_recorded(tmp_path: Path, verifier: Path) -> None:
