@@ -29,7 +29,11 @@ def convert() -> None:
 @app.command()
 def eagle(
     source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="The draft: a directory or a Hugging Face id.")
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="The draft: a directory, a file of weights in one, or a Hugging Face id.",
+        ),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
     base_model: Annotated[
