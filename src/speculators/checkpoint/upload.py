@@ -5,6 +5,7 @@ is left alone, what people have written there is not replaced, what was to be pr
 become public, and each way to fail is one sentence.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,14 @@ __all__ = ["README", "check_upload", "upload"]
 README = "README.md"
 """What the Hub shows as the model card."""
 
-FILES = ("config.json", "conversion.json", README, "model*.safetensors", "model*.index.json")
+FILES = (
+    "config.json",
+    "conversion.json",
+    "report.json",
+    README,
+    "model*.safetensors",
+    "model*.index.json",
+)
 """Those of a draft."""
 
 _NO_TOKEN = (
@@ -150,7 +158,7 @@ def upload(
         )
     filenames = {path.name for pattern in FILES for path in directory.glob(pattern)}
     filenames -= _find_kept(api, there, directory)
-    with _told(repo_id):
+    with _told(repo_id), _bars_on_a_terminal_only():
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, directory / name) for name in sorted(filenames)],
@@ -171,6 +179,25 @@ def _told(repo_id: str) -> Iterator[None]:
         yield
     except Exception as error:  # the client lets errors of many libraries through
         raise_told(error, _SENTENCES, repo=repo_id)
+
+
+@contextmanager
+def _bars_on_a_terminal_only() -> Iterator[None]:
+    """Keep the client, which does not look where it draws its bars, from drawing them in a log."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _find_kept(api: "HfApi", there: "ModelInfo", directory: Path) -> set[str]:

@@ -23,9 +23,10 @@ CARD = """\
 
 # {title}
 
-An EAGLE draft for `{verifier}`, in the speculators format. In speculative decoding the draft
-proposes the next tokens, and the verifier checks them in one pass, so that several tokens can come
-of one pass of the large model. The draft works with this verifier alone: {borrowed} its own.
+An EAGLE draft for `{verifier}`, in the speculators format. In speculative decoding the draft \
+proposes the next tokens, and the verifier checks them in one pass, so that one pass of the large \
+model gives several tokens. The draft works with this verifier alone: it uses the verifier's \
+{borrowed}, and has none of its own.
 
 | | |
 | --- | --- |
@@ -69,9 +70,8 @@ print(tokenizer.decode(output[0]))
 PROVENANCE = """
 ## Where it comes from
 
-Converted by speculators {version} from {source}. Its tensors are those of the source,
-{bytes}. {proof} `{conversion_file}` tells where each
-tensor comes from, and what was left out and why.
+Converted by speculators {version} from {source}. Its tensors are those of the source, {bytes}. \
+{proof} `{conversion_file}` tells where each tensor comes from, and what was left out and why.
 """
 
 
@@ -132,11 +132,7 @@ def model_card(
         name_in_python=json.dumps(name),
         verifier_in_python=json.dumps(verifier),
         verifier_architectures=", ".join(f"`{it}`" for it in reference.architectures),
-        borrowed=(
-            "it uses the verifier's output head, and has none of"
-            if "embedding" in features
-            else "it uses the verifier's embedding and output head, and has none of"
-        ),
+        borrowed="output head" if "embedding" in features else "embedding and output head",
         layer=config.transformer_layer_architecture,
         hidden=layer.hidden_size,
         vocabulary=layer.vocab_size,

@@ -12,6 +12,7 @@ from speculators.checkpoint.stamp import write_stamped
 from speculators.checkpoint.upload import README, check_upload, upload
 from speculators.convert.eagle.provenance import read_record
 from speculators.errors import HubError
+from speculators.evaluate.report import REPORT_FILE
 from speculators.format.card import model_card, names_hub_id
 from speculators.format.config import parse_config
 from speculators.format.layouts import current_name
@@ -40,7 +41,8 @@ def publish_draft(
     """Upload a converted draft to the Hub, with a model card.
 
     The card is written into the directory, unless one is there that somebody wrote or edited.
-    That the draft is sound is for the caller to check before.
+    The report is copied there too, so that the next card knows of it. That the draft is sound is
+    for the caller to check before.
 
     Args:
         directory: what ``EagleConverter.convert`` made.
@@ -57,6 +59,9 @@ def publish_draft(
         HubError: if it cannot be uploaded; the directory is complete all the same.
 
     """
+    if report is not None:
+        (directory / REPORT_FILE).write_text(read_report(report).model_dump_json(indent=2) + "\n")
+    report = directory / REPORT_FILE
     config = parse_config(read_json(directory / "config.json"), str(directory))
     tensors = {
         current_name(name): info for name, info in read_tensors(LocalDirectory(directory)).items()
@@ -67,13 +72,11 @@ def publish_draft(
         parameters=sum(prod(info.shape) for info in tensors.values()),
         features=features_of(tensors),
         record=read_record(directory),
-        evaluation=evaluation_section(read_report(report)) if report else None,
+        evaluation=evaluation_section(read_report(report)) if report.is_file() else None,
     )
     if not write_stamped(directory / README, card):
-        without = ", without the figures of the report" if report else ""
         logger.warning(
-            f"{directory / README} was written or edited by somebody, and is published as it "
-            f"is{without}"
+            f"{directory / README} was written or edited by somebody, and is published as it is"
         )
     verifier = config.speculators_config.verifier.name_or_path
     if verifier is None or not names_hub_id(verifier):

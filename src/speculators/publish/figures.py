@@ -39,7 +39,7 @@ def read_report(path: Path) -> Report:
 
 def evaluation_section(report: Report) -> str:
     """Say in Markdown what was measured, and how."""
-    return "\n".join([*_how(report), "", *_table(report.results)]) + "\n"
+    return "\n".join([" ".join(_how(report)), "", *_table(report.results)]) + "\n"
 
 
 def _how(report: Report) -> Iterator[str]:
