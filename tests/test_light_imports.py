@@ -50,6 +50,7 @@ def test_this_test_sees_what_is_loaded() -> None:
         ["convert", "eagle", "--help"],
         ["evaluate", "--help"],
         ["-h"],
+        ["validate", "--help"],
     ],
     ids=" ".join,
 )
@@ -88,6 +89,12 @@ def test_the_doctor_needs_no_torch() -> None:
     status, loaded = loaded_after(MAIN, "doctor")
     assert status in {0, 1}  # it may have found something
     assert loaded == set()
+
+
+def test_rounding_needs_numpy_and_no_torch(tmp_path: Path, verifier: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    arguments = ["convert", "eagle", str(source), "out", str(verifier), "--no-validate", "--dtype"]
+    assert loaded_after(MAIN, *arguments, "bfloat16", cwd=tmp_path) == (0, {"numpy"})
 
 
 def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -62,9 +63,7 @@ def tiny_verifier(name: str = "llama", *, context: float = 0.02, **config: Any) 
     settings = {**SIZES, "num_hidden_layers": 2, "initializer_range": 0.5, **more, **config}
     model: PreTrainedModel = model_class(config_class(**settings)).eval()
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "o_proj" in parameter_name or "down_proj" in parameter_name:
-                parameter *= context
+        _scale_outputs(model, context)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -77,7 +76,8 @@ def random_draft(verifier: PreTrainedModel, *, layernorms: bool = False) -> Eagl
     config = EagleSpeculatorConfig(transformer_layer_config=layer, layernorms=layernorms)
     draft = EagleSpeculator(config)
     draft.attach_verifier(verifier)
-    return draft.eval()
+    draft.train(False)
+    return draft
 
 
 def knowing_draft(verifier: PreTrainedModel, doubt: float = 0.02) -> EagleSpeculator:
@@ -90,17 +90,23 @@ def knowing_draft(verifier: PreTrainedModel, doubt: float = 0.02) -> EagleSpecul
     """
     draft = random_draft(verifier)
     embedding = verifier.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
     assert draft.embed_tokens is not None
     with torch.no_grad():
         draft.embed_tokens.weight.copy_(embedding)
         draft.fc.weight *= doubt
         draft.fc.weight[:, : embedding.shape[1]] += torch.eye(embedding.shape[1])
-        for name, parameter in draft.layers.named_parameters():
-            if "o_proj" in name or "down_proj" in name:
-                parameter *= doubt
+        _scale_outputs(draft.layers, doubt)
     return draft
 
 
-def prompt(length: int, seed: int = 3, rows: int = 1) -> torch.Tensor:
+def _scale_outputs(module: nn.Module, factor: float) -> None:
+    """Scale what layers add to their inputs."""
+    for name, parameter in module.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            parameter.mul_(factor)
+
+
+def prompt(length: int, seed: int = 3, rows: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, SIZES["vocab_size"], (rows, length), generator=generator)

@@ -392,7 +392,7 @@ def test_the_dynamic_tree_is_the_references(converted: dict[str, Any], name: str
     method = ProposalMethod(
         proposal_type="dynamic_tree", speculative_tokens=25, tree_depth=5, tree_top_k=4
     )
-    drafter = drafter_of(draft, BlockCache([0], 100), method, lambda logits: logits)
+    drafter = drafter_of(draft, BlockCache([0]), method, lambda logits: logits)
     with torch.no_grad():
         tree = drafter.propose(g["tree_input_ids"][:, 1:], g["tree_hidden_states"], [16])
 

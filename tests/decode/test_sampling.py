@@ -52,7 +52,7 @@ def chi_square_is_likely(counts: Counter[Any], probabilities: dict[Any, float]) 
     statistic = sum((count - expected) ** 2 / expected for count, expected in cells)
     degrees = len(cells) - 1
     quantile = degrees * (1 - 2 / (9 * degrees) + 3.719 * (2 / (9 * degrees)) ** 0.5) ** 3
-    return statistic < quantile
+    return bool(statistic < quantile)
 
 
 def transform(scores: Tensor, before: list[int], settings: dict[str, Any]) -> Tensor:

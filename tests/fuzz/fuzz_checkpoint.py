@@ -5,14 +5,16 @@
 
 TARGET is one of ``TARGETS``; what follows are options of libFuzzer. Whatever bytes come, a reader
 returns tensors that lie within the file, or raises a CheckpointError in one printable sentence,
-soon, and with little memory. What broke this became a test beside the reader's others.
+soon, and with little memory. What breaks this is kept by libFuzzer as crash-* in the working
+directory, and belongs into a test beside the reader's others.
 """
 
 import contextlib
 import io
 import json
-import os
+import math
 import pickle
+import shutil
 import struct
 import sys
 import tempfile
@@ -21,13 +23,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import atheris
+import safetensors
 
 with atheris.instrument_imports(include=["speculators", "pickletools", "zipfile"]):
+    from speculators.checkpoint.json_file import parse_json
     from speculators.checkpoint.pickle_data import PYTHON_GLOBALS, read_pickle
     from speculators.checkpoint.reader import read_tensors
     from speculators.checkpoint.repository import LocalDirectory
     from speculators.checkpoint.safetensors_file import read_safetensors_file
-    from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo
+    from speculators.checkpoint.tensor import DTYPE_BITS, MAX_AXES, MAX_NAME, MAX_SIZE, TensorInfo
     from speculators.checkpoint.torch_file import _GLOBALS, read_torch_file
     from speculators.errors import CheckpointError
 
@@ -52,7 +56,7 @@ TENSOR = call(TENSOR_V2, tuple_of(*STORAGE) + b"Q", *SIZES, b"\x89", b"N")
 STATE = whole(state_dict(TENSOR))
 
 MEMORY = Path("/dev/shm")  # files there cost little
-FOLDER = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None, prefix="fuzz-"))
+FOLDER = (MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())) / "fuzz-checkpoint"
 
 
 @contextlib.contextmanager
@@ -110,8 +114,57 @@ def fuzz_header(data: bytes) -> None:
     if data[:1] == b"#":
         data = likely_header(atheris.FuzzedDataProvider(data[1:]))
     framed = data[1:] if data[:1] == b"!" else struct.pack("<Q", len(data)) + data + DATA
+    path = write("model.safetensors", framed)
+    read = None
     with refusals():
-        check_bounds(read_safetensors_file(write("model.safetensors", framed)))
+        read = read_safetensors_file(path)
+        check_bounds(read)
+    check_the_library_agrees(path, read)
+
+
+def read_with_the_library(path: Path) -> dict[str, tuple[str, list[int]]] | None:
+    """Give names, types and shapes as the safetensors library finds them, if it does."""
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (it.get_dtype(), it.get_shape()) for name, it in slices.items()}
+    except safetensors.SafetensorError:
+        return None
+
+
+def check_the_library_agrees(path: Path, read: Mapping[str, TensorInfo] | None) -> None:
+    """Check that the safetensors library finds the same in a file; ``None`` for nothing."""
+    found = read_with_the_library(path)
+    if read is not None:
+        # To it, "-0" is no whole number, and half of a character no text.
+        data = path.read_bytes()
+        assert found is not None or b"-0" in data or b"\\u" in data, "only the library refuses"
+        assert found in (
+            None,
+            {name: (info.dtype, list(info.shape)) for name, info in read.items()},
+        )
+    elif found is not None:
+        (size,) = struct.unpack("<Q", path.read_bytes()[:8])
+        header, twice = parse_json(path.read_bytes()[8 : 8 + size])
+        header.pop("__metadata__", None)
+        assert twice is not None or any(map(only_we_refuse, header, header.values()))
+
+
+def only_we_refuse(name: str, entry: list[object] | dict[str, object]) -> bool:
+    """Tell whether an entry is odd in a way that the library does not mind.
+
+    It takes entries in lists, with keys that it does not know, names that cannot be shown, any
+    number of axes, and sizes of 64 bits.
+    """
+    return (
+        not isinstance(entry, dict)
+        or len(entry) > 3
+        or not name.isprintable()
+        or len(name) > MAX_NAME
+        or not isinstance(entry["shape"], list)
+        or len(entry["shape"]) > MAX_AXES
+        or math.prod(filter(None, entry["shape"])) >= MAX_SIZE
+    )
 
 
 def fuzz_pickle(data: bytes) -> None:
@@ -186,17 +239,17 @@ def main() -> None:
     target, *options = sys.argv[1:]
     fuzz, seeds = TARGETS[target]
     logger.remove()
-    for name, shard in SHARDS.items():
-        write(shard, one_tensor(name))
+    shutil.rmtree(FOLDER, ignore_errors=True)  # of the last run: libFuzzer ends without a word
     corpus = FOLDER / "corpus"
-    corpus.mkdir()
+    corpus.mkdir(parents=True)
     for number, seed in enumerate(seeds):
         (corpus / str(number)).write_bytes(seed)
+    for name, shard in SHARDS.items():
+        write(shard, one_tensor(name))
     escaped = ("".join(f"\\x{byte:02x}" for byte in word.encode()) for word in WORDS)
     words = write("words", "".join(f'"{word}"\n' for word in escaped).encode())
     limits = ["-timeout=20", "-rss_limit_mb=1500", f"-dict={words}", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *limits, *options, str(corpus)], fuzz)
-    os.chdir(FOLDER)
     atheris.Fuzz()
 
 

@@ -5,6 +5,7 @@ The layout is the one that the safetensors project documents in its README, "For
 """
 
 import json
+import math
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -103,7 +104,14 @@ def parse_header(header: bytes, size: int, path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(
             f"{path}: the header names {printable(twice)} twice; the file is damaged."
         )
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+    ):
+        raise CheckpointError(
+            f"{path}: the header's __metadata__ is damaged: texts by name belong in it; "
+            "fetch the file again."
+        )
     data_start = PREFIX_BYTES + len(header)
     spans: list[tuple[int, int, str]] = []
     tensors: dict[str, TensorInfo] = {}
@@ -162,7 +170,9 @@ def _check_entry(
                     "a newer version of speculators may know it."
                 )
             with suppress(TypeError, ValueError):
-                return dtype, check_sizes(tuple(shape)), check_sizes(tuple(span))
+                # The product must be no larger even without sizes of 0, as the library has it.
+                check_sizes((math.prod(filter(None, check_sizes(tuple(shape)))),))
+                return dtype, tuple(shape), check_sizes(tuple(span))
     raise CheckpointError(
         f"{path}: the header's entry for {name} is damaged: dtype, shape and two offsets belong "
         "in it; fetch the file again."

@@ -38,6 +38,7 @@ RENAME_EXCHANGE = 2  # from linux/fs.h
 ADVICE = {
     errno.ENOSPC: "make room there, or choose another output",
     errno.EDQUOT: "make room in the quota, or choose another output",
+    errno.ENOTEMPTY: "something else was put there meanwhile: choose another output",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose another output",
 }
 """What to do about an error, by its number."""
@@ -179,7 +180,7 @@ def _discard(sibling: Path, output: Path) -> None:
     if old.exists() and not output.exists():
         old.rename(output)
         logger.warning(f"{output} is as it was: the run that was to replace it was stopped")
-    # After a swap, what was the output lies here as the new one.
+    # After replacing, what was the output lies where the new one did.
     shutil.rmtree(sibling, ignore_errors=True)
 
 
@@ -202,8 +203,12 @@ def _publish(sibling: Path, output: Path, *, overwrite: bool) -> None:
     if overwrite and output.exists():
         if _exchange(new, output):
             return
-        output.rename(sibling / OLD)
-    new.rename(output)
+        old = sibling / OLD
+        output.rename(old)
+        new.rename(output)
+        old.rename(new)  # what is half removed must not be put back
+    else:
+        new.rename(output)
 
 
 def _exchange(one: Path, other: Path) -> bool:

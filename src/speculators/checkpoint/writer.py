@@ -20,6 +20,7 @@ from speculators.errors import CheckpointError, ConversionError
 __all__ = ["contiguous_chunks", "write_safetensors_file"]
 
 CHUNK_BYTES = 8 << 20
+ROUNDED_BYTES = 1 << 19  # arithmetic is quickest within the processor's cache
 COPY_BYTES = 1 << 28  # small enough for a progress bar to move and Ctrl-C to be heard
 
 
@@ -110,7 +111,7 @@ def _rounded_chunks(info: TensorInfo, dtype: str | None) -> Iterator[bytes]:
         yield from contiguous_chunks(info)
         return
     assert dtype is not None
-    for chunk in contiguous_chunks(info):
+    for chunk in contiguous_chunks(info, ROUNDED_BYTES):
         try:
             yield round_to(dtype, info.dtype, chunk)
         except OverflowError as error:

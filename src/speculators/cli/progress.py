@@ -1,23 +1,17 @@
 """A bar for what takes long, on a terminal alone."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
-from speculators.checkpoint.progress import Progress as ProgressCallback
-from speculators.checkpoint.progress import silent
+from speculators.checkpoint.progress import Progress, silent
 from speculators.cli.shared import is_quiet
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 __all__ = ["progress_bar"]
 
@@ -25,52 +19,66 @@ SECONDS_WITHOUT_BAR = 1.0
 
 
 @contextmanager
-def progress_bar() -> Iterator[ProgressCallback]:
-    """Give what shows a step's bytes, of how many, and how many a second, beside the log.
+def progress_bar() -> Iterator[Progress]:
+    """Give what shows a step's bytes, of how many, and how many a second.
 
     A bar appears for a step that takes over a second, and goes when the step is done. Where the
-    log is no terminal, and with --quiet, nothing is shown.
+    log does not go to a terminal, and with --quiet, nothing is shown.
     """
     if is_quiet() or not sys.stderr.isatty():
         yield silent
         return
-    bars = _Bars()
+    steps: list[_Step] = []
+
+    def begin(name: str, total: int) -> Callable[[int], None]:
+        steps.append(_Step(name, total))
+        return steps[-1].advance
+
     try:
-        yield bars.begin
+        yield begin
     finally:
-        bars.end()
+        for step in steps:
+            step.end()
 
 
-class _Bars:
-    """One bar after the other."""
+class _Step:
+    """One step and, once it takes long, its bar."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
-        self.bar: Progress | None = None
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.done = name, total, 0
+        self.begun = time.monotonic()
+        self.lock = threading.Lock()
+        self.bar: Bar | None = None
 
-    def begin(self, step: str, total: int) -> Callable[[int], None]:
-        self.end()
-        bar = self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        )
-        task = bar.add_task(step, total=total)
-        shown_from = time.monotonic() + SECONDS_WITHOUT_BAR
-
-        def advance(done: int) -> None:
-            bar.advance(task, done)
-            if bar.finished:
-                bar.stop()
-            elif time.monotonic() > shown_from:
-                bar.start()
-
-        return advance
+    def advance(self, done: int) -> None:
+        with self.lock:
+            self.done += done
+            if self.done >= self.total:
+                self.end()
+                return
+            if self.bar is None and time.monotonic() - self.begun > SECONDS_WITHOUT_BAR:
+                self.bar = _show(self.name, self.total)
+            if self.bar is not None:
+                self.bar.update(self.bar.task_ids[0], completed=self.done)
 
     def end(self) -> None:
-        if self.bar:
+        if self.bar is not None:
             self.bar.stop()
+
+
+def _show(name: str, total: int) -> "Bar":
+    from rich import progress
+    from rich.console import Console
+
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    bar.add_task(name, total=total)
+    bar.start()
+    return bar

@@ -2,7 +2,8 @@
 
 A verifier or draft runs on a *block* of positions of which only some will be confirmed. The block
 is written behind what each row has confirmed so far; what is not confirmed is simply written over
-by the next block. Rows of a batch may have confirmed different numbers of positions.
+by the next block. Rows of a batch may have confirmed different numbers of positions. The memory
+doubles when it is full, so that a position is copied twice at most on average.
 """
 
 from collections.abc import Sequence
@@ -14,13 +15,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 __all__ = ["BlockCache"]
 
+MARGIN = 128
+"""How many slots a cache has to spare at least when it is enlarged."""
+
 
 class BlockCache(Cache):
     """The keys and values of all layers of a model.
 
     Args:
         padding: by row, how many slots at the left hold padding.
-        capacity: how many slots a row has.
 
     Attributes:
         lengths: by row, how many slots are confirmed, padding included.
@@ -28,10 +31,9 @@ class BlockCache(Cache):
 
     """
 
-    def __init__(self, padding: Sequence[int], capacity: int) -> None:
+    def __init__(self, padding: Sequence[int]) -> None:
         super().__init__(layer_class_to_replicate=lambda: BlockLayer(self))  # type: ignore[arg-type]
         self.padding = list(padding)
-        self.capacity = capacity
         self.lengths = [0] * len(self.padding)
         self.tried = 0
 
@@ -147,11 +149,8 @@ class BlockLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room; zeros, since even what a mask hides must be finite."""
-        self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], self.cache.capacity, states.shape[3])
-            for states in (key_states, value_states)
-        )
+        """Make room for none yet."""
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
     def update(
@@ -165,6 +164,8 @@ class BlockLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length, end = key_states.shape[2], self.cache.start + key_states.shape[2]
+        if end > self.keys.shape[2]:
+            self.keys, self.values = _enlarged(self.keys, end), _enlarged(self.values, end)
         if self.cache.even:
             self.keys[:, :, end - length : end] = key_states
             self.values[:, :, end - length : end] = value_states
@@ -194,8 +195,19 @@ class BlockLayer(CacheLayerMixin):
         return self.cache.start
 
     def get_max_length(self) -> int:
-        """How many slots there are."""
-        return self.cache.capacity
+        """There is none, which transformers calls -1."""
+        return -1
+
+
+def _enlarged(states: Tensor, slots: int) -> Tensor:
+    """The same with room for so many slots, and more to come.
+
+    Zeros, since even what a mask hides must be finite.
+    """
+    rows, heads, before, size = states.shape
+    larger = states.new_zeros(rows, heads, max(slots + MARGIN, 2 * before), size)
+    larger[:, :, :before] = states
+    return larger
 
 
 def _places(slots: Tensor, states: Tensor) -> Tensor:

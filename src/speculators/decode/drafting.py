@@ -27,7 +27,7 @@ from speculators.decode.tree import (
 from speculators.errors import GenerationError
 from speculators.format.config import PROPOSALS, ProposalMethod
 
-__all__ = ["Draft", "Drafter", "Warp", "drafter_of", "room_for"]
+__all__ = ["Draft", "Drafter", "Warp", "drafter_of"]
 
 Warp = Callable[[Tensor], Tensor]
 """What is done to logits, (rows, vocabulary), before tokens are drawn from them."""
@@ -252,18 +252,12 @@ class DynamicDrafter(Drafter):
         )
 
 
-def room_for(method: ProposalMethod) -> int:
-    """How many slots of a cache may be tried before any of them is confirmed."""
-    grown = (method.tree_depth or 0) * (method.tree_top_k or 0)
-    return method.speculative_tokens + 1 + grown
-
-
 def drafter_of(draft: Draft, cache: BlockCache, method: ProposalMethod, warp: Warp) -> Drafter:
     """What proposes by a method.
 
     Args:
         draft: the model.
-        cache: an empty one, with room for the method.
+        cache: an empty one.
         method: its type and sizes.
         warp: for proposals that are drawn.
 

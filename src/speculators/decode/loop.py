@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -18,7 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from speculators.decode.cache import BlockCache
-from speculators.decode.drafting import Draft, drafter_of, room_for
+from speculators.decode.drafting import Draft, drafter_of
 from speculators.decode.limits import (
     check_arguments,
     check_batch,
@@ -120,7 +121,7 @@ class Prompt:
     accepted: list[int] = field(default_factory=list)
     offered: list[int] = field(default_factory=list)
 
-    def append(self, tokens: Sequence[int]) -> None:
+    def extend(self, tokens: Sequence[int]) -> None:
         """Add tokens up to the one that ends the sequence."""
         for token in tokens:
             self.tokens.append(token)
@@ -151,15 +152,13 @@ def _decode(
         check_batch(logits_processor, stopping, streamer)
     attention_mask = inputs.get("attention_mask")
     padding = left_padding(input_ids, attention_mask)
-    capacity = int(generation_config.max_length or 0) + room_for(proposal)
-    warp = warp_of(logits_processor)
-    drafter = drafter_of(draft, BlockCache(padding, capacity), proposal, warp)
+    drafter = drafter_of(draft, BlockCache(padding), proposal, warp_of(logits_processor))
 
     prompts = [Prompt(tokens, stopping, streamer) for tokens in input_ids.tolist()]
-    with VerifierPass(verifier, BlockCache(padding, capacity)) as target:
+    with VerifierPass(verifier, BlockCache(padding)) as target:
         logits, states = target.prefill(input_ids, attention_mask, inputs.get("position_ids"))
         for prompt, last in zip(prompts, logits[:, -1], strict=True):
-            prompt.append([choice(prompt.tokens, last)])
+            prompt.extend([choice(prompt.tokens, last)])
         unseen = [prompt.tokens[1:] for prompt in prompts]  # by the draft
         active = prompts
         while going_on := [row for row, prompt in enumerate(active) if not prompt.ended]:
@@ -176,7 +175,7 @@ def _decode(
     if streamer is not None:
         streamer.end()
     return Generation(
-        sequences=_right_padded(prompts, generation_config, input_ids.device),
+        sequences=_right_padded(prompts, generation_config).to(input_ids.device),
         accepted=[prompt.accepted for prompt in prompts],
         offered=[prompt.offered for prompt in prompts],
     )
@@ -202,7 +201,7 @@ def _follow(
         path, drawn = walk(children_of(tokens[row], parents[row]), choose)
         prompt.accepted.append(len(path) - 1)
         prompt.offered.append(depth_of(parents[row]))
-        prompt.append(drawn)
+        prompt.extend(drawn)
         paths.append(path)
         chosen.append(drawn)
     return paths, chosen
@@ -224,14 +223,10 @@ def _chooser(
     return choose
 
 
-def _right_padded(
-    prompts: Sequence[Prompt], generation_config: GenerationConfig, device: torch.device
-) -> Tensor:
-    """The prompts' tokens as one tensor, padded behind with what ``generate`` takes for it."""
-    pad = generation_config.pad_token_id
-    if pad is None:
-        end = generation_config.eos_token_id
-        pad = end[0] if isinstance(end, list) else end
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    rows = [[*p.tokens, *[pad] * (longest - len(p.tokens))] for p in prompts]
-    return torch.tensor(rows, device=device)
+def _right_padded(prompts: Sequence[Prompt], generation_config: GenerationConfig) -> Tensor:
+    """The prompts' tokens as one tensor, padded behind."""
+    sequences = [torch.tensor(prompt.tokens) for prompt in prompts]
+    # The only place where transformers keeps what it has settled on; without an end of sequence
+    # there is none, and all sequences have the same length.
+    pad = getattr(generation_config, "_pad_token_tensor", None)
+    return pad_sequence(sequences, batch_first=True, padding_value=0 if pad is None else int(pad))

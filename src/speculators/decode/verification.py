@@ -155,7 +155,7 @@ def windows_of(model: PreTrainedModel) -> dict[str | None, int | None]:
 
     """
     name = type(model).__name__
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise GenerationError(f"{name} takes no position_ids, which speculation needs.")
     config = model.config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)

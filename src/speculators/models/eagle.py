@@ -614,8 +614,8 @@ class EagleSpeculator(PreTrainedModel):
                 self.config.speculators_config or {"verifier": {"architectures": []}}
             )
             name = proposal or config.default_proposal_method
-            methods = {method.proposal_type: method for method in config.proposal_methods}
-            proposal = methods.get(name) or ProposalMethod(proposal_type=name)
+            told = [one for one in config.proposal_methods if one.proposal_type == name]
+            proposal = told[0] if told else ProposalMethod(proposal_type=name)
         if num_draft_tokens is None:
             return proposal
         sized = proposal.model_dump() | {"speculative_tokens": num_draft_tokens}

@@ -167,8 +167,6 @@ class EagleConverter:
                 source does.
 
         """
-        from speculators.convert.eagle.validation import validate_conversion, validate_model
-
         directory = Path(directory).expanduser()
         logger.info(f"Checking converted checkpoint: {directory}")
         if not directory.is_dir():
@@ -181,6 +179,9 @@ class EagleConverter:
         else:
             check_files(record, directory, progress)
         verifier = verifier_of(config, cache_dir=cache_dir)
+
+        from speculators.convert.eagle.validation import validate_conversion, validate_model
+
         if source is None:
             plan = plan_of_itself(written, config, verifier, LAYERNORM_MAPPINGS)
             validate_model(plan, directory, cache_dir=cache_dir)
