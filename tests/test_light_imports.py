@@ -117,7 +117,7 @@ LIGHT = [
     module
     for module in MODULES
     if module.split(".")[1]
-    in {"format", "checkpoint", "cli", "errors", "convert", "inspection", "batch"}
+    in {"format", "checkpoint", "cli", "errors", "convert", "inspection", "batch", "publish"}
     and module
     not in {
         # The proof of a conversion is about a model.
