@@ -1,0 +1,52 @@
+"""The entry point that vLLM calls in each of its processes before it reads any model.
+
+vLLM lets what a plugin raises end its start, and reads SUPPORTED_SPECULATORS_TYPES, which is no
+public interface: so the plugin acts only in releases that it was tried with, and otherwise says
+so and leaves everything as it is.
+"""
+
+import logging
+
+__all__ = ["ARCHITECTURE", "SUPPORTED_RELEASES", "register"]
+
+SUPPORTED_RELEASES = ("0.32",)
+"""The releases of vLLM (major.minor) that `make test-vllm` was run with."""
+
+ARCHITECTURE = "EagleSpeculatorDraft"
+"""What vLLM calls the draft's model; no checkpoint names it."""
+
+# Below vLLM's own logger, so that its level, format and handlers hold.
+logger = logging.getLogger("vllm.plugins.speculators")
+
+
+def register() -> None:
+    """Teach the vLLM of this process the speculators type "eagle"; never raises.
+
+    vLLM may call it several times in one process.
+    """
+    try:
+        from vllm import __version__ as version
+    except ImportError:
+        return
+    if ".".join(version.split(".")[:2]) not in SUPPORTED_RELEASES:
+        _step_aside(f"it does not know vLLM {version}, only {', '.join(SUPPORTED_RELEASES)}")
+        return
+    try:
+        from vllm.model_executor.models.registry import ModelRegistry
+        from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
+
+        from speculators.integrations.vllm.config import update_eagle
+    except ImportError as error:
+        _step_aside(f"this vLLM {version} is not built as the release is ({error})")
+        return
+    SUPPORTED_SPECULATORS_TYPES["eagle"] = update_eagle
+    # By name: importing the model here would import torch's devices before vLLM forks.
+    ModelRegistry.register_model(ARCHITECTURE, "speculators.integrations.vllm.draft:EagleDraft")
+
+
+def _step_aside(why: str) -> None:
+    logger.warning(
+        "The speculators plugin does nothing, since %s. Converted EAGLE drafts are not served "
+        'until speculators or vLLM is changed; plain ones are after "speculators export --to vllm".',
+        why,
+    )
