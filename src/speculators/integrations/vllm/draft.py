@@ -8,6 +8,7 @@ graphs, chunked prefill, sharing the verifier's embedding and head) holds for it
 from collections.abc import Iterable, Iterator
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import ModelConfig, VllmConfig
@@ -24,7 +25,7 @@ from vllm.model_executor.models.utils import (
 )
 
 from speculators.checkpoint.tensor import describe_shape
-from speculators.errors import FormatError, VerifierError
+from speculators.errors import CheckpointError, FormatError, VerifierError
 from speculators.format.layouts import current_name
 
 __all__ = ["EagleDraft"]
@@ -133,12 +134,19 @@ class EagleDraft(EagleLlamaForCausalLM):
         """Load the draft's tensors, by the names of the format or of an older layout.
 
         Raises:
+            CheckpointError: if the file is damaged.
             FormatError: if one is missing, unknown or of another shape: nothing is left to what
                 memory happened to hold, and nothing is dropped.
 
         """
         found: set[str] = set()
-        AutoWeightsLoader(self).load_weights(self._checked(weights, found))
+        try:
+            AutoWeightsLoader(self).load_weights(self._checked(weights, found))
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.directory} has a damaged model.safetensors ({error}); "
+                "convert or fetch it again."
+            ) from error
         self.has_own_embed_tokens = EMBEDDING in found  # vLLM gives it the verifier's otherwise
         missing = sorted(self.config.tensor_shapes.keys() - found - {EMBEDDING})
         if missing:

@@ -7,13 +7,19 @@ so and leaves everything as it is.
 
 import logging
 
-__all__ = ["ARCHITECTURE", "SUPPORTED_RELEASES", "register"]
+__all__ = ["ARCHITECTURE", "MODELS", "SUPPORTED_RELEASES", "register"]
 
 SUPPORTED_RELEASES = ("0.32",)
 """The releases of vLLM (major.minor) that `make test-vllm` was run with."""
 
 ARCHITECTURE = "EagleSpeculatorDraft"
 """What vLLM calls the draft's model; no checkpoint names it."""
+
+MODELS = {
+    ARCHITECTURE: "speculators.integrations.vllm.draft:EagleDraft",
+    "EagleLlamaForCausalLM": "speculators.integrations.vllm.plain:PlainEagle",
+}
+"""vLLM's names of models → what it is to import: later, since a device must not be touched yet."""
 
 # Below vLLM's own logger, so that its level, format and handlers hold.
 logger = logging.getLogger("vllm.plugins.speculators")
@@ -40,8 +46,8 @@ def register() -> None:
         _step_aside(f"this vLLM {version} is not built as the release is ({error})")
         return
     SUPPORTED_SPECULATORS_TYPES["eagle"] = update_eagle
-    # By name: importing the model here would import torch's devices before vLLM forks.
-    ModelRegistry.register_model(ARCHITECTURE, "speculators.integrations.vllm.draft:EagleDraft")
+    for architecture, model in MODELS.items():
+        ModelRegistry.register_model(architecture, model)
 
 
 def _step_aside(why: str) -> None:
