@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "decode": {"models", "checkpoint", "format", "errors"},
     "convert": {"models", "checkpoint", "format", "errors"},
     "evaluate": {"decode", "models", "checkpoint", "format", "errors"},
+    "integrations": {"convert", "models", "checkpoint", "format", "errors"},
     "cli": {"evaluate", "decode", "convert", "models", "checkpoint", "format", "errors"},
 }
 """By package: which others it may import. The version in ``speculators`` is for all."""

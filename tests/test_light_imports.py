@@ -12,8 +12,12 @@ import speculators
 from helpers import entries, write_checkpoint
 
 HEAVY = ("torch", "transformers", "numpy")
+OF_VLLM = {"speculators.integrations.vllm.draft", "speculators.integrations.vllm.plain"}
+"""Models for vLLM, of its classes: imported by vLLM alone."""
 MODULES = sorted(
-    module.name for module in pkgutil.walk_packages(speculators.__path__, "speculators.")
+    module.name
+    for module in pkgutil.walk_packages(speculators.__path__, "speculators.")
+    if module.name not in OF_VLLM
 )
 
 
@@ -43,7 +47,14 @@ def test_this_test_sees_what_is_loaded() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["convert", "--help"], ["convert", "eagle", "--help"], ["-h"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["convert", "--help"],
+        ["convert", "eagle", "--help"],
+        ["export", "--help"],
+        ["-h"],
+    ],
     ids=" ".join,
 )
 def test_the_command_line_answers_without_torch(arguments: list[str]) -> None:
@@ -65,6 +76,12 @@ def test_a_conversion_without_validation_needs_no_torch(
     assert ("out/model.safetensors" in entries(tmp_path)) == (option == "--no-validate")
 
 
+def test_an_export_needs_no_torch(tmp_path: Path, converted: dict[str, Path]) -> None:
+    arguments = ["export", str(converted["llama31_gqa_nobias"]), "out", "--to", "sglang"]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
+    assert "out/model.safetensors" in entries(tmp_path)
+
+
 def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
     source = write_checkpoint(tmp_path / "source", edit=lambda tensors: tensors.pop("fc.weight"))
     arguments = ["convert", "eagle", str(source), "out", str(verifier)]
@@ -74,7 +91,7 @@ def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
 LIGHT = [
     module
     for module in MODULES
-    if module.split(".")[1] in {"format", "checkpoint", "cli", "errors", "convert"}
+    if module.split(".")[1] in {"format", "checkpoint", "cli", "errors", "convert", "integrations"}
     and module
     not in {
         # The proof of a conversion is about a model.

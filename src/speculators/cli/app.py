@@ -7,7 +7,7 @@ import typer
 from loguru import logger
 
 from speculators import __version__
-from speculators.cli import convert
+from speculators.cli import convert, export
 from speculators.errors import SpeculatorsError
 
 __all__ = ["app", "main"]
@@ -20,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(convert.app, name="convert")
+app.command()(export.export)
 
 
 def _print_version(asked: bool) -> None:

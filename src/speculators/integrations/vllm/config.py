@@ -41,8 +41,8 @@ def update_eagle(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]
         "num_key_value_heads": layer.num_key_value_heads or heads,
         "head_dim": layer.head_dim or layer.hidden_size // heads,
         "rope_parameters": {
-            "rope_type": "default",
             **(layer.rope_scaling or {}),
+            "rope_type": layer.rope_type,
             "rope_theta": layer.rope_theta,
         },
         # vLLM's layer has biases on q, k, v and o for the first key, on q, k and v for the second.

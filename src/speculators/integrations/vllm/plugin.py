@@ -52,7 +52,7 @@ def register() -> None:
 
 def _step_aside(why: str) -> None:
     logger.warning(
-        "The speculators plugin does nothing, since %s. Converted EAGLE drafts are not served "
-        'until speculators or vLLM is changed; plain ones are after "speculators export --to vllm".',
+        "The speculators plugin does nothing, since %s. Converted EAGLE drafts cannot be served: "
+        "install another release, or export plain ones: speculators export DIR OUT --to vllm",
         why,
     )
