@@ -3,11 +3,12 @@
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from drafts import VARIANTS, VERIFIER, other_verifier
 from serving import Answers, Server, Stopped, run_engine, serve, speculation
@@ -41,9 +42,8 @@ QUESTIONS = (
 def prompts() -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    tokens: list[list[int]] = tokenizer.apply_chat_template(chats, add_generation_prompt=True)[
-        "input_ids"
-    ]
+    encoded: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True)
+    tokens: list[list[int]] = encoded["input_ids"]
     return tokens
 
 
@@ -112,7 +112,7 @@ def test_as_much_is_accepted_as_of_our_own_model(
     variant: str,
 ) -> None:
     answers = with_draft(variant)
-    verifier = AutoModelForCausalLM.from_pretrained(VERIFIER, dtype=torch.float32)
+    verifier = LlamaForCausalLM.from_pretrained(VERIFIER, dtype=torch.float32)
     draft = EagleSpeculator.from_pretrained(
         converted[variant], verifier=verifier, dtype=torch.float32
     )
