@@ -16,6 +16,9 @@ VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 
 Tensors = dict[str, Tensor]
 
+NORMS = ("embed", "hidden", "lm_head")
+"""The extra norms, by the first part of their names."""
+
 
 def read(directory: Path) -> tuple[dict[str, object], Tensors]:
     config = json.loads((directory / "config.json").read_text())
@@ -88,19 +91,63 @@ VARIANTS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def other_verifier(directory: Path) -> Path:
-    """A verifier with the same tokens and another hidden size."""
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 128, 256, 4, 2
+
+
+def tiny_verifier(directory: Path) -> Path:
+    """An untrained verifier with the same tokens, that starts quickly and can be split in two."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=49152,
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
         max_position_embeddings=512,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(VERIFIER / name, directory)
     return directory
+
+
+def tiny_draft(directory: Path) -> Path:
+    """A draft for ``tiny_verifier`` with every feature.
+
+    It hands on the hidden state with some noise, which now and then is right, since an untrained
+    verifier says the same again and again.
+    """
+    rows = {"q": HIDDEN, "k": HIDDEN * KV_HEADS // HEADS, "v": HIDDEN * KV_HEADS // HEADS}
+    small = {
+        "fc.bias": (HIDDEN,),
+        **{f"layers.0.self_attn.{name}_proj.weight": (rows[name], HIDDEN) for name in "qkv"},
+        **{f"layers.0.self_attn.{name}_proj.bias": (rows[name],) for name in "qkv"},
+        "layers.0.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+        "layers.0.mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+        "layers.0.mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+        "layers.0.mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+    }
+    norms = ("layers.0.post_attention_layernorm", *(f"{it}_layernorm" for it in NORMS))
+    tensors = {
+        "fc.weight": torch.cat((0.05 * torch.eye(HIDDEN), torch.eye(HIDDEN)), 1),
+        **{
+            name: 0.03 * noise(*shape, seed=seed)
+            for seed, (name, shape) in enumerate(small.items())
+        },
+        **{f"{it}.weight": 1 + 0.1 * noise(HIDDEN, seed=seed) for seed, it in enumerate(norms)},
+    }
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-05,
+        "bias": True,
+        "qkv_bias": True,
+    }
+    return write(directory, config, tensors)

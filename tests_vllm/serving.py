@@ -26,12 +26,18 @@ ENGINE = {
     "dtype": "float32",
     "max_model_len": 256,
     "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,  # so that prompts are prefilled in chunks
     "kv_cache_memory_bytes": 128 << 20,
     "enforce_eager": True,
     "disable_log_stats": False,
 }
 """Small enough for two cores; ``LLM``'s arguments."""
 
+OF_TWO_WORKERS = {
+    # One core each; and two workers are processes in any case.
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+}
 ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -75,7 +81,11 @@ def run_engine(
 
     """
     job = {"engine": ENGINE | engine, "prompts": prompts, "max_tokens": MAX_TOKENS}
-    environment = ENVIRONMENT if plugins is None else ENVIRONMENT | {"VLLM_PLUGINS": plugins}
+    environment = dict(ENVIRONMENT)
+    if plugins is not None:
+        environment["VLLM_PLUGINS"] = plugins
+    if engine.get("tensor_parallel_size", 1) > 1:
+        environment |= OF_TWO_WORKERS
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("engine.py"), result],
         check=False,
@@ -148,6 +158,7 @@ def serve(model: Path, log: Path) -> Iterator[Server]:
         "dtype": ENGINE["dtype"],
         "max-model-len": ENGINE["max_model_len"],
         "max-num-seqs": ENGINE["max_num_seqs"],
+        "max-num-batched-tokens": ENGINE["max_num_batched_tokens"],
         "kv-cache-memory-bytes": ENGINE["kv_cache_memory_bytes"],
     }
     arguments = [f"--{name}={value}" for name, value in options.items()]

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from drafts import VARIANTS, VERIFIER, other_verifier
+import drafts
+from drafts import VARIANTS, VERIFIER
 from serving import Answers, Server, Stopped, run_engine, serve, speculation
 from simulation import simulate
 from speculators.convert.eagle import EagleConverter
@@ -67,6 +68,11 @@ def converted(
 
 
 @pytest.fixture(scope="session")
+def tiny_verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return drafts.tiny_verifier(tmp_path_factory.mktemp("tiny") / "verifier")
+
+
+@pytest.fixture(scope="session")
 def without(tmp_path_factory: pytest.TempPathFactory, prompts: list[list[int]]) -> Answers:
     """What vLLM says without speculation."""
     answers = run_engine(prompts, tmp_path_factory.mktemp("without") / "result.json")
@@ -118,6 +124,23 @@ def test_as_much_is_accepted_as_of_our_own_model(
     )
     ours = simulate(draft, verifier, prompts, answers.tokens, LENGTH)
     assert answers.acceptance_length == pytest.approx(ours.acceptance_length, abs=0.05)
+
+
+def test_compiling_and_splitting_over_workers_changes_nothing(
+    tmp_path: Path, prompts: list[list[int]], tiny_verifier: Path
+) -> None:
+    """One draft with every feature: eagerly on one worker, and compiled on two."""
+    published = drafts.tiny_draft(tmp_path / "published")
+    draft = EagleConverter().convert(published, tmp_path / "converted", tiny_verifier)
+    engine = {"model": str(tiny_verifier), **speculation(draft, LENGTH)}
+    once = run_engine(prompts, tmp_path / "once", **engine)
+    again = run_engine(
+        prompts, tmp_path / "again", tensor_parallel_size=2, enforce_eager=False, **engine
+    )
+    assert isinstance(once, Answers), once.log
+    assert isinstance(again, Answers), again.log
+    assert again == once
+    assert sum(once.accepted) > 0
 
 
 def test_an_exported_draft_is_served_without_the_plugin(
@@ -179,11 +202,10 @@ def test_a_damaged_draft_is_told_at_start(
 
 
 def test_a_draft_for_another_verifier_is_told_at_start(
-    tmp_path: Path, prompts: list[list[int]], converted: dict[str, Path]
+    tmp_path: Path, prompts: list[list[int]], converted: dict[str, Path], tiny_verifier: Path
 ) -> None:
-    other = other_verifier(tmp_path / "other")
     stopped = run_engine(
-        prompts, tmp_path / "result", model=str(other), **speculation(converted["hass"])
+        prompts, tmp_path / "result", model=str(tiny_verifier), **speculation(converted["hass"])
     )
     assert isinstance(stopped, Stopped)
     assert "its hidden size is 576, the verifier's is 128" in stopped.log
