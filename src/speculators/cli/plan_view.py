@@ -21,7 +21,7 @@ def print_plan(plan: ConversionPlan) -> None:
     )
     for target, info in plan.tensors.items():
         rounded = plan.rounded_to not in {None, info.dtype}
-        dtype = f"{info.dtype} → {plan.rounded_to}" if rounded else info.dtype
+        dtype = f"{info.dtype} -> {plan.rounded_to}" if rounded else info.dtype
         tensors.add_row(info.name, target, dtype, describe_shape(info.shape))
     for name, why in plan.left_out.items():
         info = plan.source.tensors[name]
