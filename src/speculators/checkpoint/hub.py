@@ -9,16 +9,15 @@ to fail is one sentence.
 The client is imported only when a file is asked for: importing it takes long.
 """
 
-import errno
 import hashlib
 import re
-import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
+from speculators.checkpoint.hub_errors import kinds_of, raise_told
 from speculators.checkpoint.safetensors_file import (
     PREFIX_BYTES,
     encode_header,
@@ -26,7 +25,6 @@ from speculators.checkpoint.safetensors_file import (
     parse_header,
 )
 from speculators.checkpoint.tensor import TensorInfo
-from speculators.errors import HubError
 
 __all__ = ["HubRepository"]
 
@@ -39,9 +37,7 @@ _NO_SPACE = (
     " cache with --cache-dir or HF_HOME"
 )
 
-# What can go wrong, by the names that _kinds() gives to an error. Classes are told by name,
-# not by type: they come from the client and from its HTTP library, which is httpx under
-# huggingface_hub 1 and httpx2 under 2, and none of them is imported with this module.
+# What can go wrong, by the names that hub_errors gives to an error.
 _SENTENCES = {
     "HFValidationError": (
         "{repo!r} is neither an existing directory or file nor a Hub id: check the path, or give"
@@ -122,10 +118,6 @@ _SENTENCES = {
 }
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# The client's words for a file of the wrong size.
-_SIZES = re.compile(r"^Consistency check failed.* of size (\d+) but has size (\d+).*", re.DOTALL)
-# Access tokens, in a header or bare, and credentials in a URL.
-_SECRET = re.compile(r"(?<=Bearer )[^\s'\"]+|\bhf_\w{8,}|(?<=//)[^/@\s]+(?=@)")
 
 
 HEADER_GUESS = 128 << 10
@@ -186,7 +178,39 @@ class HubRepository:
         Raises:
             HubError: The Hub does not answer, as for ``file``.
         """
-        return self._get(filename, dry_run=True) is not None
+        return self.location(filename) is not None
+
+    def location(self, filename: str) -> Path | None:
+        """Where ``filename`` is in the local cache, or would be; downloads nothing.
+
+        ``None`` where the repository has no such file.
+
+        Raises:
+            HubError: The Hub does not answer, as for ``file``.
+
+        """
+        return self._get(filename, dry_run=True)
+
+    def read(self, filename: str, start: int, size: int) -> tuple[bytes, int] | None:
+        """Read a range of a file's bytes from the Hub; nothing of it is kept.
+
+        Args:
+            filename: a file that ``location`` found.
+            start: the first byte.
+            size: how many; fewer come where the file ends before.
+
+        Returns:
+            The bytes, and the size of the whole file; ``None`` where the server sends whole files
+            only.
+
+        Raises:
+            HubError: The bytes cannot be had; the message says why and what to do.
+
+        """
+        from huggingface_hub import hf_hub_url
+
+        with self._told(filename):
+            return _read_range(hf_hub_url(self.name, filename, revision=self.commit), start, size)
 
     def part(self, filename: str, tensors: Collection[str]) -> Path | None:
         """Give a safetensors file with those of ``tensors`` that ``filename`` holds.
@@ -210,7 +234,7 @@ class HubRepository:
         """
         part = self._part_file(filename, tensors) if self.commit else None
         if part is None or not part.is_file():
-            whole = self._get(filename, dry_run=True)
+            whole = self.location(filename)
             if whole is None or whole.is_file():
                 return whole
             part = self._part_file(filename, tensors)
@@ -239,21 +263,18 @@ class HubRepository:
         """Make ``part``; returns whether the server sends ranges of bytes."""
         from huggingface_hub import hf_hub_url
 
-        url = hf_hub_url(self.name, filename, revision=self.commit)
-        with self._told(filename):
-            found = _read_start(url, HEADER_GUESS)
+        found = self.read(filename, 0, HEADER_GUESS)
         if found is None:
             return False
         start, size = found
         remote = Path(self.name, filename)
         data_start = find_data(start[:PREFIX_BYTES], size, remote)
         if data_start > len(start):
-            with self._told(filename):
-                start, _ = _read_start(url, data_start) or (b"", 0)
+            start, _ = self.read(filename, 0, data_start) or (b"", 0)
         header = parse_header(start[PREFIX_BYTES:data_start], size, remote)
         wanted = {name: info for name, info in header.items() if name in names}
         with self._told(filename):
-            _write_part(part, wanted, url)
+            _write_part(part, wanted, hf_hub_url(self.name, filename, revision=self.commit))
         return True
 
     def _get(self, filename: str, *, dry_run: bool = False) -> Path | None:
@@ -274,7 +295,7 @@ class HubRepository:
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:  # the client lets errors of many libraries through
-            if "OfflineModeIsEnabled" in _kinds(error) and self._is_cached():
+            if "OfflineModeIsEnabled" in kinds_of(error) and self._is_cached():
                 return None
             self._tell(error, filename)
         # The cache's layout: snapshots/<commit>/<filename>.
@@ -289,9 +310,16 @@ class HubRepository:
             self._tell(error, filename)
 
     def _tell(self, error: Exception, filename: str) -> NoReturn:
-        message = self._sentence(error, filename)
-        # A traceback would show the cause's own text.
-        raise HubError(message) from (None if _SECRET.search(str(error)) else error)
+        from huggingface_hub import constants
+
+        raise_told(
+            error,
+            _SENTENCES,
+            repo=self.name,
+            revision=self.revision or constants.DEFAULT_REVISION,
+            file=filename,
+            cache=self._cache(),
+        )
 
     def _is_cached(self) -> bool:
         """Whether the cache holds any file of this repository at this revision."""
@@ -309,21 +337,6 @@ class HubRepository:
 
         return self.cache_dir or Path(constants.HF_HUB_CACHE)
 
-    def _sentence(self, error: Exception, filename: str) -> str:
-        """Say to the user what went wrong and what to do."""
-        from huggingface_hub import constants
-
-        sentence = next(_SENTENCES[kind] for kind in _kinds(error) if kind in _SENTENCES) + "."
-        return sentence.format(
-            repo=self.name,
-            revision=self.revision or constants.DEFAULT_REVISION,
-            file=filename,
-            endpoint=_SECRET.sub("***", constants.ENDPOINT),
-            cache=self._cache(),
-            kind=type(error).__name__,
-            reason=_reason(error),
-        )
-
 
 T = TypeVar("T")
 
@@ -334,7 +347,7 @@ def _retried(action: Callable[[], T], *kinds: str) -> T:
         try:
             return action()
         except Exception as error:
-            if not set(kinds) & set(_kinds(error)):
+            if not set(kinds) & set(kinds_of(error)):
                 raise
         time.sleep(seconds)
     return action()
@@ -348,14 +361,8 @@ def _range(start: int, size: int) -> dict[str, str]:
     return build_hf_headers() | wanted
 
 
-def _read_start(url: str, size: int) -> tuple[bytes, int] | None:
-    """Read the first ``size`` bytes of a file.
-
-    Returns:
-        The bytes, fewer where the file is shorter, and the size of the whole file; ``None``
-        where the server sends whole files only.
-
-    """
+def _read_range(url: str, start: int, size: int) -> tuple[bytes, int] | None:
+    """See ``HubRepository.read``."""
     from huggingface_hub import constants
     from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
 
@@ -363,14 +370,15 @@ def _read_start(url: str, size: int) -> tuple[bytes, int] | None:
         with http_stream_backoff(
             "GET",
             url,
-            headers=_range(0, size),
+            headers=_range(start, size),
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             retry_on_exceptions=(),  # its own way fails once an answer has begun
         ) as response:
             if response.status_code == 416:  # of an empty file there is no range
                 return None
             hf_raise_for_status(response)
-            total = re.fullmatch(r"bytes 0-\d+/(\d+)", response.headers.get("Content-Range", ""))
+            came = response.headers.get("Content-Range", "")
+            total = re.fullmatch(rf"bytes {start}-\d+/(\d+)", came)
             if response.status_code != 206 or total is None:
                 return None
             return response.read()[:size], int(total[1])
@@ -451,48 +459,3 @@ def _check_hash(path: Path) -> None:
         path.unlink()
         blob.unlink()
         raise _DamagedDownloadError
-
-
-def _root(error: BaseException) -> BaseException:
-    """Find the failed request behind "nor is the file in the local cache"."""
-    if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__:
-        return error.__cause__
-    return error
-
-
-def _kinds(error: BaseException) -> Iterator[str]:
-    """Name what an error is, the most specific first; the last are the names of its bases."""
-    error = _root(error)
-    if isinstance(error, OSError) and error.errno:
-        yield errno.errorcode.get(error.errno, "errno")
-        yield "errno"
-    response = getattr(error, "response", None)
-    token_sent = response is not None and "authorization" in response.request.headers
-    for base in type(error).__mro__:
-        names = [base.__name__]
-        if response is not None and base.__name__ == "HfHubHTTPError":
-            hundreds = f"{response.status_code // 100}xx"
-            names[:0] = [f"HTTP {response.status_code}", f"HTTP {hundreds}"]
-            names.append(f"{response.request.method} {hundreds}")
-        for name in names:
-            if token_sent:
-                yield f"{name}, token sent"
-            yield name
-
-
-def _reason(error: BaseException) -> str:
-    """Quote an error, cut to what fits into a sentence."""
-    error = _root(error)
-    response = getattr(error, "response", None)
-    if response is not None:
-        text = f"{response.status_code} {response.reason_phrase}"
-        message = getattr(error, "server_message", None)
-        if message and message != response.reason_phrase:
-            text += f": {message}"
-    elif isinstance(error, OSError) and error.errno:
-        text = f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror}"
-    else:
-        text = _SIZES.sub(r"\1 bytes were announced and \2 came", str(error))
-    line = next(iter(text.strip().splitlines()), type(error).__name__)
-    line = re.sub(r"^\[Errno -?\d+\] ", "", line).rstrip(".")
-    return textwrap.shorten(_SECRET.sub("***", line), 200, placeholder=" ...")

@@ -12,7 +12,7 @@ from speculators.checkpoint.repository import Repository
 from speculators.checkpoint.safetensors_file import read_safetensors_file
 from speculators.checkpoint.tensor import TensorInfo, check_name
 from speculators.checkpoint.torch_file import read_torch_file
-from speculators.errors import CheckpointError, printable
+from speculators.errors import CheckpointError, NoWeightsError, printable
 
 __all__ = ["Checkpoint", "read_checkpoint", "read_config", "read_tensors"]
 
@@ -64,6 +64,9 @@ class Checkpoint:
     config_file: Path
     tensors: dict[str, TensorInfo]
 
+    commit: str | None = None
+    """That the files come from, if they are the Hub's."""
+
 
 def read_checkpoint(repository: Repository) -> Checkpoint:
     """Read a checkpoint's config.json and the headers of its weight files.
@@ -75,7 +78,8 @@ def read_checkpoint(repository: Repository) -> Checkpoint:
     """
     _weights_of(repository)
     config, config_file = read_config(repository)
-    return Checkpoint(repository.name, config, config_file, read_tensors(repository))
+    tensors = read_tensors(repository)
+    return Checkpoint(repository.name, config, config_file, tensors, repository.commit)
 
 
 def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:
@@ -125,7 +129,7 @@ def read_tensors(
         if filename.endswith(INDEX):
             return _read_shards(repository, container, path, only)
         return container.read(path)
-    raise CheckpointError(
+    raise NoWeightsError(
         f"{repository.name} has no weights: none of {', '.join(weights)} is there; a file of "
         "another name can be given itself."
     )

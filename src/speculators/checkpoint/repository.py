@@ -10,7 +10,7 @@ from typing import Protocol
 
 from speculators.errors import CheckpointError
 
-__all__ = ["LocalDirectory", "Repository", "open_repository"]
+__all__ = ["LocalDirectory", "Repository", "looks_like_a_path", "open_repository"]
 
 
 class Repository(Protocol):
@@ -21,6 +21,10 @@ class Repository(Protocol):
 
     weights: str | None
     """The file of weights, or the index of several, that the user named; else ``None``."""
+
+    @property
+    def commit(self) -> str | None:
+        """Of a Hub repository: the commit that its files come from, once there was one."""
 
     def file(self, filename: str) -> Path | None:
         """A local path of ``filename``, or ``None`` where the repository has no such file."""
@@ -42,6 +46,7 @@ class LocalDirectory:
         self.path = path
         self.weights = weights
         self.name = str(path / (weights or ""))
+        self.commit: str | None = None
 
     def file(self, filename: str) -> Path | None:
         """See ``Repository``."""
@@ -83,7 +88,7 @@ def open_repository(
         return LocalDirectory(path.parent, path.name)
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json.")
-    if isinstance(source, Path) or _looks_like_a_path(source):
+    if isinstance(source, Path) or looks_like_a_path(source):
         raise CheckpointError(f"{path} does not exist; give a directory, or a Hugging Face id.")
 
     from speculators.checkpoint.hub import HubRepository
@@ -91,6 +96,6 @@ def open_repository(
     return HubRepository(source, revision=revision, cache_dir=cache_dir)
 
 
-def _looks_like_a_path(source: str) -> bool:
+def looks_like_a_path(source: str) -> bool:
     """A Hub id is ``name`` or ``organisation/name``, without a leading dot, slash or tilde."""
     return source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1

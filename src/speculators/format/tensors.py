@@ -3,7 +3,10 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-__all__ = ["FEATURES", "TENSORS", "TensorSpec", "features_of", "required_tensors"]
+__all__ = ["DTYPES", "FEATURES", "TENSORS", "TensorSpec", "features_of", "required_tensors"]
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Dtypes that a draft may have, as safetensors and as torch call them."""
 
 
 @dataclass(frozen=True, slots=True)

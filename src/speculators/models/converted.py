@@ -4,16 +4,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from speculators.checkpoint.reader import read_config, read_tensors
+from speculators.checkpoint.reader import Checkpoint, read_config, read_tensors
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.tensor import describe_shape
 from speculators.errors import FormatError
 from speculators.format.config import EagleConfig, parse_config
 from speculators.format.layouts import current_name
-from speculators.format.tensors import features_of, required_tensors
-from speculators.models.tensors import TORCH_DTYPES
+from speculators.format.tensors import DTYPES, features_of, required_tensors
 
-__all__ = ["Converted", "open_converted"]
+__all__ = ["Converted", "check_converted", "open_converted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +54,21 @@ def open_converted(
         revision=revision,
         cache_dir=None if cache_dir is None else Path(cache_dir),
     )
-    raw, config_file = read_config(repository)
-    config = parse_config(raw, repository.name)
-    tensors = {current_name(name): info for name, info in read_tensors(repository).items()}
+    config, config_file = read_config(repository)
+    parse_config(config, repository.name)  # before the weights are fetched
+    tensors = read_tensors(repository)
+    return check_converted(Checkpoint(repository.name, config, config_file, tensors))
+
+
+def check_converted(checkpoint: Checkpoint) -> Converted:
+    """Check a converted draft's tensors' names and shapes against its config.
+
+    Raises:
+        FormatError: if it is not in the format, or its tensors are not those of its config.
+
+    """
+    config = parse_config(checkpoint.config, checkpoint.name)
+    tensors = {current_name(name): info for name, info in checkpoint.tensors.items()}
     own_embedding = "embedding" in features_of(tensors)
     required = required_tensors(config.features | ({"embedding"} if own_embedding else set()))
 
@@ -65,19 +76,19 @@ def open_converted(
     unknown = sorted(tensors.keys() - required.keys())
     if missing or unknown:
         problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
-        raise FormatError(f"{repository.name} {problem}, by its config.json; convert it again.")
+        raise FormatError(f"{checkpoint.name} {problem}, by its config.json; convert it again.")
     sizes = config.transformer_layer_config.dimensions()
     for name, spec in required.items():
         info = tensors[name]
         if info.shape != spec.shape(sizes):
             raise FormatError(
-                f"{repository.name}: {info.name} has the shape {describe_shape(info.shape)}, "
+                f"{checkpoint.name}: {info.name} has the shape {describe_shape(info.shape)}, "
                 f"by config.json it should have {describe_shape(spec.shape(sizes))}; "
                 "convert it again."
             )
-        if info.dtype not in TORCH_DTYPES:
+        if info.dtype not in DTYPES:
             raise FormatError(
-                f"{repository.name}: {info.name} has the type {info.dtype}; "
-                f"one of {', '.join(TORCH_DTYPES)} is expected."
+                f"{checkpoint.name}: {info.name} has the type {info.dtype}; "
+                f"one of {', '.join(DTYPES)} is expected."
             )
-    return Converted(config_file.parent, config, own_embedding)
+    return Converted(checkpoint.config_file.parent, config, own_embedding)

