@@ -214,7 +214,7 @@ def main() -> None:
     verifier = AutoModelForCausalLM.from_pretrained(arguments.verifier, dtype=dtype)
     verifier.to(arguments.device)
     model = EagleSpeculator.from_pretrained(arguments.draft, verifier=verifier, dtype=dtype)
-    model.to(arguments.device)  # type: ignore[arg-type]
+    model.to(arguments.device)
 
     def tokens_of(prompt: str) -> Tensor:
         encoded: Any = tokenizer.apply_chat_template(

@@ -81,6 +81,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "has 36 candidates, too few for 40",
     ),
+    "more children than tokens": (
+        {
+            "proposal": ProposalMethod(
+                proposal_type="dynamic_tree", speculative_tokens=40, tree_top_k=49
+            )
+        },
+        "tree_top_k 49 is more than the 48 tokens",
+    ),
     "a lossy acceptance": (
         {"proposal": ProposalMethod(verifier_accept_k=3)},
         "With verifier_accept_k 3 the output would not be the verifier's",
