@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from loguru import logger
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +26,10 @@ from speculators.convert.eagle import EagleConverter
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+
+# The same examples every time, however slow the machine is: what varies is for the fuzzer.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,9 @@ GOLDEN_NAMES = (
 PLAIN = "llama31_gqa_nobias"
 """The golden checkpoint without any feature but an embedding: ten tensors."""
 
+WRITTEN = ["config.json", "conversion.json", "model.safetensors"]
+"""The files of a converted checkpoint."""
+
 TOLERANCE = 1e-4
 HIDDEN, VOCABULARY = 64, 320
 

@@ -29,6 +29,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 
+from speculators.checkpoint import hub
+
 __all__ = [
     "MEMBER",
     "STRANGER",
@@ -86,6 +88,8 @@ class Fault:
     """Announce this size (HEAD)."""
     etag: str | None = None
     """Announce this ETag (HEAD)."""
+    whole: bool = False
+    """Answer a request for a range of bytes with the whole file."""
 
 
 class HubServer(ThreadingHTTPServer):
@@ -335,7 +339,8 @@ class HubHandler(BaseHTTPRequestHandler):
         if fault.etag:
             headers["ETag"] = f'"{fault.etag}"'
         status = 200
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        asked = "" if fault.whole else self.headers.get("Range", "")
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", asked):
             first, last = int(match[1]), min(int(match[2] or len(body)), len(body) - 1)
             if first > last:
                 total = {"Content-Range": f"bytes */{len(body)}"}
@@ -388,6 +393,7 @@ def hub_environment(server: HubServer, cache: Path, **changes: str) -> dict[str,
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(cache),
         "HF_HUB_CACHE": str(cache / "hub"),
+        "HF_ASSETS_CACHE": str(cache / "assets"),
         "HF_XET_CACHE": str(cache / "xet"),
         "HF_TOKEN_PATH": str(cache / "token"),
         "HF_TOKEN": "",
@@ -437,6 +443,6 @@ def skip_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     waits: list[float] = []
     clock = SimpleNamespace(**{**vars(time), "sleep": waits.append})
-    for module in (file_download, _http):
+    for module in (file_download, _http, hub):
         monkeypatch.setattr(module, "time", clock)
     return waits

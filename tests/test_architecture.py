@@ -1,4 +1,4 @@
-"""Dependencies point one way: cli → convert → models → checkpoint → format's side."""
+"""Dependencies point one way: cli → convert → models → decode, checkpoint → format's side."""
 
 import ast
 from pathlib import Path
@@ -13,12 +13,24 @@ MAY_IMPORT = {
     "errors": set[str](),
     "format": {"errors"},
     "checkpoint": {"errors"},
-    "models": {"checkpoint", "format", "errors"},
-    "decode": {"models", "checkpoint", "format", "errors"},
+    "decode": {"format", "errors"},
+    "models": {"decode", "checkpoint", "format", "errors"},
     "convert": {"models", "checkpoint", "format", "errors"},
     "evaluate": {"decode", "models", "checkpoint", "format", "errors"},
-    "integrations": {"convert", "models", "checkpoint", "format", "errors"},
-    "cli": {"evaluate", "decode", "convert", "models", "checkpoint", "format", "errors"},
+    "inspection": {"convert", "models", "checkpoint", "format", "errors"},
+    "batch": {"convert", "checkpoint", "format", "errors"},
+    "integrations": {"convert", "checkpoint", "format", "errors"},
+    "cli": {
+        "batch",
+        "evaluate",
+        "inspection",
+        "decode",
+        "convert",
+        "models",
+        "checkpoint",
+        "format",
+        "errors",
+    },
 }
 """By package: which others it may import. The version in ``speculators`` is for all."""
 
@@ -93,5 +105,6 @@ def test_torch_is_imported_at_the_top_only_where_models_are(module: str) -> None
         )
     } & {"torch", "transformers"}
     proof = {"speculators.convert.eagle.reference", "speculators.convert.eagle.validation"}
-    if package(module) in {"format", "checkpoint", "convert", "cli", "errors"}:
+    light = {"format", "checkpoint", "convert", "inspection", "batch", "cli", "errors"}
+    if package(module) in light:
         assert not heavy or module in proof

@@ -52,8 +52,10 @@ def test_this_test_sees_what_is_loaded() -> None:
         ["--version"],
         ["convert", "--help"],
         ["convert", "eagle", "--help"],
+        ["evaluate", "--help"],
         ["export", "--help"],
         ["-h"],
+        ["validate", "--help"],
     ],
     ids=" ".join,
 )
@@ -76,6 +78,30 @@ def test_a_conversion_without_validation_needs_no_torch(
     assert ("out/model.safetensors" in entries(tmp_path)) == (option == "--no-validate")
 
 
+@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_inspecting_needs_no_torch(tmp_path: Path, container: str, options: list[str]) -> None:
+    source = write_checkpoint(tmp_path / "source", container=container)
+    assert loaded_after(MAIN, "inspect", str(source), *options) == (0, set())
+
+
+def test_inspecting_a_converted_draft_needs_no_torch(converted: dict[str, Path]) -> None:
+    for directory in converted.values():
+        assert loaded_after(MAIN, "inspect", str(directory)) == (0, set())
+
+
+def test_the_doctor_needs_no_torch() -> None:
+    status, loaded = loaded_after(MAIN, "doctor")
+    assert status in {0, 1}  # it may have found something
+    assert loaded == set()
+
+
+def test_rounding_needs_numpy_and_no_torch(tmp_path: Path, verifier: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    arguments = ["convert", "eagle", str(source), "out", str(verifier), "--no-validate", "--dtype"]
+    assert loaded_after(MAIN, *arguments, "bfloat16", cwd=tmp_path) == (0, {"numpy"})
+
+
 def test_an_export_needs_no_torch(tmp_path: Path, converted: dict[str, Path]) -> None:
     arguments = ["export", str(converted["llama31_gqa_nobias"]), "out", "--to", "sglang"]
     assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
@@ -88,10 +114,30 @@ def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
     assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (1, set())
 
 
+def test_a_report_is_read_and_shown_without_torch(tmp_path: Path) -> None:
+    modules = ("evaluate.files", "evaluate.plots", "evaluate.prompts", "cli.report_view")
+    code = "import " + ", ".join(f"speculators.{module}" for module in modules)
+    assert loaded_after(code) == (0, set())
+    assert loaded_after(MAIN, "evaluate", "draft", "--prompts", "none.jsonl", cwd=tmp_path) == (
+        1,
+        set(),
+    )
+
+
 LIGHT = [
     module
     for module in MODULES
-    if module.split(".")[1] in {"format", "checkpoint", "cli", "errors", "convert", "integrations"}
+    if module.split(".")[1]
+    in {
+        "format",
+        "checkpoint",
+        "cli",
+        "errors",
+        "convert",
+        "inspection",
+        "batch",
+        "integrations",
+    }
     and module
     not in {
         # The proof of a conversion is about a model.

@@ -371,12 +371,16 @@ def test_a_download_that_is_always_cut(
     assert not list(cache.rglob("*.incomplete"))
 
 
+@pytest.mark.parametrize("filename", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
 def test_a_server_in_trouble_is_asked_again(
-    monkeypatch: pytest.MonkeyPatch, server: HubServer
+    monkeypatch: pytest.MonkeyPatch, server: HubServer, draft: Path, filename: str, method: str
 ) -> None:
     waits = skip_waits(monkeypatch)
-    server.fail("config.json", "HEAD", status=503, times=3)
-    assert HubRepository("org/draft").file("config.json") is not None
+    server.fail(filename, method, status=503, times=3)
+    path = HubRepository("org/draft").file(filename)
+    assert path is not None
+    assert path.read_bytes() == (draft / filename).read_bytes()
     assert 0 < sum(waits) < 30
 
 
@@ -507,6 +511,7 @@ def test_offline(
 def test_offline_after_a_failed_download(
     monkeypatch: pytest.MonkeyPatch, server: HubServer, cache: Path
 ) -> None:
+    skip_waits(monkeypatch)
     server.fail("config.json", status=500)
     sentence(HubRepository("org/draft"))
     patch_hub(monkeypatch, server, cache, HF_HUB_OFFLINE="1")

@@ -1,6 +1,7 @@
 """Pickles are read as data: what they hold comes out, what they ask for is refused by name."""
 
 import contextlib
+import copyreg
 import io
 import pickle
 import re
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.hostile_pickles import BROKEN, UNSAFE, whole
+from checkpoint.hostile_pickles import BROKEN, UNSAFE, command, tuple_of, whole
 from speculators.checkpoint import pickle_data
 from speculators.checkpoint.pickle_data import (
     PYTHON_GLOBALS,
@@ -24,10 +25,9 @@ from speculators.checkpoint.pickle_data import (
     Items,
     OrderedItems,
     Refused,
-    printable,
     read_pickle,
 )
-from speculators.errors import CheckpointError, UnsafeCheckpointError
+from speculators.errors import CheckpointError, UnsafeCheckpointError, printable
 
 TORCH_LIKE = {
     **PYTHON_GLOBALS,
@@ -153,6 +153,22 @@ def test_the_hostile_pickles_do_work(case: str, tmp_path: Path) -> None:
     with contextlib.suppress(pickle.UnpicklingError, EOFError, TypeError, AttributeError):
         Unpickler(io.BytesIO(UNSAFE[case].make(str(sentinel)))).load()
     assert sentinel.exists()
+
+
+def test_the_registry_of_extensions_is_not_asked(tmp_path: Path) -> None:
+    """Where a module has given a global a number, a pickle may name it by that."""
+    sentinel = tmp_path / "sentinel"
+    data = whole(b"\x82\xf0" + tuple_of(command(str(sentinel))) + b"R")
+    copyreg.add_extension("os", "system", 0xF0)
+    try:
+        with pytest.raises(UnsafeCheckpointError, match="the opcode EXT1"):
+            read(data)
+        assert not sentinel.exists()
+        pickle.loads(data)
+        assert sentinel.exists()
+    finally:
+        copyreg.remove_extension("os", "system", 0xF0)
+        copyreg.clear_extension_cache()
 
 
 @pytest.mark.parametrize("case", UNSAFE)

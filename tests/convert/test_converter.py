@@ -15,6 +15,7 @@ from helpers import (
     GOLDEN_NAMES,
     PLAIN,
     TOLERANCE,
+    WRITTEN,
     CommandLine,
     Tensors,
     config_of,
@@ -36,6 +37,9 @@ from speculators.errors import OutputError, SpeculatorsError, ValidationError
 from speculators.models.eagle import EagleSpeculator
 
 convert = EagleConverter().convert
+
+CHANGE = re.compile(r"([=~+-]) ([\w.]+): ")
+"""What a dry run says of a key of config.json."""
 
 
 def without_embedding(tensors: Tensors) -> None:
@@ -78,7 +82,7 @@ def test_the_log_of_a_process_is_the_same(tmp_path: Path, verifier: Path) -> Non
         "Saved to: out",
     ]
     assert len(run.messages) == len(run.stderr.splitlines())
-    assert entries(tmp_path) == ["out", "out/config.json", "out/model.safetensors"]
+    assert entries(tmp_path) == ["out", *(f"out/{name}" for name in WRITTEN)]
 
 
 def test_without_validation_nothing_is_said_of_it(
@@ -159,7 +163,7 @@ def test_str_and_path_are_taken_and_the_path_comes_back(
     returned = EagleConverter().convert(kind(GOLDEN / PLAIN), kind(output), kind(verifier))
     assert isinstance(returned, Path)
     assert returned == output
-    assert entries(output) == ["config.json", "model.safetensors"]
+    assert entries(output) == WRITTEN
 
 
 def test_one_converter_converts_many(tmp_path: Path, verifiers: dict[str, Path]) -> None:
@@ -180,7 +184,7 @@ def test_one_converter_converts_many(tmp_path: Path, verifiers: dict[str, Path])
 
 def test_two_conversions_give_the_same_bytes(tmp_path: Path, verifier: Path) -> None:
     one, two = (convert(GOLDEN / PLAIN, tmp_path / name, verifier) for name in ("one", "two"))
-    for name in ("config.json", "model.safetensors"):
+    for name in WRITTEN:
         assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
@@ -583,11 +587,39 @@ def test_a_dry_run_names_every_tensor_and_writes_nothing(
     assert run.status == 0
     assert entries(tmp_path) == before
     for stored in [*source_tensors(name), *LAYERNORM_MAPPINGS.values(), head]:
-        assert re.search(rf"│ {re.escape(stored)} ", run.stdout), stored
-    assert "left out: " in run.stdout
+        assert re.search(rf"(^|  ){re.escape(stored)}(  |$)", run.stdout, re.MULTILINE), stored
+    assert "left out: logits come from the verifier's own head" in run.stdout
     assert str(source) in run.stdout
-    assert '"speculators_model_type": "eagle"' in run.stdout
-    assert "nothing was written" in run.stdout
+    assert (
+        '~ architectures: ["LlamaForCausalLM"] -> ["EagleSpeculator", "LlamaDecoderLayer"]  '
+        "(the draft's own are written)\n"
+    ) in run.stdout
+    for line in (
+        "= transformer_layer_config.hidden_size: 64",
+        "- bias: false  (a hint: the tensors decide)",
+        '+ speculators_model_type: "eagle"',
+        "+ layernorms: true",
+        "Nothing was written.",
+    ):
+        assert line in run.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_a_dry_run_tells_of_every_key_of_both_configs(
+    tmp_path: Path, verifiers: dict[str, Path], speculators: CommandLine, name: str
+) -> None:
+    arguments = ("convert", "eagle", GOLDEN / name, tmp_path / "out", verifiers[name])
+    lines = speculators(*arguments, "--dry-run").stdout.splitlines()
+    assert speculators(*arguments, "--no-validate").status == 0
+    told = {
+        key: sign for sign, key in (m.groups() for m in map(CHANGE.match, lines) if m is not None)
+    }
+    for key, value in source_config(name).items():
+        assert key in told or f"transformer_layer_config.{key}" in told or value is None
+    written = config_of(tmp_path / "out")
+    nested = {key: written.pop(key) for key in ("transformer_layer_config", "speculators_config")}
+    expected = {*written, *(f"{key}.{inner}" for key in nested for inner in nested[key])}
+    assert {key for key, sign in told.items() if sign != "-"} == expected
 
 
 # --overwrite
@@ -603,14 +635,14 @@ def test_overwrite_replaces_a_converted_checkpoint_as_a_whole(
     assert speculators(*arguments).status == 1
     assert "more.txt" in entries(out)
     assert speculators(*arguments, "--overwrite").status == 0
-    assert entries(tmp_path) == ["out", "out/config.json", "out/model.safetensors"]
+    assert entries(tmp_path) == ["out", *(f"out/{name}" for name in WRITTEN)]
     assert config_of(out)["layernorms"] is True
 
 
 def test_an_empty_directory_may_be_the_output(tmp_path: Path, verifier: Path) -> None:
     (tmp_path / "out").mkdir()
     convert(GOLDEN / PLAIN, tmp_path / "out", verifier)
-    assert entries(tmp_path) == ["out", "out/config.json", "out/model.safetensors"]
+    assert entries(tmp_path) == ["out", *(f"out/{name}" for name in WRITTEN)]
 
 
 @pytest.mark.parametrize("config", ["{}", '{"model_type": "llama"}', None])
@@ -662,8 +694,8 @@ def test_validation_finds_a_wrong_result(
     if what == "bytes":
         from speculators.checkpoint.writer import write_safetensors_file as write
 
-        def write_wrong(path: Path, tensors: Any) -> None:
-            write(path, tensors)
+        def write_wrong(path: Path, *arguments: Any, **options: Any) -> None:
+            write(path, *arguments, **options)
             data = bytearray(path.read_bytes())
             data[-1] ^= 1
             path.write_bytes(data)

@@ -204,7 +204,7 @@ ERRORS: dict[str, tuple[Callable[[Setting], object], str]] = {
     "EAGLE-3": (with_tensors(as_eagle_3), r"an EAGLE-3 draft \(it has d2t\)"),
     "EAGLE-3 by its fc alone": (
         with_tensors(lambda t: t.update({"fc.weight": torch.zeros(64, 192)})),
-        r"an EAGLE-3 draft \(it has fc\.weight\)",
+        r"an EAGLE-3 draft \(fc\.weight \(64, 192\) takes 3 hidden sizes\)",
     ),
     "two layers": (
         with_tensors(lambda t: t.update({"layers.1.mlp.up_proj.weight": torch.ones(176, 64)})),
@@ -212,7 +212,7 @@ ERRORS: dict[str, tuple[Callable[[Setting], object], str]] = {
     ),
     "quantized by config": (
         with_config(quantization_config={"quant_method": "gptq"}),
-        r"quantization_config: quantized weights are not converted",
+        r"quantized weights \(config\.json has a quantization_config\)",
     ),
     "quantized by tensors": (
         with_tensors(lambda t: t.update({"fc.qweight": torch.ones(1)})),
@@ -228,7 +228,7 @@ ERRORS: dict[str, tuple[Callable[[Setting], object], str]] = {
     ),
     "converted already": (
         with_config(speculators_model_type="eagle"),
-        r"is in a speculators format already",
+        r"a draft in the speculators format \(.*it is converted already",
     ),
     "values that are not finite": (
         with_tensors(lambda t: t["fc.weight"].fill_(torch.nan)),

@@ -3,20 +3,28 @@
 The Hub's own client does the work, with its cache, its retries and its environment
 (``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ...). What is added here:
 all files of a repository come from one commit, the weights are checked against the
-hash that the Hub announced, and each way to fail is one sentence.
+hash that the Hub announced, single tensors are fetched of a safetensors file, and each way
+to fail is one sentence.
 
 The client is imported only when a file is asked for: importing it takes long.
 """
 
-import errno
 import hashlib
 import re
-import textwrap
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
-from speculators.errors import HubError
+from speculators.checkpoint.hub_errors import kinds_of, raise_told
+from speculators.checkpoint.safetensors_file import (
+    PREFIX_BYTES,
+    encode_header,
+    find_data,
+    parse_header,
+)
+from speculators.checkpoint.tensor import TensorInfo
 
 __all__ = ["HubRepository"]
 
@@ -29,9 +37,7 @@ _NO_SPACE = (
     " cache with --cache-dir or HF_HOME"
 )
 
-# What can go wrong, by the names that _kinds() gives to an error. Classes are told by name,
-# not by type: they come from the client and from its HTTP library, which is httpx under
-# huggingface_hub 1 and httpx2 under 2, and none of them is imported with this module.
+# What can go wrong, by the names that hub_errors gives to an error.
 _SENTENCES = {
     "HFValidationError": (
         "{repo!r} is neither an existing directory or file nor a Hub id: check the path, or give"
@@ -112,10 +118,13 @@ _SENTENCES = {
 }
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# The client's words for a file of the wrong size.
-_SIZES = re.compile(r"^Consistency check failed.* of size (\d+) but has size (\d+).*", re.DOTALL)
-# Access tokens, in a header or bare, and credentials in a URL.
-_SECRET = re.compile(r"(?<=Bearer )[^\s'\"]+|\bhf_\w{8,}|(?<=//)[^/@\s]+(?=@)")
+
+
+HEADER_GUESS = 128 << 10
+"""How much is read of a safetensors file at first: few headers are longer."""
+
+WAITS = (1, 2, 4)
+"""Seconds before another try, where the client itself makes none."""
 
 
 class HubRepository:
@@ -130,6 +139,7 @@ class HubRepository:
 
     Attributes:
         name: ``repo_id``, as given.
+        weights: see ``Repository``.
         commit: the hash of the commit that the files come from; ``None`` before the first one.
 
     """
@@ -138,6 +148,7 @@ class HubRepository:
         self, repo_id: str, *, revision: str | None = None, cache_dir: str | Path | None = None
     ) -> None:
         self.name = repo_id
+        self.weights: str | None = None
         self.revision = revision
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.commit: str | None = None
@@ -167,7 +178,104 @@ class HubRepository:
         Raises:
             HubError: The Hub does not answer, as for ``file``.
         """
-        return self._get(filename, dry_run=True) is not None
+        return self.location(filename) is not None
+
+    def location(self, filename: str) -> Path | None:
+        """Where ``filename`` is in the local cache, or would be; downloads nothing.
+
+        ``None`` where the repository has no such file.
+
+        Raises:
+            HubError: The Hub does not answer, as for ``file``.
+
+        """
+        return self._get(filename, dry_run=True)
+
+    def read(self, filename: str, start: int, size: int) -> tuple[bytes, int] | None:
+        """Read a range of a file's bytes from the Hub; nothing of it is kept.
+
+        Args:
+            filename: a file that ``location`` found.
+            start: the first byte.
+            size: how many; fewer come where the file ends before.
+
+        Returns:
+            The bytes, and the size of the whole file; ``None`` where the server sends whole files
+            only.
+
+        Raises:
+            HubError: The bytes cannot be had; the message says why and what to do.
+
+        """
+        from huggingface_hub import hf_hub_url
+
+        with self._told(filename):
+            return _read_range(hf_hub_url(self.name, filename, revision=self.commit), start, size)
+
+    def part(self, filename: str, tensors: Collection[str]) -> Path | None:
+        """Give a safetensors file with those of ``tensors`` that ``filename`` holds.
+
+        Their bytes are fetched alone, and kept beside the Hub's cache: the output head is a
+        fraction of a verifier. Where the server does not send ranges of bytes, and where the
+        whole file is in the cache, it is the whole file. Nothing tells the hash of a part, so
+        only its size is checked.
+
+        Args:
+            filename: a safetensors file of the repository.
+            tensors: the names that are wanted; those that it does not hold do not matter.
+
+        Returns:
+            The path, or ``None`` where the repository has no such file.
+
+        Raises:
+            CheckpointError: the file's header is damaged.
+            HubError: the part cannot be had; the message says why and what to do.
+
+        """
+        part = self._part_file(filename, tensors) if self.commit else None
+        if part is None or not part.is_file():
+            whole = self.location(filename)
+            if whole is None or whole.is_file():
+                return whole
+            part = self._part_file(filename, tensors)
+        if part.is_file() or self._fetch_part(filename, tensors, part):
+            return part
+        return self.file(filename)
+
+    def _part_file(self, filename: str, tensors: Collection[str]) -> Path:
+        """Where a part is kept: in the folder that the client has for what is made of files."""
+        from huggingface_hub import cached_assets_path, constants
+
+        assert self.commit is not None
+        with self._told(filename):
+            folder = cached_assets_path(
+                "speculators",
+                namespace=self.name,
+                subfolder=self.commit,
+                assets_dir=(
+                    self.cache_dir / "assets" if self.cache_dir else constants.HF_ASSETS_CACHE
+                ),
+            )
+        digest = hashlib.sha256("\n".join([filename, *sorted(tensors)]).encode()).hexdigest()
+        return folder / f"{Path(filename).stem}-{digest[:16]}.safetensors"
+
+    def _fetch_part(self, filename: str, names: Collection[str], part: Path) -> bool:
+        """Make ``part``; returns whether the server sends ranges of bytes."""
+        from huggingface_hub import hf_hub_url
+
+        found = self.read(filename, 0, HEADER_GUESS)
+        if found is None:
+            return False
+        start, size = found
+        remote = Path(self.name, filename)
+        data_start = find_data(start[:PREFIX_BYTES], size, remote)
+        if data_start > len(start):
+            start, _ = self.read(filename, 0, data_start) or (b"", 0)
+        header = parse_header(start[PREFIX_BYTES:data_start], size, remote)
+        wanted = {name: info for name, info in header.items() if name in names}
+        with self._told(filename):
+            _write_part(part, wanted, hf_hub_url(self.name, filename, revision=self.commit))
+        return True
 
     def _get(self, filename: str, *, dry_run: bool = False) -> Path | None:
         from huggingface_hub import hf_hub_download
@@ -187,14 +295,31 @@ class HubRepository:
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:  # the client lets errors of many libraries through
-            if "OfflineModeIsEnabled" in _kinds(error) and self._is_cached():
+            if "OfflineModeIsEnabled" in kinds_of(error) and self._is_cached():
                 return None
-            message = self._sentence(error, filename)
-            # A traceback would show the cause's own text.
-            raise HubError(message) from (None if _SECRET.search(str(error)) else error)
+            self._tell(error, filename)
         # The cache's layout: snapshots/<commit>/<filename>.
         self.commit = path.parents[filename.count("/")].name
         return path
+
+    @contextmanager
+    def _told(self, filename: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # as above
+            self._tell(error, filename)
+
+    def _tell(self, error: Exception, filename: str) -> NoReturn:
+        from huggingface_hub import constants
+
+        raise_told(
+            error,
+            _SENTENCES,
+            repo=self.name,
+            revision=self.revision or constants.DEFAULT_REVISION,
+            file=filename,
+            cache=self._cache(),
+        )
 
     def _is_cached(self) -> bool:
         """Whether the cache holds any file of this repository at this revision."""
@@ -212,20 +337,91 @@ class HubRepository:
 
         return self.cache_dir or Path(constants.HF_HUB_CACHE)
 
-    def _sentence(self, error: Exception, filename: str) -> str:
-        """Say to the user what went wrong and what to do."""
-        from huggingface_hub import constants
 
-        sentence = next(_SENTENCES[kind] for kind in _kinds(error) if kind in _SENTENCES) + "."
-        return sentence.format(
-            repo=self.name,
-            revision=self.revision or constants.DEFAULT_REVISION,
-            file=filename,
-            endpoint=_SECRET.sub("***", constants.ENDPOINT),
-            cache=self._cache(),
-            kind=type(error).__name__,
-            reason=_reason(error),
+T = TypeVar("T")
+
+
+def _retried(action: Callable[[], T], *kinds: str) -> T:
+    """Do ``action``, and again after a while if it fails in a way that may pass."""
+    for seconds in WAITS:
+        try:
+            return action()
+        except Exception as error:
+            if not set(kinds) & set(kinds_of(error)):
+                raise
+        time.sleep(seconds)
+    return action()
+
+
+def _range(start: int, size: int) -> dict[str, str]:
+    """Headers of a request for ``size`` bytes, as they are stored."""
+    from huggingface_hub.utils import build_hf_headers
+
+    wanted = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
+    return build_hf_headers() | wanted
+
+
+def _read_range(url: str, start: int, size: int) -> tuple[bytes, int] | None:
+    """See ``HubRepository.read``."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
+
+    def read() -> tuple[bytes, int] | None:
+        with http_stream_backoff(
+            "GET",
+            url,
+            headers=_range(start, size),
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            retry_on_exceptions=(),  # its own way fails once an answer has begun
+        ) as response:
+            if response.status_code == 416:  # of an empty file there is no range
+                return None
+            hf_raise_for_status(response)
+            came = response.headers.get("Content-Range", "")
+            total = re.fullmatch(rf"bytes {start}-\d+/(\d+)", came)
+            if response.status_code != 206 or total is None:
+                return None
+            return response.read()[:size], int(total[1])
+
+    return _retried(read, "TransportError")
+
+
+def _fetch_tensor(url: str, info: TensorInfo, file: BinaryIO) -> None:
+    """Append a tensor's bytes to ``file``."""
+    from huggingface_hub.file_download import http_get
+
+    begin = file.tell()
+
+    def fetch() -> None:
+        file.seek(begin)
+        file.truncate()
+        http_get(
+            url,
+            file,
+            headers=_range(info.offset, info.nbytes),
+            expected_size=info.nbytes,
+            displayed_filename=info.name,
         )
+
+    _retried(fetch, "GET 5xx")
+
+
+def _write_part(part: Path, tensors: Mapping[str, TensorInfo], url: str) -> None:
+    """Fetch tensors of the safetensors file at ``url`` into one of their own."""
+    from huggingface_hub.utils import WeakFileLock
+
+    incomplete = part.with_suffix(".incomplete")
+    with WeakFileLock(part.with_suffix(".lock")):
+        if part.is_file():
+            return
+        try:
+            with incomplete.open("wb") as file:
+                file.write(encode_header(tensors, {"format": "pt"}))
+                for info in tensors.values():
+                    _fetch_tensor(url, info, file)
+            incomplete.replace(part)
+        finally:
+            incomplete.unlink(missing_ok=True)
 
 
 class _DamagedDownloadError(Exception):
@@ -237,7 +433,7 @@ def _download(wanted: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(**wanted)
-    path = Path(hf_hub_download(**wanted))
+    path = Path(_retried(lambda: hf_hub_download(**wanted), "GET 5xx"))
     if not (isinstance(cached, str) and path.samefile(cached)):
         _check_hash(path)
     return path
@@ -263,46 +459,3 @@ def _check_hash(path: Path) -> None:
         path.unlink()
         blob.unlink()
         raise _DamagedDownloadError
-
-
-def _root(error: BaseException) -> BaseException:
-    """Find the failed request behind "nor is the file in the local cache"."""
-    if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__:
-        return error.__cause__
-    return error
-
-
-def _kinds(error: BaseException) -> Iterator[str]:
-    """Name what an error is, the most specific first; the last are the names of its bases."""
-    error = _root(error)
-    if isinstance(error, OSError) and error.errno:
-        yield errno.errorcode.get(error.errno, "errno")
-        yield "errno"
-    response = getattr(error, "response", None)
-    token_sent = response is not None and "authorization" in response.request.headers
-    for base in type(error).__mro__:
-        names = [base.__name__]
-        if response is not None and base.__name__ == "HfHubHTTPError":
-            names[:0] = [f"HTTP {response.status_code}", f"HTTP {response.status_code // 100}xx"]
-        for name in names:
-            if token_sent:
-                yield f"{name}, token sent"
-            yield name
-
-
-def _reason(error: BaseException) -> str:
-    """Quote an error, cut to what fits into a sentence."""
-    error = _root(error)
-    response = getattr(error, "response", None)
-    if response is not None:
-        text = f"{response.status_code} {response.reason_phrase}"
-        message = getattr(error, "server_message", None)
-        if message and message != response.reason_phrase:
-            text += f": {message}"
-    elif isinstance(error, OSError) and error.errno:
-        text = f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror}"
-    else:
-        text = _SIZES.sub(r"\1 bytes were announced and \2 came", str(error))
-    line = next(iter(text.strip().splitlines()), type(error).__name__)
-    line = re.sub(r"^\[Errno -?\d+\] ", "", line).rstrip(".")
-    return textwrap.shorten(_SECRET.sub("***", line), 200, placeholder=" ...")

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
-from speculators.errors import CheckpointError, UnsafeCheckpointError
+from speculators.errors import CheckpointError, UnsafeCheckpointError, printable
 
 __all__ = ["MALFORMED", "MAX_BYTES", "PYTHON_GLOBALS", "Builder", "Globals", "Ignored", "Items"]
-__all__ += ["OrderedItems", "Refused", "printable", "read_pickle"]
+__all__ += ["OrderedItems", "Refused", "read_pickle"]
 
 # A tensor takes some 30 opcodes and 200 bytes, so these bounds are far above real files, and
 # what a hostile one can waste is about a second and some hundred megabytes.
@@ -120,11 +120,6 @@ def read_pickle(
             f"{name} was not written by torch.save, or is damaged: its pickle makes no sense at "
             f"byte {source.used}; download it or save it again."
         ) from None
-
-
-def printable(text: str) -> str:
-    """``text`` from a file as a message can show it: short, and without control characters."""
-    return ascii(text[:100])[1:-1] + ("..." if len(text) > 100 else "")
 
 
 class _Source:

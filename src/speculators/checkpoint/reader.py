@@ -1,6 +1,5 @@
 """From a repository's files to its config and its table of tensors, without reading their data."""
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -8,33 +7,50 @@ from typing import Any
 
 from loguru import logger
 
+from speculators.checkpoint.json_file import read_json
 from speculators.checkpoint.repository import Repository
 from speculators.checkpoint.safetensors_file import read_safetensors_file
-from speculators.checkpoint.tensor import TensorInfo
+from speculators.checkpoint.tensor import TensorInfo, check_name
 from speculators.checkpoint.torch_file import read_torch_file
-from speculators.errors import CheckpointError
+from speculators.errors import CheckpointError, NoWeightsError, printable
 
-__all__ = ["Checkpoint", "read_checkpoint", "read_config", "read_json", "read_tensors"]
+__all__ = ["Checkpoint", "read_checkpoint", "read_config", "read_tensors"]
+
+
+MAX_FILENAME = 255
 
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A way of keeping tensors in files: which file shows it, and how a file of it is read."""
+    """A way of keeping tensors in files.
+
+    Attributes:
+        filename: what the file is called where it is the only one.
+        suffixes: how files of it end, whatever they are called.
+        in_parts: whether single tensors can be had of it, see ``Repository.part``.
+        read: gives the tensors that a file holds.
+
+    """
 
     filename: str
+    suffixes: tuple[str, ...]
+    in_parts: bool
     read: Callable[[Path], dict[str, TensorInfo]]
 
-    @property
-    def index(self) -> str:
-        """The file that shows that the tensors are spread over several files."""
-        return f"{self.filename}.index.json"
 
+INDEX = ".index.json"
+"""How the name of a file ends that tells over which files tensors are spread."""
 
-# In the order of preference: the first one that a repository has is read.
 CONTAINERS = (
-    Container("model.safetensors", read_safetensors_file),
-    Container("pytorch_model.bin", read_torch_file),
+    Container("model.safetensors", (".safetensors",), True, read_safetensors_file),
+    Container("pytorch_model.bin", (".bin", ".pt", ".pth", ".ckpt"), False, read_torch_file),
 )
+WEIGHTS = {
+    filename: container
+    for container in CONTAINERS
+    for filename in (container.filename, container.filename + INDEX)
+}
+"""What files of weights are called, in the order of preference: the first one found is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +64,9 @@ class Checkpoint:
     config_file: Path
     tensors: dict[str, TensorInfo]
 
+    commit: str | None = None
+    """That the files come from, if they are the Hub's."""
+
 
 def read_checkpoint(repository: Repository) -> Checkpoint:
     """Read a checkpoint's config.json and the headers of its weight files.
@@ -57,8 +76,10 @@ def read_checkpoint(repository: Repository) -> Checkpoint:
         HubError: if a file cannot be had from the Hub.
 
     """
+    _weights_of(repository)
     config, config_file = read_config(repository)
-    return Checkpoint(repository.name, config, config_file, read_tensors(repository))
+    tensors = read_tensors(repository)
+    return Checkpoint(repository.name, config, config_file, tensors, repository.commit)
 
 
 def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:
@@ -71,27 +92,12 @@ def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:
     """
     path = repository.file("config.json")
     if path is None:
+        where = " beside it" if repository.weights else ""
         raise CheckpointError(
-            f"{repository.name} has no config.json, so it is no checkpoint; "
+            f"{repository.name} has no config.json{where}, so it is no checkpoint; "
             "give the directory that holds config.json and the weights."
         )
     return read_json(path), path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
-
-    Raises:
-        CheckpointError: if it holds anything else.
-
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object; fetch it again.")
-    return value
 
 
 def read_tensors(
@@ -109,52 +115,86 @@ def read_tensors(
         HubError: if a file cannot be had from the Hub.
 
     """
-    for container in CONTAINERS:
-        if path := repository.file(container.filename):
-            _say_what_is_passed_over(repository, container)
-            return container.read(path)
-        if index := repository.file(container.index):
-            _say_what_is_passed_over(repository, container)
-            return _read_shards(repository, container, index, only)
-    expected = ", ".join(
-        name for container in CONTAINERS for name in (container.filename, container.index)
+    weights = _weights_of(repository)
+    for filename, container in weights.items():
+        path = (
+            repository.file(filename)
+            if filename.endswith(INDEX)
+            else _fetch(repository, container, filename, only)
+        )
+        if path is None:
+            continue
+        if only is None:
+            _say_what_is_passed_over(repository, filename, weights)
+        if filename.endswith(INDEX):
+            return _read_shards(repository, container, path, only)
+        return container.read(path)
+    raise NoWeightsError(
+        f"{repository.name} has no weights: none of {', '.join(weights)} is there; a file of "
+        "another name can be given itself."
     )
-    raise CheckpointError(f"{repository.name} has no weights: none of {expected} is there.")
 
 
-def _say_what_is_passed_over(repository: Repository, chosen: Container) -> None:
-    others = CONTAINERS[CONTAINERS.index(chosen) + 1 :]
-    for other in others:
-        if repository.holds(other.filename) or repository.holds(other.index):
-            logger.info(
-                f"{repository.name} has {chosen.filename} and {other.filename}: "
-                f"{chosen.filename} is read"
-            )
+def _weights_of(repository: Repository) -> dict[str, Container]:
+    """The files of weights that a repository may have: ``WEIGHTS``, or the one that was named."""
+    named = repository.weights
+    if named is None:
+        return WEIGHTS
+    for container in CONTAINERS:
+        if named.removesuffix(INDEX).endswith(container.suffixes):
+            return {named: container}
+    suffixes = ", ".join(suffix for container in CONTAINERS for suffix in container.suffixes)
+    raise CheckpointError(
+        f"{repository.name} is a file; give the directory that holds config.json, or in it a file "
+        f"of weights (its name ends in one of {suffixes}) or the index of several (in {INDEX})."
+    )
+
+
+def _fetch(
+    repository: Repository, container: Container, filename: str, only: Collection[str] | None
+) -> Path | None:
+    if only is not None and container.in_parts:
+        return repository.part(filename, only)
+    return repository.file(filename)
+
+
+def _say_what_is_passed_over(
+    repository: Repository, chosen: str, weights: dict[str, Container]
+) -> None:
+    names = list(weights)
+    others = [name for name in names[names.index(chosen) + 1 :] if repository.holds(name)]
+    if others:
+        logger.info(f"{repository.name} has {chosen} and {' and '.join(others)}: {chosen} is read")
 
 
 def _read_shards(
     repository: Repository, container: Container, index: Path, only: Collection[str] | None
 ) -> dict[str, TensorInfo]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map from tensor names to files.")
-    wanted = {name: _shard_name(index, name, shard) for name, shard in weight_map.items()}
-
+    shards = {
+        name: _shard_name(index, name, shard)
+        for name, shard in weight_map.items()
+        if only is None or name in only
+    }
     tensors: dict[str, TensorInfo] = {}
-    for shard in sorted({wanted[name] for name in wanted if only is None or name in only}):
-        path = repository.file(shard)
+    for shard in sorted(set(shards.values())):
+        path = _fetch(repository, container, shard, only)
         if path is None:
             raise CheckpointError(
                 f"{repository.name} has no {shard}, which {index.name} names; "
                 "fetch the missing file."
             )
+        _check_stays(path, index)
         for name, info in container.read(path).items():
-            if wanted.get(name) != shard:
-                where = f"puts it into {wanted[name]}" if name in wanted else "does not name it"
+            if shards.get(name) == shard:
+                tensors[name] = info
+            elif only is None:
+                where = f"puts it into {shards[name]}" if name in shards else "does not name it"
                 raise CheckpointError(f"{path} holds the tensor {name}, but {index.name} {where}.")
-            tensors[name] = info
-    for name, shard in wanted.items():
-        if name not in tensors and (only is None or name in only):
+    for name, shard in shards.items():
+        if name not in tensors:
             raise CheckpointError(
                 f"{index.name} says that {shard} holds the tensor {name}, but it does not."
             )
@@ -163,9 +203,31 @@ def _read_shards(
 
 def _shard_name(index: Path, name: str, shard: object) -> str:
     """A file beside the index: a map from elsewhere must not lead out of its directory."""
-    if not isinstance(shard, str) or len(PurePosixPath(shard).parts) != 1 or shard in {".", ".."}:
+    check_name(name, index)
+    if (
+        not isinstance(shard, str)
+        or shard in {"", ".."}
+        or PurePosixPath(shard).name != shard
+        or not shard.isprintable()
+        or len(shard) > MAX_FILENAME
+    ):
         raise CheckpointError(
-            f"{index} puts the tensor {name} into {shard!r}, which is no file name in its "
-            "directory; it is not followed."
+            f"{index} puts the tensor {name} into {printable(str(shard))!r}, which is no file name "
+            "in its directory; it is not followed."
         )
     return shard
+
+
+def _check_stays(shard: Path, index: Path) -> None:
+    """Check that a shard which is a link does not lead out of its directory either.
+
+    In a cache of the Hub files are links, and so they are where an older client was told to
+    put them elsewhere: into the folder ``blobs`` of their repository.
+    """
+    target = shard.resolve()
+    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    if shard.is_symlink() and not in_cache and target.parent != index.parent.resolve():
+        raise CheckpointError(
+            f"{shard}, which {index.name} names, is a link that leads out of its directory, to "
+            f"{target}; it is not followed: put the file itself there."
+        )

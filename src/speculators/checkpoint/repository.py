@@ -4,12 +4,13 @@ Both answer one question, "where is the file of this name?", so that readers ask
 for the files they need and a Hub repository is never downloaded whole.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
 from speculators.errors import CheckpointError
 
-__all__ = ["LocalDirectory", "Repository", "open_repository"]
+__all__ = ["LocalDirectory", "Repository", "looks_like_a_path", "open_repository"]
 
 
 class Repository(Protocol):
@@ -18,24 +19,43 @@ class Repository(Protocol):
     name: str
     """What the user called it: a path or a Hub id."""
 
+    weights: str | None
+    """The file of weights, or the index of several, that the user named; else ``None``."""
+
+    @property
+    def commit(self) -> str | None:
+        """Of a Hub repository: the commit that its files come from, once there was one."""
+
     def file(self, filename: str) -> Path | None:
         """A local path of ``filename``, or ``None`` where the repository has no such file."""
+
+    def part(self, filename: str, tensors: Collection[str]) -> Path | None:
+        """A local safetensors file with what the one called ``filename`` holds of ``tensors``.
+
+        It may hold more. ``None`` where the repository has no such file.
+        """
 
     def holds(self, filename: str) -> bool:
         """Whether the repository has ``filename``; never downloads it."""
 
 
 class LocalDirectory:
-    """A directory on this machine."""
+    """A directory on this machine, or one file of weights in it and what lies beside that."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, weights: str | None = None) -> None:
         self.path = path
-        self.name = str(path)
+        self.weights = weights
+        self.name = str(path / (weights or ""))
+        self.commit: str | None = None
 
     def file(self, filename: str) -> Path | None:
         """See ``Repository``."""
         path = self.path / filename
         return path if path.is_file() else None
+
+    def part(self, filename: str, tensors: Collection[str]) -> Path | None:  # noqa: ARG002
+        """See ``Repository``."""
+        return self.file(filename)
 
     def holds(self, filename: str) -> bool:
         """See ``Repository``."""
@@ -43,20 +63,32 @@ class LocalDirectory:
 
 
 def open_repository(
-    source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    one_file: bool = False,
 ) -> Repository:
     """Tell whether ``source`` is a directory here or a Hub id, and open it.
 
+    Args:
+        source: a path, or a Hub id.
+        revision: a branch, tag or commit, on the Hub.
+        cache_dir: where downloads are kept; the Hub client's own place if not given.
+        one_file: whether ``source`` may also be a file of weights in its directory.
+
     Raises:
-        CheckpointError: if it looks like a path, and there is nothing.
+        CheckpointError: if it looks like a path, and there is nothing, or nothing of the kind.
 
     """
     path = Path(source).expanduser()
     if path.is_dir():
         return LocalDirectory(path)
+    if path.is_file() and one_file:
+        return LocalDirectory(path.parent, path.name)
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json.")
-    if isinstance(source, Path) or _looks_like_a_path(source):
+    if isinstance(source, Path) or looks_like_a_path(source):
         raise CheckpointError(f"{path} does not exist; give a directory, or a Hugging Face id.")
 
     from speculators.checkpoint.hub import HubRepository
@@ -64,6 +96,6 @@ def open_repository(
     return HubRepository(source, revision=revision, cache_dir=cache_dir)
 
 
-def _looks_like_a_path(source: str) -> bool:
+def looks_like_a_path(source: str) -> bool:
     """A Hub id is ``name`` or ``organisation/name``, without a leading dot, slash or tilde."""
     return source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1

@@ -1,8 +1,15 @@
 """A directory that appears complete or not at all.
 
-Everything is written into a sibling of the output, whose name tells what it is. The sibling is
-synced and takes the output's place in one step; a run that was killed leaves at most a sibling,
-which the next run to the same output removes.
+Everything is written into a sibling of the output, whose name tells what it is:
+
+    .NAME.speculators-XXXXXXXX/lock    locked for as long as the run lives that made it
+    .NAME.speculators-XXXXXXXX/new     what becomes the output
+    .NAME.speculators-XXXXXXXX/old     what was the output, while it makes way
+
+``new`` is synced and takes the output's place in one step. Where a file system cannot swap two
+directories in one step, replacing takes two, and the old one stands by in between. A run that was
+killed leaves at most such a sibling: the next run to the same output puts the old one back if
+nothing is at the output, and removes the sibling.
 """
 
 import ctypes
@@ -13,24 +20,54 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from loguru import logger
 
 from speculators.errors import OutputError
 
-__all__ = ["check_output", "staged_directory"]
+__all__ = ["CONVERTED", "Kind", "check_output", "staged_directory"]
+
+LOCK, NEW, OLD = "lock", "new", "old"
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # from linux/fs.h
 
+ADVICE = {
+    errno.ENOSPC: "make room there, or choose another output",
+    errno.EDQUOT: "make room in the quota, or choose another output",
+    errno.ENOTEMPTY: "something else was put there meanwhile: choose another output",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose another output",
+}
+"""What to do about an error, by its number."""
 
-def check_output(output: Path, *, overwrite: bool, marker: str = "config.json") -> None:
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of directory that speculators makes, and how one is known.
+
+    Attributes:
+        name: with its article, for messages.
+        file: a JSON file in it.
+        key: a key that only speculators writes there.
+
+    """
+
+    name: str
+    file: str
+    key: str
+
+
+CONVERTED = Kind("a converted checkpoint", "config.json", "speculators_model_type")
+
+
+def check_output(output: Path, *, overwrite: bool, kind: Kind = CONVERTED) -> None:
     """Check that a directory may be made at ``output``.
 
     An empty directory may always be replaced; anything else only with ``overwrite``, and only
-    if ``marker`` is a file in it that speculators wrote.
+    if it is of the same ``kind``.
 
     Raises:
         OutputError: if not.
@@ -46,48 +83,54 @@ def check_output(output: Path, *, overwrite: bool, marker: str = "config.json") 
         raise OutputError(
             f"{output} exists; choose another output, or replace it with --overwrite."
         )
-    config = output / marker
-    if not config.is_file() or b'"speculators_model_type"' not in config.read_bytes():
+    marker = output / kind.file
+    if not marker.is_file() or f'"{kind.key}"'.encode() not in marker.read_bytes():
         raise OutputError(
-            f"{output} is not a converted checkpoint, so --overwrite does not replace it; "
+            f"{output} is not {kind.name}, so --overwrite does not replace it; "
             "choose another output."
         )
 
 
 @contextmanager
-def staged_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Make ``output`` from a temporary sibling that the ``with`` block fills.
+def staged_directory(
+    output: Path, *, overwrite: bool = False, kind: Kind = CONVERTED
+) -> Iterator[Path]:
+    """Make ``output`` from a temporary directory that the ``with`` block fills.
 
-    If the block raises, the sibling is removed and ``output`` stays as it was.
+    If the block raises, the temporary directory is removed and ``output`` stays as it was.
 
     Raises:
         OutputError: if something is in the way, or the disk does not take it.
 
     """
-    check_output(output, overwrite=overwrite)
     new_parents = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output)
-        staging, lock = _make_locked_sibling(output)
+        sibling, lock = _make_locked_sibling(output)
     except OSError as error:
         _remove_empty(new_parents)
         raise OutputError(f"{output} cannot be made: {error.strerror or error}.") from error
     try:
+        check_output(output, overwrite=overwrite, kind=kind)
+        staging = sibling / NEW
+        staging.mkdir()
         yield staging
         _sync(staging)
-        check_output(output, overwrite=overwrite)
-        _publish(staging, output)
+        check_output(output, overwrite=overwrite, kind=kind)
+        _publish(sibling, output, overwrite=overwrite)
+        for directory in {output.parent, *(parent.parent for parent in new_parents)}:
+            _sync_directory(directory)
     except OSError as error:
         if isinstance(error, OutputError) or error.errno is None:
             raise
+        advice = ADVICE.get(error.errno, "choose another output if it stays so")
         raise OutputError(
-            f"{output} could not be written: {error.strerror}; "
-            "nothing was left there that was not there before."
+            f"{output} could not be written: {error.strerror}; {advice} "
+            "(nothing was left there that was not there before)."
         ) from error
     finally:
-        # After an exchange, what was at the output lies here.
-        shutil.rmtree(staging, ignore_errors=True)
+        _discard(sibling, output)
         os.close(lock)
         _remove_empty(new_parents)
 
@@ -95,30 +138,50 @@ def staged_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]
 def _make_locked_sibling(output: Path) -> tuple[Path, int]:
     """A new directory beside ``output``, locked for as long as this process lives."""
     while True:
-        staging = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
-        lock = os.open(staging, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if staging.exists():
-            staging.chmod(0o777 & ~_umask())
-            return staging, lock
+        sibling = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+        try:
+            lock = _open_lock(sibling)
+        except FileNotFoundError:
+            continue  # another run took it for a leftover
+        # Some network file systems lock nothing: there, leftovers are nobody's to remove.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return sibling, lock
         os.close(lock)  # another run took it for a leftover before it was locked
 
 
 def _remove_leftovers(output: Path) -> None:
-    """Remove siblings of runs that were killed: those that no living process has locked."""
+    """Clear away after runs that were killed, whose siblings no living process has locked."""
     for leftover in output.parent.glob(f"{glob.escape(_prefix(output))}*"):
         try:
-            lock = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
+            lock = _open_lock(leftover)
+        except OSError as error:
+            logger.debug(f"{leftover} is not ours to remove: {error.strerror}")
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(leftover, ignore_errors=True)
+        except OSError as error:
+            logger.debug(f"{leftover} belongs to a run that is going on: {error.strerror}")
+        else:
+            _discard(leftover, output)
             logger.debug(f"Removed {leftover}, left by a run that was stopped")
-        except BlockingIOError:
-            logger.debug(f"{leftover} belongs to a run that is going on")
         finally:
             os.close(lock)
+
+
+def _open_lock(sibling: Path) -> int:
+    return os.open(sibling / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+
+
+def _discard(sibling: Path, output: Path) -> None:
+    """Remove a sibling, after putting back what was the output if nothing has taken its place."""
+    old = sibling / OLD
+    if old.exists() and not output.exists():
+        old.rename(output)
+        logger.warning(f"{output} is as it was: the run that was to replace it was stopped")
+    # After replacing, what was the output lies where the new one did.
+    shutil.rmtree(sibling, ignore_errors=True)
 
 
 def _remove_empty(directories: list[Path]) -> None:
@@ -130,31 +193,43 @@ def _remove_empty(directories: list[Path]) -> None:
             return
 
 
-def _publish(staging: Path, output: Path) -> None:
-    if output.is_dir() and any(output.iterdir()):
-        _exchange(staging, output)
+def _publish(sibling: Path, output: Path, *, overwrite: bool) -> None:
+    """Give ``output`` its new content.
+
+    A directory that is renamed takes the place of nothing but an empty one, so what another
+    process has put there meanwhile is not lost.
+    """
+    new = sibling / NEW
+    if overwrite and output.exists():
+        if _exchange(new, output):
+            return
+        old = sibling / OLD
+        output.rename(old)
+        new.rename(output)
+        old.rename(new)  # what is half removed must not be put back
     else:
-        staging.rename(output)
-    _sync_directory(output.parent)
+        new.rename(output)
 
 
-def _exchange(one: Path, other: Path) -> None:
-    """Swap two directories in one step, so that neither is ever missing."""
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step, so that neither is ever missing.
+
+    Returns:
+        Whether it was done: not every file system can.
+
+    """
     libc = ctypes.CDLL(None, use_errno=True)
-    renamed = getattr(libc, "renameat2", lambda *_: -1)(
-        AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE
-    )
-    if renamed == 0:
-        return
+    if not hasattr(libc, "renameat2"):
+        return False
+    if (
+        libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+        == 0
+    ):
+        return True
     code = ctypes.get_errno()
-    if code not in {0, errno.ENOSYS, errno.EINVAL}:
-        raise OSError(code, os.strerror(code), str(other))
-    # Not every file system swaps: then there is a moment with the old one under another name.
-    aside = Path(tempfile.mkdtemp(prefix=f".{other.name}.old-", dir=other.parent)) / other.name
-    other.rename(aside)
-    one.rename(other)
-    aside.rename(one)
-    aside.parent.rmdir()
+    if code in {errno.ENOSYS, errno.EINVAL}:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def _sync(directory: Path) -> None:
@@ -168,15 +243,12 @@ def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.EBADF}:  # some file systems sync files alone
+            raise
     finally:
         os.close(descriptor)
 
 
 def _prefix(output: Path) -> str:
     return f".{output.name}.speculators-"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -4,7 +4,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DTYPE_BITS", "TensorInfo", "describe_shape"]
+from speculators.errors import CheckpointError, printable
+
+__all__ = ["DTYPE_BITS", "MAX_SIZE", "TensorInfo", "check_name", "check_sizes", "describe_shape"]
+
+MAX_NAME = 1000
+MAX_AXES = 64
+MAX_SIZE = 1 << 63  # PyTorch's and safetensors' own sizes are 64-bit
 
 # Names and sizes as in the safetensors format.
 DTYPE_BITS: dict[str, int] = {
@@ -69,3 +75,32 @@ class TensorInfo:
 def describe_shape(shape: tuple[int, ...]) -> str:
     """A shape as people read it in messages: ``(4096, 8192)``, ``(4096)``, ``()``."""
     return "(" + ", ".join(map(str, shape)) + ")"
+
+
+def check_name(name: str, path: Path) -> None:
+    """Check that a tensor's name can be written into a header and shown in a message.
+
+    Raises:
+        CheckpointError: if not.
+
+    """
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise CheckpointError(
+            f"{path} has a tensor of the name {printable(name)}, which is too long or holds "
+            "characters that cannot be shown; rename it where the file was made."
+        )
+
+
+def check_sizes(values: object) -> tuple[int, ...]:
+    """Check that sizes or distances, as a file tells them, are what tensors can have.
+
+    Raises:
+        TypeError: if they are no short tuple.
+        ValueError: if they are no whole numbers of 63 bits.
+
+    """
+    if not isinstance(values, tuple) or len(values) > MAX_AXES:
+        raise TypeError("sizes are a short tuple")
+    if not all(type(value) is int and 0 <= value < MAX_SIZE for value in values):
+        raise ValueError("sizes are non-negative 64-bit numbers")
+    return values

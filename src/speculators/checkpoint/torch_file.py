@@ -11,7 +11,6 @@ rebuild functions in ``torch/_utils.py``.
 
 import io
 import math
-import re
 import struct
 import zipfile
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from typing import IO, NamedTuple
 
 from loguru import logger
 
+from speculators.checkpoint.other_files import refuse_other_files
 from speculators.checkpoint.pickle_data import (
     MALFORMED,
     PYTHON_GLOBALS,
@@ -27,11 +27,10 @@ from speculators.checkpoint.pickle_data import (
     Ignored,
     Items,
     Refused,
-    printable,
     read_pickle,
 )
-from speculators.checkpoint.tensor import TensorInfo
-from speculators.errors import CheckpointError
+from speculators.checkpoint.tensor import MAX_SIZE, TensorInfo, check_name, check_sizes
+from speculators.errors import CheckpointError, printable
 
 __all__ = ["read_torch_file"]
 
@@ -39,7 +38,6 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training scripts, Lightning and DeepSpeed put a dict of weights."""
 
 MAX_WRAPPERS = 2
-MAX_AXES = 64
 MAX_ZIP_DIRECTORY = 8 << 20
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -49,14 +47,9 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
 OTHER_FILES = {
-    re.compile(rb"\Z"): "is empty: download it again.",
-    re.compile(rb"version https://git-lfs"): (
-        "is only a Git LFS pointer to the real file: fetch that with `git lfs pull`."
-    ),
-    re.compile(rb"\s*<(!doctype|html)", re.I): "is a web page: download the file itself.",
-    re.compile(rb'.{8}\{"', re.S): "is a safetensors file: rename it to end in .safetensors.",
+    rb'(?s:.{8})\{"': "is a safetensors file: rename it to end in .safetensors.",
 }
-"""What is often found in place of a checkpoint: how it begins, and what to tell the user."""
+"""What else is found in place of such a file."""
 
 
 class _Dtype(NamedTuple):
@@ -151,11 +144,9 @@ def read_torch_file(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{path} is missing or is no file: check the path.")
     try:
         with path.open("rb") as file:
-            head = file.read(64)
-            for pattern, sentence in OTHER_FILES.items():
-                if pattern.match(head):
-                    raise CheckpointError(f"{path} {sentence}")
-            read = _read_zip if head.startswith(b"PK") else _read_legacy
+            refuse_other_files(file, path, OTHER_FILES)
+            read = _read_zip if file.read(2) == b"PK" else _read_legacy
+            file.seek(0)
             value, spans = read(file, path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): check it.") from error
@@ -295,7 +286,6 @@ def _zip_entries(file: IO[bytes], path: Path) -> dict[str, _Span]:
 
 
 def _read_legacy(file: IO[bytes], path: Path) -> _Content:
-    file.seek(0)
     size = path.stat().st_size
     storages = _Storages()
 
@@ -398,6 +388,7 @@ def _shown(key: object) -> str:
 
 def _tensor_info(name: str, tensor: _Tensor, spans: dict[str, _Span], path: Path) -> TensorInfo:
     """Check what the pickle says of a tensor against the bytes that the file has for it."""
+    check_name(name, path)
     which = f"{path} is not readable, for its tensor {printable(name)}"
     storage, dtype = tensor.storage, tensor.dtype
     if dtype.stored is None:
@@ -411,14 +402,14 @@ def _tensor_info(name: str, tensor: _Tensor, spans: dict[str, _Span], path: Path
             "and resolve_neg()."
         )
     try:
-        name.encode()
-        shape, strides, (offset,) = map(_sizes, (tensor.shape, tensor.strides, (tensor.offset,)))
+        layout = (tensor.shape, tensor.strides, (tensor.offset,))
+        shape, strides, (offset,) = map(check_sizes, layout)
         steps = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
         needed = offset + sum(steps) + 1 if all(shape) else 0
         span = spans[storage.key]
         fits = needed * dtype.size <= span.size == storage.nbytes
-        # Strides of zero let a small storage claim any size; PyTorch's sizes are 64-bit.
-        fits &= math.prod(shape) * dtype.size < 1 << 63
+        # Strides of zero let a small storage claim any size.
+        fits &= math.prod(shape) * dtype.size < MAX_SIZE
     except (LookupError, TypeError, ValueError):
         fits = False
     if not fits:
@@ -434,15 +425,6 @@ def _tensor_info(name: str, tensor: _Tensor, spans: dict[str, _Span], path: Path
         offset=span.start + offset * dtype.size if needed else span.start,
         strides=strides if needed and not _row_major(shape, strides) else None,
     )
-
-
-def _sizes(values: object) -> tuple[int, ...]:
-    """``values``, if they are what PyTorch can have as sizes."""
-    if not isinstance(values, tuple) or len(values) > MAX_AXES:
-        raise TypeError("sizes are a tuple")
-    if not all(type(value) is int and 0 <= value < 1 << 63 for value in values):
-        raise ValueError("sizes are non-negative 64-bit numbers")
-    return values
 
 
 def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

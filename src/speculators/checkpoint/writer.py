@@ -1,74 +1,86 @@
 """Writing tensors into a safetensors file by moving their bytes, whatever their size.
 
-Contiguous tensors are copied by the kernel and never enter this process's memory; the others
-are gathered through a memory map, a few megabytes at a time.
+Contiguous tensors are copied by the kernel and never enter this process's memory; those that are
+not, and those that get another dtype, pass through it a few megabytes at a time.
 """
 
-import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+from speculators.checkpoint.progress import Progress, silent
+from speculators.checkpoint.rounding import FLOATS, round_to
 from speculators.checkpoint.safetensors_file import encode_header
 from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo
-from speculators.errors import CheckpointError
+from speculators.errors import CheckpointError, ConversionError
 
 __all__ = ["contiguous_chunks", "write_safetensors_file"]
 
 CHUNK_BYTES = 8 << 20
-# What a file system or kernel answers where it cannot copy between these two files.
-NOT_SUPPORTED = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+ROUNDED_BYTES = 1 << 19  # arithmetic is quickest within the processor's cache
+COPY_BYTES = 1 << 28  # small enough for a progress bar to move and Ctrl-C to be heard
 
 
 def write_safetensors_file(
-    path: Path, tensors: Mapping[str, TensorInfo], progress: Callable[[int], None] | None = None
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    *,
+    dtype: str | None = None,
+    progress: Progress = silent,
 ) -> None:
-    """Write a new safetensors file with the bytes that ``tensors`` point at.
+    """Write a new safetensors file with the tensors that ``tensors`` point at.
 
     Args:
         path: the file to make; it must not exist.
         tensors: what to write, by the name it gets; the widest dtypes come first in the file,
             then by name, as the safetensors library does it, so that every tensor is aligned.
-        progress: called with the number of bytes written since the last call.
+        dtype: what to round all tensors to, a key of ``rounding.FLOATS``, as their own ones
+            have to be then. Each keeps its own if not given.
+        progress: is told of the bytes written.
 
     Raises:
-        CheckpointError: if a source file ends before its tensor does.
+        CheckpointError: if a source file cannot be read, or ends before its tensor does.
+        ConversionError: if ``dtype`` cannot hold a value.
         OSError: if the disk is full, and the like.
 
     """
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-DTYPE_BITS[item[1].dtype], item[0])))
-    with path.open("xb", buffering=0) as target:
-        target.write(encode_header(ordered, {"format": "pt"}))
-        for info in ordered.values():
-            if info.strides is None:
-                _copy(info, target.fileno(), progress)
+    written = {name: replace(info, dtype=dtype or info.dtype) for name, info in tensors.items()}
+    ordered = dict(sorted(written.items(), key=lambda item: (-DTYPE_BITS[item[1].dtype], item[0])))
+    advance = progress("Writing", sum(info.nbytes for info in written.values()))
+    with path.open("xb", buffering=0) as file:
+        target = file.fileno()
+        _write_all(target, encode_header(ordered, {"format": "pt"}))
+        for name in ordered:
+            info = tensors[name]
+            if info.strides is None and dtype in {None, info.dtype}:
+                _copy(info, target, advance)
             else:
-                for chunk in contiguous_chunks(info):
-                    _write_all(target.fileno(), chunk)
-                    if progress:
-                        progress(len(chunk))
+                for chunk in _rounded_chunks(info, dtype):
+                    _write_all(target, chunk)
+                    advance(len(chunk))
 
 
 def contiguous_chunks(info: TensorInfo, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """A tensor's bytes in row-major order, in pieces of about ``chunk_bytes``.
+    """A tensor's bytes in row-major order, in pieces of whole elements.
+
+    Args:
+        info: the tensor.
+        chunk_bytes: about how long the pieces are; a multiple of 8.
 
     Raises:
-        CheckpointError: if the file ends before the tensor does.
+        CheckpointError: if the file cannot be read, or ends before the tensor does.
 
     """
     if info.nbytes == 0:
         return
     if info.strides is None:
-        with info.file.open("rb") as file:
-            file.seek(info.offset)
-            remaining = info.nbytes
-            while remaining:
-                chunk = file.read(min(remaining, chunk_bytes))
-                if not chunk:
-                    raise _truncated(info)
-                remaining -= len(chunk)
-                yield chunk
+        with info.file.open("rb") as source:
+            for done in range(0, info.nbytes, chunk_bytes):
+                size = min(info.nbytes - done, chunk_bytes)
+                yield _read(info, source.fileno(), info.offset + done, size)
         return
 
     import numpy as np
@@ -94,30 +106,63 @@ def contiguous_chunks(info: TensorInfo, chunk_bytes: int = CHUNK_BYTES) -> Itera
         del view, rows
 
 
-def _copy(info: TensorInfo, target: int, progress: Callable[[int], None] | None) -> None:
+def _rounded_chunks(info: TensorInfo, dtype: str | None) -> Iterator[bytes]:
+    if dtype in {None, info.dtype}:
+        yield from contiguous_chunks(info)
+        return
+    assert dtype is not None
+    for chunk in contiguous_chunks(info, ROUNDED_BYTES):
+        try:
+            yield round_to(dtype, info.dtype, chunk)
+        except OverflowError as error:
+            kind = FLOATS[dtype]
+            raise ConversionError(
+                f"{info.file}: {info.name} has values of {error.args[0]:.6g}, and {kind.name} goes "
+                f"up to {kind.largest:.6g} only; choose a dtype that holds them, or keep its own."
+            ) from error
+
+
+def _copy(info: TensorInfo, target: int, advance: Callable[[int], None]) -> None:
     with info.file.open("rb") as source:
         done = 0
         while done < info.nbytes:
-            copied = _copy_some(source.fileno(), info.offset + done, target, info.nbytes - done)
-            if copied == 0:
-                raise _truncated(info)
+            copied = _copy_some(info, source.fileno(), done, target)
             done += copied
-            if progress:
-                progress(copied)
+            advance(copied)
 
 
-def _copy_some(source: int, offset: int, target: int, size: int) -> int:
-    """Copy up to ``size`` bytes to the target's position; returns how many, 0 at the end."""
-    step = min(size, 1 << 28)  # small enough for a progress bar to move and Ctrl-C to be heard
+def _copy_some(info: TensorInfo, source: int, done: int, target: int) -> int:
+    """Copy some bytes of a tensor, after those that are done; returns how many."""
+    offset, left = info.offset + done, info.nbytes - done
+    # Where the kernel cannot copy between these two files, or something fails, copying by hand
+    # does it, or tells which of the two it is.
     if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source, target, step, offset_src=offset)
-        except OSError as error:
-            if error.errno not in NOT_SUPPORTED:
-                raise
-    chunk = os.pread(source, min(step, CHUNK_BYTES), offset)
+        with suppress(OSError):
+            size = min(left, COPY_BYTES)
+            if copied := os.copy_file_range(source, target, size, offset_src=offset):
+                return copied
+    chunk = _read(info, source, offset, min(left, CHUNK_BYTES))
     _write_all(target, chunk)
     return len(chunk)
+
+
+def _read(info: TensorInfo, source: int, offset: int, size: int) -> bytes:
+    """Read exactly so many bytes of a tensor's file."""
+    parts = []
+    while size:
+        try:
+            part = os.pread(source, size, offset)
+        except OSError as error:
+            raise CheckpointError(
+                f"{info.file} cannot be read within the tensor {info.name}: {error.strerror}; "
+                "look after its disk, or fetch it again."
+            ) from error
+        if not part:
+            raise _truncated(info)
+        parts.append(part)
+        size -= len(part)
+        offset += len(part)
+    return b"".join(parts)
 
 
 def _write_all(target: int, data: bytes) -> None:

@@ -1,35 +1,40 @@
-"""The `speculators` command: its subcommands, its log, and how errors leave it."""
+"""The `speculators` command and its subcommands."""
 
-import sys
 from typing import Annotated
 
 import typer
-from loguru import logger
 
-from speculators import __version__
-from speculators.cli import convert, export
-from speculators.errors import SpeculatorsError
+from speculators.cli import convert, doctor, evaluate, export, inspect, validate
+from speculators.cli.shared import share_options
+from speculators.cli.signals import stop_on_sigterm
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="speculators",
-    help="Convert EAGLE drafts to one standard format, prove them, and run them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(convert.app, name="convert")
+app.command()(inspect.inspect)
+app.command()(validate.validate)
+app.command()(evaluate.evaluate)
 app.command()(export.export)
+app.command()(doctor.doctor)
 
 
 def _print_version(asked: bool) -> None:
     if asked:
+        from speculators import __version__
+
         typer.echo(f"speculators {__version__}")
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(
+    epilog="Exit status: 0 done, 1 an error (told in one sentence), 2 wrong usage, 130 interrupted."
+)
 def root(
     version: Annotated[
         bool,
@@ -41,27 +46,10 @@ def root(
     """Convert EAGLE drafts to one standard format, prove them, and run them."""
 
 
+share_options(app)  # after the last command is added
+
+
 def main() -> None:
-    """Run the command line; exits with 0, 1 (an error, told in a sentence), 2 (usage) or 130."""
-    logger.remove()
-    debug = "--debug" in sys.argv
-    logger.add(
-        sys.stderr,
-        level="DEBUG" if debug else "INFO",
-        format="<green>{time:YYYY-MM-DD HH:mm:ss}</green> | <level>{level: <8}</level> | {message}",
-    )
-    try:
-        app()
-    except SpeculatorsError as error:
-        if debug:
-            raise
-        logger.error(str(error))
-        sys.exit(1)
-    except OSError as error:  # a disk or a file system that fails where nothing expects it
-        if debug:
-            raise
-        logger.error(f"{error}.")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        logger.error("Interrupted.")
-        sys.exit(130)
+    """Run the command line; exits with a status that ``shared`` lists."""
+    stop_on_sigterm()
+    app()

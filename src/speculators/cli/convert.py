@@ -1,5 +1,6 @@
 """`speculators convert`: research checkpoints into the speculators format."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,14 @@ app = typer.Typer(
 )
 
 
+class Dtype(str, Enum):
+    """What tensors can be rounded to."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
 @app.callback()
 def convert() -> None:
     """Convert a research checkpoint to the speculators format."""
@@ -20,16 +29,30 @@ def convert() -> None:
 @app.command()
 def eagle(
     source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="The draft: a directory or a Hugging Face id.")
-    ],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
+        str | None,
+        typer.Argument(metavar="INPUT", help="The draft: a directory or a Hugging Face id."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Argument(metavar="OUTPUT", help="The directory to make.")
+    ] = None,
     base_model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="BASE_MODEL",
             help="The verifier that the draft was trained for: a directory or a Hugging Face id.",
         ),
-    ],
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of INPUT, OUTPUT and BASE_MODEL: a YAML or JSON file with a list of "
+            "conversions; what is done already is left as it is.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="With --manifest: how many conversions run at a time.")
+    ] = 1,
     layernorms: Annotated[
         bool,
         typer.Option(
@@ -61,23 +84,56 @@ def eagle(
         bool,
         typer.Option("--overwrite", help="Replace OUTPUT if a converted checkpoint is there."),
     ] = False,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Round the tensors to this type; each keeps its own if not given."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
-    ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Log every detail, and show tracebacks.")
     ] = False,
 ) -> None:
     """Convert an EAGLE-1, EAGLE-2 or HASS draft.
 
-    OUTPUT gets config.json and model.safetensors. It appears complete and proven, or not at all.
+    OUTPUT gets config.json, model.safetensors, and conversion.json, which tells
+    what they were made of. It appears complete and proven, or not at all.
 
-    Example: speculators convert eagle yuhuili/EAGLE-LLaMA3.1-Instruct-8B ./converted
+    For example:
+
+    speculators convert eagle ./draft ./converted ./verifier --dry-run
+
+    speculators convert eagle yuhuili/EAGLE-LLaMA3.1-Instruct-8B ./converted
     meta-llama/Llama-3.1-8B-Instruct
+
+    speculators convert eagle --manifest batch.yaml --jobs 2
     """
+    if manifest is not None:
+        _refuse_beside_manifest(
+            {
+                "INPUT": source,
+                "OUTPUT": output,
+                "BASE_MODEL": base_model,
+                "--layernorms": layernorms,
+                "--fusion-bias": fusion_bias,
+                "--no-validate": not validate,
+                "--revision": revision,
+                "--overwrite": overwrite,
+                "--dtype": dtype,
+            }
+        )
+        from speculators.cli.batch import run_batch
+
+        run_batch(manifest, jobs=jobs, cache_dir=cache_dir, dry_run=dry_run)
+        return
+    if source is None or output is None or base_model is None:
+        raise typer.BadParameter(
+            "give INPUT, OUTPUT and BASE_MODEL, all three of them, or --manifest alone."
+        )
+    if jobs > 1:
+        raise typer.BadParameter("--jobs is of use with --manifest only.")
+
+    from speculators.cli.progress import progress_bar
     from speculators.convert.eagle import EagleConverter
 
-    del debug  # read by main, before the command line is parsed
     converter = EagleConverter()
     if dry_run:
         from speculators.cli.plan_view import print_plan
@@ -90,17 +146,29 @@ def eagle(
                 layernorms=layernorms,
                 cache_dir=cache_dir,
                 revision=revision,
+                dtype=dtype,
             )
         )
         return
-    converter.convert(
-        source,
-        output,
-        base_model,
-        fusion_bias=fusion_bias,
-        layernorms=layernorms,
-        validate=validate,
-        cache_dir=cache_dir,
-        revision=revision,
-        overwrite=overwrite,
-    )
+    with progress_bar() as progress:
+        converter.convert(
+            source,
+            output,
+            base_model,
+            fusion_bias=fusion_bias,
+            layernorms=layernorms,
+            validate=validate,
+            cache_dir=cache_dir,
+            revision=revision,
+            overwrite=overwrite,
+            dtype=dtype,
+            progress=progress,
+        )
+
+
+def _refuse_beside_manifest(given: dict[str, object]) -> None:
+    for name, value in given.items():
+        if value:
+            raise typer.BadParameter(
+                f"with --manifest, {name} is told in the manifest, entry by entry."
+            )

@@ -27,17 +27,16 @@ def export(
         str | None,
         typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False),
     ] = None,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Log every detail, and show tracebacks.")
-    ] = False,
 ) -> None:
     """Write a converted draft in another layout, its tensors byte for byte.
 
-    OUT gets config.json and model.safetensors. It appears complete, or not at all.
+    OUT gets config.json and model.safetensors. It appears complete, or not at
+    all.
 
-    Example: speculators export ./converted ./for-sglang --to sglang
+    For example:
+
+    speculators export ./converted ./for-sglang --to sglang
     """
     from speculators.convert import export as exporting
 
-    del debug  # read by main, before the command line is parsed
     exporting.export(source, output, to, cache_dir=cache_dir, revision=revision)

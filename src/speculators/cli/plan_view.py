@@ -1,36 +1,52 @@
 """How a conversion plan is shown."""
 
-import sys
+import json
+from collections.abc import Iterator
 
-from rich.console import Console
-from rich.table import Column, Table
+from rich.filesize import decimal
 
 from speculators.checkpoint.tensor import describe_shape
+from speculators.cli.output import show, table
+from speculators.convert.eagle.config_diff import ConfigChange, config_diff
 from speculators.convert.eagle.plan import ConversionPlan
 
 __all__ = ["print_plan"]
 
+SIGNS = {"kept": "=", "changed": "~", "left out": "-", "added": "+"}
+
 
 def print_plan(plan: ConversionPlan) -> None:
     """Print what will become of every tensor and every key of the config."""
-    # Names are for reading and for grep: never cut short, and brackets in them are no markup.
-    console = Console(soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 1000)
-    tensors = Table(
-        *(Column(head, overflow="fold") for head in ("source tensor", "becomes", "type", "shape")),
-        title=plan.source.name,
+    show(
+        f"{plan.source.name}: {len(plan.tensors)} tensors ({decimal(plan.nbytes)}) are taken "
+        f"along, {len(plan.left_out)} are left out",
+        "",
+        table(("tensor", "dtype", "shape", "becomes"), _tensors(plan)),
+        "",
+        "config.json (= kept, ~ changed, - left out, + added)",
+        *map(_line, config_diff(plan)),
+        "",
+        *(f"Note: {sentence}." for sentence in plan.odd),
+        "Nothing was written.",
     )
-    for target, info in plan.tensors.items():
-        tensors.add_row(info.name, target, info.dtype, describe_shape(info.shape))
-    for name, why in plan.left_out.items():
-        info = plan.source.tensors[name]
-        tensors.add_row(name, f"left out: {why}", info.dtype, describe_shape(info.shape))
-    console.print(tensors)
-    if plan.config_left_out:
-        keys = Table("key of config.json", "left out, because", title="config.json")
-        for key, why in plan.config_left_out.items():
-            keys.add_row(key, why)
-        console.print(keys)
-    console.print_json(plan.config.model_dump_json(exclude_none=True))
-    for sentence in plan.odd:
-        console.print(f"Note: {sentence}")
-    console.print(f"{len(plan.tensors)} tensors, {plan.nbytes / 1e6:.1f} MB; nothing was written.")
+
+
+def _tensors(plan: ConversionPlan) -> Iterator[tuple[str, ...]]:
+    targets = {info.name: target for target, info in plan.tensors.items()}
+    for name, info in plan.source.tensors.items():
+        becomes = targets.get(name) or f"left out: {plan.left_out[name]}"
+        rounded = name in targets and plan.rounded_to not in {None, info.dtype}
+        dtype = f"{info.dtype} -> {plan.rounded_to}" if rounded else info.dtype
+        yield name, dtype, describe_shape(info.shape), becomes
+
+
+def _line(change: ConfigChange) -> str:
+    before, after = json.dumps(change.before), json.dumps(change.after)
+    value = {
+        "kept": after,
+        "changed": f"{before} -> {after}",
+        "left out": before,
+        "added": after,
+    }[change.kind]
+    why = f"  ({change.why})" if change.why else ""
+    return f"{SIGNS[change.kind]} {change.target or change.source}: {value}{why}"

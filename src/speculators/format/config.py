@@ -7,12 +7,13 @@ computes with is typed here, any other key is carried along untouched.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic import ValidationError as PydanticValidationError
 
 from speculators.errors import FormatError
 
 __all__ = [
+    "PROPOSALS",
     "EagleConfig",
     "LayerConfig",
     "ProposalMethod",
@@ -22,19 +23,58 @@ __all__ = [
 ]
 
 
+PROPOSALS: dict[str, dict[str, int]] = {
+    "greedy": {"speculative_tokens": 5},
+    "sampling": {"speculative_tokens": 5},
+    "static_tree": {"speculative_tokens": 25},
+    "dynamic_tree": {"speculative_tokens": 59, "tree_depth": 7, "tree_top_k": 10},
+}
+"""The types of proposals: the sizes that each has, and what they are unless a method says more.
+
+A chain of the draft's best tokens; a chain of tokens drawn from the draft's distribution; the one
+tree of EAGLE-1; the tree that EAGLE-2 grows for each step, in the size its reference has.
+"""
+
+SIZES = frozenset(name for sizes in PROPOSALS.values() for name in sizes)
+
+
 class ProposalMethod(BaseModel):
     """One way of proposing tokens; a key that this version does not know is kept."""
 
     model_config = ConfigDict(extra="allow")
 
     proposal_type: str = "greedy"
-    """``greedy``, ``sampling``, ``static_tree`` or ``dynamic_tree``."""
+    """One of ``PROPOSALS``; another one can be carried along, but not decoded with."""
     speculative_tokens: int = Field(default=5, ge=1)
-    """How many tokens are proposed for one pass of the verifier."""
+    """How many tokens are proposed for one pass of the verifier: the length of a chain, or the
+    nodes of a tree without its root (EAGLE-2's reference counts the root in ``total_token``)."""
+    tree_depth: int | None = Field(default=None, ge=1)
+    """``dynamic_tree`` only: how many times the tree is grown after its first level, so that it
+    has up to one level more (``depth`` of EAGLE-2's reference)."""
+    tree_top_k: int | None = Field(default=None, ge=1)
+    """``dynamic_tree`` only: how many nodes a level has, and how many children each of them is
+    given (``top_k`` of EAGLE-2's reference)."""
     verifier_accept_k: int = Field(default=1, ge=1)
     """A token is accepted if it is among the verifier's k best."""
     accept_tolerance: float = Field(default=0.0, ge=0.0)
     """For ``verifier_accept_k`` over 1: how far below the best one it may lie, in nats."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        """Give the sizes that are not said the values that they have for the type."""
+        if not isinstance(data, dict):
+            return data
+        said = {key: value for key, value in data.items() if key not in SIZES or value is not None}
+        return PROPOSALS.get(said.get("proposal_type", "greedy"), {}) | said
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "ProposalMethod":
+        sizes = PROPOSALS.get(self.proposal_type, SIZES)
+        foreign = sorted(key for key in SIZES.difference(sizes) if getattr(self, key) is not None)
+        if foreign:
+            raise ValueError(f"{self.proposal_type} has no {' and no '.join(foreign)}")
+        return self
 
 
 class VerifierReference(BaseModel):

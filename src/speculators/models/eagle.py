@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama import modeling_llama
@@ -23,8 +29,14 @@ from transformers.utils.generic import ModelOutput
 from speculators import __version__
 from speculators.checkpoint.tensor import describe_shape
 from speculators.checkpoint.verifier import Verifier, open_verifier
+from speculators.decode import Generation, speculate
 from speculators.errors import SpeculatorsError, VerifierError
-from speculators.format.config import EagleConfig, LayerConfig, SpeculatorsConfig
+from speculators.format.config import (
+    EagleConfig,
+    LayerConfig,
+    ProposalMethod,
+    SpeculatorsConfig,
+)
 from speculators.format.layouts import LEGACY_PREFIXES
 from speculators.models.converted import open_converted
 from speculators.models.tensors import read_tensor
@@ -357,12 +369,7 @@ class EagleSpeculator(PreTrainedModel):
             VerifierError: if there is no head, since no verifier could be had or was attached.
 
         """
-        head = self.get_output_embeddings()
-        if head is None:
-            raise VerifierError(
-                "The draft has no head: logits are made by its verifier's. "
-                "Attach the verifier first: model.attach_verifier(...)"
-            )
+        self._head()  # before the work, not after it
         drafted = self.draft(
             input_ids,
             hidden_states,
@@ -373,9 +380,8 @@ class EagleSpeculator(PreTrainedModel):
             **kwargs,
         )
         assert drafted.last_hidden_state is not None
-        kept = self.pre_lm_head_layernorm(drafted.last_hidden_state[:, -logits_to_keep:])
         output = EagleOutput(
-            logits=head(kept.to(device=head.weight.device, dtype=head.weight.dtype)),
+            logits=self.logits(drafted.last_hidden_state[:, -logits_to_keep:]),
             last_hidden_state=drafted.last_hidden_state,
             past_key_values=drafted.past_key_values,
         )
@@ -427,6 +433,95 @@ class EagleSpeculator(PreTrainedModel):
         )
         return EagleOutput(last_hidden_state=x, past_key_values=past_key_values)
 
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """The part of ``forward`` after the layer.
+
+        Args:
+            hidden_states: (batch, sequence, hidden), ``last_hidden_state`` or a part of it.
+
+        Returns:
+            (batch, sequence, vocabulary), in the head's dtype and on its device.
+
+        Raises:
+            VerifierError: as ``forward``.
+
+        """
+        head = self._head()
+        kept = self.pre_lm_head_layernorm(hidden_states)
+        logits: Tensor = head(kept.to(device=head.weight.device, dtype=head.weight.dtype))
+        return logits
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        proposal: ProposalMethod | str | None = None,
+        num_draft_tokens: int | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Tensor | Generation:
+        """Generate what the attached verifier's own ``generate`` would, in fewer of its passes.
+
+        Greedy output is the verifier's token for token, but for what rounding does where two
+        tokens are equally good; sampled output has the verifier's distribution.
+
+        Args:
+            input_ids: (batch, length), prompts, padded at the left.
+            proposal: how to propose: a method, or the type of one, which is then looked up among
+                the config's; the config's default if not given.
+            num_draft_tokens: how many tokens to propose for one pass of the verifier, instead of
+                the method's ``speculative_tokens``.
+            generation_config: as for the verifier's ``generate``, and with its defaults.
+            **kwargs: as for the verifier's ``generate``: ``attention_mask``, ``max_new_tokens``,
+                ``eos_token_id``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
+                ``streamer``, ``return_dict_in_generate``, ...
+
+        Returns:
+            (batch, length), prompts and what was generated, padded at the right; or a
+            ``Generation`` if ``return_dict_in_generate`` is set.
+
+        Raises:
+            VerifierError: if no verifier is attached.
+            GenerationError: if the settings, the proposal or the verifier do not allow it.
+
+        """
+        if self.verifier is None:
+            raise VerifierError(
+                "Generating takes the whole verifier. "
+                "Attach the verifier first: model.attach_verifier(...)"
+            )
+        generation = speculate(
+            self,
+            self.verifier,
+            input_ids,
+            proposal=self.proposal_method(proposal, num_draft_tokens),
+            generation=generation_config,
+            **kwargs,
+        )
+        asked = [
+            kwargs.get("return_dict_in_generate"),
+            getattr(generation_config, "return_dict_in_generate", None),
+            self.verifier.generation_config.return_dict_in_generate,
+        ]
+        as_dict = next((said for said in asked if said is not None), False)
+        return generation if as_dict else generation.sequences
+
+    def proposal_method(
+        self, proposal: ProposalMethod | str | None = None, num_draft_tokens: int | None = None
+    ) -> ProposalMethod:
+        """A way of proposing, by the config; see ``generate``."""
+        if not isinstance(proposal, ProposalMethod):
+            config = SpeculatorsConfig.model_validate(
+                self.config.speculators_config or {"verifier": {"architectures": []}}
+            )
+            name = proposal or config.default_proposal_method
+            told = [one for one in config.proposal_methods if one.proposal_type == name]
+            proposal = told[0] if told else ProposalMethod(proposal_type=name)
+        if num_draft_tokens is None:
+            return proposal
+        sized = proposal.model_dump() | {"speculative_tokens": num_draft_tokens}
+        return ProposalMethod.model_validate(sized)
+
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]
         """The draft's own embedding, or the verifier's, or ``None``."""
         if self.embed_tokens is not None:
@@ -442,6 +537,15 @@ class EagleSpeculator(PreTrainedModel):
             head: nn.Linear = self.verifier.get_output_embeddings()
             return head
         return self.borrowed_head
+
+    def _head(self) -> nn.Linear:
+        head = self.get_output_embeddings()
+        if head is None:
+            raise VerifierError(
+                "The draft has no head: logits are made by its verifier's. "
+                "Attach the verifier first: model.attach_verifier(...)"
+            )
+        return head
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         embedding = self.get_input_embeddings()

@@ -4,13 +4,24 @@ from pathlib import Path
 
 from loguru import logger
 
-from speculators.checkpoint.reader import read_checkpoint
-from speculators.checkpoint.repository import open_repository
+from speculators.checkpoint.progress import Progress, silent
+from speculators.checkpoint.reader import Checkpoint, read_checkpoint
+from speculators.checkpoint.repository import LocalDirectory, open_repository
 from speculators.checkpoint.staging import check_output, staged_directory
-from speculators.checkpoint.verifier import open_verifier
+from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.checkpoint.writer import write_safetensors_file
 from speculators.convert.eagle.plan import ConversionPlan, plan_conversion
-from speculators.errors import OutputError
+from speculators.convert.eagle.provenance import (
+    changed_source_files,
+    check_files,
+    read_record,
+    record_conversion,
+)
+from speculators.convert.eagle.written import plan_of_itself, verifier_of
+from speculators.errors import CheckpointError, ConversionError, OutputError
+from speculators.format.config import parse_config
+from speculators.format.conversion import CONVERSION_FILE
+from speculators.format.tensors import DTYPES
 
 __all__ = ["LAYERNORM_MAPPINGS", "EagleConverter"]
 
@@ -48,8 +59,12 @@ class EagleConverter:
         *,
         revision: str | None = None,
         overwrite: bool = False,
+        dtype: str | None = None,
+        progress: Progress = silent,
     ) -> Path:
         """Convert a checkpoint into a directory with config.json and model.safetensors.
+
+        A third file, conversion.json, tells what they were made of.
 
         The directory appears when it is complete and, unless ``validate`` is off, proven: until
         then, and if anything fails, ``output_path`` is left as it was.
@@ -66,13 +81,17 @@ class EagleConverter:
             cache_dir: where downloads are kept; the Hub client's own place if not given.
             revision: a branch, tag or commit of ``input_path`` on the Hub.
             overwrite: replace ``output_path`` if a converted checkpoint is there.
+            dtype: round the tensors to ``"float16"``, ``"bfloat16"`` or ``"float32"``; each keeps
+                its own dtype if not given.
+            progress: is told of the bytes that are written, compared and hashed.
 
         Returns:
             The path of the directory.
 
         Raises:
             CheckpointError: the source is missing, damaged, or not safe to read.
-            ConversionError: it is not such a checkpoint, or contradicts the flags.
+            ConversionError: it is not such a checkpoint, contradicts the flags, or has values
+                that ``dtype`` cannot hold.
             VerifierError: the verifier cannot be read or does not fit.
             HubError: a file cannot be had from the Hub.
             OutputError: the output exists or cannot be written.
@@ -91,17 +110,90 @@ class EagleConverter:
             layernorms=layernorms,
             cache_dir=cache_dir,
             revision=revision,
+            dtype=dtype,
         )
         with staged_directory(output, overwrite=overwrite) as staging:
             config = plan.config.model_dump_json(indent=2, exclude_none=True)
             (staging / "config.json").write_text(config + "\n", encoding="utf-8")
-            write_safetensors_file(staging / "model.safetensors", plan.tensors)
+            write_safetensors_file(
+                staging / "model.safetensors",
+                plan.tensors,
+                dtype=plan.rounded_to,
+                progress=progress,
+            )
+            unchecked = None
             if validate:
                 from speculators.convert.eagle.validation import validate_conversion
 
-                validate_conversion(plan, staging, cache_dir=cache_dir)
+                unchecked = validate_conversion(
+                    plan, staging, cache_dir=cache_dir, progress=progress
+                )
+            record = record_conversion(plan, staging, unchecked=unchecked, progress=progress)
+            (staging / CONVERSION_FILE).write_text(
+                record.model_dump_json(indent=2) + "\n", encoding="utf-8"
+            )
         logger.success(f"Saved to: {output}")
         return output
+
+    def validate(
+        self,
+        directory: str | Path,
+        source: str | Path | None = None,
+        *,
+        cache_dir: str | Path | None = None,
+        revision: str | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        """Check a converted checkpoint again, at any time; nothing is written.
+
+        Its files are those that its conversion.json tells of; the model loads; on seeded random
+        inputs its output is finite, causal, and what a plain evaluation of its tensors gives; its
+        logits are those of the verifier's head. What cannot be checked, since the verifier or
+        conversion.json is not there, is told by a warning.
+
+        Args:
+            directory: the converted checkpoint.
+            source: what it was converted from, a directory or a Hugging Face id. The conversion
+                is planned again, and everything that ``convert`` proves is proven again.
+            cache_dir: where downloads are kept; the Hub client's own place if not given.
+            revision: a branch, tag or commit of ``source`` on the Hub.
+            progress: is told of the bytes that are compared and hashed.
+
+        Raises:
+            CheckpointError, HubError: the directory or the source is damaged or cannot be had.
+            ConversionError: the source is not such a checkpoint.
+            FormatError: the directory is not a converted checkpoint.
+            ValidationError: it is not what was written, or does not hold or compute what its
+                source does.
+
+        """
+        directory = Path(directory).expanduser()
+        logger.info(f"Checking converted checkpoint: {directory}")
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory} is no directory; give a converted checkpoint.")
+        written = read_checkpoint(LocalDirectory(directory))
+        config = parse_config(written.config, written.name)
+        record = read_record(directory)
+        if record is None:
+            logger.warning(f"{directory} has no {CONVERSION_FILE}: what was written is not known")
+        else:
+            check_files(record, directory, progress)
+        verifier = verifier_of(config, cache_dir=cache_dir)
+
+        from speculators.convert.eagle.validation import validate_conversion, validate_model
+
+        if source is None:
+            plan = plan_of_itself(written, config, verifier, LAYERNORM_MAPPINGS)
+            validate_model(plan, directory, cache_dir=cache_dir)
+        else:
+            checkpoint = _read(source, revision, cache_dir)
+            plan = _plan(checkpoint, verifier, dtype=record.dtype if record else None)
+            validate_conversion(plan, directory, cache_dir=cache_dir, progress=progress)
+            for name in changed_source_files(record, plan.source, progress) if record else ():
+                logger.warning(
+                    f"{name} of {source} is not the file that was converted, but gives the same"
+                )
+        logger.success(f"Valid: {directory}")
 
     def plan(
         self,
@@ -112,21 +204,46 @@ class EagleConverter:
         layernorms: bool = False,
         cache_dir: str | Path | None = None,
         revision: str | None = None,
+        dtype: str | None = None,
     ) -> ConversionPlan:
         """Say what ``convert`` would do, without writing anything; see there for the arguments."""
-        checkpoint = read_checkpoint(
-            open_repository(input_path, revision=revision, cache_dir=cache_dir)
-        )
-        logger.info(f"Loaded {len(checkpoint.tensors)} weights")
-        plan = plan_conversion(
+        checkpoint = _read(input_path, revision, cache_dir)
+        return _plan(
             checkpoint,
             open_verifier(base_model, cache_dir=cache_dir),
-            LAYERNORM_MAPPINGS,
             fusion_bias=fusion_bias,
             layernorms=layernorms,
+            dtype=dtype,
         )
-        _log(plan)
-        return plan
+
+
+def _read(source: str | Path, revision: str | None, cache_dir: str | Path | None) -> Checkpoint:
+    checkpoint = read_checkpoint(
+        open_repository(source, revision=revision, cache_dir=cache_dir, one_file=True)
+    )
+    logger.info(f"Loaded {len(checkpoint.tensors)} weights")
+    return checkpoint
+
+
+def _plan(
+    checkpoint: Checkpoint, verifier: Verifier, *, dtype: str | None, **flags: bool
+) -> ConversionPlan:
+    plan = plan_conversion(
+        checkpoint, verifier, LAYERNORM_MAPPINGS, rounded_to=_stored_dtype(dtype), **flags
+    )
+    _log(plan)
+    return plan
+
+
+def _stored_dtype(dtype: str | None) -> str | None:
+    if dtype is None:
+        return None
+    for stored, name in DTYPES.items():
+        if name == dtype:
+            return stored
+    raise ConversionError(
+        f"The dtype {dtype} is not known; choose one of {', '.join(DTYPES.values())}."
+    )
 
 
 def _log(plan: ConversionPlan) -> None:
@@ -148,7 +265,7 @@ def _log(plan: ConversionPlan) -> None:
 def _refuse_to_replace_what_is_read(read: dict[str, str | Path], output: Path) -> None:
     for what, path in read.items():
         source = Path(path).expanduser()
-        if source.is_dir() and output.is_dir() and output.resolve() in source.resolve().parents:
+        if source.exists() and output.is_dir() and output.resolve() in source.resolve().parents:
             raise OutputError(f"{output} holds the {what} {source}; choose another output.")
 
 

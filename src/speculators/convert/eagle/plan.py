@@ -1,33 +1,61 @@
 """The plan of a conversion: a value that says everything, made before anything is written."""
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from speculators import __version__
 from speculators.checkpoint.reader import Checkpoint
-from speculators.checkpoint.tensor import TensorInfo, describe_shape
+from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier
-from speculators.convert.eagle.families import (
-    reason_to_leave_out,
-    recognise_other_family,
-    strip_prefix,
-)
 from speculators.convert.eagle.layer_config import plan_layer
+from speculators.convert.families import listed, recognise, strip_prefix
 from speculators.errors import ConversionError
 from speculators.format.config import (
     EagleConfig,
+    LayerConfig,
     SpeculatorsConfig,
     VerifierReference,
 )
-from speculators.format.tensors import FEATURES, features_of, required_tensors
+from speculators.format.tensors import DTYPES, FEATURES, features_of, required_tensors
 
-__all__ = ["DTYPES", "ConversionPlan", "plan_conversion"]
-
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Dtypes that a draft may have, and torch's names for them."""
+__all__ = ["ConversionPlan", "DraftPlan", "plan_conversion", "plan_draft"]
 
 DECODER_LAYERS = {"llama": "LlamaDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
+
+
+OMISSIONS = {
+    r"lm_head\.weight": "logits come from the verifier's own head",
+    r"layers\.0\.self_attn\.rotary_emb\.inv_freq": "it is computed from the config",
+}
+"""Tensors that a checkpoint may have and the format leaves out, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """What will become of a draft, whatever its verifier is.
+
+    Attributes:
+        source: the checkpoint.
+        layer: the config of its decoder layer to be.
+        features: those of ``format.tensors.FEATURES`` that the tensors show.
+        dtype: torch's name for the tensors' own.
+        tensors: target name → the source tensor whose bytes it gets.
+        left_out: source name → why the tensor is not taken along.
+        config_left_out: key of the source's config → why it does not reach the new one.
+        odd: sentences for the log: where config, tensors and reference do not say the same.
+
+    """
+
+    source: Checkpoint
+    layer: LayerConfig
+    features: frozenset[str]
+    dtype: str
+    tensors: dict[str, TensorInfo]
+    left_out: dict[str, str]
+    config_left_out: dict[str, str]
+    odd: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +70,8 @@ class ConversionPlan:
         left_out: source name → why the tensor is not taken along.
         config_left_out: key of the source's config → why it does not reach the new one.
         odd: sentences for the log: where config, tensors and reference do not say the same.
+        rounded_to: the type that all tensors get, a key of ``DTYPES``; ``None`` if each keeps its
+            own.
 
     """
 
@@ -52,11 +82,15 @@ class ConversionPlan:
     left_out: dict[str, str]
     config_left_out: dict[str, str]
     odd: list[str]
+    rounded_to: str | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+        """Bytes of all tensors, as they are written."""
+        return sum(
+            info.elements * DTYPE_BITS[self.rounded_to or info.dtype] // 8
+            for info in self.tensors.values()
+        )
 
 
 def plan_conversion(
@@ -66,6 +100,7 @@ def plan_conversion(
     *,
     fusion_bias: bool = False,
     layernorms: bool = False,
+    rounded_to: str | None = None,
 ) -> ConversionPlan:
     """Plan the conversion of an EAGLE-1, EAGLE-2 or HASS checkpoint.
 
@@ -76,6 +111,8 @@ def plan_conversion(
         fusion_bias: the caller says that there is ``fc.bias``: an error if there is not. The
             tensors decide in any case.
         layernorms: the caller says that there are extra layernorms; likewise.
+        rounded_to: the type that all tensors get, a key of ``DTYPES``; each keeps its own if not
+            given.
 
     Raises:
         ConversionError: if the tensors are not those of such a checkpoint, or contradict the
@@ -83,33 +120,20 @@ def plan_conversion(
         VerifierError: if the verifier has other sizes.
 
     """
-    _refuse_converted(checkpoint)
-    stored = _without_prefix(checkpoint)
-    _refuse_other_families(checkpoint, stored)
+    draft = plan_draft(checkpoint, renames)
+    flags = {"fusion_bias": fusion_bias, "layernorms": layernorms}
+    _check_flags(checkpoint, draft.features, flags)
+    verifier.check_fits(draft.layer.hidden_size, draft.layer.vocab_size)
 
-    left_out = {
-        info.name: why for name, info in stored.items() if (why := reason_to_leave_out(name))
-    }
-    tensors = {
-        renames.get(name, name): info for name, info in stored.items() if info.name not in left_out
-    }
-    features = features_of(tensors)
-    _check_names(checkpoint, tensors, features, renames)
-    _check_flags(checkpoint, features, {"fusion_bias": fusion_bias, "layernorms": layernorms})
-    _check_dtypes(stored.values())
-    layer = plan_layer(checkpoint, tensors, features)
-    _check_shapes(checkpoint, tensors, layer.config.dimensions())
-    verifier.check_fits(layer.config.hidden_size, layer.config.vocab_size)
-
-    decoder_layer = DECODER_LAYERS[layer.config.model_type]
+    decoder_layer = DECODER_LAYERS[draft.layer.model_type]
     config = EagleConfig(
         architectures=["EagleSpeculator", decoder_layer],
         speculators_version=__version__,
-        torch_dtype=_dtype_of(tensors.values()),
+        torch_dtype=DTYPES[rounded_to] if rounded_to else draft.dtype,
         transformer_layer_architecture=decoder_layer,
-        transformer_layer_config=layer.config,
-        layernorms="layernorms" in features,
-        fusion_bias="fusion_bias" in features,
+        transformer_layer_config=draft.layer,
+        layernorms="layernorms" in draft.features,
+        fusion_bias="fusion_bias" in draft.features,
         speculators_config=SpeculatorsConfig(
             verifier=VerifierReference(
                 name_or_path=verifier.name, architectures=list(verifier.architectures)
@@ -117,16 +141,66 @@ def plan_conversion(
         ),
     )
     return ConversionPlan(
-        checkpoint, verifier, config, tensors, left_out, layer.left_out, layer.odd
+        checkpoint,
+        verifier,
+        config,
+        draft.tensors,
+        draft.left_out,
+        draft.config_left_out,
+        draft.odd,
+        rounded_to,
     )
 
 
-def _refuse_converted(checkpoint: Checkpoint) -> None:
-    if "speculators_model_type" in checkpoint.config:
+def plan_draft(checkpoint: Checkpoint, renames: dict[str, str]) -> DraftPlan:
+    """Plan what becomes of a draft's tensors and config, without its verifier.
+
+    Args:
+        checkpoint: its config and table of tensors.
+        renames: source name → target name, where they differ.
+
+    Raises:
+        ConversionError: if the tensors are not those of an EAGLE-1, EAGLE-2 or HASS checkpoint,
+            or contradict the config; the message names them.
+
+    """
+    _refuse_other_families(checkpoint)
+    stored = _without_prefix(checkpoint)
+
+    left_out = {
+        info.name: why for name, info in stored.items() if (why := _reason_to_leave_out(name))
+    }
+    tensors = {
+        renames.get(name, name): info for name, info in stored.items() if info.name not in left_out
+    }
+    features = features_of(tensors)
+    _check_names(checkpoint, tensors, features, renames)
+    _check_dtypes(stored.values())
+    layer = plan_layer(checkpoint, tensors, features)
+    _check_shapes(checkpoint, tensors, layer.config.dimensions())
+    dtype = _dtype_of(tensors.values())
+    return DraftPlan(
+        checkpoint, layer.config, features, dtype, tensors, left_out, layer.left_out, layer.odd
+    )
+
+
+def _refuse_other_families(checkpoint: Checkpoint) -> None:
+    found = recognise(checkpoint.config, checkpoint.tensors)
+    if found.family and found.family.advice:
         raise ConversionError(
-            f"{checkpoint.name} is in a speculators format already "
-            f"({checkpoint.config['speculators_model_type']}); load it with "
-            "EagleSpeculator.from_pretrained."
+            f"{checkpoint.name} holds {found.family.name} ({found.evidence[0]}), not an EAGLE-1, "
+            f"EAGLE-2 or HASS draft; {found.family.advice}."
+        )
+    if found.quantized:
+        raise ConversionError(
+            f"{checkpoint.name} holds quantized weights ({found.quantized[0]}), which are not "
+            "converted; give the original, unquantized checkpoint."
+        )
+    if found.family is None:
+        near = "; ".join(map(str, found.near)) or "none of these is in any of them"
+        raise ConversionError(
+            f"{checkpoint.name} is not an EAGLE checkpoint, nor of another kind that is known: "
+            f"it has {listed(checkpoint.tensors)}; {near}."
         )
 
 
@@ -143,18 +217,9 @@ def _without_prefix(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return stored
 
 
-def _refuse_other_families(checkpoint: Checkpoint, stored: dict[str, TensorInfo]) -> None:
-    if checkpoint.config.get("quantization_config"):
-        raise ConversionError(
-            f"{checkpoint.config_file} has a quantization_config: quantized weights are not "
-            "converted; give the original, unquantized checkpoint."
-        )
-    if found := recognise_other_family(stored):
-        family, evidence = found
-        raise ConversionError(
-            f"{checkpoint.name} holds {family.name} (it has {_some(evidence)}), not an EAGLE-1, "
-            f"EAGLE-2 or HASS draft; {family.advice}."
-        )
+def _reason_to_leave_out(name: str) -> str | None:
+    """Why the tensor called ``name`` (without prefix) is left out; ``None`` if it is not."""
+    return next((why for form, why in OMISSIONS.items() if re.fullmatch(form, name)), None)
 
 
 def _check_names(
@@ -167,17 +232,12 @@ def _check_names(
     unknown = [info.name for name, info in tensors.items() if name not in required]
     source_names = {target: source for source, target in renames.items()}
     missing = [source_names.get(name, name) for name in required if name not in tensors]
-    if len(missing) == len(required_tensors(())):
-        raise ConversionError(
-            f"{checkpoint.name} is not an EAGLE checkpoint: it has none of "
-            f"{_some(missing)}; it has {_some(unknown)}."
-        )
     if unknown or missing:
         problems = [
             text
             for names, text in (
-                (missing, f"it lacks {_some(missing, len(missing))}"),
-                (unknown, f"it has unknown {_some(unknown, len(unknown))}"),
+                (missing, f"it lacks {listed(missing, len(missing))}"),
+                (unknown, f"it has unknown {listed(unknown, len(unknown))}"),
             )
             if names
         ]
@@ -223,9 +283,3 @@ def _check_shapes(
                 f"{Path(checkpoint.config_file).name} it should have "
                 f"{describe_shape(spec.shape(sizes))}; give the config that belongs to the tensors."
             )
-
-
-def _some(names: Collection[str], at_most: int = 4) -> str:
-    shown = sorted(names)[:at_most]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,7 +1,9 @@
 """Proof that a written directory holds and computes what its source does."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,18 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.utils import logging as transformers_logging
 
-from speculators.checkpoint.reader import read_tensors
+from speculators.checkpoint.progress import Progress, silent
+from speculators.checkpoint.reader import read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory
-from speculators.checkpoint.tensor import TensorInfo
+from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo
 from speculators.checkpoint.writer import contiguous_chunks
-from speculators.convert.eagle.families import strip_prefix
 from speculators.convert.eagle.plan import ConversionPlan
 from speculators.convert.eagle.reference import PlainDraft
+from speculators.convert.families import strip_prefix
 from speculators.errors import SpeculatorsError, ValidationError
+from speculators.format.tensors import DTYPES
 from speculators.models.eagle import EagleOutput, EagleSpeculator
-from speculators.models.tensors import read_tensor
+from speculators.models.tensors import TORCH_DTYPES, read_tensor
 
-__all__ = ["TOLERANCE", "validate_conversion"]
+__all__ = ["TOLERANCE", "validate_conversion", "validate_model"]
 
 TOLERANCE = 1e-4
 """Largest difference between model and plain evaluation, over the largest value (at least 1)."""
@@ -29,23 +33,53 @@ TOLERANCE = 1e-4
 SEED, BATCH, LENGTH = 20240126, 2, 24
 
 
+NOT_OF_THE_SOURCE = {"speculators_version", "speculators_config"}
+"""Keys of config.json that say who wrote it and how to speculate."""
+
+
 def validate_conversion(
-    plan: ConversionPlan, directory: Path, *, cache_dir: str | Path | None = None
-) -> None:
+    plan: ConversionPlan,
+    directory: Path,
+    *,
+    cache_dir: str | Path | None = None,
+    progress: Progress = silent,
+) -> list[str]:
     """Prove that ``directory`` is what ``plan`` says.
 
-    The tensors' bytes equal the source's and are finite; the model loads through
-    ``from_pretrained``; on seeded random inputs its output is finite, does not depend on what
-    comes later, and equals a plain float32 evaluation of the source's own tensors; its logits are
-    those of the verifier's head. If the verifier's weights cannot be had, everything else is
-    checked, and the log says that logits were not.
+    The config is the plan's. The tensors' bytes equal the source's, or, where the plan rounds
+    them, the numbers that torch rounds the source's to. Then follows ``validate_model``.
+
+    Returns:
+        What could not be checked, in sentences, as ``validate_model`` does.
 
     Raises:
         ValidationError: if anything of this is not so.
 
     """
     logger.info("Validating converted checkpoint...")
-    _compare_bytes(plan.tensors, read_tensors(LocalDirectory(directory)))
+    _compare_configs(plan, directory)
+    _compare_tensors(plan, directory, progress)
+    return validate_model(plan, directory, cache_dir=cache_dir)
+
+
+def validate_model(
+    plan: ConversionPlan, directory: Path, *, cache_dir: str | Path | None = None
+) -> list[str]:
+    """Prove that ``directory`` computes what the tensors of ``plan`` do.
+
+    The model loads through ``from_pretrained``, and its tensors are finite; on seeded random
+    inputs its output is finite, does not depend on what comes later, and equals a plain float32
+    evaluation of the plan's tensors (rounded, if the plan rounds them: the log tells what that
+    changes); its logits are those of the verifier's head.
+
+    Returns:
+        What could not be checked, in sentences that are logged too: logits, for one, if the
+        verifier's weights cannot be had.
+
+    Raises:
+        ValidationError: if anything of this is not so.
+
+    """
     try:
         with _without_progress_bar():
             model = EagleSpeculator.from_pretrained(
@@ -65,9 +99,11 @@ def validate_conversion(
                 f"{whose}."
             )
     logger.success("Model loaded successfully")
+    check = _ForwardCheck(plan, model)
     with torch.inference_mode():
-        _check_forward(plan, model)
+        check.run()
     logger.success("Forward pass successful")
+    return check.unchecked
 
 
 @contextmanager
@@ -82,83 +118,176 @@ def _without_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _compare_bytes(source: Mapping[str, TensorInfo], written: Mapping[str, TensorInfo]) -> None:
-    if source.keys() != written.keys():
+def _compare_configs(plan: ConversionPlan, directory: Path) -> None:
+    planned = json.loads(plan.config.model_dump_json(exclude_none=True))
+    written, path = read_config(LocalDirectory(directory))
+    differing = [
+        key
+        for key in sorted((planned.keys() | written.keys()) - NOT_OF_THE_SOURCE)
+        if planned.get(key) != written.get(key)
+    ]
+    if differing:
+        raise ValidationError(
+            f"{path} is not what the source gives: it has another {', '.join(differing)}."
+        )
+
+
+def _compare_tensors(plan: ConversionPlan, directory: Path, progress: Progress) -> None:
+    written = read_tensors(LocalDirectory(directory))
+    if plan.tensors.keys() != written.keys():
         raise ValidationError(
             "The converted checkpoint has other tensors than planned: "
-            f"{', '.join(sorted(source.keys() ^ written.keys()))}."
+            f"{', '.join(sorted(plan.tensors.keys() ^ written.keys()))}."
         )
-    for name, info in source.items():
+    advance = progress("Comparing", plan.nbytes)
+    for name, info in plan.tensors.items():
         copy = written[name]
-        with copy.file.open("rb") as file:
-            file.seek(copy.offset)
-            same = all(file.read(len(chunk)) == chunk for chunk in contiguous_chunks(info))
-        if not same or (info.dtype, info.shape) != (copy.dtype, copy.shape):
-            raise ValidationError(f"{name} differs from {info.name} of the source {info.file}.")
-    logger.debug(f"The bytes of {len(source)} tensors equal the source's")
+        expected = (plan.rounded_to or info.dtype, info.shape)
+        if (copy.dtype, copy.shape) != expected or not _same_numbers(info, copy, advance):
+            raise ValidationError(
+                f"{name} differs from {info.name} of the source {info.file}"
+                f"{f' rounded to {DTYPES[plan.rounded_to]}' if plan.rounded_to else ''}."
+            )
+    logger.debug(f"{len(written)} tensors are those of the source")
 
 
-def _check_forward(plan: ConversionPlan, model: EagleSpeculator) -> None:
-    sizes = plan.config.transformer_layer_config
-    generator = torch.Generator().manual_seed(SEED)
-    input_ids = torch.randint(sizes.vocab_size, (BATCH, LENGTH), generator=generator)
-    hidden_states = torch.randn(BATCH, LENGTH, sizes.hidden_size, generator=generator)
-    if model.get_input_embeddings() is None:
-        logger.warning("The verifier's embedding cannot be had: a random one is validated with")
-        stand_in = torch.randn(sizes.vocab_size, sizes.hidden_size, generator=generator)
-        model.embed_tokens = nn.Embedding.from_pretrained(stand_in)
+def _same_numbers(info: TensorInfo, copy: TensorInfo, advance: Callable[[int], None]) -> bool:
+    """Whether ``copy``, which lies contiguously, holds a tensor's numbers, or these rounded."""
+    with copy.file.open("rb") as file:
+        file.seek(copy.offset)
+        for chunk in contiguous_chunks(info):
+            data = file.read(len(chunk) * DTYPE_BITS[copy.dtype] // DTYPE_BITS[info.dtype])
+            if info.dtype == copy.dtype:
+                same = data == chunk
+            else:
+                found = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[copy.dtype])
+                source = torch.frombuffer(bytearray(chunk), dtype=TORCH_DTYPES[info.dtype])
+                same = torch.allclose(found, source.to(found.dtype), rtol=0, atol=0, equal_nan=True)
+            if not same:
+                return False
+            advance(len(data))
+    return True
 
-    drafted = _drafted(model, input_ids, hidden_states)
-    if not drafted.isfinite().all():
-        raise ValidationError(
-            "The forward pass gives values that are not finite; the source's weights are too large."
+
+class _ForwardCheck:
+    """What a draft computes on seeded random inputs, against what its tensors say.
+
+    Args:
+        plan: of the conversion; the tensors are those of its source.
+        model: what was loaded, in float32.
+
+    Attributes:
+        unchecked: sentences on what could not be checked, and why.
+
+    """
+
+    def __init__(self, plan: ConversionPlan, model: EagleSpeculator) -> None:
+        self.plan, self.model, self.unchecked = plan, model, list[str]()
+        self.sizes = plan.config.transformer_layer_config
+        generator = torch.Generator().manual_seed(SEED)
+        vocabulary, hidden = self.sizes.vocab_size, self.sizes.hidden_size
+        self.input_ids = torch.randint(vocabulary, (BATCH, LENGTH), generator=generator)
+        self.hidden_states = torch.randn(BATCH, LENGTH, hidden, generator=generator)
+        if model.get_input_embeddings() is None:
+            self._leave_unchecked(
+                "The verifier's embedding cannot be had: a random one is validated with"
+            )
+            stand_in = torch.randn(vocabulary, hidden, generator=generator)
+            model.embed_tokens = nn.Embedding.from_pretrained(stand_in)
+
+    def run(self) -> None:
+        drafted = self._drafted(self.input_ids, self.hidden_states)
+        if not drafted.isfinite().all():
+            raise ValidationError(
+                "The forward pass gives values that are not finite; "
+                "the source's weights are too large."
+            )
+        self._check_causality(drafted)
+        plain = PlainDraft(self._source_tensors(self.plan), self.sizes)
+        if reason := plain.cannot_evaluate():
+            self._leave_unchecked(f"The output was not compared with a plain evaluation: {reason}")
+            expected = drafted
+        else:
+            expected = self._evaluate(plain, self.plan)
+            _check_same("The output is not what the source's tensors compute", drafted, expected)
+            if self.plan.rounded_to:
+                self._tell_what_rounding_changes(expected)
+        self._check_logits(plain.before_head(expected))
+
+    def _leave_unchecked(self, sentence: str) -> None:
+        logger.warning(sentence)
+        self.unchecked.append(sentence)
+
+    def _drafted(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
+        output: EagleOutput = self.model.draft(input_ids, hidden_states)
+        assert output.last_hidden_state is not None
+        return output.last_hidden_state
+
+    def _check_causality(self, drafted: Tensor) -> None:
+        changed_ids, changed_states = self.input_ids.clone(), self.hidden_states.clone()
+        changed_ids[:, -1] = (changed_ids[:, -1] + 1) % self.sizes.vocab_size
+        changed_states[:, -1] = -changed_states[:, -1]
+        _check_same(
+            "The output depends on later positions: the attention is not causal",
+            self._drafted(changed_ids, changed_states)[:, :-1],
+            drafted[:, :-1],
         )
-    changed_ids, changed_states = input_ids.clone(), hidden_states.clone()
-    changed_ids[:, -1] = (changed_ids[:, -1] + 1) % sizes.vocab_size
-    changed_states[:, -1] = -changed_states[:, -1]
-    _check_same(
-        "The output depends on later positions: the attention is not causal",
-        _drafted(model, changed_ids, changed_states)[:, :-1],
-        drafted[:, :-1],
-    )
 
-    plain = PlainDraft(_source_tensors(plan), sizes)
-    if reason := plain.cannot_evaluate():
-        logger.warning(f"The output was not compared with a plain evaluation: {reason}")
-        expected = drafted
-    else:
-        expected = torch.stack(
+    def _check_logits(self, before_head: Tensor) -> None:
+        try:
+            info = self.plan.verifier.head()
+        except SpeculatorsError as error:
+            self._leave_unchecked(
+                f"Logits were not validated, since the verifier's head is not here: {error}"
+            )
+            return
+        head = read_tensor(info)
+        for left_out in self.plan.left_out:
+            if strip_prefix(left_out) == "lm_head.weight":
+                _check_head_of_source(self.plan.source.tensors[left_out], info)
+        _check_same(
+            "The logits are not those of the verifier's head",
+            self.model(input_ids=self.input_ids, hidden_states=self.hidden_states).logits,
+            F.linear(before_head, head.float()),
+        )
+
+    def _tell_what_rounding_changes(self, rounded: Tensor) -> None:
+        plan = replace(self.plan, rounded_to=None)
+        exact = self._evaluate(PlainDraft(self._source_tensors(plan), self.sizes), plan)
+        logger.info(
+            f"With its tensors rounded to {plan.config.torch_dtype}, the output differs from the "
+            f"source's by up to {(rounded - exact).abs().max().item():.2g}, "
+            f"at values up to {exact.abs().max().item():.2g}"
+        )
+
+    def _evaluate(self, plain: PlainDraft, plan: ConversionPlan) -> Tensor:
+        return torch.stack(
             [
-                plain(_embedded(plan, model, ids), states)
-                for ids, states in zip(input_ids, hidden_states, strict=True)
+                plain(self._embedded(plan, ids), states)
+                for ids, states in zip(self.input_ids, self.hidden_states, strict=True)
             ]
         )
-        _check_same("The output is not what the source's tensors compute", drafted, expected)
-    _check_logits(plan, model, input_ids, hidden_states, plain.before_head(expected))
+
+    def _embedded(self, plan: ConversionPlan, ids: Tensor) -> Tensor:
+        """Embeddings of the tokens, from the source's own tensor where it has one."""
+        if info := plan.tensors.get("embed_tokens.weight"):
+            return _as_planned(plan, read_tensor(info)[ids])
+        embedding = self.model.get_input_embeddings()
+        assert embedding is not None
+        embedded: Tensor = embedding(ids)
+        return embedded
+
+    def _source_tensors(self, plan: ConversionPlan) -> dict[str, Tensor]:
+        return {
+            strip_prefix(info.name): _as_planned(plan, read_tensor(info))
+            for target, info in plan.tensors.items()
+            if target != "embed_tokens.weight"
+        }
 
 
-def _check_logits(
-    plan: ConversionPlan,
-    model: EagleSpeculator,
-    input_ids: Tensor,
-    hidden_states: Tensor,
-    before_head: Tensor,
-) -> None:
-    try:
-        info = plan.verifier.head()
-    except SpeculatorsError as error:
-        logger.warning(f"Logits were not validated, since the verifier's head is not here: {error}")
-        return
-    head = read_tensor(info)
-    for left_out in plan.left_out:
-        if strip_prefix(left_out) == "lm_head.weight":
-            _check_head_of_source(plan.source.tensors[left_out], info)
-    output = model(input_ids=input_ids, hidden_states=hidden_states)
-    _check_same(
-        "The logits are not those of the verifier's head",
-        output.logits,
-        F.linear(before_head, head.float()),
-    )
+def _as_planned(plan: ConversionPlan, tensor: Tensor) -> Tensor:
+    """A tensor of the source, rounded as the plan says, in float32."""
+    return (tensor.to(TORCH_DTYPES[plan.rounded_to]) if plan.rounded_to else tensor).float()
 
 
 def _check_head_of_source(own: TensorInfo, verifiers: TensorInfo) -> None:
@@ -169,30 +298,6 @@ def _check_head_of_source(own: TensorInfo, verifiers: TensorInfo) -> None:
             f"{own.file} has an {own.name} that is not the verifier's, while an EAGLE draft uses "
             "the verifier's head; check that the verifier is the one it was trained for."
         )
-
-
-def _drafted(model: EagleSpeculator, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
-    output: EagleOutput = model.draft(input_ids, hidden_states)
-    assert output.last_hidden_state is not None
-    return output.last_hidden_state
-
-
-def _embedded(plan: ConversionPlan, model: EagleSpeculator, ids: Tensor) -> Tensor:
-    """Embeddings of the tokens, from the source's own tensor where it has one."""
-    if info := plan.tensors.get("embed_tokens.weight"):
-        return read_tensor(info)[ids].float()
-    embedding = model.get_input_embeddings()
-    assert embedding is not None
-    embedded: Tensor = embedding(ids)
-    return embedded
-
-
-def _source_tensors(plan: ConversionPlan) -> dict[str, Tensor]:
-    return {
-        strip_prefix(info.name): read_tensor(info).float()
-        for target, info in plan.tensors.items()
-        if target != "embed_tokens.weight"
-    }
 
 
 def _check_same(problem: str, found: Tensor, expected: Tensor) -> None:

@@ -1,0 +1,173 @@
+"""The manifest of a batch: a file with a list of conversions."""
+
+import json
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import ValidationError as PydanticValidationError
+
+from speculators.checkpoint.repository import looks_like_a_path
+from speculators.errors import ManifestError
+
+__all__ = ["Conversion", "read_manifest"]
+
+
+class Conversion(BaseModel):
+    """One entry: what `speculators convert eagle` takes on the command line."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    input: str = Field(min_length=1)
+    """The draft: a directory, or a Hugging Face id."""
+    output: Path
+    """The directory to make."""
+    base_model: str = Field(min_length=1)
+    """The verifier that the draft was trained for: a directory, or a Hugging Face id."""
+    revision: str | None = None
+    """A branch, tag or commit of the input on the Hub."""
+    layernorms: bool = False
+    """Insist that the draft has extra layernorms (they are found by themselves)."""
+    fusion_bias: bool = False
+    """Insist that the draft has fc.bias (it is found by itself)."""
+    validated: bool = Field(default=True, alias="validate")
+    """Prove that the result holds and computes what the draft does."""
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    """Round the tensors to this type; each keeps its own if not given."""
+    overwrite: bool = False
+    """Replace what is at the output if it is a converted checkpoint, but not this one."""
+
+    def relative_to(self, directory: Path) -> "Conversion":
+        """The same, with its relative paths taken from ``directory``, and absolute."""
+        return self.model_copy(
+            update={
+                "input": _located(self.input, directory),
+                "output": _absolute(self.output, directory),
+                "base_model": _located(self.base_model, directory),
+            }
+        )
+
+
+KEYS = [field.alias or name for name, field in Conversion.model_fields.items()]
+ENTRIES = TypeAdapter(list[Conversion])
+
+
+def read_manifest(file: Path) -> list[Conversion]:
+    """Read a manifest, in JSON if it is named ``*.json``, else in YAML.
+
+    Relative paths in it are relative to the directory that it lies in. What is neither there nor
+    looks like a path is a Hugging Face id.
+
+    Raises:
+        ManifestError: if it cannot be read, is not a list of conversions, or two of them get in
+            each other's way; the message names the entry, counted from 1.
+
+    """
+    entries = _parse(file)
+    if not isinstance(entries, list) or not entries:
+        raise ManifestError(
+            f"{file} has to be a list of conversions, each with input, output and base_model."
+        )
+    try:
+        conversions = ENTRIES.validate_python(entries)
+    except PydanticValidationError as error:
+        raise ManifestError(f"{file}, {_problem(error)}.") from error
+    conversions = [it.relative_to(file.parent.absolute()) for it in conversions]
+    for problem in _collisions(conversions):
+        raise ManifestError(f"{file}, {problem}.")
+    return conversions
+
+
+def _parse(file: Path) -> Any:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ManifestError(f"{file} cannot be read: {reason}.") from error
+    try:
+        if file.suffix == ".json":
+            return json.loads(text, object_pairs_hook=_mapping)
+        return _parse_yaml(text)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ManifestError(f"{file} cannot be understood: {reason}.") from error
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+            _refuse_twice([key.value for key, _ in node.value if isinstance(key.value, str)])
+            built: dict[Hashable, Any] = super().construct_mapping(node, deep)
+            return built
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{where}{getattr(error, 'problem', None) or error}") from error
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _refuse_twice([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _refuse_twice(keys: list[str]) -> None:
+    for key, count in Counter(keys).items():
+        if count > 1:
+            raise ValueError(f"the key {key!r} is there twice in one entry")
+
+
+def _problem(error: PydanticValidationError) -> str:
+    """Say what is wrong with the first wrong entry."""
+    first = error.errors()[0]
+    index, *rest = first["loc"]
+    entry, key = f"entry {int(index) + 1}", ".".join(map(str, rest))
+    match first["type"]:
+        case "extra_forbidden":
+            return f"{entry} has the unknown key {key!r}; the keys are {', '.join(KEYS)}"
+        case "missing":
+            return f"{entry} has no {key}"
+        case "model_type":
+            return f"{entry} is no mapping of keys to values; the keys are {', '.join(KEYS)}"
+        case _:
+            message = first["msg"].removeprefix("Value error, ")
+            return f"{entry}, key {key}: {message}" if key else f"{entry}: {message}"
+
+
+def _collisions(conversions: list[Conversion]) -> Iterator[str]:
+    """Say which entries write where another one writes or reads."""
+    writers: dict[Path, int] = {}
+    for number, conversion in enumerate(conversions, start=1):
+        output = conversion.output.resolve()
+        if output in writers:
+            yield f"entries {writers[output]} and {number} have the same output {output}"
+        writers[output] = number
+    for number, conversion in enumerate(conversions, start=1):
+        output = conversion.output.resolve()
+        for parent in writers.keys() & set(output.parents):
+            yield f"entry {number} has its output {output} within that of entry {writers[parent]}"
+        for read in (conversion.input, conversion.base_model):
+            if not Path(read).is_absolute():
+                continue  # a Hugging Face id
+            path = Path(read).resolve()
+            for written in writers.keys() & {path, *path.parents}:
+                yield (
+                    f"entry {number} reads {read}, which entry {writers[written]} writes; "
+                    "make two batches of them"
+                )
+
+
+def _absolute(path: Path, directory: Path) -> Path:
+    return directory / path.expanduser()
+
+
+def _located(source: str, directory: Path) -> str:
+    """A path as an absolute one, a Hugging Face id as it is."""
+    path = _absolute(Path(source), directory)
+    return str(path) if path.exists() or looks_like_a_path(source) else source

@@ -1,0 +1,139 @@
+"""Whether a conversion is done already, told by what is at its output."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from loguru import logger
+
+from speculators.batch.manifest import Conversion
+from speculators.checkpoint.digest import sha256_of_files
+from speculators.checkpoint.json_file import read_json
+from speculators.checkpoint.repository import open_repository
+from speculators.checkpoint.staging import check_output
+from speculators.convert.eagle.provenance import read_record
+from speculators.errors import HubError, OutputError, SpeculatorsError
+from speculators.format.config import parse_config
+from speculators.format.conversion import (
+    CONVERSION_FILE,
+    ConversionRecord,
+    FileRecord,
+    RepositoryRecord,
+)
+
+__all__ = ["is_done"]
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_done(conversion: Conversion, *, cache_dir: Path | None = None) -> bool:
+    """Whether the output is what the conversion would make.
+
+    It is if its conversion.json tells of the same input, verifier, dtype and flags, its files
+    have the sizes told there, and the input is as it was: on this machine, no file of it has
+    changed; on the Hub, the revision is the commit told there. Where the Hub cannot be asked,
+    that is taken for granted, with a warning.
+
+    Raises:
+        OutputError: if something else is at the output, and may not be replaced.
+
+    """
+    output = conversion.output
+    if not output.is_dir() or not any(output.iterdir()):
+        check_output(output, overwrite=False)
+        return False
+    difference = next(_differences(conversion, cache_dir), None)
+    if difference is None:
+        return True
+    try:
+        check_output(output, overwrite=conversion.overwrite)
+    except OutputError as error:
+        raise OutputError(
+            f"{output} exists, and is not what this entry makes: {difference}; choose another "
+            "output, or set overwrite if it is a converted checkpoint."
+        ) from error
+    logger.info(f"Replacing {output}: {difference}")
+    return False
+
+
+def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str]:
+    """Say what is at the output that the conversion would not have made, as clauses."""
+    output = conversion.output
+    try:
+        record = read_record(output)
+        config = parse_config(read_json(output / "config.json"), str(output))
+    except SpeculatorsError:
+        yield f"its config.json or {CONVERSION_FILE} cannot be read"
+        return
+    except FileNotFoundError:
+        yield "it is no converted checkpoint"
+        return
+    if record is None:
+        yield f"it has no {CONVERSION_FILE}"
+        return
+    differs = {
+        f"its input was {record.source.name}": _name(conversion.input) != record.source.name,
+        f"its verifier was {record.verifier.name}": (
+            _name(conversion.base_model) != record.verifier.name
+        ),
+        f"its dtype was {'rounded to ' + record.dtype if record.dtype else 'kept'}": (
+            conversion.dtype != record.dtype
+        ),
+        "it was not validated": conversion.validated and not record.validated,
+        "it has no fc.bias": conversion.fusion_bias and not config.fusion_bias,
+        "it has no extra layernorms": conversion.layernorms and not config.layernorms,
+    }
+    yield from (clause for clause, different in differs.items() if different)
+    for name, file in record.files.items():
+        if not _has_size(output / name, file):
+            yield f"{name} is missing or has another size"
+    if record.source.revision is None:
+        yield from _changes_here(record, output)
+    else:
+        yield from _changes_on_hub(conversion, record.source, cache_dir)
+
+
+def _changes_here(record: ConversionRecord, output: Path) -> Iterator[str]:
+    """Say which files of an input on this machine are not as they were."""
+    converted_at = (output / CONVERSION_FILE).stat().st_mtime_ns
+    source = Path(record.source.name)
+    directory = source.parent if source.is_file() else source
+    for name, file in record.source.files.items():
+        path = directory / name
+        if not _has_size(path, file):
+            yield f"{path} has changed since"
+        elif path.stat().st_mtime_ns > converted_at and file.sha256 != _sha256(path):
+            yield f"{path} is newer"
+
+
+def _changes_on_hub(
+    conversion: Conversion, source: RepositoryRecord, cache_dir: Path | None
+) -> Iterator[str]:
+    """Say whether the revision of an input on the Hub is another commit now."""
+    commit = conversion.revision or ""
+    if not COMMIT.fullmatch(commit):
+        repository = open_repository(
+            conversion.input, revision=conversion.revision, cache_dir=cache_dir
+        )
+        try:
+            repository.holds("config.json")
+        except HubError as error:
+            logger.warning(f"{error} {conversion.output} is taken for up to date.")
+            return
+        commit = repository.commit or ""
+    if commit != source.revision:
+        yield f"{source.name} was at the commit {source.revision}, and is at {commit} now"
+
+
+def _name(source: str) -> str:
+    """What conversion.json calls a directory or Hub id."""
+    path = Path(source)
+    return str(path.resolve()) if path.is_absolute() else source
+
+
+def _has_size(path: Path, file: FileRecord) -> bool:
+    return path.is_file() and path.stat().st_size == file.bytes
+
+
+def _sha256(path: Path) -> str:
+    return sha256_of_files([path], lambda _: None)[path]

@@ -1,0 +1,92 @@
+"""What went wrong with the Hub, in sentences.
+
+Errors are told apart by the names of their classes, not by type: they come from the Hub's client
+and from its HTTP library, which is httpx under huggingface_hub 1 and httpx2 under 2, and none of
+them is imported with this module.
+"""
+
+import errno
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import NoReturn
+
+from speculators.errors import HubError
+
+__all__ = ["kinds_of", "raise_told"]
+
+# "Nor is the file in the local cache", and "Error while uploading".
+_WRAPPERS = {"LocalEntryNotFoundError", "RuntimeError"}
+# The client's words for a file of the wrong size.
+_SIZES = re.compile(r"^Consistency check failed.* of size (\d+) but has size (\d+).*", re.DOTALL)
+# Access tokens, in a header or bare, and credentials in a URL.
+_SECRET = re.compile(r"(?<=Bearer )[^\s'\"]+|\bhf_\w{8,}|(?<=//)[^/@\s]+(?=@)")
+
+
+def raise_told(error: Exception, sentences: Mapping[str, str], **words: object) -> NoReturn:
+    """Raise a ``HubError`` that says what went wrong and what to do.
+
+    Args:
+        error: what the Hub's client raised.
+        sentences: by a name that ``kinds_of`` gives, a sentence without its full stop, with
+            ``{endpoint}``, ``{kind}`` and ``{reason}``, and ``words``, in braces; the sentence for
+            ``Exception`` is there in any case.
+        **words: what else the sentences hold.
+
+    """
+    from huggingface_hub import constants
+
+    told = next(sentences[kind] for kind in kinds_of(error) if kind in sentences) + "."
+    message = told.format(
+        endpoint=_SECRET.sub("***", constants.ENDPOINT),
+        kind=type(error).__name__,
+        reason=_reason(error),
+        **words,
+    )
+    # A traceback would show the cause's own text.
+    raise HubError(message) from (None if _SECRET.search(str(error)) else error)
+
+
+def kinds_of(error: BaseException) -> Iterator[str]:
+    """Name what an error is, the most specific first; the last are the names of its bases."""
+    error = _root(error)
+    if isinstance(error, OSError) and error.errno:
+        yield errno.errorcode.get(error.errno, "errno")
+        yield "errno"
+    response = getattr(error, "response", None)
+    token_sent = response is not None and "authorization" in response.request.headers
+    for base in type(error).__mro__:
+        names = [base.__name__]
+        if response is not None and base.__name__ == "HfHubHTTPError":
+            hundreds = f"{response.status_code // 100}xx"
+            names[:0] = [f"HTTP {response.status_code}", f"HTTP {hundreds}"]
+            names.append(f"{response.request.method} {hundreds}")
+        for name in names:
+            if token_sent:
+                yield f"{name}, token sent"
+            yield name
+
+
+def _root(error: BaseException) -> BaseException:
+    """Find the failed request behind what the client says of it."""
+    while type(error).__name__ in _WRAPPERS and error.__cause__:
+        error = error.__cause__
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """Quote an error, cut to what fits into a sentence."""
+    error = _root(error)
+    response = getattr(error, "response", None)
+    if response is not None:
+        text = f"{response.status_code} {response.reason_phrase}"
+        message = getattr(error, "server_message", None)
+        if message and message != response.reason_phrase:
+            text += f": {message}"
+    elif isinstance(error, OSError) and error.errno:
+        text = f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror}"
+    else:
+        text = _SIZES.sub(r"\1 bytes were announced and \2 came", str(error))
+    line = next(iter(text.strip().splitlines()), type(error).__name__)
+    line = re.sub(r"^\[Errno -?\d+\] ", "", line).rstrip(".")
+    return textwrap.shorten(_SECRET.sub("***", line), 200, placeholder=" ...")

@@ -1,0 +1,65 @@
+"""JSON objects from elsewhere: configs, indexes, the headers of weight files."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from speculators.errors import CheckpointError, printable
+
+__all__ = ["parse_json", "read_json"]
+
+
+def parse_json(raw: bytes) -> tuple[dict[str, Any], str | None]:
+    """Parse a JSON object in UTF-8.
+
+    Returns:
+        The object, and a key that stands twice in it or in an object within it, of which the
+        last one counts; ``None`` where there is no such key.
+
+    Raises:
+        ValueError: if it is none. The message goes on from the name of what was parsed:
+            "is not valid JSON (...)".
+
+    """
+    twice: list[str] = []
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        built = dict(pairs)
+        if len(built) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            twice.append(next(key for key, count in counts.items() if count > 1))
+        return built
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=build)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError("holds no JSON object")  # noqa: TRY004 - its value is wrong, not its type
+    return value, twice[0] if twice else None
+
+
+def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Args:
+        path: the file.
+        unique: whether a key that stands twice is an error; it is only worth a warning in a
+            config, where the last one counts for transformers too.
+
+    Raises:
+        CheckpointError: if it holds anything else.
+
+    """
+    try:
+        value, twice = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}; fetch it again.") from error
+    if twice and unique:
+        raise CheckpointError(f"{path} has the key {printable(twice)} twice; fetch it again.")
+    if twice:
+        logger.warning(f"{path} has the key {printable(twice)} twice, and the last one counts")
+    return value

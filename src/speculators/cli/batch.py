@@ -1,0 +1,47 @@
+"""`speculators convert eagle --manifest`: many conversions, and the table of their outcomes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from speculators.batch.manifest import read_manifest
+from speculators.batch.run import Batch, Outcome, State
+from speculators.cli.output import show, table
+
+__all__ = ["run_batch"]
+
+
+def run_batch(manifest: Path, *, jobs: int, cache_dir: Path | None, dry_run: bool) -> None:
+    """Run a manifest, or with ``dry_run`` only look what is to do; exit with 1 if any failed."""
+    batch = Batch(read_manifest(manifest), jobs=jobs, cache_dir=cache_dir)
+    try:
+        if dry_run:
+            batch.find_done()
+        else:
+            batch.run()
+    finally:  # also when it was stopped
+        _print(batch.outcomes)
+    if any(outcome.state is State.FAILED for outcome in batch.outcomes):
+        raise typer.Exit(1)
+
+
+def _print(outcomes: Sequence[Outcome]) -> None:
+    """Print a line for each entry, and how many there are of each kind."""
+    counts = Counter(outcome.state for outcome in outcomes)
+    rows = (
+        (
+            str(number),
+            str(outcome.conversion.output),
+            outcome.state.value,
+            f"{outcome.seconds:.1f}" if outcome.seconds else "",
+            outcome.error or "",
+        )
+        for number, outcome in enumerate(outcomes, start=1)
+    )
+    show(
+        table(("entry", "output", "outcome", "seconds", "error"), rows),
+        "",
+        ", ".join(f"{counts[state]} {state.value}" for state in State if counts[state]) + ".",
+    )

@@ -1,0 +1,42 @@
+"""`speculators doctor`: whether the installation works."""
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["doctor"]
+
+
+def doctor(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, as docs/cli.md describes it.")
+    ] = False,
+) -> None:
+    """Say what is installed, whether it is what was tested, and what is missing.
+
+    Looks at the versions of Python and of the packages, at vLLM and whether it
+    finds the plugin, and at the Hub's endpoint, token and cache. Uses no
+    network. The status is 1 if something is broken.
+
+    For example:
+
+    speculators doctor
+    """
+    from speculators.cli.output import show, table
+    from speculators.inspection.installation import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        print(diagnosis.model_dump_json(indent=2))
+    else:
+        show(
+            table(
+                ("", "", "found", "expected", "advice"),
+                (
+                    (it.status, it.name, it.found or "-", it.expected or "", it.advice or "")
+                    for it in diagnosis.checks
+                ),
+            )
+        )
+    if not diagnosis.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,167 @@
+"""`speculators evaluate`: how well a draft drafts."""
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["evaluate"]
+
+
+class Proposal(str, Enum):
+    """The format's proposal methods."""
+
+    GREEDY = "greedy"
+    SAMPLING = "sampling"
+    STATIC_TREE = "static_tree"
+    DYNAMIC_TREE = "dynamic_tree"
+
+
+class Dtype(str, Enum):
+    """The types that models run in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def evaluate(
+    directory: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="The converted draft: a directory or a Hub id."),
+    ],
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            help="The verifier: a directory or a Hub id. The one that the draft's config names, "
+            "if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Prompts, one a line, in MT-bench's style or with the key prompt or messages. "
+            "80 of our own, if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only the first so many prompts.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The longest output, in tokens.")
+    ] = 256,
+    proposal: Annotated[
+        Proposal | None,
+        typer.Option(
+            help="How tokens are proposed. The config's default, if not given.", show_default=False
+        ),
+    ] = None,
+    num_draft_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K|A..B",
+            help="How many tokens are drafted for a verification step; 1..8 measures each of "
+            "these, and recommends one. The config's number, if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Of sampling; 0 is greedy decoding.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    acceptance_only: Annotated[
+        bool,
+        typer.Option(
+            "--acceptance-only",
+            help="Leave plain decoding out: no speed-up, and outputs are not compared.",
+        ),
+    ] = False,
+    dtype: Annotated[
+        Dtype, typer.Option(help="What both models run in; auto: what the verifier is stored in.")
+    ] = Dtype.AUTO,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="By torch's name: cpu, cuda:1. An accelerator if there is one, if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A directory to make, for report.json and plots.", show_default=False),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output if a report is there.")
+    ] = False,
+) -> None:
+    """Measure acceptance and speed of a converted draft, and compare with plain decoding.
+
+    Ctrl-C stops it, and what was measured until then is reported.
+
+    For example:
+
+    speculators evaluate ./converted --num-draft-tokens 1..8 --output report
+    """
+    lengths = _draft_lengths(num_draft_tokens)
+
+    from speculators.checkpoint.staging import check_output
+    from speculators.cli.report_view import print_report, progress_bar
+    from speculators.evaluate.files import REPORT, save_report
+    from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
+    from speculators.evaluate.report import Settings
+
+    if output is not None:
+        check_output(output, overwrite=overwrite, kind=REPORT)
+    selected = read_prompts(prompts or OWN_PROMPTS)[:limit]
+    settings = Settings(
+        prompts_file=None if prompts is None else str(prompts),
+        prompts_total=len(selected),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        acceptance_only=acceptance_only,
+    )
+
+    from speculators.evaluate.evaluation import Evaluation
+    from speculators.evaluate.subject import load_subject
+
+    subject = load_subject(
+        directory, verifier=verifier, dtype=dtype.value, device=device, cache_dir=cache_dir
+    )
+    kind = None if proposal is None else proposal.value
+    proposals = [subject.draft.proposal_method(kind, length) for length in lengths]
+    evaluation = Evaluation(subject, selected, proposals, settings)
+    try:
+        with progress_bar(len(selected)) as advance:
+            for result in evaluation.run():
+                advance(result)
+    finally:  # also when it was stopped, or failed: nothing measured is lost
+        if evaluation.measured:
+            report = evaluation.report()
+            print_report(report)
+            if output is not None:
+                save_report(report, output, overwrite=overwrite)
+
+
+def _draft_lengths(text: str | None) -> list[int] | list[None]:
+    """``4`` is [4], ``1..8`` is [1, ..., 8]; [None] is what the proposal method says."""
+    if text is None:
+        return [None]
+    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text.strip())
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number of tokens, as 4, nor a range, as 1..8.",
+            param_hint="--num-draft-tokens",
+        )
+    return list(range(first, last + 1))

@@ -1,0 +1,51 @@
+"""`speculators inspect`: what a checkpoint is, and what can be done with it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH_OR_ID", help="The checkpoint: a directory or a Hugging Face id."
+        ),
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, as docs/inspect.md describes it.")
+    ] = False,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="A branch, tag or commit on the Hub.", show_default=False),
+    ] = None,
+) -> None:
+    """Say what a checkpoint is, on what evidence, and what can be done with it.
+
+    Reads config.json and the headers of the weight files; of a checkpoint on
+    the Hub, the weights are not downloaded. The status is 1 if the checkpoint
+    is of no kind that is known.
+
+    For example:
+
+    speculators inspect ./draft
+
+    speculators inspect yuhuili/EAGLE-LLaMA3.1-Instruct-8B --json
+    """
+    from speculators.cli.inspect_view import print_finding
+    from speculators.errors import CheckpointError
+    from speculators.inspection.checkpoint import inspect_checkpoint
+
+    finding = inspect_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    if as_json:
+        print(finding.model_dump_json(indent=2))
+    else:
+        print_finding(finding)
+    if finding.kind == "unknown":
+        raise CheckpointError(finding.conversion.why_not)

@@ -1,0 +1,169 @@
+"""How an evaluation's progress and its report are shown."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from speculators.evaluate.metrics import acceptance_length, total
+from speculators.evaluate.report import PromptResult, ProposalResult, Report, Summary
+
+__all__ = ["print_report", "progress_bar"]
+
+DIFFERENCES_SHOWN = 10
+
+
+@contextmanager
+def progress_bar(prompts: int) -> Iterator[Callable[[PromptResult], None]]:
+    """A bar on a terminal's standard error, to be advanced by each prompt's result."""
+    console = Console(stderr=True)
+    measured: list[PromptResult] = []
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("Measuring", total=prompts)
+
+        def advance(result: PromptResult) -> None:
+            measured.append(result)
+            length = acceptance_length(
+                total(run.acceptance for prompt in measured for run in prompt.speculative)
+            )
+            progress.update(task, advance=1, description=f"Acceptance length {_number(length)}")
+
+        yield advance
+
+
+def print_report(report: Report) -> None:
+    """Print the figures: by draft length, by position, by category; and what differed."""
+    # Names are for reading and for grep: never cut short, and brackets in them are no markup.
+    console = Console(soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 1000)
+    console.print(_by_draft(report))
+    console.print(_by_position(report.longest))
+    console.print(_by_category(report))
+    for sentence in _sentences(report):
+        console.print(sentence)
+
+
+def _by_draft(report: Report) -> Table:
+    table = Table(
+        "proposal",
+        *_numbers(
+            "draft tokens", "acceptance length", "tokens/s", "plain tokens/s", "speed-up",
+            "identical",
+        ),
+        title=f"{report.draft}, drafting for {report.verifier}",
+    )  # fmt: skip
+    for result in report.results:
+        overall = result.overall
+        table.add_row(
+            result.proposal.proposal_type,
+            str(result.proposal.speculative_tokens),
+            _number(overall.acceptance_length),
+            _number(overall.tokens_per_second, 1),
+            _number(overall.plain_tokens_per_second, 1),
+            _number(overall.speedup),
+            _identical(overall),
+        )
+    return table
+
+
+def _by_position(result: ProposalResult) -> Table:
+    table = Table(
+        *_numbers("position", "accepted, of all steps", "of the steps that accepted all before"),
+        title=f"Acceptance by position ({_named(result)})",
+    )
+    summary = result.overall
+    rows = zip(summary.acceptance_rates, summary.conditional_acceptance_rates, strict=True)
+    for position, (rate, conditional) in enumerate(rows, start=1):
+        table.add_row(str(position), _number(rate), _number(conditional))
+    return table
+
+
+def _by_category(report: Report) -> Table:
+    table = Table(
+        "category", *_numbers("prompts", "acceptance length", "tokens/s", "speed-up", "identical")
+    )
+    shown = report.shown
+    table.title = f"By category ({_named(shown)})"
+
+    def add(name: str, summary: Summary, *, end_section: bool = False) -> None:
+        table.add_row(
+            name,
+            str(summary.prompts),
+            _number(summary.acceptance_length),
+            _number(summary.tokens_per_second, 1),
+            _number(summary.speedup),
+            _identical(summary),
+            end_section=end_section,
+        )
+
+    last = next(reversed(shown.categories))
+    for category, summary in shown.categories.items():
+        add(category, summary, end_section=category == last)
+    add("overall", shown.overall)
+    return table
+
+
+def _sentences(report: Report) -> Iterator[str]:
+    settings, environment = report.settings, report.environment
+    decoding = (
+        f"temperature {settings.temperature:g}" if settings.temperature else "greedy decoding"
+    )
+    yield (
+        f"{decoding.capitalize()}, up to {settings.max_new_tokens} new tokens, in "
+        f"{environment.dtype} on {environment.device}."
+    )
+    if not report.chat_template:
+        yield "The verifier has no chat template: the prompts were given as plain text."
+    differing = [
+        (result.proposal.speculative_tokens, prompt.id, run.difference)
+        for index, result in enumerate(report.results)
+        for prompt in report.prompts
+        for run in [prompt.speculative[index]]
+        if run.difference is not None
+    ]
+    for tokens, prompt, difference in differing[:DIFFERENCES_SHOWN]:
+        yield (
+            f"Prompt {prompt}, draft of {tokens}: new token {difference.position + 1} is "
+            f"{_token(difference.speculative)}, by plain decoding {_token(difference.plain)}."
+        )
+    if len(differing) > DIFFERENCES_SHOWN:
+        yield f"{len(differing) - DIFFERENCES_SHOWN} more outputs differ; report.json has them all."
+    if recommendation := report.recommendation:
+        yield (
+            f"Recommended draft length: {recommendation.speculative_tokens}, speed-up "
+            f"{recommendation.speedup:.2f} ({recommendation.rule})."
+        )
+        if recommendation.speedup < 1:
+            yield "Here no draft is faster than the verifier alone."
+    if not report.complete:
+        yield f"Stopped after {len(report.prompts)} of {settings.prompts_total} prompts."
+
+
+def _named(result: ProposalResult) -> str:
+    return f"{result.proposal.proposal_type}, draft of {result.proposal.speculative_tokens}"
+
+
+def _numbers(*heads: str) -> list[Column]:
+    return [Column(head, justify="right") for head in heads]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _identical(summary: Summary) -> str:
+    return "-" if summary.identical is None else f"{summary.identical} of {summary.prompts}"
+
+
+def _token(token: int | None) -> str:
+    return "the end" if token is None else str(token)

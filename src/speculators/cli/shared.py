@@ -1,0 +1,100 @@
+"""What every command shares: --quiet and --debug, the log, and how errors leave it.
+
+Exit statuses: 0, done; 1, an error, told in one sentence; 2, the command line was not
+understood; 130, interrupted by Ctrl-C; 143, stopped by SIGTERM.
+"""
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Annotated, Any
+
+import typer
+from loguru import logger
+
+from speculators.errors import sentence
+
+__all__ = ["is_quiet", "share_options"]
+
+FORMAT = "<green>{time:YYYY-MM-DD HH:mm:ss}</green> | <level>{level: <8}</level> | {message}"
+
+QUIET_ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""What keeps the libraries quiet, which read it when they are imported."""
+
+LEFT_TO_TYPER = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
+"""How a command ends early, asks for other arguments, or finds the reader of its output gone."""
+
+_quiet = ContextVar("quiet", default=False)
+
+SHARED_OPTIONS = tuple(
+    inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
+    )
+    for name, option in {
+        "quiet": typer.Option(
+            "--quiet", "-q", help="Log nothing but errors, and show no progress."
+        ),
+        "debug": typer.Option("--debug", help="Log every detail, and show tracebacks."),
+    }.items()
+)
+
+
+def share_options(app: typer.Typer) -> None:
+    """Give --quiet and --debug to every command of ``app`` and of its groups, and obey them."""
+    for info in app.registered_commands:
+        if info.callback is not None:
+            info.callback = _sharing(info.callback)
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            share_options(group.typer_instance)
+
+
+def is_quiet() -> bool:
+    """Whether the command that runs was told --quiet: then it shows no progress either."""
+    return _quiet.get()
+
+
+def _sharing(command: Callable[..., Any]) -> Callable[..., None]:
+    """Wrap a command: typer takes its options from the signature."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, quiet: bool, debug: bool, **options: Any) -> None:
+        if quiet and debug:
+            raise typer.BadParameter("--quiet and --debug exclude each other.")
+        _start_log("ERROR" if quiet else "DEBUG" if debug else "INFO")
+        _quiet.set(quiet)
+        if quiet:
+            os.environ |= QUIET_ENVIRONMENT
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            logger.error("Interrupted.")
+            raise typer.Exit(130) from None
+        except LEFT_TO_TYPER:
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            logger.error(sentence(error))
+            raise typer.Exit(1) from None
+
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [*signature.parameters.values(), *SHARED_OPTIONS]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _start_log(level: str) -> None:
+    logger.remove()
+    # loguru does not heed these by itself; None leaves it to what the log goes to.
+    wanted = {"NO_COLOR": False, "FORCE_COLOR": True}
+    colorize = next((colour for name, colour in wanted.items() if os.environ.get(name)), None)
+    logger.add(sys.stderr, level=level, format=FORMAT, colorize=colorize)

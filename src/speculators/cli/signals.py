@@ -1,0 +1,18 @@
+"""Being told to stop: by a service manager, a container, a batch system."""
+
+import signal
+from types import FrameType
+
+from loguru import logger
+
+__all__ = ["stop_on_sigterm"]
+
+
+def stop_on_sigterm() -> None:
+    """Let SIGTERM end the process as Ctrl-C does, after clearing up, with the status 143."""
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    logger.error("Terminated.")
+    raise SystemExit(128 + number)

@@ -1,0 +1,49 @@
+"""`speculators validate`: a converted checkpoint, checked again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["validate"]
+
+
+def validate(
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="A directory that `convert` made.")
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="INPUT",
+            help="What it was converted from: a directory or a Hugging Face id.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="A branch, tag or commit of INPUT on the Hub.", show_default=False),
+    ] = None,
+) -> None:
+    """Check a converted checkpoint again, at any time; nothing is written.
+
+    Its files have to be those that its conversion.json tells of, and the draft
+    has to load and compute what its tensors say. With --source, everything is
+    proven that `convert` proves.
+
+    For example:
+
+    speculators validate ./converted
+
+    speculators validate ./converted --source ./draft
+    """
+    from speculators.cli.progress import progress_bar
+    from speculators.convert.eagle import EagleConverter
+
+    with progress_bar() as progress:
+        EagleConverter().validate(
+            output, source, cache_dir=cache_dir, revision=revision, progress=progress
+        )

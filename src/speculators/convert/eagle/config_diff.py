@@ -1,0 +1,65 @@
+"""What becomes of each key of a config.json that is converted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from speculators.convert.eagle.plan import ConversionPlan
+
+__all__ = ["ConfigChange", "config_diff"]
+
+NESTED = ("transformer_layer_config", "speculators_config")
+"""Keys of the new config.json whose own keys are told one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigChange:
+    """One key, before and after.
+
+    Attributes:
+        kind: what happens to it.
+        source: the key in the source's config; ``None`` if it is not there.
+        before: its value there.
+        target: the key in the new config, with dots between levels; ``None`` if left out.
+        after: its value there.
+        why: the reason, where there is more to say.
+
+    """
+
+    kind: Literal["kept", "changed", "left out", "added"]
+    source: str | None = None
+    before: Any = None
+    target: str | None = None
+    after: Any = None
+    why: str | None = None
+
+
+def config_diff(plan: ConversionPlan) -> list[ConfigChange]:
+    """Compare the source's config with the one to be, in the order of the source's keys.
+
+    A value of null is the same as no key.
+    """
+    after = _flat(plan.config.model_dump(exclude_none=True))
+    changes = []
+    for key, before in plan.source.config.items():
+        target = next((it for it in (f"transformer_layer_config.{key}", key) if it in after), None)
+        why = plan.config_left_out.get(key)
+        if target is not None:
+            value = after.pop(target)
+            same = value == before
+            kind: Literal["kept", "changed"] = "kept" if same else "changed"
+            changes.append(ConfigChange(kind, key, before, target, value, None if same else why))
+        elif before is not None:
+            why = why or "it is written as rope_theta and rope_scaling"
+            changes.append(ConfigChange("left out", key, before, why=why))
+    added = [ConfigChange("added", target=key, after=value) for key, value in after.items()]
+    return changes + added
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= (
+            {f"{key}.{inner}": it for inner, it in value.items()} if key in NESTED else {key: value}
+        )
+    return flat

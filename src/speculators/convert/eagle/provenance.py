@@ -1,0 +1,144 @@
+"""What a converted checkpoint was made of: writing its conversion.json, and checking by it.
+
+The files' hashes are recorded by a conversion that validates, which reads every byte anyway. One
+that does not leaves the bytes to the kernel, at the speed of a plain copy; hashing them would
+take longer than copying them, so it records sizes, and that it does not know the hashes. What came
+from the Hub is told by its commit in either case.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from loguru import logger
+
+from speculators.checkpoint.digest import sha256_of_files
+from speculators.checkpoint.json_file import read_json
+from speculators.checkpoint.progress import Progress, silent
+from speculators.checkpoint.reader import Checkpoint
+from speculators.convert.eagle.plan import ConversionPlan
+from speculators.errors import ValidationError
+from speculators.format.conversion import (
+    CONVERSION_FILE,
+    ConversionRecord,
+    FileRecord,
+    RepositoryRecord,
+    SourceRecord,
+    parse_conversion,
+)
+from speculators.format.tensors import DTYPES
+
+__all__ = ["changed_source_files", "check_files", "read_record", "record_conversion"]
+
+
+def record_conversion(
+    plan: ConversionPlan,
+    directory: Path,
+    *,
+    unchecked: list[str] | None,
+    progress: Progress = silent,
+) -> ConversionRecord:
+    """Say what ``directory`` was made of.
+
+    Args:
+        plan: of its conversion.
+        directory: what was written; all files in it are recorded.
+        unchecked: what could not be checked when it was proven to be what the plan says; ``None``
+            if it was not, and then its files are not hashed.
+        progress: is told of the bytes hashed.
+
+    Raises:
+        OSError: if a file cannot be read.
+
+    """
+    validated = unchecked is not None
+    sources, written = _source_files(plan.source), sorted(directory.iterdir())
+    files = _describe(sources + written, hashed=validated, progress=progress)
+    return ConversionRecord(
+        speculators_version=plan.config.speculators_version,
+        source=SourceRecord(
+            name=plan.source.name if plan.source.commit else str(Path(plan.source.name).resolve()),
+            revision=plan.source.commit,
+            files={path.name: files[path] for path in sources},
+        ),
+        verifier=RepositoryRecord(
+            name=plan.verifier.name, revision=plan.verifier.repository.commit
+        ),
+        dtype=DTYPES[plan.rounded_to] if plan.rounded_to else None,
+        tensors={target: info.name for target, info in plan.tensors.items()},
+        left_out=plan.left_out,
+        config_left_out=plan.config_left_out,
+        notes=plan.odd,
+        validated=validated,
+        unchecked=unchecked or [],
+        files={path.name: files[path] for path in written},
+    )
+
+
+def read_record(directory: Path) -> ConversionRecord | None:
+    """Read a directory's conversion.json; ``None`` if it has none.
+
+    Raises:
+        CheckpointError: if it is no JSON object.
+        FormatError: if it breaks the format.
+
+    """
+    path = directory / CONVERSION_FILE
+    return parse_conversion(read_json(path), str(path)) if path.is_file() else None
+
+
+def check_files(record: ConversionRecord, directory: Path, progress: Progress = silent) -> None:
+    """Check that the files of a converted checkpoint are those that were written.
+
+    Raises:
+        ValidationError: if one is missing or another one.
+
+    """
+    paths = [directory / name for name in record.files]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise ValidationError(f"{directory} lacks {', '.join(missing)}; convert again.")
+    if changed := _changed(record.files, paths, progress):
+        raise ValidationError(
+            f"{directory / changed[0]} is not the file that was written, by {CONVERSION_FILE}: it "
+            "was changed or is damaged; restore it, or convert again."
+        )
+    if not record.validated:
+        logger.warning(
+            f"{directory} was converted without validation, so {CONVERSION_FILE} knows no hashes: "
+            "of its files only the sizes were checked"
+        )
+
+
+def changed_source_files(
+    record: ConversionRecord, source: Checkpoint, progress: Progress = silent
+) -> list[str]:
+    """The files of a source that are not, or not as they were, in the record of a conversion."""
+    paths = _source_files(source)
+    known = [path for path in paths if path.name in record.source.files]
+    new = [path.name for path in paths if path.name not in record.source.files]
+    return new + _changed(record.source.files, known, progress)
+
+
+def _changed(
+    records: dict[str, FileRecord], paths: Collection[Path], progress: Progress
+) -> list[str]:
+    """The names of the files that are not as they are recorded; sizes are looked at first."""
+    sizes = _describe(paths, hashed=False, progress=progress)
+    if other := [path.name for path in paths if sizes[path].bytes != records[path.name].bytes]:
+        return other
+    hashed = [path for path in paths if records[path.name].sha256]
+    files = _describe(hashed, hashed=True, progress=progress)
+    return [path.name for path in hashed if files[path].sha256 != records[path.name].sha256]
+
+
+def _source_files(source: Checkpoint) -> list[Path]:
+    return sorted({source.config_file, *(info.file for info in source.tensors.values())})
+
+
+def _describe(
+    paths: Collection[Path], *, hashed: bool, progress: Progress
+) -> dict[Path, FileRecord]:
+    sizes = {path: path.stat().st_size for path in paths}
+    hashes: dict[Path, str] = {}
+    if hashed:
+        hashes = sha256_of_files(paths, progress("Hashing", sum(sizes.values())))
+    return {path: FileRecord(bytes=size, sha256=hashes.get(path)) for path, size in sizes.items()}

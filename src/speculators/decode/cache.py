@@ -1,0 +1,215 @@
+"""The key-value cache of speculation: written in place, taken back without copying.
+
+A verifier or draft runs on a *block* of positions of which only some will be confirmed. The block
+is written behind what each row has confirmed so far; what is not confirmed is simply written over
+by the next block. Rows of a batch may have confirmed different numbers of positions. The memory
+doubles when it is full, so that a position is copied twice at most on average.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+__all__ = ["BlockCache"]
+
+MARGIN = 128
+"""How many slots a cache has to spare at least when it is enlarged."""
+
+
+class BlockCache(Cache):
+    """The keys and values of all layers of a model.
+
+    Args:
+        padding: by row, how many slots at the left hold padding.
+
+    Attributes:
+        lengths: by row, how many slots are confirmed, padding included.
+        tried: how many slots behind them hold positions that are not confirmed.
+
+    """
+
+    def __init__(self, padding: Sequence[int]) -> None:
+        super().__init__(layer_class_to_replicate=lambda: BlockLayer(self))  # type: ignore[arg-type]
+        self.padding = list(padding)
+        self.lengths = [0] * len(self.padding)
+        self.tried = 0
+
+    @property
+    def even(self) -> bool:
+        """Whether the next block starts at the same slot in every row."""
+        return min(self.lengths) == max(self.lengths)
+
+    @property
+    def plain(self) -> bool:
+        """Whether slots are positions, so that the next block needs no mask but a causal one."""
+        return self.even and not any(self.padding)
+
+    @property
+    def start(self) -> int:
+        """The first slot of the next block, in the longest row."""
+        return max(self.lengths) + self.tried
+
+    def starts(self, device: torch.device) -> Tensor:
+        """(rows, 1): the first slot that is not confirmed."""
+        return torch.tensor(self.lengths, device=device)[:, None]
+
+    def positions(self, depths: Tensor) -> Tensor:
+        """(rows, nodes): the positions of nodes of these depths, (rows or 1, nodes).
+
+        Depth 0 is the first position that is not confirmed.
+        """
+        real = [length - pad for length, pad in zip(self.lengths, self.padding, strict=True)]
+        return torch.tensor(real, device=depths.device)[:, None] + depths
+
+    def mask(
+        self,
+        queries: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        block: Tensor | None = None,
+        window: int | None = None,
+        depths: Tensor | None = None,
+    ) -> Tensor | None:
+        """What each query of the next block sees, to be added to the attention's scores.
+
+        Args:
+            queries: how many there are.
+            dtype: of the mask.
+            device: of the mask.
+            block: (rows or 1, queries, nodes), whether a query sees a node that is not confirmed;
+                the nodes are those tried so far and the block's own. If not given, a query sees
+                all before it.
+            window: how many positions back a query sees, itself included, if not all.
+            depths: (rows or 1, nodes), for ``window``: how far each node is behind what is
+                confirmed; nothing must have been tried so far.
+
+        Returns:
+            (rows, 1, queries, slots), zero or the lowest number; ``None`` if the mask that
+            transformers makes on its own is the same.
+
+        """
+        if block is None:
+            if self.plain:
+                return None
+            seen = torch.ones(1, queries, self.tried + queries, dtype=torch.bool, device=device)
+            block = seen.tril(self.tried)
+        rows, nodes = len(self.lengths), block.shape[2]
+        starts = self.starts(device)
+        slots = torch.arange(max(self.lengths) + nodes, device=device)
+        at = starts + slots[:nodes]
+        visible = (slots < starts)[:, None].repeat(1, queries, 1)
+        visible.scatter_(2, at[:, None].expand(-1, queries, -1), block.expand(rows, -1, -1))
+        visible &= (slots >= torch.tensor(self.padding, device=device)[:, None])[:, None]
+        if window is not None:
+            assert depths is not None
+            positions = (starts + depths).expand(rows, -1)
+            slot_positions = slots.repeat(rows, 1).scatter_(1, at, positions)
+            visible &= positions[:, :, None] - slot_positions[:, None] < window
+        mask = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
+        return mask.masked_fill_(visible, 0)[:, None]
+
+    def confirm(self, counts: Sequence[int]) -> None:
+        """Keep, by row, the first so many slots of what was tried, and give up the others."""
+        self.lengths = [length + n for length, n in zip(self.lengths, counts, strict=True)]
+        self.tried = 0
+
+    def gather(self, paths: Tensor) -> None:
+        """Move scattered nodes of the block to its front, before they are confirmed.
+
+        Args:
+            paths: (rows, nodes), by row the places in the block of the nodes, in their new order.
+
+        """
+        starts = self.starts(paths.device)
+        to = starts + torch.arange(paths.shape[1], device=paths.device)
+        for layer in self.layers:
+            layer.move(starts + paths, to)  # type: ignore[union-attr]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these."""
+        self.padding = [self.padding[row] for row in rows]
+        self.lengths = [self.lengths[row] for row in rows]
+        for layer in self.layers:
+            layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))  # type: ignore[union-attr]
+
+
+class BlockLayer(CacheLayerMixin):
+    """One layer's keys and values, each (rows, heads, slots, head size)."""
+
+    is_sliding = False
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, cache: BlockCache) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for none yet."""
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Write a block, and give all slots up to its end."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length, end = key_states.shape[2], self.cache.start + key_states.shape[2]
+        if end > self.keys.shape[2]:
+            self.keys, self.values = _enlarged(self.keys, end), _enlarged(self.values, end)
+        if self.cache.even:
+            self.keys[:, :, end - length : end] = key_states
+            self.values[:, :, end - length : end] = value_states
+        else:
+            device = key_states.device
+            at = self.cache.starts(device) + self.cache.tried + torch.arange(length, device=device)
+            self.keys.scatter_(2, _places(at, key_states), key_states)
+            self.values.scatter_(2, _places(at, value_states), value_states)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def move(self, source: Tensor, to: Tensor) -> None:
+        """Copy the slots ``source``, (rows, slots), to the slots ``to``."""
+        for states in (self.keys, self.values):
+            moved = states.gather(2, _places(source.to(states.device), states))
+            states.scatter_(2, _places(to.to(states.device), states), moved)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Drop all rows but these."""
+        self.keys, self.values = self.keys[indices], self.values[indices]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many slots a block of this length sees, and the first of them."""
+        return self.cache.start + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """The first slot of the next block."""
+        return self.cache.start
+
+    def get_max_length(self) -> int:
+        """There is none, which transformers calls -1."""
+        return -1
+
+
+def _enlarged(states: Tensor, slots: int) -> Tensor:
+    """The same with room for so many slots, and more to come.
+
+    Zeros, since even what a mask hides must be finite.
+    """
+    rows, heads, before, size = states.shape
+    larger = states.new_zeros(rows, heads, max(slots + MARGIN, 2 * before), size)
+    larger[:, :, :before] = states
+    return larger
+
+
+def _places(slots: Tensor, states: Tensor) -> Tensor:
+    """Slots, (rows, slots), as an index into (rows, heads, slots, head size)."""
+    return slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])

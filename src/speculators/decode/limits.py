@@ -1,0 +1,152 @@
+"""What speculation refuses, since it could not give what the verifier alone would give."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from speculators.decode.stopping import Stopping
+from speculators.errors import GenerationError
+from speculators.format.config import ProposalMethod
+
+__all__ = [
+    "check_arguments",
+    "check_batch",
+    "check_generation",
+    "check_proposal",
+    "left_padding",
+]
+
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+ARGUMENTS = ("assistant_model", "custom_generate", "inputs_embeds", "past_key_values")
+"""Arguments of ``generate`` that take the place of what speculation does itself."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "use_cache": (None, True),
+    "cache_implementation": (None, "dynamic"),
+    "prefill_chunk_size": (None,),
+}
+"""Settings that must be left at these values."""
+
+STATEFUL = (
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+)
+"""Processors that must see each token once and in order."""
+
+BY_ROW = (
+    PrefixConstrainedLogitsProcessor,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+)
+"""Processors that treat each row of a batch in its own way."""
+
+INSTEAD = "leave it out, or use the verifier's own generate"
+
+
+def check_proposal(method: ProposalMethod) -> None:
+    """Refuse proposals that are accepted although the verifier would say something else.
+
+    Raises:
+        GenerationError: if they are.
+
+    """
+    lossy = {"verifier_accept_k": 1, "accept_tolerance": 0.0}
+    for name, exact in lossy.items():
+        if (value := getattr(method, name)) != exact:
+            raise GenerationError(
+                f"With {name} {value} the output would not be the verifier's; "
+                f"set it to {exact} in the proposal method."
+            )
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of ``generate`` that cannot go together with speculation.
+
+    Raises:
+        GenerationError: if there is one.
+
+    """
+    for name in ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise GenerationError(f"Speculation cannot be done with {name}; {INSTEAD}.")
+
+
+def check_generation(config: GenerationConfig, processors: LogitsProcessorList) -> None:
+    """Refuse ways of decoding that speculation has no exact counterpart of.
+
+    Raises:
+        GenerationError: if it is one.
+
+    """
+    mode = config.get_generation_mode()
+    if mode not in MODES:
+        raise GenerationError(
+            f"Speculation decodes greedily or samples; {mode.value.replace('_', ' ')} is the "
+            "verifier's own generate's."
+        )
+    for name, neutral in NEUTRAL.items():
+        if (value := getattr(config, name, None)) not in neutral:
+            raise GenerationError(f"Speculation cannot be done with {name}={value!r}; {INSTEAD}.")
+    for processor in processors:
+        if isinstance(processor, STATEFUL):
+            raise GenerationError(
+                f"Speculation cannot be done with {type(processor).__name__}, "
+                f"which must see every token once; {INSTEAD}."
+            )
+
+
+def check_batch(
+    processors: LogitsProcessorList, stopping: Stopping, streamer: BaseStreamer | None
+) -> None:
+    """Refuse what can only be done with one prompt, since each goes at its own pace.
+
+    Raises:
+        GenerationError: if there is something of the kind.
+
+    """
+    for processor in processors:
+        if isinstance(processor, BY_ROW):
+            raise GenerationError(
+                f"Speculation with {type(processor).__name__} takes one prompt at a time."
+            )
+    if streamer is not None:
+        raise GenerationError("Speculation with a streamer takes one prompt at a time.")
+    if stopping.others and not stopping.ends:
+        raise GenerationError(
+            "With several prompts and stopping criteria of your own, an eos_token_id is needed."
+        )
+
+
+def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
+    """By row, how many tokens at the left are padding.
+
+    Raises:
+        GenerationError: if there is padding elsewhere.
+
+    """
+    if attention_mask is None:
+        return [0] * len(input_ids)
+    real = attention_mask.bool()
+    if not bool((real.cummax(1).values == real).all() and real[:, -1].all()):
+        raise GenerationError(
+            "The attention_mask has zeros behind ones; pad the prompts at the left "
+            "(padding_side='left' of the tokenizer)."
+        )
+    padding: list[int] = (~real).sum(1).tolist()
+    return padding

@@ -1,0 +1,126 @@
+"""The verifier's choice of the next token.
+
+After a node the verifier's token is drawn once, from its own distribution, as its own ``generate``
+draws it; the tree is followed for as long as it holds the token that was drawn. So the output's
+distribution is the verifier's whatever was proposed, and this is the multi-round scheme of EAGLE
+(arXiv:2401.15077, section 4.3) for candidates that are no draws themselves: accepting the child x
+with probability p(x), or else going on with p without x, accepts each child with probability p(x).
+
+Where the proposal is itself a draw from the draft's distribution q, the two draws are coupled so
+that they are equal as often as can be: that is speculative sampling (Leviathan et al., 2023,
+arXiv:2211.17192; Chen et al., 2023, arXiv:2302.01318). The proposal is taken with probability
+min(1, p/q), and otherwise the token is drawn from max(0, p - q), normalised.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+__all__ = ["Choice", "coupled_draw", "warp_of"]
+
+WARPERS = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+"""What shapes a distribution whatever the tokens before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How the verifier chooses a token.
+
+    Attributes:
+        processors: what is done to its logits before.
+        do_sample: draw, instead of taking the best.
+
+    """
+
+    processors: LogitsProcessorList
+    do_sample: bool
+
+    @property
+    def is_best(self) -> bool:
+        """Whether it is the token with the highest logit, always."""
+        return not self.do_sample and not self.processors
+
+    def __call__(
+        self,
+        before: Sequence[int],
+        logits: Tensor,
+        proposed: Tensor | None = None,
+        q: Tensor | None = None,
+    ) -> int:
+        """Choose.
+
+        Args:
+            before: all tokens before, padding included.
+            logits: (vocabulary), the verifier's after them.
+            proposed: a token, (1), that was drawn from ``q``.
+            q: the draft's distribution, (vocabulary).
+
+        """
+        scores: Tensor = logits.to(copy=True, dtype=torch.float32)[None]
+        if self.processors:
+            tokens = torch.tensor([before], device=logits.device)
+            scores = self.processors(tokens, scores)  # type: ignore[arg-type]
+        if not self.do_sample:
+            return int(scores.argmax())
+        p = scores[0].softmax(-1)
+        if proposed is None or q is None:
+            return int(p.multinomial(1))
+        return int(coupled_draw(p, q.to(p.device), proposed.to(p.device)))
+
+
+def coupled_draw(p: Tensor, q: Tensor, proposed: Tensor) -> Tensor:
+    """A draw from p that is ``proposed``, itself a draw from q, as often as can be.
+
+    Args:
+        p: (vocabulary), probabilities.
+        q: (vocabulary), probabilities.
+        proposed: (1), the token that was drawn from q.
+
+    Returns:
+        a token, (1).
+
+    """
+    rest = (p - q).clamp_min(0)
+    # Where p is q but for rounding, nothing is left to draw from; nor is it ever needed then.
+    rest = torch.where(rest.sum() > 0, rest, p)
+    accepted = torch.rand_like(p[:1]) * q[proposed] < p[proposed]
+    return torch.where(accepted, proposed, rest.multinomial(1))
+
+
+def warp_of(processors: LogitsProcessorList) -> Callable[[Tensor], Tensor]:
+    """What makes the draft's distribution more like the verifier's.
+
+    A proposal may come from any distribution; the closer it is to the verifier's, the more often
+    it is accepted.
+
+    Args:
+        processors: the verifier's.
+
+    Returns:
+        a function of logits, (rows, vocabulary).
+
+    """
+    warpers = LogitsProcessorList([one for one in processors if isinstance(one, WARPERS)])
+    return lambda logits: warpers(None, logits)  # type: ignore[arg-type]

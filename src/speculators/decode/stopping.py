@@ -1,0 +1,42 @@
+"""When a sequence ends."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+__all__ = ["Stopping"]
+
+
+class Stopping:
+    """Says of one sequence at a time whether its last token is its last.
+
+    Ends of sequence and lengths, which every generation has, are checked without tensors.
+
+    Args:
+        criteria: the verifier's.
+        device: for the tensors that other criteria are given.
+
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, device: torch.device) -> None:
+        self.device = device
+        self.ends: set[int] = set()
+        self.max_length = float("inf")
+        self.others = StoppingCriteriaList()
+        for criterion in criteria:
+            if isinstance(criterion, EosTokenCriteria):
+                self.ends |= set(criterion.eos_token_id.tolist())
+            elif isinstance(criterion, MaxLengthCriteria):
+                self.max_length = min(self.max_length, criterion.max_length)
+            else:
+                self.others.append(criterion)
+
+    def __call__(self, tokens: Sequence[int]) -> bool:
+        """Whether the last of these tokens, the prompt's included, is the end."""
+        if tokens[-1] in self.ends or len(tokens) >= self.max_length:
+            return True
+        if not self.others:
+            return False
+        return bool(self.others(torch.tensor([tokens], device=self.device), None))

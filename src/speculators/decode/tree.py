@@ -1,0 +1,133 @@
+"""Trees of drafted tokens. A chain is a tree of width one."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["EAGLE1_TREE", "Level", "Shape", "Tree", "ancestors_of", "chain", "shape_of"]
+
+Path = tuple[int, ...]
+"""Where a node is: the rank of each token on the way to it among its siblings, best first."""
+
+# fmt: off
+EAGLE1_TREE: tuple[Path, ...] = (
+    (0,), (1,), (2,), (3,),
+    (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0),
+    (0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 0, 0),
+    (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2),
+    (0, 0, 0, 0, 0), (0, 0, 0, 0, 1),
+)
+# fmt: on
+"""The tree of EAGLE-1 (SafeAILab/EAGLE, eagle/model/choices.py, ``mc_sim_7b_63``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Drafted tokens behind the last confirmed one, which is the root.
+
+    The nodes are in an order in which parents come before their children; where the shape is the
+    same for all rows, its tensors have one row only.
+
+    Attributes:
+        tokens: (rows, nodes).
+        parents: (rows or 1, nodes), the place of each node's parent; the root is its own.
+        depths: (rows or 1, nodes), 0 for the root.
+        ancestors: (rows or 1, nodes, nodes), whether the second node is on the way from the root
+            to the first one, itself included.
+        is_chain: whether each node is the only child of the one before it.
+        probabilities: (rows, nodes, vocabulary), at each node the distribution that its child was
+            drawn from, for chains that are drawn; ``None`` where the draft's best were taken.
+
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    is_chain: bool = False
+    probabilities: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """The nodes of a depth, as they are drafted from those of the level above with children.
+
+    Attributes:
+        parents: (nodes), which of the level above's inner nodes is the parent.
+        ranks: (nodes), which of the parent's best tokens the node is.
+        width: how many ranks there are.
+        inner: (inner nodes), the nodes of this level that have children.
+        visible: (1, inner nodes, inner nodes of this level and all above but the root), whether
+            the second is on the way to the first; ``None`` if all are.
+
+    """
+
+    parents: Tensor
+    ranks: Tensor
+    width: int
+    inner: Tensor
+    visible: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A tree that is the same for every step; ``parents`` and so on are as in ``Tree``."""
+
+    parents: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    is_chain: bool
+    levels: tuple[Level, ...]
+
+
+def chain(length: int) -> list[Path]:
+    """The paths of a chain."""
+    return [(0,) * depth for depth in range(1, length + 1)]
+
+
+def shape_of(paths: Iterable[Path], device: torch.device) -> Shape:
+    """The tree with these nodes; with every path, its beginnings must be there too."""
+    nodes: list[Path] = [(), *sorted(paths, key=lambda path: (len(path), path))]
+    place = {path: index for index, path in enumerate(nodes)}
+    parents = torch.tensor([place[path[:-1]] for path in nodes], device=device)
+    ancestors = ancestors_of(parents[None])
+    inner = sorted({place[path[:-1]] for path in nodes[1:]})
+
+    def level(depth: int) -> Level:
+        here = [place[path] for path in nodes if len(path) == depth]
+        above = [node for node in inner if len(nodes[node]) == depth - 1]
+        with_children = [node for node in inner if node in here]
+        so_far = [node for node in inner if 0 < node <= here[-1]]
+        ranks = [nodes[node][-1] for node in here]
+        visible = ancestors[:, with_children][:, :, so_far]
+        return Level(
+            parents=torch.tensor([above.index(place[nodes[n][:-1]]) for n in here], device=device),
+            ranks=torch.tensor(ranks, device=device),
+            width=1 + max(ranks),
+            inner=torch.tensor([here.index(node) for node in with_children], device=device),
+            visible=None if visible.all() else visible,
+        )
+
+    return Shape(
+        parents=parents[None],
+        depths=torch.tensor([[len(path) for path in nodes]], device=device),
+        ancestors=ancestors,
+        is_chain=len(inner) == len(nodes) - 1,
+        levels=tuple(level(depth) for depth in range(1, 1 + max(map(len, nodes)))),
+    )
+
+
+def ancestors_of(parents: Tensor) -> Tensor:
+    """``Tree.ancestors`` of ``Tree.parents``, (rows, nodes) → (rows, nodes, nodes).
+
+    In round i a node knows its nearest 2^i ancestors and takes over those of the farthest.
+    """
+    nodes = parents.shape[1]
+    ancestors = torch.eye(nodes, dtype=torch.bool, device=parents.device).repeat(len(parents), 1, 1)
+    farthest = parents
+    for _ in range(max(1, (nodes - 1).bit_length())):
+        ancestors = ancestors | ancestors.gather(1, farthest[:, :, None].expand(-1, -1, nodes))
+        farthest = farthest.gather(1, farthest)
+    return ancestors

@@ -1,0 +1,214 @@
+"""Running the verifier on a tree of proposed tokens, and following it as far as it agrees."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from speculators.decode.cache import BlockCache
+from speculators.decode.tree import Tree
+from speculators.errors import GenerationError
+
+__all__ = ["VerifierPass", "children_of", "depth_of", "padded", "walk"]
+
+MASKABLE = ("sdpa", "eager")
+"""Attention implementations that take a mask of four dimensions."""
+
+
+class VerifierPass:
+    """Forward passes of the verifier, with its last hidden states; a context manager.
+
+    Args:
+        model: a causal language model.
+        cache: an empty one.
+
+    Raises:
+        GenerationError: on entering, if speculation cannot be done with the model.
+
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: BlockCache) -> None:
+        self.model = model
+        self.cache = cache
+        self.windows = windows_of(model)
+        self._states: Tensor | None = None
+
+    def __enter__(self) -> "VerifierPass":
+        # What the head sees, whatever the model does to its logits afterwards.
+        self._hook = self.model.base_model.register_forward_hook(self._keep_states)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._hook.remove()
+
+    def prefill(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run on the prompts, (rows, length), padded at the left.
+
+        Returns:
+            the logits behind the last tokens, (rows, 1, vocabulary), and the hidden states of
+            all, (rows, length, hidden).
+
+        """
+        result = self._run(tokens, attention_mask, position_ids, logits_to_keep=1)
+        self.cache.confirm([tokens.shape[1]] * len(tokens))
+        return result
+
+    def verify(self, tree: Tree) -> Tensor:
+        """Run on a tree, whose nodes are then tried in the cache.
+
+        Returns:
+            logits, (rows, nodes, vocabulary).
+
+        """
+        device = self.model.device
+        depths = tree.depths.to(device)
+        logits, _ = self._run(
+            tree.tokens.to(device),
+            self._masks(None if tree.is_chain else tree.ancestors.to(device), depths),
+            self.cache.positions(depths),
+            logits_to_keep=0,
+        )
+        return logits
+
+    def keep(self, tree: Tree, paths: Sequence[Sequence[int]]) -> Tensor:
+        """Confirm nodes of the tree that was verified last, and give up the others.
+
+        Args:
+            tree: that tree.
+            paths: by row, the nodes, from the root on.
+
+        Returns:
+            the hidden states of the nodes, (rows, length of the longest path, hidden).
+
+        """
+        assert self._states is not None
+        states = self._states
+        if tree.is_chain:
+            states = states[:, : max(map(len, paths))]
+        else:
+            nodes = padded(paths, states.device)
+            states = states.gather(1, nodes[:, :, None].expand(-1, -1, states.shape[2]))
+            self.cache.gather(nodes)
+        self.cache.confirm([len(path) for path in paths])
+        return states
+
+    def _run(
+        self, tokens: Tensor, mask: Any, position_ids: Tensor | None, logits_to_keep: int
+    ) -> tuple[Tensor, Tensor]:
+        logits: Tensor = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+        ).logits
+        assert self._states is not None
+        return logits, self._states
+
+    def _masks(self, block: Tensor | None, depths: Tensor) -> Any:
+        """What each node sees: one mask, or one for each kind of layer."""
+        masks = {
+            kind: self.cache.mask(
+                depths.shape[1],
+                self.model.dtype,
+                depths.device,
+                block=block,
+                window=window,
+                depths=depths,
+            )
+            for kind, window in self.windows.items()
+        }
+        if None in masks.values():
+            return None
+        implementation = self.model.config._attn_implementation
+        if implementation not in MASKABLE:
+            raise GenerationError(
+                f"Trees and batches need masks that the attention {implementation!r} does not "
+                f"take; load the verifier with attn_implementation={MASKABLE[0]!r}."
+            )
+        return masks.get(None, masks)
+
+    def _keep_states(self, _module: object, _arguments: object, output: Any) -> None:
+        self._states = output[0]
+
+
+def windows_of(model: PreTrainedModel) -> dict[str | None, int | None]:
+    """How far back the layers of a verifier see, by the kinds of masks that it takes.
+
+    The key ``None`` stands for a model that takes one mask for all its layers.
+
+    Raises:
+        GenerationError: if it has layers that are no attention, or of an unknown kind, or if it
+            takes no positions.
+
+    """
+    name = type(model).__name__
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise GenerationError(f"{name} takes no position_ids, which speculation needs.")
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    windows = {"full_attention": None, "sliding_attention": window}
+    if unknown := sorted(kinds - windows.keys()):
+        raise GenerationError(
+            f"{name} has layers of the kind {unknown[0]!r}; speculation is only known to be exact "
+            "for full and sliding attention."
+        )
+    if len({windows[kind] for kind in kinds}) > 1:
+        return {kind: windows[kind] for kind in sorted(kinds)}
+    return {None: windows[kinds.pop()] if kinds else window}
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Rows of numbers of different lengths as one tensor, (rows, longest), with zeros behind."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+
+
+def children_of(tokens: Sequence[int], parents: Sequence[int]) -> list[dict[int, int]]:
+    """By node: its children, by their tokens."""
+    children: list[dict[int, int]] = [{} for _ in tokens]
+    for node in range(1, len(tokens)):
+        children[parents[node]][tokens[node]] = node
+    return children
+
+
+def depth_of(parents: Sequence[int]) -> int:
+    """How many levels a tree has below its root."""
+    depths = [0] * len(parents)
+    for node in range(1, len(parents)):
+        depths[node] = 1 + depths[parents[node]]
+    return max(depths)
+
+
+def walk(
+    children: Sequence[dict[int, int]], choose: Callable[[int], int]
+) -> tuple[list[int], list[int]]:
+    """Follow a tree from its root for as long as the verifier's token is there.
+
+    Args:
+        children: see ``children_of``.
+        choose: the verifier's token after a node. It is asked once for each node on the way.
+
+    Returns:
+        the nodes on the way, the root included, and the verifier's token after each of them:
+        all but the last one are drafted tokens that were accepted.
+
+    """
+    path, tokens = [0], [choose(0)]
+    while (node := children[path[-1]].get(tokens[-1])) is not None:
+        path.append(node)
+        tokens.append(choose(node))
+    return path, tokens

@@ -1,0 +1,207 @@
+"""Measuring: every prompt by plain decoding and by each way of proposing tokens, in turns."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from time import perf_counter
+
+import torch
+import transformers
+from loguru import logger
+from transformers import GenerationConfig
+
+from speculators import __version__
+from speculators.decode import speculate
+from speculators.evaluate.metrics import Acceptance, count_steps
+from speculators.evaluate.prompts import Prompt
+from speculators.evaluate.report import (
+    Difference,
+    Environment,
+    Measurement,
+    PromptResult,
+    Report,
+    Settings,
+    SpeculativeMeasurement,
+    recommend,
+    results_by_proposal,
+)
+from speculators.evaluate.subject import Subject
+from speculators.format.config import ProposalMethod
+
+__all__ = ["Evaluation"]
+
+WARM_UP_TOKENS = 16
+"""Long enough that every kind of step was taken once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One generation: new tokens, seconds, and verification steps where there were any."""
+
+    tokens: list[int]
+    seconds: float
+    acceptance: Acceptance
+
+
+class Evaluation:
+    """The measuring of a draft, which can be stopped and reported at any prompt.
+
+    Every prompt is decoded by the verifier's own ``generate`` and by each proposal method, one
+    right after the other, so that all of them meet the machine in the same state; which one
+    begins changes from prompt to prompt. One round before the first is not counted.
+
+    Args:
+        subject: the draft.
+        prompts: at least one.
+        proposals: at least one, shorter drafts first.
+        settings: how to measure.
+
+    Attributes:
+        measured: what has been measured so far, by prompt.
+
+    Raises:
+        PromptsError: if a prompt cannot be put to the verifier.
+
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        prompts: Sequence[Prompt],
+        proposals: Sequence[ProposalMethod],
+        settings: Settings,
+    ) -> None:
+        self.subject = subject
+        self.proposals = list(proposals)
+        self.settings = settings
+        self.measured: list[PromptResult] = []
+        self._contestants: list[ProposalMethod | None] = [*proposals]
+        if not settings.acceptance_only:
+            self._contestants.insert(0, None)
+        self._encoded = [(prompt, subject.encode(prompt)) for prompt in prompts]
+
+    def run(self) -> Iterator[PromptResult]:
+        """Measure prompt by prompt; each is kept in ``measured`` as soon as it is complete."""
+        self._warm_up()
+        for index, (prompt, tokens) in enumerate(self._encoded):
+            torch.manual_seed(self.settings.seed + index)
+            result = self._measure(prompt, tokens, turn=index)
+            logger.debug(f"Measured prompt {prompt.id} ({prompt.category})")
+            self.measured.append(result)
+            yield result
+
+    def report(self) -> Report:
+        """The report on what has been measured so far."""
+        subject = self.subject
+        results = results_by_proposal(
+            self.measured, self.proposals, compared=self.settings.compared
+        )
+        return Report(
+            speculators_version=__version__,
+            complete=len(self.measured) == len(self._encoded),
+            draft=subject.name,
+            verifier=subject.verifier_name,
+            chat_template=subject.has_chat_template,
+            settings=self.settings,
+            environment=_environment(subject),
+            recommendation=recommend(results),
+            results=results,
+            prompts=self.measured,
+        )
+
+    def _warm_up(self) -> None:
+        _, tokens = self._encoded[0]
+        generation = self._generation(min(WARM_UP_TOKENS, self.settings.max_new_tokens))
+        for contestant in self._contestants:
+            self._generate(tokens, generation, contestant)
+
+    def _measure(self, prompt: Prompt, tokens: list[int], turn: int) -> PromptResult:
+        generation = self._generation(self.settings.max_new_tokens)
+        count = len(self._contestants)
+        outputs: dict[int, Output] = {}
+        for index in (number % count for number in range(turn, turn + count)):
+            outputs[index] = self._generate(tokens, generation, self._contestants[index])
+        plain = outputs.pop(0) if self._contestants[0] is None else None
+        return PromptResult(
+            id=prompt.id,
+            category=prompt.category,
+            prompt_tokens=len(tokens),
+            plain=None
+            if plain is None
+            else Measurement(new_tokens=len(plain.tokens), seconds=plain.seconds),
+            speculative=[
+                SpeculativeMeasurement(
+                    new_tokens=len(output.tokens),
+                    seconds=output.seconds,
+                    acceptance=output.acceptance,
+                    difference=first_difference(plain.tokens, output.tokens)
+                    if plain is not None and self.settings.compared
+                    else None,
+                )
+                for _, output in sorted(outputs.items())
+            ],
+        )
+
+    def _generation(self, max_new_tokens: int) -> GenerationConfig:
+        """The verifier's own generation config, but for what the settings say."""
+        verifier, temperature = self.subject.verifier, self.settings.temperature
+        generation = copy.deepcopy(verifier.generation_config) or GenerationConfig()
+        generation.max_new_tokens = max_new_tokens
+        generation.do_sample = temperature > 0
+        # From the whole distribution: None would be generate's own default, and 0 turns it off.
+        generation.temperature = temperature or None
+        generation.top_k, generation.top_p = (0, 1.0) if temperature else (None, None)
+        if generation.pad_token_id is None:  # never used in a batch of one; generate asks for it
+            generation.pad_token_id = 0
+        return generation
+
+    def _generate(
+        self, tokens: list[int], generation: GenerationConfig, proposal: ProposalMethod | None
+    ) -> Output:
+        verifier = self.subject.verifier
+        input_ids = torch.tensor([tokens], device=verifier.device)
+        mask = torch.ones_like(input_ids)
+        acceptance = Acceptance()
+        start = perf_counter()
+        if proposal is None:
+            sequences = verifier.generate(  # type: ignore[operator]
+                input_ids, attention_mask=mask, generation_config=generation
+            )
+        else:
+            generated = speculate(
+                self.subject.draft,
+                verifier,
+                input_ids,
+                attention_mask=mask,
+                proposal=proposal,
+                generation=generation,
+            )
+            sequences = generated.sequences
+            acceptance = count_steps(generated.accepted[0], generated.offered[0])
+        new_tokens = sequences[0, len(tokens) :].tolist()  # waits for an accelerator
+        return Output(new_tokens, perf_counter() - start, acceptance)
+
+
+def first_difference(plain: Sequence[int], speculative: Sequence[int]) -> Difference | None:
+    """Where two outputs first differ, if they do; both are new tokens only."""
+    for position, (one, other) in enumerate(zip_longest(plain, speculative)):
+        if one != other:
+            return Difference(position=position, plain=one, speculative=other)
+    return None
+
+
+def _environment(subject: Subject) -> Environment:
+    device = subject.verifier.device
+    return Environment(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        threads=torch.get_num_threads(),
+        dtype=_name(subject.verifier.dtype),
+        draft_dtype=_name(subject.draft.dtype),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

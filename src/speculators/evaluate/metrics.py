@@ -1,0 +1,127 @@
+"""What is measured of a draft, as pure functions of counts; without torch.
+
+A *verification step* is one pass of the verifier over drafted tokens. It accepts the first so
+many of them, and gives one token of its own after those, the *bonus token*; so a step that
+accepts n tokens yields n + 1. The token that the verifier's pass over the prompt gives belongs
+to no step. *Position* i is the i-th token of a drafted chain, or the depth i of a drafted tree;
+positions are counted from 1 in text and stand at index i - 1 in lists.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "Acceptance",
+    "acceptance_length",
+    "acceptance_rates",
+    "conditional_acceptance_rates",
+    "count_steps",
+    "recommended",
+    "total",
+]
+
+CLOSE_TO_BEST = 0.99
+"""The part of the highest speed-up that is as good as it: a difference below 1 % is noise."""
+
+
+class Acceptance(BaseModel):
+    """Counts over verification steps; those of several prompts are added up, never averaged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    steps: int = Field(default=0, ge=0)
+    """Verification steps."""
+    offered: tuple[int, ...] = ()
+    """By position: steps in which a token was drafted there."""
+    reached: tuple[int, ...] = ()
+    """By position: steps in which a token was drafted there and all before it were accepted."""
+    accepted: tuple[int, ...] = ()
+    """By position: steps in which the token there was accepted, hence all before it too."""
+
+
+def count_steps(accepted: Sequence[int], offered: Sequence[int]) -> Acceptance:
+    """Count the verification steps of one generation.
+
+    Args:
+        accepted: by step, how many drafted tokens were accepted.
+        offered: by step, how many were drafted one after the other (in a tree: its depth).
+
+    Raises:
+        ValueError: if the two are not of the same steps, or more was accepted than offered.
+
+    """
+    steps = list(zip(accepted, offered, strict=True))
+    if any(not 0 <= taken <= drafted for taken, drafted in steps):
+        raise ValueError("A verification step accepts between none and all of what it is offered.")
+    positions = range(1, max(offered, default=0) + 1)
+    return Acceptance(
+        steps=len(steps),
+        offered=tuple(sum(drafted >= i for _, drafted in steps) for i in positions),
+        reached=tuple(
+            sum(drafted >= i and taken >= i - 1 for taken, drafted in steps) for i in positions
+        ),
+        accepted=tuple(sum(taken >= i for taken, _ in steps) for i in positions),
+    )
+
+
+def total(counts: Iterable[Acceptance]) -> Acceptance:
+    """The counts of several generations together."""
+    counts = list(counts)
+
+    def added(column: str) -> tuple[int, ...]:
+        rows = (getattr(count, column) for count in counts)
+        return tuple(map(sum, zip_longest(*rows, fillvalue=0)))
+
+    return Acceptance(
+        steps=sum(count.steps for count in counts),
+        offered=added("offered"),
+        reached=added("reached"),
+        accepted=added("accepted"),
+    )
+
+
+def acceptance_length(counts: Acceptance) -> float | None:
+    """Mean tokens per verification step, bonus token included; ``None`` without a step.
+
+    This is τ of the EAGLE papers (arXiv:2401.15077, section 5): between 1, where nothing is
+    accepted, and one more than the length of the draft.
+    """
+    return (sum(counts.accepted) + counts.steps) / counts.steps if counts.steps else None
+
+
+def acceptance_rates(counts: Acceptance) -> list[float]:
+    """By position: the share of all verification steps in which the token there was accepted.
+
+    Unconditional, as vLLM reports it per position: the rates fall from position to position, and
+    their sum is the acceptance length less one. A step whose tree is less deep counts as one that
+    did not accept what it was not offered.
+    """
+    return [accepted / counts.steps for accepted in counts.accepted]
+
+
+def conditional_acceptance_rates(counts: Acceptance) -> list[float | None]:
+    """By position: how often the token there was accepted where all before it were.
+
+    A step that drafted nothing there is left out, so this is the quality of the draft alone:
+    the "n-alpha" of the EAGLE paper (section 5), whose n is one less than the position. ``None``
+    for a position that was never reached.
+    """
+    return [
+        accepted / reached if reached else None
+        for accepted, reached in zip(counts.accepted, counts.reached, strict=True)
+    ]
+
+
+def recommended(speedups: Sequence[float]) -> int:
+    """The index of the first speed-up that is within 1 % of the highest.
+
+    Given in the order of growing drafts, so that a longer one must earn what it costs.
+
+    Raises:
+        ValueError: if there is none.
+
+    """
+    enough = CLOSE_TO_BEST * max(speedups)
+    return next(index for index, speedup in enumerate(speedups) if speedup >= enough)

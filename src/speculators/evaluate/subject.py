@@ -1,0 +1,167 @@
+"""What is measured: a draft with its verifier, and the tokenizer that makes prompts of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from speculators.checkpoint.verifier import Verifier, open_verifier
+from speculators.errors import EvaluationError, PromptsError, SpeculatorsError, VerifierError
+from speculators.evaluate.prompts import Prompt
+from speculators.models.converted import Converted, open_converted
+from speculators.models.eagle import EagleSpeculator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Subject", "load_subject"]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A draft that is ready to be measured.
+
+    Attributes:
+        name: where the draft is.
+        draft: with the verifier attached.
+        verifier: the model that the draft drafts for.
+        verifier_name: its Hub id or directory, as it was given.
+        tokenizer: the verifier's.
+
+    """
+
+    name: str
+    draft: EagleSpeculator
+    verifier: PreTrainedModel
+    verifier_name: str
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether prompts are put as the verifier's chats are, and not as plain text."""
+        return self.tokenizer.chat_template is not None
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The prompt's tokens, by the verifier's chat template if it has one.
+
+        Without one, the messages are put one after the other, with an empty line between them.
+
+        Raises:
+            PromptsError: if the template refuses the conversation, or the tokens are not the
+                verifier's.
+
+        """
+        messages = [message.model_dump() for message in prompt.messages]
+        try:
+            if self.has_chat_template:
+                text = self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False
+                )
+                tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            else:
+                text = "\n\n".join(message["content"] for message in messages)
+                tokens = self.tokenizer(text)["input_ids"]
+        except Exception as error:  # a template may raise whatever its author liked
+            raise PromptsError(
+                f"The verifier's chat template refuses prompt {prompt.id}: {error}"
+            ) from error
+        vocabulary = self.draft.config.layer.vocab_size
+        if not tokens or max(tokens) >= vocabulary:
+            raise PromptsError(
+                f"Prompt {prompt.id} has {f'token {max(tokens)}' if tokens else 'no tokens'}, but "
+                f"the verifier knows {vocabulary}; its tokenizer belongs to another model."
+            )
+        return list(tokens)
+
+
+def load_subject(
+    directory: str | Path,
+    *,
+    verifier: str | Path | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    cache_dir: Path | None = None,
+) -> Subject:
+    """Load a converted draft, its verifier and the verifier's tokenizer.
+
+    Args:
+        directory: the draft: a converted directory, or a Hub id of one.
+        verifier: a directory or a Hub id; the one that the draft's config names if not given.
+        dtype: of both models, by torch's name; ``auto`` for what the verifier is stored in.
+        device: by torch's name; an accelerator's if there is one, else ``cpu``, if not given.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        FormatError: if it is not a converted draft.
+        VerifierError: if there is no verifier, it does not fit, or has no tokenizer.
+        CheckpointError, HubError: if something cannot be read or had.
+        EvaluationError: if there is no such device.
+
+    """
+    place = _device(device)
+    converted = open_converted(directory, cache_dir=cache_dir)
+    opened = _open_verifier(converted, verifier, cache_dir)
+    sizes = converted.config.transformer_layer_config
+    opened.check_fits(sizes.hidden_size, sizes.vocab_size)
+    options: dict[str, Any] = {"cache_dir": cache_dir}
+    tokenizer = _load("tokenizer", AutoTokenizer, opened, options)
+    transformers_logging.disable_progress_bar()  # it would show where there is no terminal too
+    model = _load("weights", AutoModelForCausalLM, opened, options | {"dtype": dtype})
+    model.to(place).eval()
+    draft = EagleSpeculator.from_pretrained(
+        converted.directory, verifier=model, dtype=model.dtype, cache_dir=cache_dir
+    )
+    draft.to(place).eval()  # type: ignore[arg-type]
+    return Subject(
+        name=str(directory),
+        draft=draft,
+        verifier=model,
+        verifier_name=opened.name if verifier is None else str(verifier),
+        tokenizer=tokenizer,
+    )
+
+
+def _open_verifier(
+    converted: Converted, given: str | Path | None, cache_dir: Path | None
+) -> Verifier:
+    if given is not None:
+        return open_verifier(given, cache_dir=cache_dir)
+    named = converted.config.speculators_config.verifier.name_or_path
+    if named is None:
+        raise VerifierError(
+            f"{converted.directory} names no verifier in its config.json; give it with --verifier."
+        )
+    try:
+        return open_verifier(named, cache_dir=cache_dir)
+    except SpeculatorsError as error:
+        raise VerifierError(
+            f"{error} The draft's config.json names it; give another with --verifier."
+        ) from error
+
+
+def _load(what: str, loader: Any, verifier: Verifier, options: dict[str, Any]) -> Any:
+    try:
+        return loader.from_pretrained(verifier.name, **options)
+    except Exception as error:  # transformers lets errors of many kinds through
+        reason = " ".join(str(error).split())
+        raise VerifierError(
+            f"The {what} of the verifier {verifier.name} cannot be loaded: {reason}"
+        ) from error
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # both mean that torch has no such device
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise EvaluationError(f"The device {name!r} cannot be used: {reason}.") from error
+    return device

@@ -1,0 +1,92 @@
+"""The conversion.json of a converted checkpoint: what it was made of, as pydantic models."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import ValidationError as PydanticValidationError
+
+from speculators.errors import FormatError
+
+__all__ = [
+    "CONVERSION_FILE",
+    "ConversionRecord",
+    "FileRecord",
+    "RepositoryRecord",
+    "SourceRecord",
+    "parse_conversion",
+]
+
+CONVERSION_FILE = "conversion.json"
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[^/]+$")]
+
+
+class FileRecord(BaseModel):
+    """A file by its content."""
+
+    bytes: int = Field(ge=0)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """``None`` if the conversion did not read it: see ``ConversionRecord.validated``."""
+
+
+class RepositoryRecord(BaseModel):
+    """A directory or a Hub repository, as it was when it was read."""
+
+    name: str
+    """The directory's absolute path, or the Hub id."""
+    revision: str | None = None
+    """The commit on the Hub; ``None`` for a directory."""
+
+
+class SourceRecord(RepositoryRecord):
+    """The checkpoint that was converted."""
+
+    files: dict[FileName, FileRecord]
+    """Its config.json and the files that its tensors lie in."""
+
+
+class ConversionRecord(BaseModel):
+    """The whole conversion.json; a key that this version does not know is kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    speculators_version: str
+    """Of the tool that converted."""
+    source: SourceRecord
+    verifier: RepositoryRecord
+    dtype: str | None = None
+    """What the tensors were rounded to, by torch's name; ``None`` if each is as it was."""
+    tensors: dict[str, str]
+    """Name here → name in the source."""
+    left_out: dict[str, str]
+    """Name in the source → why the tensor is not here."""
+    config_left_out: dict[str, str]
+    """Key of the source's config.json → why it is not in this one."""
+    notes: list[str]
+    """Where the source's config, its tensors and the reference did not say the same."""
+    validated: bool
+    """Whether the conversion proved its result. Only then did it read the files whole: without
+    that, the kernel copied them, and their hashes are not known."""
+    unchecked: list[str]
+    """What could not be proven then, and why."""
+    files: dict[FileName, FileRecord]
+    """What was written, but for conversion.json itself."""
+
+
+def parse_conversion(record: dict[str, Any], where: str) -> ConversionRecord:
+    """Check a conversion.json against the format.
+
+    Args:
+        record: the parsed JSON.
+        where: the file, for the message.
+
+    Raises:
+        FormatError: if it is not in the format; the message names the first wrong key.
+
+    """
+    try:
+        return ConversionRecord.model_validate(record)
+    except PydanticValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise FormatError(f"{where}, key {key}: {first['msg']}; convert again.") from error

@@ -1,0 +1,1 @@
+"""Looking without changing anything: what a checkpoint is, and whether the installation works."""

@@ -1,0 +1,111 @@
+"""What ``speculators inspect --json`` prints, as pydantic models; docs/inspect.md explains it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from speculators.format.conversion import RepositoryRecord
+
+__all__ = [
+    "ConversionFinding",
+    "Finding",
+    "NearFinding",
+    "TensorFinding",
+    "VerifierFinding",
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class TensorFinding(_Part):
+    """One tensor of the checkpoint."""
+
+    name: str
+    dtype: str
+    """As safetensors calls it: F16, BF16, ..."""
+    shape: list[int]
+    bytes: int
+    file: str
+    """The file of the checkpoint that holds it."""
+    target: str | None = None
+    """What it is called in the speculators format; null if it does not get there."""
+    left_out: str | None = None
+    """Why a conversion leaves it out."""
+
+
+class NearFinding(_Part):
+    """A known kind that an unknown checkpoint resembles."""
+
+    kind: str
+    difference: str
+    """In words."""
+    found: dict[str, str]
+    """Tensors of that kind that are there → the names that they have there."""
+    missing: list[str]
+    """Tensors that every checkpoint of that kind has, and this one has not."""
+    excluded: str | None
+    """A tensor that is there, and that no checkpoint of that kind has."""
+
+
+class VerifierFinding(_Part):
+    """The models that a draft fits, or the drafts that a model fits: those of the same sizes."""
+
+    hidden_size: int
+    vocab_size: int
+    name: str | None = None
+    """The verifier that a converted draft names."""
+
+
+class ConversionFinding(_Part):
+    """What `speculators convert` would do with the checkpoint."""
+
+    possible: bool
+    why_not: str | None = None
+    command: str | None = None
+    """The command that converts it; OUTPUT and BASE_MODEL are to be filled in."""
+    layer_config: dict[str, Any] | None = None
+    """The transformer_layer_config to be."""
+    config_left_out: dict[str, str] = Field(default_factory=dict)
+    """Key of config.json → why it does not reach the new one."""
+    odd: list[str] = Field(default_factory=list)
+    """Where config, tensors and reference do not say the same."""
+
+
+class Finding(_Part):
+    """What a checkpoint is."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    """The path or the Hub id, as it was given."""
+    kind: str
+    """eagle, speculators, eagle3, language-model, several-layers, medusa, mlp-speculator, or
+    unknown."""
+    title: str
+    """The kind in words, with the features."""
+    evidence: list[str]
+    """What shows it."""
+    quantized: list[str]
+    """What shows that the weights are quantized; empty if nothing does."""
+    near: list[NearFinding]
+    """For an unknown checkpoint: the kinds that it resembles, the nearest first."""
+    notes: list[str]
+    """What cannot be told, and what is wrong."""
+    converted_from: RepositoryRecord | None = None
+    """For kind speculators: what its conversion.json says that it was made of."""
+    layout: Literal["current", "0.1.0 to 0.3.0"] | None = None
+    """For kind speculators: which version's names its tensors have."""
+    features: dict[str, list[str]] | None = None
+    """For a draft of EAGLE's kind: what it may have or not → the tensors that show it, if any."""
+    sizes: dict[str, int]
+    """Sizes by the names that config.json has for them."""
+    parameters: int
+    """Elements of all tensors."""
+    bytes: int
+    """Bytes of all tensors."""
+    dtypes: dict[str, int]
+    """Dtype → how many tensors have it."""
+    tensors: list[TensorFinding]
+    verifier: VerifierFinding | None = None
+    conversion: ConversionFinding

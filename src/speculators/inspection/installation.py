@@ -1,0 +1,183 @@
+"""Whether the installation works: versions, vLLM and its plugin, the Hub and its cache.
+
+Nothing heavy is imported: what is installed is read from the packages' metadata.
+"""
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from pydantic import BaseModel, ConfigDict
+
+from speculators import __version__
+
+__all__ = ["Check", "Diagnosis", "diagnose"]
+
+PLUGIN_GROUP = "vllm.general_plugins"
+
+VLLM = re.compile(r"vllm(-cpu.*)?")
+"""The names of packages that hold vLLM."""
+
+CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+(?=@)")
+"""A user's name and password in a URL."""
+
+LITTLE_SPACE = 10 * 10**9
+"""Bytes; a verifier of eight billion parameters takes 16 GB, its head alone 1 GB."""
+
+
+class Check(BaseModel):
+    """One thing that was looked at."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    name: str
+    status: Literal["ok", "absent", "warning", "broken"]
+    """absent: it is not there, and need not be. broken: something will not work."""
+    found: str | None = None
+    expected: str | None = None
+    """The versions that speculators is made for, where that is bounded."""
+    advice: str | None = None
+    """What to do, unless it is well."""
+
+
+class Diagnosis(BaseModel):
+    """What ``speculators doctor --json`` prints."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    schema_version: Literal[1] = 1
+    ok: bool
+    """Whether nothing is broken."""
+    checks: list[Check]
+
+
+def diagnose() -> Diagnosis:
+    """Look at everything that can be told without importing torch or using the network."""
+    checks = [check for look in (_python, _packages, _vllm, _hub) for check in look()]
+    return Diagnosis(ok=all(check.status != "broken" for check in checks), checks=checks)
+
+
+def _python() -> Iterator[Check]:
+    yield Check(name="speculators", status="ok", found=__version__)
+    expected = metadata.metadata("speculators")["Requires-Python"]
+    yield _versioned("python", platform.python_version(), SpecifierSet(expected))
+
+
+def _packages() -> Iterator[Check]:
+    for line in metadata.requires("speculators") or ():
+        required = Requirement(line)
+        if required.marker is None or required.marker.evaluate({"extra": ""}):
+            yield _versioned(required.name, _version(required.name), required.specifier)
+
+
+def _versioned(name: str, found: str | None, expected: SpecifierSet) -> Check:
+    fits = found is not None and expected.contains(found, prereleases=True)
+    return Check(
+        name=name,
+        status="ok" if fits else "broken",
+        found=found,
+        expected=str(expected),
+        advice=None if fits else f"install {name} {expected}",
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _vllm() -> Iterator[Check]:
+    installed = {
+        distribution.name: distribution.version
+        for distribution in metadata.distributions()
+        if VLLM.fullmatch(distribution.name or "")
+    }
+    plugins = [
+        plugin
+        for plugin in metadata.entry_points(group=PLUGIN_GROUP)
+        if plugin.module.partition(".")[0] == "speculators"
+    ]
+    known, problem = _known_releases(plugins)
+    if not installed:
+        yield Check(
+            name="vllm", status="absent", advice="to serve drafts, install vllm beside speculators"
+        )
+    for name, version in installed.items():
+        fits = not known or ".".join(version.split(".")[:2]) in known
+        yield Check(
+            name=name,
+            status="ok" if fits else "warning",
+            found=version,
+            expected=", ".join(f"=={release}.*" for release in known) or None,
+            advice=None if fits else "the plugin steps aside in this vLLM; install one it knows",
+        )
+    if not plugins:
+        problem = f"speculators has no entry point in {PLUGIN_GROUP}: install it again"
+    yield Check(
+        name="vllm plugin",
+        status="ok" if not problem else "broken" if installed else "absent",
+        found=", ".join(plugin.value for plugin in plugins) or None,
+        advice=problem if installed else None,
+    )
+
+
+def _known_releases(plugins: Collection[metadata.EntryPoint]) -> tuple[tuple[str, ...], str | None]:
+    """The releases of vLLM that the plugin knows; or none, and why it cannot be loaded."""
+    releases: tuple[str, ...] = ()
+    for plugin in plugins:
+        try:
+            releases += import_module(plugin.module).SUPPORTED_RELEASES
+        except (ImportError, AttributeError) as error:
+            return (), f"it cannot be loaded ({error}): install speculators again"
+    return releases, None
+
+
+def _hub() -> Iterator[Check]:
+    if find_spec("huggingface_hub") is None:  # which is told among the packages
+        return
+    from huggingface_hub import constants, get_token
+
+    endpoint = CREDENTIALS.sub("***", constants.ENDPOINT)
+    offline = " (not used, since HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+    yield Check(name="hub endpoint", status="ok", found=endpoint + offline)
+    token = get_token()
+    yield Check(
+        name="hub token",
+        status="ok" if token else "absent",
+        found=_token_source() if token else None,
+        advice=None if token else "for private and gated repositories, set HF_TOKEN",
+    )
+    cache = Path(constants.HF_HUB_CACHE)
+    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    yield Check(
+        name="hub cache",
+        status="ok" if writable else "broken",
+        found=str(cache),
+        advice=None if writable else "it cannot be written: choose another with HF_HOME",
+    )
+    free = shutil.disk_usage(existing).free
+    yield Check(
+        name="free space there",
+        status="ok" if free >= LITTLE_SPACE else "warning",
+        found=f"{free / 1e9:.1f} GB",
+        advice=None if free >= LITTLE_SPACE else "a verifier may not fit",
+    )
+
+
+def _token_source() -> str:
+    """Where the token comes from; never the token."""
+    from huggingface_hub import constants
+
+    named = [name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)]
+    return f"set by {named[0]}" if named else f"in {constants.HF_TOKEN_PATH}"

@@ -1,0 +1,187 @@
+"""The manifest of a batch: what it means, and every way to get it wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from speculators.batch.manifest import Conversion, read_manifest
+from speculators.errors import ManifestError
+
+ENTRY = {"input": "org/draft", "output": "out", "base_model": "org/verifier"}
+
+
+def write_manifest(directory: Path, *entries: object, name: str = "batch.json") -> Path:
+    file = directory / name
+    file.write_text(json.dumps(entries))
+    return file
+
+
+def test_every_key_has_the_default_of_the_command_line(tmp_path: Path) -> None:
+    (conversion,) = read_manifest(write_manifest(tmp_path, ENTRY))
+    assert conversion.model_dump(by_alias=True) == {
+        "input": "org/draft",
+        "output": tmp_path / "out",
+        "base_model": "org/verifier",
+        "revision": None,
+        "layernorms": False,
+        "fusion_bias": False,
+        "validate": True,
+        "dtype": None,
+        "overwrite": False,
+    }
+
+
+def test_yaml_says_the_same_as_json(tmp_path: Path) -> None:
+    full = {
+        "revision": "v2",
+        "layernorms": True,
+        "fusion_bias": True,
+        "validate": False,
+        "dtype": "float16",
+        "overwrite": True,
+    }
+    yaml = tmp_path / "batch.yaml"
+    yaml.write_text(
+        """
+        # drafts of one verifier
+        - &first
+          input: org/draft
+          output: out
+          base_model: org/verifier
+        - <<: *first
+          output: other
+          revision: v2
+          layernorms: true
+          fusion_bias: true
+          validate: false
+          dtype: float16
+          overwrite: true
+        """
+    )
+    json_file = write_manifest(tmp_path, ENTRY, ENTRY | {"output": "other"} | full)
+    assert read_manifest(yaml) == read_manifest(json_file)
+
+
+def test_paths_are_relative_to_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "drafts" / "one").mkdir(parents=True)
+    (tmp_path / "verifier").mkdir()
+    write_manifest(
+        tmp_path / "lists",
+        {"input": "drafts/one", "output": "../out/one", "base_model": "../verifier"},
+        {"input": "./missing", "output": "/srv/out", "base_model": "drafts/two"},
+    )
+    monkeypatch.chdir(tmp_path)
+    one, two = read_manifest(Path("lists", "batch.json"))
+    assert one.input == str(tmp_path / "lists" / "drafts" / "one")
+    assert one.output.resolve() == tmp_path / "out" / "one"
+    assert Path(one.base_model).resolve() == tmp_path / "verifier"
+    assert two.input == str(tmp_path / "lists" / "missing")
+    assert two.output == Path("/srv/out")
+    assert two.base_model == "drafts/two"  # nothing is there: a Hugging Face id
+
+
+def sentence(file: Path) -> str:
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(file)
+    text = str(caught.value)
+    assert text.startswith(str(file))
+    assert text.endswith(".")
+    assert "\n" not in text
+    return text.removeprefix(str(file))
+
+
+KEYS = ", ".join(field.alias or name for name, field in Conversion.model_fields.items())
+NO_LIST = " has to be a list of conversions, each with input, output and base_model."
+WRITTEN_TOO = ", which entry 1 writes; make two batches of them."
+TWICE = " cannot be understood: the key 'input' is there twice in one entry."
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (
+            [ENTRY, ENTRY | {"output": "b", "dtpye": "x"}],
+            ", entry 2 has the unknown key 'dtpye'; the keys are " + KEYS + ".",
+        ),
+        ([{"input": "a", "output": "b"}], ", entry 1 has no base_model."),
+        ([ENTRY | {"input": ""}], ", entry 1, key input: String should have at least 1 character."),
+        (
+            [ENTRY | {"revision": 1234567}],
+            ", entry 1, key revision: Input should be a valid string.",
+        ),
+        (
+            [ENTRY | {"dtype": "int8"}],
+            ", entry 1, key dtype: Input should be 'float16', 'bfloat16' or 'float32'.",
+        ),
+        (
+            [ENTRY | {"validated": True}],
+            f", entry 1 has the unknown key 'validated'; the keys are {KEYS}.",
+        ),
+        (["org/draft"], f", entry 1 is no mapping of keys to values; the keys are {KEYS}."),
+        ([], NO_LIST),
+        (
+            [ENTRY, ENTRY | {"output": "./b/../out"}],
+            ", entries 1 and 2 have the same output {}/out.",
+        ),
+        (
+            [ENTRY | {"output": "out/b"}, ENTRY],
+            ", entry 1 has its output {}/out/b within that of entry 2.",
+        ),
+        (
+            [ENTRY, ENTRY | {"input": "./out", "output": "b"}],
+            ", entry 2 reads {}/out" + WRITTEN_TOO,
+        ),
+        (
+            [ENTRY, ENTRY | {"base_model": "./out/v", "output": "b"}],
+            ", entry 2 reads {}/out/v" + WRITTEN_TOO,
+        ),
+        ([ENTRY | {"input": "./out"}], ", entry 1 reads {}/out" + WRITTEN_TOO),
+    ],
+)
+def test_a_wrong_entry_is_told_by_its_number(
+    tmp_path: Path, entries: list[object], expected: str
+) -> None:
+    assert sentence(write_manifest(tmp_path, *entries)) == expected.replace("{}", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("batch.json", "{}", NO_LIST),
+        (
+            "batch.json",
+            "[{",
+            " cannot be understood: Expecting property name enclosed in double quotes: line 1 ",
+        ),
+        ("batch.json", '[{"input": 1, "input": 2}]', TWICE),
+        ("batch.json", "[" * 100_000, " cannot be understood: maximum recursion depth exceeded"),
+        ("batch.yaml", "- input: a\n  input: b\n", TWICE),
+        (
+            "batch.yaml",
+            "- input: a\n  output: b: c\n",
+            " cannot be understood: line 2: mapping values are not allowed here.",
+        ),
+        (
+            "batch.yaml",
+            "- !!python/object/apply:os.getpid []\n",
+            " cannot be understood: line 1: could not determine a constructor for the tag ",
+        ),
+        ("batch.yaml", "? [a, b]\n: c\n", " cannot be understood: line 1: found unhashable key."),
+        ("batch.yaml", "", NO_LIST),
+        ("batch.yaml", "\x00", " cannot be understood: "),
+    ],
+)
+def test_what_is_no_list_is_told(tmp_path: Path, name: str, text: str, expected: str) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    assert sentence(file).startswith(expected)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    assert sentence(tmp_path / "none.yaml") == " cannot be read: No such file or directory."
+    (tmp_path / "latin.yaml").write_bytes(b"- input: \xe9")
+    assert sentence(tmp_path / "latin.yaml") == " cannot be read: it is no text in UTF-8."

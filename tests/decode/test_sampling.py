@@ -1,0 +1,192 @@
+"""Sampled speculation has the verifier's distribution, whatever the draft proposes."""
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from speculators.decode.sampling import coupled_draw
+from speculators.format.config import ProposalMethod
+from speculators.models.eagle import EagleSpeculator
+from tiny_models import knowing_draft, random_draft, tiny_verifier
+
+VOCABULARY = 5
+PROPOSALS = {
+    "greedy": ProposalMethod(speculative_tokens=3),
+    "sampling": ProposalMethod(proposal_type="sampling", speculative_tokens=3),
+    "static_tree": ProposalMethod(proposal_type="static_tree"),
+    "dynamic_tree": ProposalMethod(
+        proposal_type="dynamic_tree", speculative_tokens=7, tree_depth=2, tree_top_k=3
+    ),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"top_k": 0},
+    "temperature": {"top_k": 0, "temperature": 0.6},
+    "top_k": {"top_k": 3, "temperature": 1.3},
+    "top_p": {"top_k": 0, "top_p": 0.8},
+    "repetition_penalty": {"top_k": 0, "repetition_penalty": 1.7},
+}
+TOKENS = 3
+
+
+def chi_square_is_likely(counts: Counter[Any], probabilities: dict[Any, float]) -> bool:
+    """Pearson's test at the level of 1e-4; outcomes that are expected rarely are put together.
+
+    The quantile is by Wilson and Hilferty (1931).
+    """
+    draws = sum(counts.values())
+    impossible = [outcome for outcome in counts if probabilities.get(outcome, 0.0) == 0.0]
+    if impossible:
+        return False
+    cells = [(counts[o], p * draws) for o, p in probabilities.items() if p * draws >= 8]
+    rare_counts = draws - sum(count for count, _ in cells)
+    rare_expected = draws - sum(expected for _, expected in cells)
+    if rare_expected >= 8:
+        cells.append((rare_counts, rare_expected))
+    else:
+        assert rare_counts <= 40
+    statistic = sum((count - expected) ** 2 / expected for count, expected in cells)
+    degrees = len(cells) - 1
+    quantile = degrees * (1 - 2 / (9 * degrees) + 3.719 * (2 / (9 * degrees)) ** 0.5) ** 3
+    return bool(statistic < quantile)
+
+
+def transform(scores: Tensor, before: list[int], settings: dict[str, Any]) -> Tensor:
+    """The distribution after the settings, written here from their definitions."""
+    if "repetition_penalty" in settings:
+        penalty = settings["repetition_penalty"]
+        for token in set(before):
+            scores[token] *= penalty if scores[token] < 0 else 1 / penalty
+    scores = scores / settings.get("temperature", 1.0)
+    if settings["top_k"]:
+        scores[scores < scores.sort(descending=True).values[settings["top_k"] - 1]] = -torch.inf
+    p = scores.softmax(-1)
+    if "top_p" in settings:
+        order = p.argsort(descending=True)
+        before_it = p[order].cumsum(0) - p[order]
+        p[order[before_it >= settings["top_p"]]] = 0
+    return p / p.sum()
+
+
+def analytic(
+    verifier: PreTrainedModel, prompt: list[int], settings: dict[str, Any]
+) -> dict[tuple[int, ...], float]:
+    """The probability of each sequence of ``TOKENS`` tokens after a prompt."""
+    found = {}
+    tails = list(itertools.product(range(VOCABULARY), repeat=TOKENS))
+    ids = torch.tensor([[*prompt, *tail] for tail in tails])
+    with torch.no_grad():
+        logits = verifier(ids).logits.double()
+    for row, tail in zip(logits, tails, strict=True):
+        probability = 1.0
+        for i, token in enumerate(tail):
+            before = [*prompt, *tail[:i]]
+            p = transform(row[len(prompt) - 1 + i].clone(), before, settings)
+            probability *= float(p[token])
+        found[tail] = probability
+    return found
+
+
+@pytest.fixture(scope="module")
+def verifier() -> PreTrainedModel:
+    model = tiny_verifier(context=0.1, initializer_range=0.25, vocab_size=VOCABULARY)
+    model.generation_config.pad_token_id = None
+    return model
+
+
+def sampled(
+    draft: EagleSpeculator,
+    prompt: list[int],
+    proposal: ProposalMethod,
+    draws: int,
+    settings: dict[str, Any],
+) -> tuple[Counter[tuple[int, ...]], list[int]]:
+    torch.manual_seed(0)
+    result = draft.generate(
+        torch.tensor([prompt]),
+        proposal=proposal,
+        do_sample=True,
+        max_new_tokens=TOKENS,
+        num_return_sequences=draws,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    assert not isinstance(result, Tensor)
+    tails = result.sequences[:, len(prompt) :].tolist()
+    return Counter(map(tuple, tails)), [n for steps in result.accepted for n in steps]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("proposal", PROPOSALS.values(), ids=PROPOSALS.keys())
+def test_sequences_have_the_verifiers_distribution(
+    verifier: PreTrainedModel, proposal: ProposalMethod, settings: dict[str, Any]
+) -> None:
+    prompt = [1, 3, 2]
+    counts, accepted = sampled(knowing_draft(verifier), prompt, proposal, 4000, settings)
+    expected = analytic(verifier, prompt, settings)
+    assert sum(expected.values()) == pytest.approx(1)
+    assert chi_square_is_likely(counts, expected)
+    assert sum(accepted) > len(accepted) / 5
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS.values(), ids=PROPOSALS.keys())
+def test_a_draft_that_is_wrong_changes_nothing(
+    verifier: PreTrainedModel, proposal: ProposalMethod
+) -> None:
+    counts, _ = sampled(random_draft(verifier), [4], proposal, 3000, SETTINGS["plain"])
+    assert chi_square_is_likely(counts, analytic(verifier, [4], SETTINGS["plain"]))
+
+
+def test_the_test_would_see_another_distribution(verifier: PreTrainedModel) -> None:
+    draft, proposal = knowing_draft(verifier), PROPOSALS["sampling"]
+    counts, _ = sampled(draft, [1, 3, 2], proposal, 4000, {"top_k": 0, "temperature": 1.15})
+    assert not chi_square_is_likely(counts, analytic(verifier, [1, 3, 2], SETTINGS["plain"]))
+
+
+def test_one_prompt_at_a_time_too(verifier: PreTrainedModel) -> None:
+    """A batch of one takes other ways through the cache than a large one."""
+    draft = knowing_draft(verifier)
+    torch.manual_seed(0)
+    for name in ("sampling", "dynamic_tree"):
+        counts: Counter[tuple[int, ...]] = Counter()
+        for _ in range(250):
+            ids = draft.generate(
+                torch.tensor([[1, 3, 2]]),
+                proposal=PROPOSALS[name],
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=TOKENS,
+            )
+            assert isinstance(ids, Tensor)
+            counts[tuple(ids[0, 3:].tolist())] += 1
+        assert chi_square_is_likely(counts, analytic(verifier, [1, 3, 2], SETTINGS["plain"]))
+
+
+def test_a_coupled_draw_has_the_first_distribution_and_is_equal_as_often_as_can_be() -> None:
+    torch.manual_seed(0)
+    p = torch.tensor([0.5, 0.2, 0.0, 0.3])
+    q = torch.tensor([0.2, 0.3, 0.4, 0.1])
+    proposed = q.multinomial(20_000, replacement=True)
+    drawn = torch.cat([coupled_draw(p, q, token[None]) for token in proposed])
+    expected = {token: value for token, value in enumerate(p.tolist()) if value}
+    assert chi_square_is_likely(Counter(drawn.tolist()), expected)
+    equal = float((drawn == proposed).double().mean())
+    assert equal == pytest.approx(float(torch.minimum(p, q).sum()), abs=0.01)
+
+
+def test_a_coupled_draw_from_equal_distributions_is_the_proposal() -> None:
+    p = torch.rand(50).softmax(0)
+    assert all(coupled_draw(p, p.clone(), torch.tensor([i])).tolist() == [i] for i in range(50))
+
+
+def test_the_same_seed_gives_the_same_tokens(verifier: PreTrainedModel) -> None:
+    draft = knowing_draft(verifier)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        found.append(draft.generate(torch.tensor([[1, 2]]), do_sample=True, max_new_tokens=20))
+    assert torch.equal(found[0], found[1])  # type: ignore[arg-type]

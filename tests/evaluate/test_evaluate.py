@@ -1,0 +1,569 @@
+"""The command: what it measures, what it writes, how it stops, and its errors."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from helpers import (
+    HIDDEN,
+    PLAIN,
+    VOCABULARY,
+    CommandLine,
+    Tensors,
+    entries,
+    golden_vectors,
+    save_quietly,
+    source_tensors,
+    tiny_llama,
+    write_checkpoint,
+)
+from speculators.convert.eagle import EagleConverter
+from speculators.decode import speculate
+from speculators.errors import EvaluationError
+from speculators.evaluate.metrics import count_steps, total
+from speculators.evaluate.report import Report
+from speculators.format.config import PROPOSALS, ProposalMethod
+from speculators.models.eagle import EagleSpeculator
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+PROMPTS = [
+    {"question_id": 81, "category": "writing", "turns": ["Rain in Spain?", "And now shorter."]},
+    {"question_id": 82, "category": "writing", "turns": ["The plain."]},
+    {"question_id": 101, "category": "math", "turns": ["1 + 1 is what?"]},
+]
+NEW_TOKENS = 12
+SPECULATE = "speculators.evaluate.evaluation.speculate"
+REPORT_FILES = [
+    "acceptance_by_position.png",
+    "acceptance_length_by_category.png",
+    "report.json",
+]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A converted draft, and the verifier that its config names."""
+
+    draft: Path
+    verifier: Path
+
+
+def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> FastTokenizer:
+    """Bytes, and some pairs of them; made on the fly."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<end>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the rain in spain stays mainly in the plain"], trainer)
+    fast = FastTokenizer(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.chat_template = chat_template
+    return fast
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Not to be changed."""
+    root = tmp_path_factory.mktemp("pair")
+    model = tiny_llama(
+        golden_vectors(PLAIN)["lm_head.weight"],
+        source_tensors()["embed_tokens.weight"],
+        max_position_embeddings=1024,
+    )
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None  # every output is as long as it may be
+    verifier = save_quietly(model, root / "verifier")
+    tiny_tokenizer().save_pretrained(verifier)
+    source = write_checkpoint(root / "source", edit=often_right)
+    return Pair(EagleConverter().convert(source, root / "draft", verifier), verifier)
+
+
+def often_right(tensors: Tensors) -> None:
+    """Pass embeddings on nearly as they are, as does a verifier of small random weights."""
+    seen = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0))
+    tensors["fc.weight"] = torch.cat((torch.eye(HIDDEN), 0.002 * seen), dim=1)
+    for name in ("layers.0.self_attn.o_proj.weight", "layers.0.mlp.down_proj.weight"):
+        tensors[name] *= 0.01
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
+    return path
+
+
+@pytest.fixture
+def arguments(pair: Pair, prompts: Path, tmp_path: Path) -> list[str]:
+    """A small evaluation into ``report``."""
+    options = {"prompts": prompts, "max-new-tokens": NEW_TOKENS, "output": tmp_path / "report"}
+    return ["evaluate", str(pair.draft), *(f"--{key}={value}" for key, value in options.items())]
+
+
+def report_in(directory: Path) -> Report:
+    return Report.model_validate_json((directory / "report.json").read_text())
+
+
+def steps_by_definition(pair: Pair, text: str, length: int) -> tuple[list[int], list[int]]:
+    """Accepted and offered tokens of a greedy chain, without caches and from the whole prefix."""
+    verifier = AutoModelForCausalLM.from_pretrained(pair.verifier)
+    draft = EagleSpeculator.from_pretrained(pair.draft, verifier=verifier)
+    tokenizer = AutoTokenizer.from_pretrained(pair.verifier)
+    prompt = tokenizer(f"<user>{text}<assistant>")["input_ids"]
+    tokens = torch.tensor([prompt])
+
+    def next_token(logits: torch.Tensor | None) -> torch.Tensor:
+        assert logits is not None
+        return logits[:, -1:].argmax(-1)
+
+    with torch.inference_mode():
+        end = len(prompt) + NEW_TOKENS
+        while tokens.shape[1] < end + length:
+            tokens = torch.cat((tokens, next_token(verifier(tokens).logits)), 1)
+        accepted, offered = [], []
+        known = len(prompt) + 1
+        while known < end:  # the last step's tokens may lie behind it
+            ids = tokens[:, :known]
+            hidden = verifier(ids[:, :-1], output_hidden_states=True).hidden_states[-1]
+            for _ in range(length):
+                output = draft(ids[:, 1:], hidden)
+                ids = torch.cat((ids, next_token(output.logits)), 1)
+                hidden = torch.cat((hidden, output.last_hidden_state[:, -1:]), 1)
+            offered.append(length)
+            same = (ids == tokens[:, : ids.shape[1]])[0, known:].tolist()
+            accepted.append([*same, False].index(False))
+            known += accepted[-1] + 1
+    return accepted, offered
+
+
+def test_a_draft_is_measured(
+    pair: Pair, arguments: list[str], speculators: CommandLine, tmp_path: Path
+) -> None:
+    run = speculators(*arguments, "--num-draft-tokens=3")
+    assert run.status == 0, run.stderr
+    assert entries(tmp_path / "report") == REPORT_FILES
+    report = report_in(tmp_path / "report")
+    assert report.complete
+    assert report.chat_template
+    assert report.verifier == str(pair.verifier)
+    assert report.recommendation is None
+    assert report.environment.dtype == report.environment.draft_dtype == "float32"
+
+    assert [(p.id, p.category) for p in report.prompts] == [
+        ("81", "writing"),
+        ("82", "writing"),
+        ("101", "math"),
+    ]
+    expected = [
+        count_steps(*steps_by_definition(pair, line["turns"][0], 3))  # type: ignore[index]
+        for line in PROMPTS
+    ]
+    assert [prompt.speculative[0].acceptance for prompt in report.prompts] == expected
+    assert all(0 < n < 33 for n in total(expected).accepted), "too simple a case to tell much"
+    for prompt in report.prompts:
+        assert prompt.plain is not None
+        assert prompt.plain.new_tokens == prompt.speculative[0].new_tokens == NEW_TOKENS
+
+    [result] = report.results
+    assert result.proposal.speculative_tokens == 3
+    assert result.overall.acceptance == total(expected)
+    assert result.overall.identical == result.overall.prompts == 3
+    assert {name: it.acceptance for name, it in result.categories.items()} == {
+        "writing": total(expected[:2]),
+        "math": expected[2],
+    }
+    assert f"{result.overall.acceptance_length:.2f}" in run.stdout
+    assert "3 of 3" in run.stdout
+
+
+def test_speeds_are_sums_of_what_was_measured(
+    arguments: list[str], speculators: CommandLine, tmp_path: Path
+) -> None:
+    assert speculators(*arguments).status == 0
+    report = report_in(tmp_path / "report")
+    overall = report.results[0].overall
+    plain = sum(p.plain.seconds for p in report.prompts if p.plain is not None)
+    with_draft = sum(prompt.speculative[0].seconds for prompt in report.prompts)
+    assert overall.tokens_per_second == pytest.approx(3 * NEW_TOKENS / with_draft)
+    assert overall.plain_tokens_per_second == pytest.approx(3 * NEW_TOKENS / plain)
+    assert overall.speedup == pytest.approx(plain / with_draft)
+
+
+def test_plain_and_speculative_decoding_take_turns_after_a_warm_up(
+    arguments: list[str], speculators: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    generate = LlamaForCausalLM.generate
+
+    def speculating(*args: Any, proposal: ProposalMethod, **kwargs: Any) -> Any:
+        calls.append(str(proposal.speculative_tokens))
+        return speculate(*args, proposal=proposal, **kwargs)
+
+    def generating(*args: Any, **kwargs: Any) -> Any:
+        if "custom_generate" not in kwargs:  # by which speculate gets its things prepared
+            calls.append("plain")
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(SPECULATE, speculating)
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generating)
+    assert speculators(*arguments, "--num-draft-tokens=1..2").status == 0
+    warm_up, *rounds = [calls[start : start + 3] for start in range(0, len(calls), 3)]
+    assert warm_up == ["plain", "1", "2"]
+    assert rounds == [["plain", "1", "2"], ["1", "2", "plain"], ["2", "plain", "1"]]
+
+
+def test_a_sweep_recommends_a_draft_length(
+    arguments: list[str], speculators: CommandLine, tmp_path: Path
+) -> None:
+    run = speculators(*arguments, "--num-draft-tokens", "1..3")
+    assert run.status == 0, run.stderr
+    report = report_in(tmp_path / "report")
+    speedups = {r.proposal.speculative_tokens: r.overall.speedup for r in report.results}
+    assert list(speedups) == [1, 2, 3]
+    assert report.recommendation is not None
+    best = max(speedup for speedup in speedups.values() if speedup)
+    close = [length for length, speedup in speedups.items() if speedup and speedup >= 0.99 * best]
+    assert report.recommendation.speculative_tokens == close[0]
+    assert report.recommendation.speedup == speedups[close[0]]
+    assert f"Recommended draft length: {close[0]}, speed-up" in run.stdout
+    assert entries(tmp_path / "report") == [*REPORT_FILES, "speedup_by_draft_length.png"]
+
+
+def test_plots_are_pictures(arguments: list[str], speculators: CommandLine, tmp_path: Path) -> None:
+    assert speculators(*arguments, "--num-draft-tokens=1..2").status == 0
+    plots = list((tmp_path / "report").glob("*.png"))
+    assert len(plots) == 3
+    for plot in plots:
+        data = plot.read_bytes()
+        assert data.startswith(b"\x89PNG\r\n\x1a\n")
+        width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+        assert width > 500
+        assert height > 300
+        assert len(data) > 5000
+
+
+def test_acceptance_alone(arguments: list[str], speculators: CommandLine, tmp_path: Path) -> None:
+    run = speculators(*arguments, "--acceptance-only", "--num-draft-tokens=1..2")
+    assert run.status == 0, run.stderr
+    report = report_in(tmp_path / "report")
+    assert report.recommendation is None
+    assert all(prompt.plain is None for prompt in report.prompts)
+    for result in report.results:
+        assert result.overall.acceptance_length is not None
+        assert result.overall.speedup is result.overall.identical is None
+    assert entries(tmp_path / "report") == REPORT_FILES
+
+
+def test_our_own_prompts_are_measured_without_a_report(
+    pair: Pair, speculators: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = speculators("evaluate", pair.draft, "--limit=2", "--max-new-tokens=3")
+    assert run.status == 0, run.stderr
+    assert "writing" in run.stdout
+    assert "roleplay" in run.stdout
+    assert "2 of 2" in run.stdout
+    assert entries(tmp_path) == []
+
+
+def test_piped_output_has_no_colours_and_whole_lines(
+    pair: Pair, speculators: CommandLine, prompts: Path
+) -> None:
+    run = speculators("evaluate", pair.draft, "--prompts", prompts, "--max-new-tokens=3")
+    assert "\x1b" not in run.stdout
+    assert f"{pair.draft}, drafting for {pair.verifier}" in run.stdout.splitlines()
+    assert "Measuring" not in run.stderr
+
+
+def test_a_verifier_without_a_chat_template_gets_plain_text(
+    pair: Pair, arguments: list[str], speculators: CommandLine, tmp_path: Path
+) -> None:
+    verifier = tmp_path / "verifier"
+    shutil.copytree(pair.verifier, verifier)
+    (verifier / "chat_template.jinja").unlink()
+    run = speculators(*arguments, "--verifier", verifier)
+    assert run.status == 0, run.stderr
+    report = report_in(tmp_path / "report")
+    assert not report.chat_template
+    tokenizer = tiny_tokenizer(None)
+    assert [prompt.prompt_tokens for prompt in report.prompts] == [
+        len(tokenizer(line["turns"][0])["input_ids"])  # type: ignore[index]
+        for line in PROMPTS
+    ]
+    assert "no chat template" in run.stdout
+
+
+def test_sampled_outputs_are_not_compared(
+    arguments: list[str], speculators: CommandLine, tmp_path: Path
+) -> None:
+    run = speculators(*arguments, "--temperature=1.0", "--seed=3")
+    assert run.status == 0, run.stderr
+    report = report_in(tmp_path / "report")
+    assert report.results[0].overall.identical is None
+    assert report.results[0].overall.speedup is not None
+
+
+@pytest.mark.parametrize("proposal", sorted(PROPOSALS))
+def test_every_proposal_method_is_measured(
+    arguments: list[str], speculators: CommandLine, tmp_path: Path, proposal: str
+) -> None:
+    run = speculators(*arguments, f"--proposal={proposal}")
+    assert run.status == 0, run.stderr
+    [result] = report_in(tmp_path / "report").results
+    assert result.proposal == ProposalMethod(proposal_type=proposal)
+    assert result.overall.identical == 3
+    rates = result.overall.acceptance_rates
+    assert rates == sorted(rates, reverse=True)
+    assert result.overall.acceptance_length == pytest.approx(1 + sum(rates))
+
+
+def test_outputs_that_differ_are_told(
+    arguments: list[str], speculators: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        generation = speculate(*args, **kwargs)
+        generation.sequences[0, -2] = 7
+        return generation
+
+    monkeypatch.setattr(SPECULATE, wrong)
+    run = speculators(*arguments)
+    assert run.status == 0, run.stderr
+    report = report_in(tmp_path / "report")
+    assert report.results[0].overall.identical == 0
+    for prompt in report.prompts:
+        difference = prompt.speculative[0].difference
+        assert difference is not None
+        assert difference.position == NEW_TOKENS - 2
+        assert difference.speculative == 7
+    assert "0 of 3" in run.stdout
+    assert "Prompt 101, draft of 5: new token 11 is 7, by plain decoding " in run.stdout
+
+
+# Stopping
+
+
+def test_an_interrupted_evaluation_keeps_what_was_measured(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    script = """
+import os, signal
+from speculators.evaluate.evaluation import Evaluation
+run = Evaluation.run
+def interrupted(self):
+    for result in run(self):
+        yield result
+        if len(self.measured) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+Evaluation.run = interrupted
+from speculators.cli import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 128 + signal.SIGINT, done.stderr
+    assert "Traceback" not in done.stderr
+    report = report_in(tmp_path / "report")
+    assert not report.complete
+    assert [prompt.id for prompt in report.prompts] == ["81", "82"]
+    assert list(report.results[0].categories) == ["writing"]
+    assert "Stopped after 2 of 3 prompts." in done.stdout
+    assert entries(tmp_path / "report") == REPORT_FILES
+
+
+def test_an_evaluation_that_fails_keeps_what_was_measured(
+    arguments: list[str], speculators: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(10))
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 2:
+            raise EvaluationError("It broke.")
+        return speculate(*args, **kwargs)
+
+    monkeypatch.setattr(SPECULATE, failing)
+    run = speculators(*arguments)
+    assert run.status == 1
+    assert run.errors == ["It broke."]
+    report = report_in(tmp_path / "report")
+    assert not report.complete
+    assert [prompt.id for prompt in report.prompts] == ["81"]
+
+
+def test_nothing_is_written_if_nothing_was_measured(
+    arguments: list[str], speculators: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise EvaluationError("It broke.")
+
+    monkeypatch.setattr(SPECULATE, failing)
+    run = speculators(*arguments)
+    assert (run.status, run.stdout) == (1, "")
+    assert entries(tmp_path) == ["prompts.jsonl"]
+
+
+# The output
+
+
+def test_an_earlier_report_is_replaced_only_if_asked(
+    arguments: list[str], speculators: CommandLine, tmp_path: Path
+) -> None:
+    assert speculators(*arguments, "--num-draft-tokens=1..2").status == 0
+    before = (tmp_path / "report" / "report.json").read_bytes()
+    run = speculators(*arguments)
+    assert run.status == 1
+    assert "--overwrite" in run.errors[0]
+    assert (tmp_path / "report" / "report.json").read_bytes() == before
+    assert speculators(*arguments, "--overwrite").status == 0
+    assert entries(tmp_path / "report") == REPORT_FILES
+
+
+def test_nothing_but_a_report_is_replaced(
+    pair: Pair, arguments: list[str], speculators: CommandLine, tmp_path: Path
+) -> None:
+    shutil.copytree(pair.draft, tmp_path / "report")
+    run = speculators(*arguments, "--overwrite")
+    assert run.status == 1
+    assert "is not a report of speculators" in run.errors[0]
+    assert entries(tmp_path / "report") == entries(pair.draft)
+
+
+def test_without_matplotlib_there_is_a_report_without_plots(
+    arguments: list[str], speculators: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = speculators(*arguments)
+    assert run.status == 0, run.stderr
+    assert entries(tmp_path / "report") == ["report.json"]
+    assert any("pip install 'speculators[evaluate]'" in message for message in run.messages)
+
+
+# Errors
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    def spoil(verifier: Path) -> None:
+        for name in names:
+            (verifier / name).unlink()
+
+    return spoil
+
+
+def another_size(verifier: Path) -> None:
+    shutil.rmtree(verifier)
+    save_quietly(tiny_llama(hidden_size=32), verifier)
+
+
+def another_tokenizer(verifier: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<{number}>" for number in range(VOCABULARY)])
+    tokenizer.chat_template = "<300>"
+    tokenizer.save_pretrained(verifier)
+
+
+def a_refusing_template(verifier: Path) -> None:
+    template = "{{ raise_exception('Only questions are answered.') }}"
+    (verifier / "chat_template.jinja").write_text(template)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, r"verifier does not exist; give a directory"),
+        (without("config.json"), r"has no config\.json"),
+        (another_size, r"its hidden size is 64, the verifier's is 32"),
+        (without("tokenizer.json", "tokenizer_config.json"), r"^The tokenizer of the verifier .*"),
+        (without("model.safetensors"), r"^The weights of the verifier .* cannot be loaded: "),
+        (another_tokenizer, r"^Prompt 81 has token \d+, but the verifier knows 320"),
+        (a_refusing_template, r"refuses prompt 81: Only questions are answered\."),
+    ],
+    ids=lambda it: getattr(it, "__name__", ""),
+)
+def test_a_verifier_that_cannot_be_used(
+    pair: Pair,
+    arguments: list[str],
+    speculators: CommandLine,
+    tmp_path: Path,
+    spoil: Callable[[Path], None],
+    message: str,
+) -> None:
+    verifier = tmp_path / "verifier"
+    shutil.copytree(pair.verifier, verifier)
+    spoil(verifier)
+    run = speculators(*arguments, "--verifier", verifier)
+    assert run.status == 1, run.stdout
+    assert len(run.errors) == 1
+    assert re.search(message, run.errors[0])
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (None, r"draft names no verifier in its config\.json; give it with --verifier\.$"),
+        ("/no/such/verifier", r"does not exist.* config\.json names it; give another with --ver"),
+    ],
+)
+def test_a_draft_whose_verifier_is_not_here(
+    pair: Pair,
+    prompts: Path,
+    speculators: CommandLine,
+    tmp_path: Path,
+    name: str | None,
+    message: str,
+) -> None:
+    draft = tmp_path / "draft"
+    shutil.copytree(pair.draft, draft)
+    config = json.loads((draft / "config.json").read_text())
+    config["speculators_config"]["verifier"]["name_or_path"] = name
+    (draft / "config.json").write_text(json.dumps(config))
+    run = speculators("evaluate", draft, "--prompts", prompts)
+    assert run.status == 1
+    assert re.search(message, run.errors[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--prompts=none.jsonl"], 1, "none.jsonl cannot be read: No such file"),
+        (["--device=abacus"], 1, "The device 'abacus' cannot be used: "),
+        (["--device=cuda:77"], 1, "The device 'cuda:77' cannot be used: "),
+        (["--proposal=static_tree", "--num-draft-tokens=3"], 1, "The static tree has 25 tokens"),
+        (["--num-draft-tokens=0"], 2, "neither a number of tokens"),
+        (["--num-draft-tokens=4..2"], 2, "neither a number of tokens"),
+        (["--num-draft-tokens=few"], 2, "neither a number of tokens"),
+        (["--max-new-tokens=0"], 2, "--max-new-tokens"),
+        (["--temperature=-1"], 2, "--temperature"),
+        (["--proposal=guess"], 2, "--proposal"),
+        (["--dtype=int8"], 2, "--dtype"),
+    ],
+    ids=lambda it: it[0] if isinstance(it, list) else "",
+)
+def test_what_cannot_be_asked_for(
+    arguments: list[str], speculators: CommandLine, options: list[str], status: int, message: str
+) -> None:
+    run = speculators(*arguments, *options)
+    assert run.status == status
+    assert message in " ".join(run.errors or [run.stderr])

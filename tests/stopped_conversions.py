@@ -1,0 +1,297 @@
+"""Conversions that are stopped at every moment, or meet: what is left, and what the next run does.
+
+Run as a process of its own, which loads neither torch nor pytest, so that it can fork hundreds of
+conversions in seconds:
+
+    python stopped_conversions.py stop SIGNAL SCENARIO SOURCE VERIFIER DIRECTORY
+    python stopped_conversions.py meet ROUNDS SCENARIO SOURCE VERIFIER DIRECTORY
+
+SCENARIO is a key of ``SCENARIOS``. ``stop``: the conversion sends itself SIGNAL, first at its
+first moment, then at its second, until it lives to its end. A moment is before and after each
+call that changes files, and within each copy, as copies go by small steps here. For each moment
+an ``Outcome`` is printed, as a line of JSON. ``meet``: two conversions to one output are let go
+at once; for each round a ``Meeting`` is printed.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from speculators.cli import main
+
+AUDITED = {
+    "open",
+    "ctypes.dlopen",
+    "fcntl.flock",
+    "os.chmod",
+    "os.listdir",
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.scandir",
+    "shutil.rmtree",
+    "tempfile.mkdtemp",
+}
+"""What the interpreter tells of just before it is done (PEP 578)."""
+
+WRAPPED = ("copy_file_range", "fsync", "pread", "write")
+STEP = 65536
+"""The most bytes that a copy moves in one call here."""
+MARK = "moment: "
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is at the output before, and whether the file system can swap two directories."""
+
+    replaces: bool
+    swaps: bool = True
+
+
+SCENARIOS = {
+    "fresh": Scenario(replaces=False),
+    "overwrite": Scenario(replaces=True),
+    "overwrite without swap": Scenario(replaces=True, swaps=False),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a conversion that was stopped at a moment left.
+
+    Attributes:
+        event: what was about to happen, or had just happened; empty if it lived to its end.
+        status: how the process ended, as ``os.waitstatus_to_exitcode`` tells it.
+        errors: its log's lines of level ERROR.
+        output: "before", "first" (the complete one), "missing" (where there was one) or "mixed".
+        siblings: how many temporary directories are left.
+        put_back: where the output was missing: what it is after a run without --overwrite.
+        next_status: of one more run, with --overwrite if something is there.
+        next_output: what the output is then.
+        next_siblings: how many temporary directories are left then.
+
+    """
+
+    event: str
+    status: int
+    errors: list[str]
+    output: str
+    siblings: int
+    put_back: str
+    next_status: int
+    next_output: str
+    next_siblings: int
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What two conversions to one output left; the second one rounds the tensors."""
+
+    statuses: list[int]
+    errors: list[list[str]]
+    output: str  # "before", "first", "second", "missing" or "mixed"
+    siblings: int
+
+
+class Moments:
+    """Counts the moments of this process, and sends it a signal at one of them."""
+
+    def __init__(self, at: int, number: int) -> None:
+        self.left, self.number, self.write = at, number, os.write
+
+    def pass_by(self, event: str) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.write(2, f"{MARK}{event}\n".encode())
+            os.kill(os.getpid(), self.number)
+
+    def watch(self) -> None:
+        def audit(event: str, arguments: tuple[Any, ...]) -> None:
+            if event in AUDITED:
+                self.pass_by(f"before {event} {arguments[0]!r}")
+
+        os.fsync = lambda _: None  # type: ignore[assignment]  # the power stays on
+        for name in WRAPPED:
+            setattr(os, name, self._wrap(name, getattr(os, name)))
+        sys.addaudithook(audit)
+
+    def _wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            if name == "copy_file_range":
+                arguments = (*arguments[:2], min(arguments[2], STEP), *arguments[3:])
+            self.pass_by(f"before {name}")
+            result = call(*arguments, **options)
+            self.pass_by(f"after {name}")
+            return result
+
+        return wrapped
+
+
+@dataclass(frozen=True)
+class Fork:
+    """The command line, running in a fork of this process."""
+
+    pid: int
+    stderr: int
+
+    def end(self) -> tuple[int, list[str]]:
+        """Wait for it; its status, and what it wrote."""
+        with os.fdopen(self.stderr) as pipe:
+            lines = pipe.read().splitlines()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), lines
+
+
+def fork(
+    arguments: list[str],
+    scenario: Scenario,
+    at: int = 0,
+    number: int = 0,
+    begin: Callable[[], object] = lambda: None,
+) -> Fork:
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(write_end)
+        return Fork(pid, read_end)
+    status = 99
+    with contextlib.suppress(BaseException):
+        os.dup2(write_end, 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        if not scenario.swaps:
+            ctypes.CDLL = lambda *_, **__: object()  # type: ignore[misc, assignment]
+        begin()
+        Moments(at, number).watch()
+        status = run_here(arguments)
+    os._exit(status)
+
+
+def run_here(arguments: list[str]) -> int:
+    sys.argv = ["speculators", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+class Conversions:
+    """Conversions of one source, and what they may leave."""
+
+    def __init__(self, scenario: Scenario, source: str, verifier: str, directory: Path) -> None:
+        self.scenario, self.source, self.verifier = scenario, source, verifier
+        self.directory = directory
+        self.old, first, second = (directory / name for name in ("old", "first", "second"))
+        # In this process, so that what is imported on the way is there in all forks.
+        for output, options in ((self.old, ()), (first, ()), (second, ("--dtype", "bfloat16"))):
+            assert run_here(self.command(output, *options)) == 0
+        (self.old / "notes.txt").write_text("of the old one")
+        self.states = {
+            "first": contents(first),
+            "second": contents(second),
+            "before": contents(self.old) if scenario.replaces else None,
+        }
+
+    def command(self, output: Path, *options: str) -> list[str]:
+        place = ["convert", "eagle", self.source, str(output), self.verifier]
+        return [*place, "--no-validate", *options]
+
+    @contextlib.contextmanager
+    def output(self) -> Iterator[Path]:
+        place = self.directory / "place"
+        place.mkdir()
+        if self.scenario.replaces:
+            shutil.copytree(self.old, place / "out")
+        yield place / "out"
+        shutil.rmtree(place)
+
+    def state(self, output: Path) -> str:
+        found = contents(output)
+        names = [name for name, content in self.states.items() if content == found]
+        return names[0] if names else "missing" if found is None else "mixed"
+
+
+def contents(directory: Path) -> dict[str, bytes] | None:
+    if not directory.exists():
+        return None
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def siblings(output: Path) -> int:
+    return len(list(output.parent.glob(".*")))
+
+
+def errors(lines: list[str]) -> list[str]:
+    return [line.split(" | ", 2)[2] for line in lines if "| ERROR " in line]
+
+
+def stop(conversions: Conversions, signal_name: str) -> Iterator[Outcome]:
+    scenario, options = conversions.scenario, ["--overwrite"] * conversions.scenario.replaces
+    moment, event = 0, "none yet"
+    while event:
+        moment += 1
+        with conversions.output() as output:
+            command = conversions.command(output, *options)
+            number = signal.Signals[signal_name]
+            status, lines = fork(command, scenario, moment, number).end()
+            event = "".join(line.removeprefix(MARK) for line in lines if line.startswith(MARK))
+            found, left, put_back = conversions.state(output), siblings(output), ""
+            if found == "missing":
+                fork(conversions.command(output), scenario).end()
+                put_back = conversions.state(output)
+            command = conversions.command(output, *["--overwrite"] * output.exists())
+            next_status, _ = fork(command, scenario).end()
+            yield Outcome(
+                event=event,
+                status=status,
+                errors=errors(lines),
+                output=found,
+                siblings=left,
+                put_back=put_back,
+                next_status=next_status,
+                next_output=conversions.state(output),
+                next_siblings=siblings(output),
+            )
+
+
+def meet(conversions: Conversions, rounds: str) -> Iterator[Meeting]:
+    options = ["--overwrite"] * conversions.scenario.replaces
+    for _ in range(int(rounds)):
+        with conversions.output() as output:
+            gate, hold = os.pipe()
+
+            def begin(gate: int = gate, hold: int = hold) -> None:
+                os.close(hold)
+                os.read(gate, 1)  # until it is closed everywhere else
+
+            both = [
+                fork(
+                    conversions.command(output, *options, *more), conversions.scenario, begin=begin
+                )
+                for more in ((), ("--dtype", "bfloat16"))
+            ]
+            os.close(gate)
+            os.close(hold)
+            ends = [one.end() for one in both]
+            yield Meeting(
+                statuses=[status for status, _ in ends],
+                errors=[errors(lines) for _, lines in ends],
+                output=conversions.state(output),
+                siblings=siblings(output),
+            )
+
+
+if __name__ == "__main__":
+    what, how, which, source, verifier, directory = sys.argv[1:]
+    conversions = Conversions(SCENARIOS[which], source, verifier, Path(directory))
+    results = stop(conversions, how) if what == "stop" else meet(conversions, how)
+    for result in results:
+        print(json.dumps(asdict(result)), flush=True)
