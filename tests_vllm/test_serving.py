@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import drafts
 from drafts import VARIANTS, VERIFIER
-from serving import Answers, Server, Stopped, run_engine, serve, speculation
+from processes import Answers, Server, Stopped, run_engine, serve, speculation
 from simulation import simulate
 from speculators.convert.eagle import EagleConverter
 from speculators.convert.export import export
