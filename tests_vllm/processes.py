@@ -106,7 +106,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=ENVIRONMENT | IN_ONE_PROCESS | (environment or {}),
+        env={**ENVIRONMENT, **IN_ONE_PROCESS, **(environment or {})},
         timeout=2 * START_SECONDS,
     )
     assert done.returncode == 0, done.stdout
