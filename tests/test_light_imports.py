@@ -136,6 +136,7 @@ LIGHT = [
         "convert",
         "inspection",
         "batch",
+        "publish",
         "integrations",
     }
     and module

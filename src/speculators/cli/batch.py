@@ -36,12 +36,12 @@ def _print(outcomes: Sequence[Outcome]) -> None:
             str(outcome.conversion.output),
             outcome.state.value,
             f"{outcome.seconds:.1f}" if outcome.seconds else "",
-            outcome.error or "",
+            outcome.error or outcome.url or "",
         )
         for number, outcome in enumerate(outcomes, start=1)
     )
     show(
-        table(("entry", "output", "outcome", "seconds", "error"), rows),
+        table(("entry", "output", "outcome", "seconds", "error or URL"), rows),
         "",
         ", ".join(f"{counts[state]} {state.value}" for state in State if counts[state]) + ".",
     )
