@@ -155,38 +155,41 @@ def test_as_much_is_accepted_as_evaluate_says(
     assert with_draft(variant).acceptance_length == pytest.approx(expected, abs=0.05)
 
 
-def test_compiling_and_splitting_over_workers_changes_nothing(
+def test_one_draft_in_two_ways(
     tmp_path: Path, prompts: list[list[int]], tiny_verifier: Path
 ) -> None:
-    """One draft with every feature: eagerly on one worker, and compiled on two."""
+    """A draft with every feature: as it is, eagerly, by one worker; and older, compiled, by two."""
     published = drafts.tiny_draft(tmp_path / "published")
     draft = EagleConverter().convert(published, tmp_path / "converted", tiny_verifier)
-    eager = engine(draft, model=str(tiny_verifier))
-    compiled = eager | {"tensor_parallel_size": 2, "enforce_eager": False}
-    once = run(tmp_path / "once", prompts, eager).answers
+    older = drafts.in_the_older_layout(draft, tmp_path / "older")
+    arguments = {"model": str(tiny_verifier)}
+    compiled = engine(older, **arguments, tensor_parallel_size=2, enforce_eager=False)
+    once = run(tmp_path / "once", prompts, engine(draft, **arguments)).answers
     again = run(tmp_path / "again", prompts, compiled, environment=ONE_CORE_EACH).answers
     assert again == once
     assert sum(once.accepted) > 0
 
 
+@pytest.mark.parametrize("variant", ["eagle1", "attention_biases"])
 def test_an_exported_draft_is_served_without_the_plugin(
     tmp_path: Path,
     prompts: list[list[int]],
     converted: dict[str, Path],
     without: Answers,
     with_draft: Callable[[str], Answers],
+    variant: str,
 ) -> None:
-    exported = export(converted["eagle1"], tmp_path / "exported", "vllm")
+    exported = export(converted[variant], tmp_path / "exported", "vllm")
     outcome = run(
         tmp_path / "result",
         prompts,
         engine(exported),
         # Otherwise the tests above would show nothing.
-        {"converted": engine(converted["eagle1"])},
+        {"converted": engine(converted[variant])},
         environment=WITHOUT_PLUGINS,
     )
     assert outcome.answers.tokens == without.tokens
-    assert outcome.answers.accepted == with_draft("eagle1").accepted
+    assert outcome.answers.accepted == with_draft(variant).accepted
     assert "Expected one of" in outcome.refused["converted"]
 
 
