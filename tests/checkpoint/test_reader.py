@@ -411,6 +411,13 @@ def test_a_key_that_stands_twice_in_a_config_is_told(directory: Path, log: list[
     assert log == [f"WARNING {path} has the key vocab_size twice, and the last one counts"]
 
 
+def test_a_config_larger_than_any_is_not_read(directory: Path) -> None:
+    with (directory / "config.json").open("r+b") as file:
+        file.truncate(1 << 30)  # a hole: it takes no space
+    with pytest.raises(CheckpointError, match=r"config\.json has more than 32 MiB, as no config"):
+        read_config(LocalDirectory(directory))
+
+
 # --- any index whatever
 
 

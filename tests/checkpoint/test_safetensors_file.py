@@ -37,11 +37,6 @@ def file_of(path: Path, header: Header, data: bytes = b"") -> Path:
     return raw_file(path, json.dumps(header).encode(), data)
 
 
-def open_with_the_library(path: Path) -> None:
-    with safetensors.safe_open(path, "np"):
-        pass
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
@@ -87,8 +82,11 @@ def test_every_type_that_the_library_knows(path: Path, dtype: str) -> None:
 
 def test_no_type_of_the_library_is_missing(path: Path) -> None:
     file_of(path, {"a": entry("Z9", [1], 0, 1)}, b"1")
-    with pytest.raises(safetensors.SafetensorError, match="unknown variant") as caught:
-        open_with_the_library(path)
+    with (
+        pytest.raises(safetensors.SafetensorError, match="unknown variant") as caught,
+        safetensors.safe_open(path, "np"),
+    ):
+        pass
     known = set(re.findall(r"`([A-Z]\w*)`", str(caught.value).partition("expected")[2]))
     assert known == DTYPE_BITS.keys()
 
@@ -284,14 +282,17 @@ def test_a_header_that_is_not_as_long_as_it_says(path: Path, length: int) -> Non
         tracemalloc.stop()
 
 
-def test_a_header_beyond_the_librarys_limit(path: Path) -> None:
-    raw_file(path, b"{}", length=100_000_001)
+def test_a_header_beyond_any_is_not_read(path: Path) -> None:
+    raw_file(path, b"{}", length=100_000_000)
     with path.open("r+b") as file:
         file.truncate(1 << 30)  # a hole: it takes no space
-    with pytest.raises(CheckpointError, match="no safetensors file may have more than 100000000"):
-        read_safetensors_file(path)
-    with pytest.raises(safetensors.SafetensorError, match="header too large"):
-        open_with_the_library(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="more than any that tells of tensors"):
+            read_safetensors_file(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("more", [b"", b"x"])
@@ -325,11 +326,9 @@ def test_other_files_get_their_own_sentence(path: Path, data: bytes, message: st
     assert str(caught.value).startswith(f"{path} ")
 
 
-@pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x1f\x8b\x08", b"BZh", b"GGUF", b"\x80\x02"])
+@pytest.mark.parametrize("start", [b"PK\x03", b"\x1f\x8b\x08", b"BZh", b"\x80\x02"])
 def test_a_header_whose_length_looks_like_another_file(path: Path, start: bytes) -> None:
     (length,) = struct.unpack("<Q", start.ljust(8, b"\0"))
-    if length > 100_000_000:
-        pytest.skip("no header is that long")
     raw_file(path, b"{}".ljust(length))
     assert read_safetensors_file(path) == {}
 

@@ -9,7 +9,11 @@ from loguru import logger
 
 from speculators.errors import CheckpointError, printable
 
-__all__ = ["parse_json", "read_json"]
+__all__ = ["MAX_JSON_BYTES", "parse_json", "read_json"]
+
+# Some 150 bytes tell of a tensor, and the largest models have 150,000 of them in their index.
+# What is parsed may take twenty times as much memory, if it is made to.
+MAX_JSON_BYTES = 32 << 20
 
 
 def parse_json(raw: bytes) -> tuple[dict[str, Any], str | None]:
@@ -54,6 +58,11 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
         CheckpointError: if it holds anything else.
 
     """
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path} has more than {MAX_JSON_BYTES >> 20} MiB, as no config or index has; "
+            "fetch it again."
+        )
     try:
         value, twice = parse_json(path.read_bytes())
     except ValueError as error:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint.json_file import parse_json
+from speculators.checkpoint.json_file import MAX_JSON_BYTES, parse_json
 from speculators.checkpoint.other_files import refuse_other_files
 from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo, check_name, check_sizes
 from speculators.errors import CheckpointError, printable
@@ -21,7 +21,6 @@ from speculators.errors import CheckpointError, printable
 __all__ = ["PREFIX_BYTES", "encode_header", "find_data", "parse_header", "read_safetensors_file"]
 
 PREFIX_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library, kept for the same files
 ALIGNMENT = 8
 PAGE_BYTES = 4096
 
@@ -75,10 +74,10 @@ def find_data(prefix: bytes, size: int, path: Path) -> int:
             f"{path} is truncated or not a safetensors file: its header should take "
             f"{header_bytes} bytes, the file has {size}; fetch it again."
         )
-    if header_bytes > MAX_HEADER_BYTES:
+    if header_bytes > MAX_JSON_BYTES:
         raise CheckpointError(
-            f"{path} has a header of {header_bytes} bytes, and no safetensors file may have more "
-            f"than {MAX_HEADER_BYTES}; fetch it again."
+            f"{path} has a header of {header_bytes} bytes, more than any that tells of tensors; "
+            "fetch it again."
         )
     return PREFIX_BYTES + int(header_bytes)
 

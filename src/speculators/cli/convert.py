@@ -30,7 +30,10 @@ def convert() -> None:
 def eagle(
     source: Annotated[
         str | None,
-        typer.Argument(metavar="INPUT", help="The draft: a directory or a Hugging Face id."),
+        typer.Argument(
+            metavar="INPUT",
+            help="The draft: a directory, a file of weights in one, or a Hugging Face id.",
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Argument(metavar="OUTPUT", help="The directory to make.")

@@ -155,7 +155,8 @@ def _decode(
     drafter = drafter_of(draft, BlockCache(padding), proposal, warp_of(logits_processor))
 
     prompts = [Prompt(tokens, stopping, streamer) for tokens in input_ids.tolist()]
-    with VerifierPass(verifier, BlockCache(padding)) as target:
+    max_length = int(generation_config.max_length or 0)
+    with VerifierPass(verifier, BlockCache(padding), max_length) as target:
         logits, states = target.prefill(input_ids, attention_mask, inputs.get("position_ids"))
         for prompt, last in zip(prompts, logits[:, -1], strict=True):
             prompt.extend([choice(prompt.tokens, last)])

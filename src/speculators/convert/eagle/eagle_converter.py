@@ -70,7 +70,7 @@ class EagleConverter:
         then, and if anything fails, ``output_path`` is left as it was.
 
         Args:
-            input_path: a directory or a Hugging Face id.
+            input_path: a directory, a file of weights beside a config.json, or a Hugging Face id.
             output_path: the directory to make.
             base_model: the verifier that the draft was trained for: a directory or a Hugging
                 Face id. Its config is read; its weights only to validate.
