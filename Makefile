@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CACHE := .cache
 VERIFIER := $(CACHE)/SmolLM2-135M-Instruct
+CONVERTED := $(CACHE)/converted
 INSTALLED := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
@@ -27,9 +28,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(VERIFIER): examples/make_verifier.py | $(INSTALLED)
 	$(BIN)/python examples/make_verifier.py $@
 
-demo: $(VERIFIER)  ## convert a real trained draft, and prove it
-	$(BIN)/speculators convert eagle examples/smollm2-135m-eagle1 $(CACHE)/converted $(VERIFIER) \
-		--overwrite
+demo: $(VERIFIER)  ## convert a real trained draft, prove it, and measure how well it drafts
+	$(BIN)/speculators convert eagle examples/smollm2-135m-eagle1 $(CONVERTED) $(VERIFIER) --overwrite
+	$(BIN)/speculators evaluate $(CONVERTED) --limit 4 --max-new-tokens 48 --num-draft-tokens 2
 
 test: $(VERIFIER)  ## run the whole test suite
 	$(BIN)/python -m pytest -n 2
@@ -54,8 +55,10 @@ lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## measure, and write benchmarks/results
+bench: $(VERIFIER)  ## measure, and write benchmarks/results
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/speculators convert eagle examples/smollm2-135m-eagle1 $(CONVERTED) $(VERIFIER) --overwrite
+	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER)
 
 bench-vllm: $(VERIFIER) $(VLLM_INSTALLED)  ## compare the plugin with vLLM's own EAGLE
 	$(VLLM_BIN)/python benchmarks/serving.py

@@ -465,6 +465,8 @@ class HubHandler(BaseHTTPRequestHandler):
                 (directory / value["path"]).write_bytes(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
                 shutil.copy(self.server.large_files / value["oid"], directory / value["path"])
+            elif line["key"] == "deletedFile":
+                (directory / value["path"]).unlink()
         target = "refs/pr/1" if pull_request else revision
         commit = self.server.add_repo(repo_id, directory, revision=target)
         self.reply_json(

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "models": {"decode", "checkpoint", "format", "errors"},
     "convert": {"models", "checkpoint", "format", "errors"},
     "evaluate": {"decode", "models", "checkpoint", "format", "errors"},
-    "integrations": {"convert", "models", "checkpoint", "format", "errors"},
+    "integrations": {"convert", "checkpoint", "format", "errors"},
     "inspection": {"convert", "models", "checkpoint", "format", "errors"},
     "publish": {"convert", "evaluate", "checkpoint", "format", "errors"},
     "batch": {"publish", "convert", "checkpoint", "format", "errors"},

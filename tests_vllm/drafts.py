@@ -50,8 +50,8 @@ def hass(directory: Path) -> Path:
 
 
 def attention_biases(directory: Path) -> Path:
-    """The HASS draft with biases on q, k and v as well, and an embedding of its own."""
-    config, tensors = read(EXAMPLES / "smollm2-135m-hass")
+    """The EAGLE-1 draft with biases on q, k and v, and an embedding of its own."""
+    config, tensors = read(EXAMPLES / "smollm2-135m-eagle1")
     dtype = tensors["fc.weight"].dtype
     for seed, name in enumerate("qkv"):
         rows = len(tensors[f"layers.0.self_attn.{name}_proj.weight"])
@@ -89,6 +89,23 @@ VARIANTS: dict[str, Callable[[Path], Path]] = {
     "attention_biases": attention_biases,
     "layernorms": layernorms,
 }
+
+
+def in_the_older_layout(converted: Path, directory: Path) -> Path:
+    """A converted draft by the names that speculators 0.1.0 to 0.3.0 wrote."""
+    older = {
+        "fc.": "fusion_fc.",
+        "hidden_layernorm.": "transformer.input_layernorm.",
+        "layers.0.": "transformer.",
+        "post_embedding_layernorm.": "embedding_layernorm.",
+    }
+    config, tensors = read(converted)
+
+    def renamed(name: str) -> str:
+        prefix = next((it for it in older if name.startswith(it)), "")
+        return older.get(prefix, "") + name.removeprefix(prefix)
+
+    return write(directory, config, {renamed(name): it for name, it in tensors.items()})
 
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 128, 256, 4, 2

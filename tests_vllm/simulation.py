@@ -1,7 +1,7 @@
 """What a chain of drafted tokens would have been accepted, by the draft as our own model.
 
-No engine is in it: the answers are known, so every step of greedy speculation follows from the
-verifier's hidden states over a whole answer and the draft's forward pass.
+No engine and no loop of ours is in it: the answers are known, so every step of greedy speculation
+follows from the verifier's hidden states over a whole answer and the draft's forward pass.
 """
 
 from dataclasses import dataclass
@@ -38,24 +38,29 @@ def simulate(
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = torch.tensor([prompt + answer])
         hidden = verifier.model(tokens).last_hidden_state
+        # Attention is causal, so one pass gives the first token of every chain.
+        first = draft(tokens[:, 1:], hidden[:, :-1])
         settled = len(prompt) + 1  # the prompt's pass gives the first token
         while settled < tokens.shape[1]:
-            left = min(length, tokens.shape[1] - settled - 1)
-            if left == 0:
-                break
-            chain = _draft(draft, tokens[:, :settled], hidden[:, : settled - 1], left)
-            right = (chain == tokens[0, settled : settled + left]).long().cumprod(0)
+            left = min(length, tokens.shape[1] - settled)
+            right = 0
+            chain, states = tokens[:, :settled], hidden[:, : settled - 1]
+            guess, state = _at(first.logits, settled - 2), first.last_hidden_state
+            state = state[:, settled - 2 : settled - 1]
+            while guess == tokens[0, settled + right]:
+                right += 1
+                if right == left:
+                    break
+                chain = torch.cat((chain, guess.view(1, 1)), 1)
+                states = torch.cat((states, state), 1)
+                output = draft(chain[:, 1:], states, logits_to_keep=1)
+                guess, state = _at(output.logits, -1), output.last_hidden_state[:, -1:]
             found.drafts += 1
-            for position in range(int(right.sum())):
+            for position in range(right):
                 found.accepted[position] += 1
-            settled += int(right.sum()) + 1
+            settled += right + 1
     return found
 
 
-def _draft(draft: EagleSpeculator, tokens: Tensor, hidden: Tensor, length: int) -> Tensor:
-    """The chain after ``tokens``, of which all but the last have a hidden state."""
-    for _ in range(length):
-        output = draft(tokens[:, 1:], hidden, logits_to_keep=1)
-        tokens = torch.cat((tokens, output.logits[:, -1].argmax(-1, keepdim=True)), 1)
-        hidden = torch.cat((hidden, output.last_hidden_state[:, -1:]), 1)
-    return tokens[0, -length:]
+def _at(logits: Tensor, position: int) -> Tensor:
+    return logits[0, position].argmax()

@@ -133,11 +133,12 @@ def test_a_file_that_the_repository_lacks(server: HubServer) -> None:
     assert repository.part("model-00001-of-00002.safetensors", [HEAD]) is None
 
 
-def test_a_whole_file_in_the_cache_is_used(server: HubServer) -> None:
+def test_a_whole_file_in_the_cache_is_used(server: HubServer, cache: Path) -> None:
     whole = HubRepository("org/verifier").file(FILE)
     server.requests.clear()
     assert fetch(HEAD) == whole
     assert ranges(server) == []
+    assert not (cache / "assets").exists()
 
 
 def test_the_reader_asks_for_parts(server: HubServer) -> None:

@@ -244,18 +244,11 @@ class HubRepository:
 
     def _part_file(self, filename: str, tensors: Collection[str]) -> Path:
         """Where a part is kept: in the folder that the client has for what is made of files."""
-        from huggingface_hub import cached_assets_path, constants
+        from huggingface_hub import constants
 
         assert self.commit is not None
-        with self._told(filename):
-            folder = cached_assets_path(
-                "speculators",
-                namespace=self.name,
-                subfolder=self.commit,
-                assets_dir=(
-                    self.cache_dir / "assets" if self.cache_dir else constants.HF_ASSETS_CACHE
-                ),
-            )
+        assets = self.cache_dir / "assets" if self.cache_dir else Path(constants.HF_ASSETS_CACHE)
+        folder = assets / "speculators" / self.name.replace("/", "--") / self.commit
         digest = hashlib.sha256("\n".join([filename, *sorted(tensors)]).encode()).hexdigest()
         return folder / f"{Path(filename).stem}-{digest[:16]}.safetensors"
 
@@ -411,6 +404,7 @@ def _write_part(part: Path, tensors: Mapping[str, TensorInfo], url: str) -> None
     from huggingface_hub.utils import WeakFileLock
 
     incomplete = part.with_suffix(".incomplete")
+    part.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(part.with_suffix(".lock")):
         if part.is_file():
             return

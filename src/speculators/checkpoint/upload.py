@@ -8,6 +8,7 @@ become public, and each way to fail is one sentence.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -120,8 +121,8 @@ def upload(
     """Upload the files of a converted draft, in one commit: all of them, or none.
 
     Whatever else lies in the directory is not uploaded. A file that the repository has already is
-    not sent again. A model card that speculators wrote does not replace one that somebody wrote
-    or edited.
+    not sent again, and one of an earlier draft that is not part of this one is deleted there. A
+    model card that speculators wrote does not replace one that somebody wrote or edited.
 
     Args:
         directory: the draft.
@@ -142,7 +143,7 @@ def upload(
             repository or branch was made.
 
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     check_upload(repo_id, token=token)
     api = HfApi(token=True if token is None else token, library_name="speculators")
@@ -156,12 +157,17 @@ def upload(
             f"{repo_id} exists and is public, so nothing was uploaded: make it private in its "
             "settings, choose another repository, or leave private out."
         )
-    filenames = {path.name for pattern in FILES for path in directory.glob(pattern)}
-    filenames -= _find_kept(api, there, directory)
-    with _told(repo_id), _bars_on_a_terminal_only():
+    kept = _find_kept(api, there, directory)
+    added = {path.name for pattern in FILES for path in directory.glob(pattern)} - kept
+    names = {file.rfilename for file in there.siblings or ()}
+    stale = {name for name in names if any(fnmatch(name, it) for it in FILES)} - added - {README}
+    with _told(repo_id):
         commit = api.create_commit(
             repo_id,
-            [CommitOperationAdd(name, directory / name) for name in sorted(filenames)],
+            [
+                *(CommitOperationAdd(name, directory / name) for name in sorted(added)),
+                *(CommitOperationDelete(name) for name in sorted(stale)),
+            ],
             commit_message=message or "Upload an EAGLE draft",
             commit_description=description,
             revision=revision,
@@ -175,29 +181,34 @@ def upload(
 
 @contextmanager
 def _told(repo_id: str) -> Iterator[None]:
+    """Let the client work, and tell what it raises in a sentence."""
     try:
-        yield
+        with _client_kept_quiet():
+            yield
     except Exception as error:  # the client lets errors of many libraries through
         raise_told(error, _SENTENCES, repo=repo_id)
 
 
 @contextmanager
-def _bars_on_a_terminal_only() -> Iterator[None]:
-    """Keep the client, which does not look where it draws its bars, from drawing them in a log."""
+def _client_kept_quiet() -> Iterator[None]:
+    """Keep the client from drawing bars in a log, and from remarks beside ours."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
+        logging,
     )
 
-    if sys.stderr.isatty() or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
+    verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity(logging.ERROR)
+    if bars and not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        logging.set_verbosity(verbosity)
+        if bars:
+            enable_progress_bars()
 
 
 def _find_kept(api: "HfApi", there: "ModelInfo", directory: Path) -> set[str]:

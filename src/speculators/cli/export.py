@@ -30,9 +30,12 @@ def export(
 ) -> None:
     """Write a converted draft in another layout, its tensors byte for byte.
 
-    OUT gets config.json and model.safetensors. It appears complete, or not at all.
+    OUT gets config.json and model.safetensors. It appears complete, or not at
+    all.
 
-    Example: speculators export ./converted ./for-sglang --to sglang
+    For example:
+
+    speculators export ./converted ./for-sglang --to sglang
     """
     from speculators.convert import export as exporting
 

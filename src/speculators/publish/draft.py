@@ -60,7 +60,10 @@ def publish_draft(
 
     """
     if report is not None:
-        (directory / REPORT_FILE).write_text(read_report(report).model_dump_json(indent=2) + "\n")
+        given = read_report(report)
+        if given.draft != repo_id and Path(given.draft).resolve() != directory.resolve():
+            logger.warning(f"The report is about {given.draft}: make sure that it is {directory}")
+        (directory / REPORT_FILE).write_text(given.model_dump_json(indent=2) + "\n")
     report = directory / REPORT_FILE
     config = parse_config(read_json(directory / "config.json"), str(directory))
     tensors = {

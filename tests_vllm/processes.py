@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,33 +17,33 @@ from typing import Any
 from drafts import ROOT, VERIFIER
 
 MAX_TOKENS = 48
-START_SECONDS = 300
-"""How long vLLM may take on a busy machine."""
+LENGTH = 3
+"""Of drafts."""
 
-ENGINE = {
+START_SECONDS = 300
+"""How long vLLM may take to start on a busy machine."""
+
+ENGINE: dict[str, Any] = {
     "model": str(VERIFIER),
     # In bfloat16 rounding decides between tokens that are nearly as likely.
     "dtype": "float32",
-    "max_model_len": 256,
+    "max_model_len": 384,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 64,  # so that prompts are prefilled in chunks
-    "kv_cache_memory_bytes": 128 << 20,
+    "kv_cache_memory_bytes": 192 << 20,
     "enforce_eager": True,
     "disable_log_stats": False,
 }
 """Small enough for two cores; ``LLM``'s arguments."""
 
-OF_TWO_WORKERS = {
-    # One core each; and two workers are processes in any case.
-    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-}
 ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
 }
+IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+ONE_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+WITHOUT_PLUGINS = {"VLLM_PLUGINS": ""}
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Answers:
 
     tokens: list[list[int]]
     drafts: int
-    draft_tokens: int
     accepted: list[int]
+    """By position."""
 
     @property
     def acceptance_length(self) -> float:
@@ -62,30 +62,43 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Stopped:
-    """An engine that did not start."""
+class Outcome:
+    """What a process of vLLM came to."""
 
-    log: str
+    answers: Answers
+    refused: dict[str, str]
+    """By name: why an engine did not start."""
 
 
-def run_engine(
-    prompts: list[list[int]], result: Path, *, plugins: str | None = None, **engine: Any
-) -> Answers | Stopped:
-    """Start vLLM, let it answer, and stop it.
+def engine(draft: Path, **arguments: Any) -> dict[str, Any]:
+    """The arguments of an engine with a draft."""
+    speculation = {"method": "eagle", "model": str(draft), "num_speculative_tokens": LENGTH}
+    return ENGINE | arguments | {"speculative_config": speculation}
+
+
+def run(
+    result: Path,
+    prompts: list[list[int]],
+    answering: Mapping[str, Any] | None,
+    refused: Mapping[str, Mapping[str, Any]] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Let engines start, answer and stop.
 
     Args:
-        prompts: tokens.
         result: a file to use.
-        plugins: which to load, by name; all, if not given.
-        **engine: arguments of ``LLM`` beside ``ENGINE``.
+        prompts: tokens.
+        answering: the engine that is to answer, if any.
+        refused: by name: engines that must not start.
+        environment: what to set for the process.
 
     """
-    job = {"engine": ENGINE | engine, "prompts": prompts, "max_tokens": MAX_TOKENS}
-    environment = dict(ENVIRONMENT)
-    if plugins is not None:
-        environment["VLLM_PLUGINS"] = plugins
-    if engine.get("tensor_parallel_size", 1) > 1:
-        environment |= OF_TWO_WORKERS
+    job = {
+        "refused": refused or {},
+        "engine": answering,
+        "prompts": prompts,
+        "max_tokens": MAX_TOKENS,
+    }
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("engine.py"), result],
         check=False,
@@ -93,23 +106,13 @@ def run_engine(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
-        timeout=START_SECONDS + 300,
+        env={**ENVIRONMENT, **IN_ONE_PROCESS, **(environment or {})},
+        timeout=2 * START_SECONDS,
     )
-    if done.returncode:
-        return Stopped(done.stdout)
-    return Answers(**json.loads(result.read_text()))
-
-
-def speculation(draft: Path, tokens: int = 3) -> dict[str, Any]:
-    """The argument of ``LLM`` that names a draft."""
-    return {
-        "speculative_config": {
-            "method": "eagle",
-            "model": str(draft),
-            "num_speculative_tokens": tokens,
-        }
-    }
+    assert done.returncode == 0, done.stdout
+    found = json.loads(result.read_text())
+    answers = found.get("answers", {"tokens": [], "drafts": 0, "accepted": []})
+    return Outcome(Answers(**answers), found["refused"])
 
 
 @dataclass(frozen=True)
@@ -139,44 +142,40 @@ class Server:
 
     def _open(self, path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
-            self.address + path,
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         return urllib.request.urlopen(request, timeout=300)
 
 
+class DidNotStartError(Exception):
+    """The server stopped before it answered; the message is its log."""
+
+
 @contextmanager
-def serve(model: Path, log: Path) -> Iterator[Server]:
-    """Run `vllm serve` until the block ends."""
+def serve(log: Path, model: Path, *options: str) -> Iterator[Server]:
+    """Run `vllm serve` until the block ends.
+
+    Raises:
+        DidNotStartError: if it ends before it can answer.
+
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {
-        "host": "127.0.0.1",
-        "port": port,
-        "dtype": ENGINE["dtype"],
-        "max-model-len": ENGINE["max_model_len"],
-        "max-num-seqs": ENGINE["max_num_seqs"],
-        "max-num-batched-tokens": ENGINE["max_num_batched_tokens"],
-        "kv-cache-memory-bytes": ENGINE["kv_cache_memory_bytes"],
-    }
-    arguments = [f"--{name}={value}" for name, value in options.items()]
+    names = set(ENGINE) - {"model", "enforce_eager", "disable_log_stats"}
+    arguments = [f"--{name.replace('_', '-')}={ENGINE[name]}" for name in sorted(names)]
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command += ["--host=127.0.0.1", f"--port={port}", "--enforce-eager", *arguments, *options]
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, "--enforce-eager", *arguments],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=ENVIRONMENT,
-            start_new_session=True,
+            command, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
         )
     server = Server(f"http://127.0.0.1:{port}")
     try:
         _wait_until_ready(server, process, log)
         yield server
     finally:
-        # Its whole group: the engine is a process of its own.
+        # Its whole group: the engine and its workers are processes of their own.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         try:
@@ -194,4 +193,4 @@ def _wait_until_ready(server: Server, process: subprocess.Popen[bytes], log: Pat
                 return
         except OSError:
             time.sleep(1)
-    raise AssertionError(f"vllm serve did not start:\n{log.read_text()}")
+    raise DidNotStartError(log.read_text())
