@@ -11,8 +11,8 @@ to print what it shows. A comment before it, which no reader sees, says otherwis
 
 In ``console`` a command follows ``$ ``, and goes on after a backslash or in lines that begin with
 ``> ``. A command that shows no output has to succeed, whatever it prints; a line of three dots
-stands for lines that are left out, and every time of day is the same. In ``python`` comments
-behind a ``print`` are its output.
+stands for lines that are left out, and times, seconds, commits and the loopback Hub's address for
+any other. In ``python`` comments behind a ``print`` are its output.
 """
 
 import re

@@ -27,7 +27,13 @@ from speculators.convert.eagle import EagleConverter
 
 VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 
-TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", re.MULTILINE)
+VARYING = {
+    r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d": "TIME",
+    r"\b[0-9a-f]{40}\b": "COMMIT",
+    r"127\.0\.0\.1:\d+": "HOST",
+    r"(?<=  )\d+\.\d\b": "SECONDS",
+}
+"""What differs from run to run, and stands for any other of its kind."""
 
 FOUND_BY_HOME = ("HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PATH")
 """Left out of the environment: a page shows what a user sees, who sets HF_HOME at most."""
@@ -43,6 +49,7 @@ def hub(verifier: Path) -> Iterator[HubServer]:
     with HubServer() as server:
         server.add_repo("yuhuili/EAGLE-LLaMA3.1-Instruct-8B", GOLDEN / PLAIN)
         server.add_repo("meta-llama/Llama-3.1-8B-Instruct", verifier)
+        server.add_repo("HuggingFaceTB/SmolLM2-135M-Instruct", VERIFIER)
         server.namespaces["member"].add("my-organization")
         yield server
 
@@ -66,7 +73,6 @@ def directory(
     """Where a page's blocks run: what they name is there, and `speculators` is on the path."""
     here = tmp_path / "here"
     for name, target in {
-        "examples": ROOT / "examples",
         "verifier": verifier,
         ".cache/SmolLM2-135M-Instruct": VERIFIER,
         ".cache/converted": real_draft,
@@ -74,6 +80,7 @@ def directory(
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).symlink_to(target)
 
+    shutil.copytree(ROOT / "examples", here / "examples")
     config = GOLDEN / PLAIN / "config.json"
     for name in ("draft", "pointer", "hostile"):
         (here / name).mkdir()
@@ -168,9 +175,15 @@ def run_command(block: Block, command: str, shown: str) -> None:
     if not shown or block.remark == "not compared":
         assert done.returncode == 0, where
     else:
-        expected = re.escape(TIME.sub("TIME", shown)).replace("\\.\\.\\.\\\n", r"(?:.*\n)*")
+        expected = re.escape(masked(shown)).replace("\\.\\.\\.\\\n", r"(?:.*\n)*")
         printed = "".join(f"{line.rstrip()}\n" for line in done.stdout.rstrip().splitlines())
-        assert re.fullmatch(expected, TIME.sub("TIME", printed)), where
+        assert re.fullmatch(expected, masked(printed)), where
+
+
+def masked(text: str) -> str:
+    for pattern, mask in VARYING.items():
+        text = re.sub(pattern, mask, text, flags=re.MULTILINE)
+    return text
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:

@@ -1,12 +1,14 @@
-"""The schemas in docs/ are those of the code, and what is written follows them."""
+"""The schemas in docs/ are those of the code, and pages tell every key."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from pages import ROOT
 from schemas import PRINTED, READ, schema, schema_file
+from speculators.batch.manifest import Conversion
 from speculators.convert.families import FAMILIES
 
 DOCS = ROOT / "docs"
@@ -45,3 +47,9 @@ def test_every_kind_is_described() -> None:
     page = (DOCS / "inspect.md").read_text(encoding="utf-8")
     for family in FAMILIES:
         assert f"\n| `{family.kind}` |" in page
+
+
+def test_every_key_of_a_manifest_is_described() -> None:
+    page = (DOCS / "batch.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert told == [field.alias or name for name, field in Conversion.model_fields.items()]
