@@ -63,6 +63,8 @@ class Block:
     @property
     def sessions(self) -> Iterator[tuple[str, str]]:
         """Commands of a ``console``, and what they are shown to print."""
+        if self.language != "console":
+            return
         for command, shown in COMMAND.findall(self.text):
             yield re.sub(r"^> ", "", command, flags=re.MULTILINE), shown
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import os
 import pickle
 import re
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from click import Command, Context, Group
+from typer.core import TyperGroup
 
 from helpers import GOLDEN, PLAIN, source_tensors
 from hub_server import MEMBER, HubServer, patch_hub
@@ -38,7 +37,7 @@ VARYING = {
 FOUND_BY_HOME = ("HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PATH")
 """Left out of the environment: a page shows what a user sees, who sets HF_HOME at most."""
 
-OPERATORS = frozenset({";", "|", ")", ">", "&&", "||"})
+OPERATORS = frozenset({";", "|", "||", "&&", ">"})
 
 ALL = [block for page in PAGES for block in blocks(page)]
 
@@ -189,24 +188,21 @@ def masked(text: str) -> str:
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Every call of `speculators` in a console, run or not: where, and its arguments."""
     for block in ALL:
-        if block.language == "console":
-            for command, _ in block.sessions:
-                words = [
-                    *shlex.shlex(command.replace("\\\n", " "), posix=True, punctuation_chars=True)
-                ]
-                calls = [at for at, word in enumerate(words) if word == "speculators"]
-                for at in calls:
-                    yield (
-                        block.where,
-                        [*itertools.takewhile(lambda word: word not in OPERATORS, words[at + 1 :])],
-                    )
+        for command, _ in block.sessions:
+            for line in command.replace("\\\n", " ").splitlines():
+                words = [*shlex.shlex(line, posix=True, punctuation_chars=True)]
+                if words[:1] == ["speculators"]:
+                    ends = (at for at, word in enumerate(words) if word in OPERATORS)
+                    yield block.where, words[1 : next(ends, None)]
 
 
 @pytest.mark.parametrize(("where", "arguments"), [*commands()])
 def test_commands_and_options_exist(where: str, arguments: list[str]) -> None:
-    command: Command = typer.main.get_command(app)
-    context = Context(command, info_name="speculators")
-    while isinstance(command, Group) and arguments and arguments[0] in command.commands:
-        command, arguments = command.commands[arguments[0]], arguments[1:]
-    assert not isinstance(command, Group) or arguments[0].startswith("-"), where
-    command.make_parser(context).parse_args([*arguments])
+    command: Any = typer.main.get_command(app)
+    words = [*arguments]
+    while isinstance(command, TyperGroup) and words and words[0] in command.commands:
+        command = command.commands[words.pop(0)]
+    assert not isinstance(command, TyperGroup) or words[0].startswith("-"), where
+    command.make_parser(command.context_class(command)).parse_args(
+        words
+    )  # of an option that is not there: an error
