@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("verifier", type=Path)
     parser.add_argument("--proposal", action="append", help="greedy:3, dynamic_tree, ...")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)

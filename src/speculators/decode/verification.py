@@ -38,6 +38,8 @@ class VerifierPass:
         self.windows = windows_of(model)
         known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
         self.last_position = max(known, max_length) - 1
+        takes = inspect.signature(type(model).forward).parameters
+        self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._states: Tensor | None = None
 
     def __enter__(self) -> "VerifierPass":
@@ -59,13 +61,13 @@ class VerifierPass:
         """Run on the prompts, (rows, length), padded at the left.
 
         Returns:
-            the logits behind the last tokens, (rows, 1, vocabulary), and the hidden states of
-            all, (rows, length, hidden).
+            the logits behind the last tokens, (rows, vocabulary), and the hidden states of all,
+            (rows, length, hidden).
 
         """
-        result = self._run(tokens, attention_mask, position_ids, logits_to_keep=1)
+        logits, states = self._run(tokens, attention_mask, position_ids, **self.only_last)
         self.cache.confirm([tokens.shape[1]] * len(tokens))
-        return result
+        return logits[:, -1], states
 
     def verify(self, tree: Tree) -> Tensor:
         """Run on a tree, whose nodes are then tried in the cache.
@@ -82,7 +84,6 @@ class VerifierPass:
             # A proposal may reach beyond the longest sequence: not to be kept, yet it must have
             # a position that the model knows.
             self.cache.positions(depths).clamp(max=self.last_position),
-            logits_to_keep=0,
         )
         return logits
 
@@ -109,7 +110,7 @@ class VerifierPass:
         return states
 
     def _run(
-        self, tokens: Tensor, mask: Any, position_ids: Tensor | None, logits_to_keep: int
+        self, tokens: Tensor, mask: Any, position_ids: Tensor | None, **settings: Any
     ) -> tuple[Tensor, Tensor]:
         self._states = None
         logits: Tensor = self.model(
@@ -118,7 +119,7 @@ class VerifierPass:
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=logits_to_keep,
+            **settings,
         ).logits
         if self._states is None:
             raise GenerationError(
