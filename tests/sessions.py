@@ -57,7 +57,7 @@ def check_sessions(page: Path, directory: Path, environment: Mapping[str, str]) 
             stderr=subprocess.STDOUT,
             text=True,
             cwd=directory,
-            env=variables | environment,
+            env=variables | dict(environment),
         )
         assert _masked(done.stdout) == _masked(shown), command
     return len(sessions)
