@@ -184,7 +184,9 @@ def _collisions(conversions: list[Conversion]) -> Iterator[str]:
 
 
 def _absolute(path: Path, directory: Path) -> Path:
-    return directory / path.expanduser()
+    """Without ``..``, but with a link at its end kept."""
+    whole = directory / path.expanduser()
+    return whole.resolve() if whole.name == ".." else whole.parent.resolve() / whole.name
 
 
 def _located(source: str, directory: Path) -> str:
