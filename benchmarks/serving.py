@@ -97,6 +97,7 @@ def start(draft: Path, *, plugins: str | None, verbose: bool) -> Engine:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "1",
         "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
     }
     if plugins is not None:

@@ -24,12 +24,12 @@ ROOT = Path(__file__).parents[1]
 
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "docs/*.md", "examples/*.md", "benchmarks/*.md")
+    for pattern in ("*.md", "docs/*.md", "examples/*.md")
     for path in ROOT.glob(pattern)
 )
 
 RUN = frozenset({"console", "python"})
-SHOWN = frozenset({"json", "text", "yaml"})
+SHOWN = frozenset({"json", "markdown", "text", "yaml"})
 
 FENCE = re.compile(
     r"(?:^ *<!-- (?P<remark>.*?) -->\n\n?)?"

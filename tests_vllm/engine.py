@@ -1,12 +1,13 @@
 """Run vLLM in a process of its own: a job comes as JSON by standard input.
 
-    {"refused": {name: engine, ...}, "engine": engine, "prompts": [[token, ...], ...], ...}
+    {"engines": {name: {...}, ...}, "prompts": [[token, ...], ...], "max_tokens": 32}
 
-An engine is what ``LLM`` takes. First those that must not start are tried, then the one that may
-be left out answers. What came out goes to the file that is named, as JSON: why each engine did not
-start, the tokens of each answer, and what was drafted and accepted.
+An engine is what ``LLM`` takes. One after the other is started, answers, and goes. What came out
+goes to the file that is named, as JSON by the engine's name: the tokens of each answer, and what
+was drafted and accepted; or why the engine did not start.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -15,18 +16,11 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 
-def why_not(engine: dict[str, Any]) -> str | None:
-    """The error that an engine ends with at start."""
+def try_engine(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
     try:
-        LLM(**engine)
+        llm = LLM(**engine)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def answer(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
-    """What an engine says, and how its draft did."""
-    llm = LLM(**engine)
+        return {"error": f"{type(error).__name__}: {error}"}
     answers = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(temperature=0, max_tokens=max_tokens),
@@ -36,7 +30,7 @@ def answer(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int) ->
     drafts = found.get("vllm:spec_decode_num_drafts")
     accepted = found.get("vllm:spec_decode_num_accepted_tokens_per_pos")
     return {
-        "tokens": [list(it.outputs[0].token_ids) for it in answers],
+        "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
         "drafts": drafts.value if drafts else 0,
         "accepted": accepted.values if accepted else [],
     }
@@ -44,12 +38,11 @@ def answer(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int) ->
 
 def main(result: Path) -> None:
     job: dict[str, Any] = json.load(sys.stdin)
-    found: dict[str, Any] = {
-        "refused": {name: why_not(engine) for name, engine in job["refused"].items()}
-    }
-    if job["engine"]:
-        found["answers"] = answer(job["engine"], job["prompts"], job["max_tokens"])
-    result.write_text(json.dumps(found))
+    outcomes = {}
+    for name, engine in job["engines"].items():
+        outcomes[name] = try_engine(engine, job["prompts"], job["max_tokens"])
+        gc.collect()
+    result.write_text(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 from drafts import ROOT, VERIFIER
 
-MAX_TOKENS = 48
+MAX_TOKENS = 32
 LENGTH = 3
 """Of drafts."""
 
@@ -27,10 +27,10 @@ ENGINE: dict[str, Any] = {
     "model": str(VERIFIER),
     # In bfloat16 rounding decides between tokens that are nearly as likely.
     "dtype": "float32",
-    "max_model_len": 384,
-    "max_num_seqs": 8,
+    "max_model_len": 256,
+    "max_num_seqs": 16,
     "max_num_batched_tokens": 64,  # so that prompts are prefilled in chunks
-    "kv_cache_memory_bytes": 192 << 20,
+    "kv_cache_memory_bytes": 256 << 20,
     "enforce_eager": True,
     "disable_log_stats": False,
 }
@@ -41,7 +41,8 @@ ENVIRONMENT = os.environ | {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
 }
-IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# Then it binds no threads to cores, and two of them would wait for each other on a busy machine.
+IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 ONE_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 WITHOUT_PLUGINS = {"VLLM_PLUGINS": ""}
 
@@ -62,12 +63,12 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a process of vLLM came to."""
+class Outcomes:
+    """What the engines of a process came to, by their names."""
 
-    answers: Answers
+    answers: dict[str, Answers]
     refused: dict[str, str]
-    """By name: why an engine did not start."""
+    """Why an engine did not start."""
 
 
 def engine(draft: Path, **arguments: Any) -> dict[str, Any]:
@@ -79,26 +80,19 @@ def engine(draft: Path, **arguments: Any) -> dict[str, Any]:
 def run(
     result: Path,
     prompts: list[list[int]],
-    answering: Mapping[str, Any] | None,
-    refused: Mapping[str, Mapping[str, Any]] | None = None,
+    engines: Mapping[str, Mapping[str, Any]],
     environment: Mapping[str, str] | None = None,
-) -> Outcome:
-    """Let engines start, answer and stop.
+) -> Outcomes:
+    """Let engines start, answer and stop, one after the other in one process.
 
     Args:
         result: a file to use.
         prompts: tokens.
-        answering: the engine that is to answer, if any.
-        refused: by name: engines that must not start.
+        engines: what ``LLM`` takes, by name.
         environment: what to set for the process.
 
     """
-    job = {
-        "refused": refused or {},
-        "engine": answering,
-        "prompts": prompts,
-        "max_tokens": MAX_TOKENS,
-    }
+    job = {"engines": engines, "prompts": prompts, "max_tokens": MAX_TOKENS}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("engine.py"), result],
         check=False,
@@ -107,12 +101,14 @@ def run(
         stderr=subprocess.STDOUT,
         text=True,
         env={**ENVIRONMENT, **IN_ONE_PROCESS, **(environment or {})},
-        timeout=2 * START_SECONDS,
+        timeout=len(engines) * START_SECONDS,
     )
     assert done.returncode == 0, done.stdout
-    found = json.loads(result.read_text())
-    answers = found.get("answers", {"tokens": [], "drafts": 0, "accepted": []})
-    return Outcome(Answers(**answers), found["refused"])
+    outcomes = json.loads(result.read_text())
+    return Outcomes(
+        answers={name: Answers(**it) for name, it in outcomes.items() if "error" not in it},
+        refused={name: it["error"] for name, it in outcomes.items() if "error" in it},
+    )
 
 
 @dataclass(frozen=True)

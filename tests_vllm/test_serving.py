@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from processes import (
     MAX_TOKENS,
     ONE_CORE_EACH,
     WITHOUT_PLUGINS,
-    Answers,
     DidNotStartError,
+    Outcomes,
     Server,
     engine,
     run,
@@ -73,52 +73,76 @@ def converted(
 
 
 @pytest.fixture(scope="session")
-def tiny_verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return drafts.tiny_verifier(tmp_path_factory.mktemp("tiny") / "verifier")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny verifier, and a converted draft for it with every feature."""
+    root = tmp_path_factory.mktemp("tiny")
+    verifier = drafts.tiny_verifier(root / "verifier")
+    published = drafts.tiny_draft(root / "published")
+    return verifier, EagleConverter().convert(published, root / "converted", verifier)
 
 
 @pytest.fixture(scope="session")
-def without(tmp_path_factory: pytest.TempPathFactory, prompts: list[list[int]]) -> Answers:
-    """What vLLM says without speculation."""
-    return run(tmp_path_factory.mktemp("without") / "result", prompts, ENGINE).answers
+def damaged(
+    tmp_path_factory: pytest.TempPathFactory, converted: dict[str, Path]
+) -> dict[str, Path]:
+    """Converted drafts that something happened to."""
+    root = tmp_path_factory.mktemp("damaged")
+    found = {name: root / name for name in ("incomplete", "truncated", "misconfigured")}
+    for directory in found.values():
+        shutil.copytree(converted["hass"], directory)
+
+    weights = found["incomplete"] / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["layers.0.mlp.up_proj.weight"]
+    save_file(tensors, weights)
+
+    weights = found["truncated"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+    file = found["misconfigured"] / "config.json"
+    config = json.loads(file.read_text())
+    del config["transformer_layer_architecture"]
+    file.write_text(json.dumps(config))
+    return found
 
 
 @pytest.fixture(scope="session")
-def with_draft(
+def outcomes(
     tmp_path_factory: pytest.TempPathFactory,
     prompts: list[list[int]],
+    published: dict[str, Path],
     converted: dict[str, Path],
-) -> Callable[[str], Answers]:
-    """What vLLM says with a variant's draft; asked once."""
-    known: dict[str, Answers] = {}
-
-    def answer(variant: str) -> Answers:
-        if variant not in known:
-            result = tmp_path_factory.mktemp(variant) / "result"
-            known[variant] = run(result, prompts, engine(converted[variant])).answers
-        return known[variant]
-
-    return answer
+    damaged: dict[str, Path],
+    tiny: tuple[Path, Path],
+) -> Outcomes:
+    """What vLLM with the plugin makes of all of them."""
+    tiny_verifier, tiny_draft = tiny
+    engines = {
+        "without": ENGINE,
+        **{variant: engine(draft) for variant, draft in converted.items()},
+        **{name: engine(draft) for name, draft in damaged.items()},
+        **{f"published {name}": engine(published[name]) for name in ("hass", "layernorms")},
+        "tiny": engine(tiny_draft, model=str(tiny_verifier)),
+        "misplaced": engine(converted["hass"], model=str(tiny_verifier)),
+    }
+    outcomes = run(tmp_path_factory.mktemp("outcomes") / "result", prompts, engines)
+    assert outcomes.answers.keys() == {"without", *VARIANTS, "tiny"}, outcomes.refused
+    return outcomes
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_speculation_changes_nothing_that_is_said(
-    without: Answers, with_draft: Callable[[str], Answers], variant: str
-) -> None:
-    answers = with_draft(variant)
-    assert answers.tokens == without.tokens
+def test_speculation_changes_nothing_that_is_said(outcomes: Outcomes, variant: str) -> None:
+    answers = outcomes.answers[variant]
+    assert answers.tokens == outcomes.answers["without"].tokens
     assert len(answers.tokens) == PROMPTS
     assert answers.acceptance_length > 1.2  # it was the draft that drafted
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_as_much_is_accepted_as_of_our_own_model(
-    prompts: list[list[int]],
-    converted: dict[str, Path],
-    with_draft: Callable[[str], Answers],
-    variant: str,
+    prompts: list[list[int]], converted: dict[str, Path], outcomes: Outcomes, variant: str
 ) -> None:
-    answers = with_draft(variant)
+    answers = outcomes.answers[variant]
     verifier = LlamaForCausalLM.from_pretrained(VERIFIER, dtype=torch.float32)
     draft = EagleSpeculator.from_pretrained(
         converted[variant], verifier=verifier, dtype=torch.float32
@@ -131,7 +155,7 @@ def test_as_much_is_accepted_as_of_our_own_model(
 def test_as_much_is_accepted_as_evaluate_says(
     tmp_path: Path,
     converted: dict[str, Path],
-    with_draft: Callable[[str], Answers],
+    outcomes: Outcomes,
     variant: str,
 ) -> None:
     options = {
@@ -152,114 +176,77 @@ def test_as_much_is_accepted_as_evaluate_says(
     )
     report = Report.model_validate_json((tmp_path / "report/report.json").read_text())
     expected = report.results[0].overall.acceptance_length
-    assert with_draft(variant).acceptance_length == pytest.approx(expected, abs=0.05)
+    assert outcomes.answers[variant].acceptance_length == pytest.approx(expected, abs=0.05)
 
 
 def test_one_draft_in_two_ways(
-    tmp_path: Path, prompts: list[list[int]], tiny_verifier: Path
+    tmp_path: Path, prompts: list[list[int]], outcomes: Outcomes, tiny: tuple[Path, Path]
 ) -> None:
-    """A draft with every feature: as it is, eagerly, by one worker; and older, compiled, by two."""
-    published = drafts.tiny_draft(tmp_path / "published")
-    draft = EagleConverter().convert(published, tmp_path / "converted", tiny_verifier)
+    """As it is, eagerly, by one worker; and in the older layout, compiled, by two."""
+    verifier, draft = tiny
     older = drafts.in_the_older_layout(draft, tmp_path / "older")
-    arguments = {"model": str(tiny_verifier)}
-    compiled = engine(older, **arguments, tensor_parallel_size=2, enforce_eager=False)
-    once = run(tmp_path / "once", prompts, engine(draft, **arguments)).answers
-    again = run(tmp_path / "again", prompts, compiled, environment=ONE_CORE_EACH).answers
-    assert again == once
-    assert sum(once.accepted) > 0
+    compiled = engine(older, model=str(verifier), tensor_parallel_size=2, enforce_eager=False)
+    again = run(tmp_path / "result", prompts, {"compiled": compiled}, ONE_CORE_EACH)
+    assert not again.refused
+    assert again.answers["compiled"] == outcomes.answers["tiny"]
+    assert sum(outcomes.answers["tiny"].accepted) > 0
 
 
-@pytest.mark.parametrize("variant", ["eagle1", "attention_biases"])
 def test_an_exported_draft_is_served_without_the_plugin(
-    tmp_path: Path,
-    prompts: list[list[int]],
-    converted: dict[str, Path],
-    without: Answers,
-    with_draft: Callable[[str], Answers],
-    variant: str,
+    tmp_path: Path, prompts: list[list[int]], converted: dict[str, Path], outcomes: Outcomes
 ) -> None:
-    exported = export(converted[variant], tmp_path / "exported", "vllm")
-    outcome = run(
-        tmp_path / "result",
-        prompts,
-        engine(exported),
+    variants = ("eagle1", "attention_biases")
+    engines = {
         # Otherwise the tests above would show nothing.
-        {"converted": engine(converted[variant])},
-        environment=WITHOUT_PLUGINS,
+        "converted": engine(converted["eagle1"]),
+        **{it: engine(export(converted[it], tmp_path / it, "vllm")) for it in variants},
+    }
+    unplugged = run(tmp_path / "result", prompts, engines, WITHOUT_PLUGINS)
+    assert unplugged.refused.keys() == {"converted"}
+    assert "Expected one of" in unplugged.refused["converted"]
+    for variant in variants:
+        assert unplugged.answers[variant] == outcomes.answers[variant]
+
+
+def test_a_damaged_draft_is_told_at_start(outcomes: Outcomes, damaged: dict[str, Path]) -> None:
+    assert outcomes.refused["incomplete"] == (
+        f"FormatError: {damaged['incomplete']} lacks layers.0.mlp.up_proj.weight, "
+        "by its config.json; convert it again."
     )
-    assert outcome.answers.tokens == without.tokens
-    assert outcome.answers.accepted == with_draft(variant).accepted
-    assert "Expected one of" in outcome.refused["converted"]
-
-
-def without_a_tensor(draft: Path, directory: Path) -> Path:
-    shutil.copytree(draft, directory)
-    tensors = load_file(directory / "model.safetensors")
-    del tensors["layers.0.mlp.up_proj.weight"]
-    save_file(tensors, directory / "model.safetensors")
-    return directory
-
-
-def cut_in_half(draft: Path, directory: Path) -> Path:
-    shutil.copytree(draft, directory)
-    weights = directory / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    return directory
-
-
-def with_a_wrong_config(draft: Path, directory: Path) -> Path:
-    shutil.copytree(draft, directory)
-    config = json.loads((directory / "config.json").read_text())
-    del config["transformer_layer_architecture"]
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
-
-
-def test_what_cannot_be_served_is_told_at_start(
-    tmp_path: Path, published: dict[str, Path], converted: dict[str, Path], tiny_verifier: Path
-) -> None:
-    draft = converted["hass"]
-    incomplete = without_a_tensor(draft, tmp_path / "incomplete")
-    truncated = cut_in_half(draft, tmp_path / "truncated")
-    misconfigured = with_a_wrong_config(draft, tmp_path / "misconfigured")
-    refused = run(
-        tmp_path / "result",
-        [],
-        None,
-        {
-            "incomplete": engine(incomplete),
-            "truncated": engine(truncated),
-            "misconfigured": engine(misconfigured),
-            "other verifier": engine(draft, model=str(tiny_verifier)),
-            "not converted": engine(published["hass"]),
-            "not converted, layernorms": engine(published["layernorms"]),
-        },
-    ).refused
-    assert refused["incomplete"] == (
-        f"FormatError: {incomplete} lacks layers.0.mlp.up_proj.weight, by its config.json; "
-        "convert it again."
-    )
-    assert refused["truncated"].startswith(
-        f"CheckpointError: {truncated} has a damaged model.safetensors"
+    assert outcomes.refused["truncated"].startswith(
+        f"CheckpointError: {damaged['truncated']} has a damaged model.safetensors"
     )
     assert (
         "config.json, key transformer_layer_architecture: Field required"
-        in (refused["misconfigured"])
+        in (outcomes.refused["misconfigured"])
     )
-    assert refused["other verifier"] == (
-        f"VerifierError: The draft {draft} does not fit the verifier {tiny_verifier}: its hidden "
-        "size is 576, the verifier's is 128; serve it with the model that it was trained for."
+
+
+def test_a_draft_for_another_verifier_is_told_at_start(
+    outcomes: Outcomes, converted: dict[str, Path], tiny: tuple[Path, Path]
+) -> None:
+    assert outcomes.refused["misplaced"] == (
+        f"VerifierError: The draft {converted['hass']} does not fit the verifier {tiny[0]}: its "
+        "hidden size is 576, the verifier's is 128; "
+        "serve it with the model that it was trained for."
     )
-    for name, variant, feature in (
-        ("not converted", "hass", "a bias on fc (fc.bias)"),
-        ("not converted, layernorms", "layernorms", "extra layernorms (embed_layernorm.weight)"),
-    ):
-        assert refused[name] == (
-            f"ConversionError: {published[variant]} has {feature}, which vLLM's own EAGLE model "
-            "does not compute; convert it, and name the result instead: "
-            f"speculators convert eagle {published[variant]} OUTPUT BASE_MODEL"
-        )
+
+
+@pytest.mark.parametrize(
+    ("variant", "feature"),
+    [
+        ("hass", "a bias on fc (fc.bias)"),
+        ("layernorms", "extra layernorms (embed_layernorm.weight)"),
+    ],
+)
+def test_a_draft_that_was_not_converted_is_told_at_start(
+    outcomes: Outcomes, published: dict[str, Path], variant: str, feature: str
+) -> None:
+    assert outcomes.refused[f"published {variant}"] == (
+        f"ConversionError: {published[variant]} has {feature}, which vLLM's own EAGLE model "
+        "does not compute; convert it, and name the result instead: "
+        f"speculators convert eagle {published[variant]} OUTPUT BASE_MODEL"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -274,10 +261,10 @@ def server(
 
 
 def test_the_server_takes_the_verifier_from_the_config(
-    server: Server, prompts: list[list[int]], without: Answers
+    server: Server, prompts: list[list[int]], outcomes: Outcomes
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
-    for prompt, tokens in list(zip(prompts, without.tokens, strict=True))[:4]:
+    for prompt, tokens in list(zip(prompts, outcomes.answers["without"].tokens, strict=True))[:4]:
         answer = server.post(
             "/v1/completions", prompt=prompt, temperature=0, max_tokens=len(tokens)
         )
@@ -286,25 +273,29 @@ def test_the_server_takes_the_verifier_from_the_config(
 
 
 def test_the_server_answers_all_at_once(
-    server: Server, prompts: list[list[int]], with_draft: Callable[[str], Answers]
+    server: Server, prompts: list[list[int]], outcomes: Outcomes
 ) -> None:
     names = [f"vllm:spec_decode_num_{what}_total" for what in ("drafts", "accepted_tokens")]
     before = [server.metric(name) for name in names]
     answer = server.post("/v1/completions", prompt=prompts, temperature=0, max_tokens=MAX_TOKENS)
     assert len(answer["choices"]) == PROMPTS
     drafted, accepted = (server.metric(name) - it for name, it in zip(names, before, strict=True))
-    assert 1 + accepted / drafted == pytest.approx(with_draft("hass").acceptance_length, abs=0.05)
+    assert 1 + accepted / drafted == pytest.approx(
+        outcomes.answers["hass"].acceptance_length, abs=0.05
+    )
 
 
-def test_the_server_answers_chats_in_a_stream(server: Server, without: Answers) -> None:
+def test_the_server_answers_chats_in_a_stream(server: Server, outcomes: Outcomes) -> None:
     tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
     messages = [message.model_dump() for message in read_prompts(OWN_PROMPTS)[0].messages]
-    length = len(without.tokens[0])
+    length = len(outcomes.answers["without"].tokens[0])
     pieces = list(
         server.stream("/v1/chat/completions", messages=messages, temperature=0, max_tokens=length)
     )
     texts = [piece["choices"][0]["delta"].get("content") or "" for piece in pieces]
-    assert "".join(texts) == tokenizer.decode(without.tokens[0], skip_special_tokens=True)
+    assert "".join(texts) == tokenizer.decode(
+        outcomes.answers["without"].tokens[0], skip_special_tokens=True
+    )
     assert len([text for text in texts if text]) > 1
 
 

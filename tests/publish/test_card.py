@@ -83,7 +83,7 @@ def test_what_it_takes_from_its_verifier(converted: dict[str, Path]) -> None:
     )
     assert "uses the verifier's output head, and has none of its own" in with_own
     assert "uses the verifier's embedding and output head, and has none of its own" in without
-    assert rows(without)["has"] == "no extras"
+    assert rows(without)["has"] == "nothing beside fc and the layer"
     assert set(FEATURES) >= {"embedding"}
 
 

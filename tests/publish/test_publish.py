@@ -403,6 +403,22 @@ def test_push_to_hub(tmp_path: Path, server: HubServer, draft: EagleSpeculator) 
     ]  # fmt: skip
 
 
+def test_what_the_conversion_told_is_not_told_of_a_saved_model(
+    server: HubServer, draft: EagleSpeculator, tmp_path: Path
+) -> None:
+    """Its files are others."""
+    server.add_repo("org/draft", tmp_path / "converted")
+    saved = tmp_path / "saved"
+    shutil.copytree(tmp_path / "converted", saved)
+    draft.save_pretrained(saved, push_to_hub=True, repo_id="org/draft")
+    assert (saved / "conversion.json").exists()
+    assert files_of(server.content("org/draft")) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
 def test_save_pretrained_pushes_too(
     tmp_path: Path, server: HubServer, draft: EagleSpeculator
 ) -> None:

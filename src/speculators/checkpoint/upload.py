@@ -6,7 +6,7 @@ become public, and each way to fail is one sentence.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,20 +23,16 @@ from speculators.errors import HubError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
 
-__all__ = ["README", "check_upload", "upload"]
+__all__ = ["README", "SAVED", "check_upload", "upload"]
 
 README = "README.md"
 """What the Hub shows as the model card."""
 
-FILES = (
-    "config.json",
-    "conversion.json",
-    "report.json",
-    README,
-    "model*.safetensors",
-    "model*.index.json",
-)
-"""Those of a draft."""
+SAVED = ("config.json", README, "model*.safetensors", "model*.index.json")
+"""The files of a draft."""
+
+FILES = (*SAVED, "conversion.json", "report.json")
+"""Those of a draft that was converted, and measured."""
 
 _NO_TOKEN = (
     "Uploading to {repo} takes an access token: log in with 'hf auth login', or set HF_TOKEN to a"
@@ -117,6 +113,7 @@ def upload(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    files: Collection[str] = FILES,
 ) -> str:
     """Upload the files of a converted draft, in one commit: all of them, or none.
 
@@ -134,6 +131,7 @@ def upload(
         token: an access token; the one that the Hub's client knows if not given.
         revision: the branch, made if it is not there; ``main`` if not given.
         create_pr: open a pull request instead of writing the branch.
+        files: which files of the directory are the draft's, as patterns.
 
     Returns:
         The URL of the commit or pull request.
@@ -158,7 +156,7 @@ def upload(
             "settings, choose another repository, or leave private out."
         )
     kept = _find_kept(api, there, directory)
-    added = {path.name for pattern in FILES for path in directory.glob(pattern)} - kept
+    added = {path.name for pattern in files for path in directory.glob(pattern)} - kept
     names = {file.rfilename for file in there.siblings or ()}
     stale = {name for name in names if any(fnmatch(name, it) for it in FILES)} - added - {README}
     with _told(repo_id):

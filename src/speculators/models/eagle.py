@@ -31,7 +31,7 @@ from transformers.utils.generic import ModelOutput
 from speculators import __version__
 from speculators.checkpoint.stamp import write_stamped
 from speculators.checkpoint.tensor import describe_shape
-from speculators.checkpoint.upload import README, check_upload, upload
+from speculators.checkpoint.upload import README, SAVED, check_upload, upload
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.decode import Generation, speculate
 from speculators.errors import SpeculatorsError, VerifierError
@@ -322,24 +322,42 @@ class EagleSpeculator(PreTrainedModel):
             HubError: if it cannot be uploaded.
 
         """
-        directory, options = Path(save_directory), _pop_upload_options(kwargs)
+        directory = Path(save_directory)
+        options = {new: kwargs.pop(old) for old, new in UPLOAD_OPTIONS.items() if old in kwargs}
         repo_id = kwargs.pop("repo_id", directory.name)
         if push_to_hub:
             check_upload(repo_id, token=options.get("token"))
         kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict}
         self._save(directory, repo_id if push_to_hub else str(directory), **kwargs)
         if push_to_hub and is_main_process:
-            upload(directory, repo_id, **options)
+            upload(directory, repo_id, files=SAVED, **options)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: Collection[str] | str | None = None,
+    ) -> str:
         """Upload the draft to the Hugging Face Hub in one commit, with a model card.
 
         Args:
             repo_id: ``organization/name``, or ``name`` for one of the token's owner; it is made
                 if it is not there.
-            **kwargs: as for ``PreTrainedModel.push_to_hub``: ``commit_message``,
-                ``commit_description``, ``private``, ``token``, ``revision``, ``create_pr``,
-                ``max_shard_size`` and ``tags``.
+            commit_message: the first line of the commit's message.
+            commit_description: the rest of it.
+            private: whether a new repository is private; the Hub's default if not given.
+            token: an access token; the one that the Hub's client knows if not given.
+            revision: the branch, made if it is not there; ``main`` if not given.
+            create_pr: open a pull request instead of writing the branch.
+            max_shard_size: the largest file of weights, as for ``save_pretrained``.
+            tags: for the model card, beside our own.
 
         Returns:
             The URL of the commit or pull request.
@@ -349,11 +367,20 @@ class EagleSpeculator(PreTrainedModel):
                 converted draft.
 
         """
-        options = _pop_upload_options(kwargs)
-        check_upload(repo_id, token=options.get("token"))
+        check_upload(repo_id, token=token)
         with TemporaryDirectory() as folder:
-            self._save(Path(folder), repo_id, **kwargs)
-            return upload(Path(folder), repo_id, **options)
+            self._save(Path(folder), repo_id, tags=tags, max_shard_size=max_shard_size)
+            return upload(
+                Path(folder),
+                repo_id,
+                message=commit_message,
+                description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                files=SAVED,
+            )
 
     def _save(
         self,
@@ -682,8 +709,3 @@ def _linear(weight: Tensor) -> nn.Linear:
     linear = nn.Linear(columns, rows, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
-
-
-def _pop_upload_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Take out of keyword arguments, as transformers names them, those of ``upload``."""
-    return {new: kwargs.pop(old) for old, new in UPLOAD_OPTIONS.items() if old in kwargs}
