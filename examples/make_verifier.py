@@ -5,6 +5,7 @@ dequantized to float32, which is exact, and saved with the tokenizer, so that ev
 reads a checkpoint reads it.
 """
 
+import os
 import shutil
 import sys
 import tempfile
@@ -28,12 +29,12 @@ def gguf_file() -> Path:
 
 def make_verifier(directory: Path) -> None:
     """Dequantize the model into ``directory``, which appears when it is complete."""
+    os.environ["TQDM_DISABLE"] = "1"  # transformers' own switch leaves one of its bars
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     where: dict[str, Any] = {
         "pretrained_model_name_or_path": gguf_file().parent,
         "gguf_file": gguf_file().name,

@@ -1,5 +1,7 @@
 """A Hub on loopback: directories served as repositories, the way the Hugging Face Hub does.
 
+What is uploaded becomes a new commit of its repository, a directory of its own.
+
 Only as much of the Hub as its real client needs, with faults on demand:
 
     with HubServer() as server:
@@ -10,12 +12,15 @@ Only as much of the Hub as its real client needs, with faults on demand:
         assert server.fetched == ["config.json", "model.safetensors", "model.safetensors"]
 """
 
+import base64
 import hashlib
 import importlib.util
 import json
 import math
 import re
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +33,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 import pytest
+import yaml
 
 from speculators.checkpoint import hub
 
@@ -42,10 +48,10 @@ __all__ = [
 ]
 
 MEMBER = "hf_memberOfEveryRepository"
-"""A token that may read private and gated repositories."""
+"""A token that may read private and gated repositories, and write those of ``org``."""
 
 STRANGER = "hf_strangerToEveryRepository"
-"""A valid token that may not."""
+"""A valid token that may not, and that may write nothing but the stranger's own repositories."""
 
 # What a new repository's .gitattributes puts into large-file storage.
 LFS_SUFFIXES = frozenset({".bin", ".ckpt", ".gguf", ".pt", ".pth", ".safetensors"})
@@ -105,6 +111,10 @@ class HubServer(ThreadingHTTPServer):
         self.cdn_url = f"http://localhost:{self.server_port}/cdn"
         self.repos: dict[str, Repo] = {}
         self.users = {MEMBER: "member", STRANGER: "stranger"}
+        self.namespaces = {"member": {"member", "org"}, "stranger": {"stranger"}}
+        self._uploads = tempfile.TemporaryDirectory(prefix="hub-")
+        self.large_files = Path(self._uploads.name) / "lfs"
+        self.large_files.mkdir()
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.closing = threading.Event()
@@ -120,6 +130,7 @@ class HubServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         self._thread.join()
+        self._uploads.cleanup()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Let clients go away at any time."""
@@ -155,6 +166,19 @@ class HubServer(ThreadingHTTPServer):
                     fault.times -= 1
                     return fault
         return Fault(file)
+
+    def new_commit(self, repo_id: str, revision: str) -> Path:
+        """A directory for the next commit of a branch, with what the branch holds now."""
+        repo = self.repos[repo_id]
+        directory = Path(tempfile.mkdtemp(dir=self._uploads.name))
+        if revision in repo.refs:
+            shutil.copytree(repo.commits[repo.refs[revision]], directory, dirs_exist_ok=True)
+        return directory
+
+    def content(self, repo_id: str, revision: str = "main") -> Path:
+        """The directory that a branch of a repository points to."""
+        repo = self.repos[repo_id]
+        return repo.commits[repo.refs[revision]]
 
     @property
     def fetched(self) -> list[str]:
@@ -200,7 +224,7 @@ class HubHandler(BaseHTTPRequestHandler):
             body = json.dumps({"error": str(refusal)}).encode()
             self.reply(refusal.status, body, refusal.headers)
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class's name)
         """Requests are recorded, not printed."""
@@ -321,6 +345,139 @@ class HubHandler(BaseHTTPRequestHandler):
     def nothing(self) -> None:
         raise Refusal(404, None, "Not Found")
 
+    # The routes that write; their faults are those of "create", "preupload", ..., by method
+
+    def writer(self, repo_id: str) -> str:
+        """Whose token came, if it may write this repository."""
+        user = self.user()
+        if user is None:
+            raise Refusal(401, None, "Invalid username or password.")
+        if repo_id.partition("/")[0] not in self.server.namespaces[user]:
+            raise Refusal(403, None, f"You don't have the rights to write {repo_id}")
+        return user
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
+
+    def create(self) -> None:
+        asked = json.loads(self.body())
+        self.begin_fault("create")
+        namespace = asked["organization"] or self.user()
+        repo_id = f"{namespace}/{asked['name']}"
+        self.writer(repo_id)
+        url = {"url": f"{self.server.url}/{repo_id}"}
+        if repo_id in self.server.repos:
+            self.reply(409, json.dumps(url | {"error": "You already created this repo"}).encode())
+            return
+        private = asked.get("visibility") == "private"
+        self.server.repos[repo_id] = Repo(private, gated=False)
+        directory = self.server.new_commit(repo_id, "main")
+        (directory / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs\n")
+        self.server.add_repo(repo_id, directory)
+        self.reply_json(url)
+
+    def create_branch(self, repo_id: str, revision: str) -> None:
+        self.body()
+        self.writer(repo_id)
+        repo = self.find_repo(repo_id)
+        if revision in repo.refs:
+            raise Refusal(409, None, "Reference already exists")
+        repo.refs[revision] = repo.refs["main"]
+        self.reply_json({})
+
+    def validate_yaml(self) -> None:
+        header = re.match(r"---\n(.*?)\n---\n", json.loads(self.body())["content"], re.DOTALL)
+        try:
+            metadata = yaml.safe_load(header[1]) if header else None
+        except yaml.YAMLError as error:
+            answer = {"errors": [{"message": str(error)}], "warnings": []}
+            self.reply(400, json.dumps(answer).encode())
+            return
+        empty = [{"message": "empty or missing yaml metadata in repo card"}]
+        self.reply_json({"errors": [], "warnings": [] if metadata else empty})
+
+    def preupload(self, repo_id: str, revision: str) -> None:
+        asked = json.loads(self.body())
+        self.begin_fault("preupload")
+        self.writer(repo_id)
+        repo = self.find_repo(repo_id)
+        directory = repo.commits[self.find_commit(repo, revision)]
+        files = []
+        for wanted in asked["files"]:
+            path = directory / wanted["path"]
+            large = path.suffix in LFS_SUFFIXES
+            oid = (sha256 if large else git_oid)(path) if path.is_file() else None
+            mode = "lfs" if large else "regular"
+            files.append(
+                {"path": wanted["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+            )
+        self.reply_json({"files": files})
+
+    def lfs_batch(self, repo_id: str) -> None:
+        asked = json.loads(self.body())
+        self.begin_fault("batch")
+        self.writer(repo_id)
+        objects = []
+        for wanted in asked["objects"]:
+            answer = {"oid": wanted["oid"], "size": wanted["size"]}
+            if not (self.server.large_files / wanted["oid"]).is_file():
+                answer["actions"] = {
+                    "upload": {"href": f"{self.server.cdn_url}/lfs/{wanted['oid']}"},
+                    "verify": {"href": f"{self.server.url}/{repo_id}.git/info/lfs/verify"},
+                }
+            objects.append(answer)
+        self.reply_json({"transfer": "basic", "objects": objects})
+
+    def lfs_put(self, oid: str) -> None:
+        data = self.body()
+        self.begin_fault("lfs")
+        if hashlib.sha256(data).hexdigest() != oid:
+            raise Refusal(400, None, "the object is not the one that was announced")
+        (self.server.large_files / oid).write_bytes(data)
+        self.reply(200)
+
+    def lfs_verify(self, repo_id: str) -> None:
+        asked = json.loads(self.body())
+        self.writer(repo_id)
+        if (self.server.large_files / asked["oid"]).stat().st_size != asked["size"]:
+            raise Refusal(400, None, "the object has another size")
+        self.reply_json({})
+
+    def commit(self, repo_id: str, revision: str) -> None:
+        lines = [json.loads(line) for line in self.body().splitlines()]
+        self.begin_fault("commit")
+        self.writer(repo_id)
+        parent = lines[0]["value"].get("parentCommit")
+        if parent not in {None, self.server.repos[repo_id].refs.get(revision)}:
+            raise Refusal(412, None, "A commit has happened since. Please refresh and try again.")
+        pull_request = "create_pr=1" in urlsplit(self.path).query
+        directory = self.server.new_commit(repo_id, revision)
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                (directory / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                shutil.copy(self.server.large_files / value["oid"], directory / value["path"])
+            elif line["key"] == "deletedFile":
+                (directory / value["path"]).unlink()
+        target = "refs/pr/1" if pull_request else revision
+        commit = self.server.add_repo(repo_id, directory, revision=target)
+        self.reply_json(
+            {
+                "success": True,
+                "commitOid": commit,
+                "commitUrl": f"{self.server.url}/{repo_id}/commit/{commit}",
+                "pullRequestUrl": f"{self.server.url}/{repo_id}/discussions/1",
+            }
+        )
+
     # Files, and what may be wrong with them
 
     def begin_fault(self, file: str) -> Fault:
@@ -374,6 +531,14 @@ _FILE = _REPO + "/%s(?P<revision>[^/]+)/(?P<file>.+)"
 # The first that matches the whole path answers; its groups are the arguments.
 ROUTES: list[tuple[str, Callable[..., None]]] = [
     ("/api/whoami-v2", HubHandler.whoami),
+    ("/api/repos/create", HubHandler.create),
+    ("/api/validate-yaml", HubHandler.validate_yaml),
+    (f"/api/models/{_REPO}/branch/(?P<revision>[^/]+)", HubHandler.create_branch),
+    (f"/api/models/{_REPO}/preupload/(?P<revision>[^/]+)", HubHandler.preupload),
+    (f"/api/models/{_REPO}/commit/(?P<revision>[^/]+)", HubHandler.commit),
+    (f"/{_REPO}[.]git/info/lfs/objects/batch", HubHandler.lfs_batch),
+    (f"/{_REPO}[.]git/info/lfs/verify", HubHandler.lfs_verify),
+    ("/cdn/lfs/(?P<oid>[0-9a-f]{64})", HubHandler.lfs_put),
     (f"/api/models/{_REPO}/tree/(?P<revision>[^/]+)/?(?P<folder>.*)", HubHandler.tree),
     (f"/api/models/{_REPO}(?:/revision/(?P<revision>[^/]+))?", HubHandler.model_info),
     ("/cdn/" + _FILE % "", HubHandler.cdn),

@@ -17,10 +17,13 @@ MAY_IMPORT = {
     "models": {"decode", "checkpoint", "format", "errors"},
     "convert": {"models", "checkpoint", "format", "errors"},
     "evaluate": {"decode", "models", "checkpoint", "format", "errors"},
+    "integrations": {"convert", "checkpoint", "format", "errors"},
     "inspection": {"convert", "models", "checkpoint", "format", "errors"},
-    "batch": {"convert", "checkpoint", "format", "errors"},
+    "publish": {"convert", "evaluate", "checkpoint", "format", "errors"},
+    "batch": {"publish", "convert", "checkpoint", "format", "errors"},
     "cli": {
         "batch",
+        "publish",
         "evaluate",
         "inspection",
         "decode",
@@ -104,6 +107,6 @@ def test_torch_is_imported_at_the_top_only_where_models_are(module: str) -> None
         )
     } & {"torch", "transformers"}
     proof = {"speculators.convert.eagle.reference", "speculators.convert.eagle.validation"}
-    light = {"format", "checkpoint", "convert", "inspection", "batch", "cli", "errors"}
+    light = {"format", "checkpoint", "convert", "inspection", "batch", "publish", "cli", "errors"}
     if package(module) in light:
         assert not heavy or module in proof

@@ -12,8 +12,12 @@ import speculators
 from helpers import entries, write_checkpoint
 
 HEAVY = ("torch", "transformers", "numpy")
+OF_VLLM = {"speculators.integrations.vllm.draft", "speculators.integrations.vllm.plain"}
+"""Models for vLLM, of its classes: imported by vLLM alone."""
 MODULES = sorted(
-    module.name for module in pkgutil.walk_packages(speculators.__path__, "speculators.")
+    module.name
+    for module in pkgutil.walk_packages(speculators.__path__, "speculators.")
+    if module.name not in OF_VLLM
 )
 
 
@@ -49,6 +53,7 @@ def test_this_test_sees_what_is_loaded() -> None:
         ["convert", "--help"],
         ["convert", "eagle", "--help"],
         ["evaluate", "--help"],
+        ["export", "--help"],
         ["-h"],
         ["validate", "--help"],
     ],
@@ -97,6 +102,12 @@ def test_rounding_needs_numpy_and_no_torch(tmp_path: Path, verifier: Path) -> No
     assert loaded_after(MAIN, *arguments, "bfloat16", cwd=tmp_path) == (0, {"numpy"})
 
 
+def test_an_export_needs_no_torch(tmp_path: Path, converted: dict[str, Path]) -> None:
+    arguments = ["export", str(converted["llama31_gqa_nobias"]), "out", "--to", "sglang"]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
+    assert "out/model.safetensors" in entries(tmp_path)
+
+
 def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
     source = write_checkpoint(tmp_path / "source", edit=lambda tensors: tensors.pop("fc.weight"))
     arguments = ["convert", "eagle", str(source), "out", str(verifier)]
@@ -117,7 +128,17 @@ LIGHT = [
     module
     for module in MODULES
     if module.split(".")[1]
-    in {"format", "checkpoint", "cli", "errors", "convert", "inspection", "batch"}
+    in {
+        "format",
+        "checkpoint",
+        "cli",
+        "errors",
+        "convert",
+        "inspection",
+        "batch",
+        "publish",
+        "integrations",
+    }
     and module
     not in {
         # The proof of a conversion is about a model.

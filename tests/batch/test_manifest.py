@@ -29,6 +29,9 @@ def test_every_key_has_the_default_of_the_command_line(tmp_path: Path) -> None:
         "validate": True,
         "dtype": None,
         "overwrite": False,
+        "push_to_hub": None,
+        "private": False,
+        "report": None,
     }
 
 
@@ -37,10 +40,10 @@ def test_yaml_says_the_same_as_json(tmp_path: Path) -> None:
         "revision": "v2",
         "layernorms": True,
         "fusion_bias": True,
-        "validate": False,
         "dtype": "float16",
         "overwrite": True,
     }
+    full |= {"push_to_hub": "org/one", "private": True, "report": "report", "validate": True}
     yaml = tmp_path / "batch.yaml"
     yaml.write_text(
         """
@@ -54,9 +57,12 @@ def test_yaml_says_the_same_as_json(tmp_path: Path) -> None:
           revision: v2
           layernorms: true
           fusion_bias: true
-          validate: false
+          validate: true
           dtype: float16
           overwrite: true
+          push_to_hub: org/one
+          private: true
+          report: report
         """
     )
     json_file = write_manifest(tmp_path, ENTRY, ENTRY | {"output": "other"} | full)
@@ -138,6 +144,18 @@ TWICE = " cannot be understood: the key 'input' is there twice in one entry."
         (
             [ENTRY, ENTRY | {"base_model": "./out/v", "output": "b"}],
             ", entry 2 reads {}/out/v" + WRITTEN_TOO,
+        ),
+        (
+            [ENTRY | {"private": True}],
+            ", entry 1: private and report are of use with push_to_hub only.",
+        ),
+        (
+            [ENTRY | {"push_to_hub": "a/b", "validate": False}],
+            ", entry 1: what is published has to be validated.",
+        ),
+        (
+            [ENTRY | {"push_to_hub": "a/b"}, ENTRY | {"output": "b", "push_to_hub": "a/b"}],
+            ", entries 1 and 2 are both published at a/b.",
         ),
         ([ENTRY | {"input": "./out"}], ", entry 1 reads {}/out" + WRITTEN_TOO),
     ],

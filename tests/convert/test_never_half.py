@@ -236,6 +236,18 @@ def test_a_disk_that_is_full(
     assert speculators(*arguments, "--overwrite").status == 0
 
 
+@pytest.mark.parametrize("option", ["--no-validate", "--overwrite"])
+def test_where_a_disk_is_mounted_nothing_else_can_be(
+    tmp_path: Path, small_disk: Path, verifier: Path, speculators: CommandLine, option: str
+) -> None:
+    """A container's volume, say: it is told before anything is written beside it."""
+    run = speculators("convert", "eagle", GOLDEN / PLAIN, small_disk, verifier, option)
+    assert run.status == 1
+    [error] = run.errors
+    assert error.startswith(f"{small_disk} is where a file system is mounted")
+    assert entries(tmp_path) == ["disk"]
+
+
 @pytest.mark.parametrize("limit", [0, 100, 1000, 100_000])
 def test_a_limit_on_the_size_of_files(tmp_path: Path, verifier: Path, limit: int) -> None:
     """``ulimit -f``, whose signal Python ignores."""

@@ -259,6 +259,21 @@ def test_each_prompt_of_a_batch_is_drafted_for_as_if_alone(
     assert len(set(map(len, together.accepted))) > 1
 
 
+@every_proposal
+def test_caches_grow(
+    verifier: PreTrainedModel,
+    draft: EagleSpeculator,
+    proposal: ProposalMethod | str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("speculators.decode.cache.MARGIN", 0)
+    inputs = batch([2, 3])
+    ids = inputs.pop("input_ids")
+    expected = plain(verifier, ids, max_new_tokens=24, **inputs)
+    result = speculated(draft, ids, max_new_tokens=24, proposal=proposal, **inputs)
+    assert torch.equal(result.sequences, expected)
+
+
 # Settings
 
 

@@ -126,7 +126,7 @@ def test_sequences_have_the_verifiers_distribution(
     verifier: PreTrainedModel, proposal: ProposalMethod, settings: dict[str, Any]
 ) -> None:
     prompt = [1, 3, 2]
-    counts, accepted = sampled(knowing_draft(verifier), prompt, proposal, 4000, settings)
+    counts, accepted = sampled(knowing_draft(verifier), prompt, proposal, 2500, settings)
     expected = analytic(verifier, prompt, settings)
     assert sum(expected.values()) == pytest.approx(1)
     assert chi_square_is_likely(counts, expected)
@@ -137,7 +137,7 @@ def test_sequences_have_the_verifiers_distribution(
 def test_a_draft_that_is_wrong_changes_nothing(
     verifier: PreTrainedModel, proposal: ProposalMethod
 ) -> None:
-    counts, _ = sampled(random_draft(verifier), [4], proposal, 3000, SETTINGS["plain"])
+    counts, _ = sampled(random_draft(verifier), [4], proposal, 2000, SETTINGS["plain"])
     assert chi_square_is_likely(counts, analytic(verifier, [4], SETTINGS["plain"]))
 
 

@@ -120,7 +120,7 @@ def test_saved_and_loaded_again_it_is_the_same(
 ) -> None:
     saved = save_quietly(EagleSpeculator.from_pretrained(converted[name]), tmp_path / "saved")
     assert config_of(saved) == config_of(converted[name])
-    assert entries(saved) == ["config.json", "model.safetensors"]
+    assert entries(saved) == ["README.md", "config.json", "model.safetensors"]
     expected, stored = stored_tensors(converted[name]), stored_tensors(saved)
     assert stored.keys() == expected.keys()
     assert all(torch.equal(stored[key], expected[key]) for key in expected)

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic import ValidationError as PydanticValidationError
 
 from speculators.checkpoint.repository import looks_like_a_path
@@ -38,6 +38,20 @@ class Conversion(BaseModel):
     """Round the tensors to this type; each keeps its own if not given."""
     overwrite: bool = False
     """Replace what is at the output if it is a converted checkpoint, but not this one."""
+    push_to_hub: str | None = None
+    """Publish the output at this id of the Hub."""
+    private: bool = False
+    """Keep the repository that is published private."""
+    report: Path | None = None
+    """What `speculators evaluate` wrote, for the model card that is published."""
+
+    @model_validator(mode="after")
+    def _check_publishing(self) -> "Conversion":
+        if self.push_to_hub is None and (self.private or self.report):
+            raise ValueError("private and report are of use with push_to_hub only")
+        if self.push_to_hub is not None and not self.validated:
+            raise ValueError("what is published has to be validated")
+        return self
 
     def relative_to(self, directory: Path) -> "Conversion":
         """The same, with its relative paths taken from ``directory``, and absolute."""
@@ -46,6 +60,7 @@ class Conversion(BaseModel):
                 "input": _located(self.input, directory),
                 "output": _absolute(self.output, directory),
                 "base_model": _located(self.base_model, directory),
+                "report": self.report and _absolute(self.report, directory),
             }
         )
 
@@ -141,13 +156,18 @@ def _problem(error: PydanticValidationError) -> str:
 
 
 def _collisions(conversions: list[Conversion]) -> Iterator[str]:
-    """Say which entries write where another one writes or reads."""
+    """Say which entries write where another one writes, reads or publishes."""
+    publishers: dict[str, int] = {}
     writers: dict[Path, int] = {}
     for number, conversion in enumerate(conversions, start=1):
         output = conversion.output.resolve()
         if output in writers:
             yield f"entries {writers[output]} and {number} have the same output {output}"
         writers[output] = number
+        if repo := conversion.push_to_hub:
+            if repo in publishers:
+                yield f"entries {publishers[repo]} and {number} are both published at {repo}"
+            publishers[repo] = number
     for number, conversion in enumerate(conversions, start=1):
         output = conversion.output.resolve()
         for parent in writers.keys() & set(output.parents):
@@ -164,7 +184,9 @@ def _collisions(conversions: list[Conversion]) -> Iterator[str]:
 
 
 def _absolute(path: Path, directory: Path) -> Path:
-    return directory / path.expanduser()
+    """Without ``..``, but with a link at its end kept."""
+    whole = directory / path.expanduser()
+    return whole.resolve() if whole.name == ".." else whole.parent.resolve() / whole.name
 
 
 def _located(source: str, directory: Path) -> str:

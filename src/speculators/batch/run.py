@@ -27,7 +27,9 @@ from loguru import logger
 from speculators.batch.manifest import Conversion
 from speculators.batch.state import is_done
 from speculators.convert.eagle import EagleConverter
+from speculators.convert.eagle.provenance import check_files, read_record
 from speculators.errors import sentence
+from speculators.publish.draft import check_publishing, publish_draft
 
 if TYPE_CHECKING:
     from loguru import Message
@@ -56,6 +58,7 @@ class Outcome:
         state: how far it is.
         seconds: how long it took.
         error: the sentence that says why it failed.
+        url: where it was published.
 
     """
 
@@ -63,6 +66,7 @@ class Outcome:
     state: State = State.TO_DO
     seconds: float = 0.0
     error: str | None = None
+    url: str | None = None
 
 
 class LogLine(NamedTuple):
@@ -75,15 +79,26 @@ class LogLine(NamedTuple):
 class Done(NamedTuple):
     """The last thing that a process says."""
 
-    error: str | None
+    error: str | None = None
+    url: str | None = None
 
 
 @dataclass(slots=True)
 class Job:
-    """A process at work."""
+    """A process at work.
+
+    Attributes:
+        name: of the entry, for the log.
+        outcome: of the entry; stopped, until the process says otherwise.
+        success: what the outcome is if nothing fails.
+        process: the process.
+        began: when, by the monotonic clock.
+
+    """
 
     name: str
     outcome: Outcome
+    success: State
     process: SpawnProcess
     began: float
 
@@ -114,15 +129,21 @@ class Batch:
     def find_done(self) -> None:
         """Mark what is done already, and what cannot be done since its output is in the way."""
         for number, outcome in enumerate(self.outcomes, start=1):
+            conversion = outcome.conversion
             try:
-                if is_done(outcome.conversion, cache_dir=self.cache_dir):
+                if conversion.push_to_hub:
+                    check_publishing(conversion.push_to_hub, conversion.report)
+                if is_done(conversion, cache_dir=self.cache_dir):
                     outcome.state = State.DONE_BEFORE
             except Exception as error:
                 outcome.state, outcome.error = State.FAILED, sentence(error)
                 logger.error(f"[{self._name(number)}] {outcome.error}")
 
     def run(self) -> None:
-        """Convert what is not done; a failure does not keep the others from being done.
+        """Convert what is not done, and publish what is to be published.
+
+        A failure does not keep the others from being done. What was published before is published
+        again, which sends nothing that the Hub has already.
 
         Whatever ends it, Ctrl-C too, no process is left when it returns or raises, and no output
         is half made.
@@ -132,8 +153,9 @@ class Batch:
             (self._name(number), outcome)
             for number, outcome in enumerate(self.outcomes, start=1)
             if outcome.state is State.TO_DO
+            or (outcome.state is State.DONE_BEFORE and outcome.conversion.push_to_hub)
         )
-        logger.info(f"{len(waiting)} of {len(self.outcomes)} are to be converted")
+        logger.info(f"{len(waiting)} of {len(self.outcomes)} are to be done")
         running: dict[Connection, Job] = {}
         try:
             while waiting or running:
@@ -162,13 +184,17 @@ def _start(
     context = get_context("spawn")
     reports, process_end = context.Pipe(duplex=False)
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    done_before = outcome.state is State.DONE_BEFORE
     process = context.Process(
-        target=_work, args=(outcome.conversion, cache_dir, threads, process_end), daemon=True
+        target=_work,
+        args=(outcome.conversion, done_before, cache_dir, threads, process_end),
+        daemon=True,
     )
+    success = State.DONE_BEFORE if done_before else State.CONVERTED
     with _signals_held_back():
         process.start()
         process_end.close()  # so that the connection ends when the process does
-        running[reports] = Job(name, outcome, process, time.monotonic())
+        running[reports] = Job(name, outcome, success, process, time.monotonic())
         outcome.state = State.STOPPED  # unless it says otherwise before it ends
 
 
@@ -182,8 +208,8 @@ def _hear(connection: Connection, job: Job) -> bool:
     if isinstance(report, LogLine):
         logger.log(report.level, f"[{job.name}] {report.text}")
     else:
-        job.outcome.state = State.FAILED if report.error else State.CONVERTED
-        job.outcome.error = report.error
+        job.outcome.state = State.FAILED if report.error else job.success
+        job.outcome.error, job.outcome.url = report
     return True
 
 
@@ -233,9 +259,13 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def _work(
-    conversion: Conversion, cache_dir: Path | None, threads: int, reports: Connection
+    conversion: Conversion,
+    done_before: bool,
+    cache_dir: Path | None,
+    threads: int,
+    reports: Connection,
 ) -> None:
-    """Convert, and report everything that is logged, and the end."""
+    """Convert and publish, and report everything that is logged, and the end."""
     signal.signal(signal.SIGTERM, _leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read when torch is imported
@@ -248,11 +278,12 @@ def _work(
     # Where nobody listens any more, sending fails: then it is time to clear up and end.
     logger.add(report, level="DEBUG", format="{message}", catch=False)
     try:
-        _convert(conversion, cache_dir)
-        reports.send(Done(None))
+        if not done_before:
+            _convert(conversion, cache_dir)
+        reports.send(Done(url=_publish(conversion) if conversion.push_to_hub else None))
     except Exception as error:  # whatever it is, the others go on
         logger.debug(traceback.format_exc().rstrip())
-        reports.send(Done(sentence(error)))
+        reports.send(Done(error=sentence(error)))
 
 
 def _convert(conversion: Conversion, cache_dir: Path | None) -> None:
@@ -267,6 +298,18 @@ def _convert(conversion: Conversion, cache_dir: Path | None) -> None:
         revision=conversion.revision,
         overwrite=conversion.overwrite,
         dtype=conversion.dtype,
+    )
+
+
+def _publish(conversion: Conversion) -> str:
+    assert conversion.push_to_hub
+    if record := read_record(conversion.output):
+        check_files(record, conversion.output)  # it may have lain there for long
+    return publish_draft(
+        conversion.output,
+        conversion.push_to_hub,
+        private=conversion.private,
+        report=conversion.report,
     )
 
 

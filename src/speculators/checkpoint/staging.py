@@ -77,6 +77,11 @@ def check_output(output: Path, *, overwrite: bool, kind: Kind = CONVERTED) -> No
         return
     if not output.is_dir() or output.is_symlink():
         raise OutputError(f"{output} exists and is not a directory; choose another output.")
+    if output.is_mount():
+        raise OutputError(
+            f"{output} is where a file system is mounted, so it cannot be replaced; "
+            "choose a directory within it."
+        )
     if not any(output.iterdir()):
         return
     if not overwrite:

@@ -33,15 +33,21 @@ def _print(outcomes: Sequence[Outcome]) -> None:
     rows = (
         (
             str(number),
-            str(outcome.conversion.output),
+            _shown(outcome.conversion.output),
             outcome.state.value,
             f"{outcome.seconds:.1f}" if outcome.seconds else "",
-            outcome.error or "",
+            outcome.error or outcome.url or "",
         )
         for number, outcome in enumerate(outcomes, start=1)
     )
     show(
-        table(("entry", "output", "outcome", "seconds", "error"), rows),
+        table(("entry", "output", "outcome", "seconds", "error or URL"), rows),
         "",
         ", ".join(f"{counts[state]} {state.value}" for state in State if counts[state]) + ".",
     )
+
+
+def _shown(output: Path) -> str:
+    """As one would write it here."""
+    here = Path.cwd()
+    return str(output.relative_to(here) if here in output.parents else output)

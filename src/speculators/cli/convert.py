@@ -91,6 +91,24 @@ def eagle(
         Dtype | None,
         typer.Option(help="Round the tensors to this type; each keeps its own if not given."),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO",
+            help="Publish OUTPUT on the Hub, with a model card, once it is validated.",
+            show_default=False,
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: keep the repository private.")
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --push-to-hub: what `speculators evaluate` wrote, for the model card.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
     ] = False,
@@ -121,6 +139,9 @@ def eagle(
                 "--revision": revision,
                 "--overwrite": overwrite,
                 "--dtype": dtype,
+                "--push-to-hub": push_to_hub,
+                "--private": private,
+                "--report": report,
             }
         )
         from speculators.cli.batch import run_batch
@@ -133,6 +154,10 @@ def eagle(
         )
     if jobs > 1:
         raise typer.BadParameter("--jobs is of use with --manifest only.")
+    if push_to_hub is None and (private or report):
+        raise typer.BadParameter("--private and --report are of use with --push-to-hub only.")
+    if push_to_hub is not None and not validate:
+        raise typer.BadParameter("what is published has to be validated: leave --no-validate out.")
 
     from speculators.cli.progress import progress_bar
     from speculators.convert.eagle import EagleConverter
@@ -153,6 +178,10 @@ def eagle(
             )
         )
         return
+    if push_to_hub is not None:
+        from speculators.publish.draft import check_publishing, publish_draft
+
+        check_publishing(push_to_hub, report)
     with progress_bar() as progress:
         converter.convert(
             source,
@@ -167,6 +196,8 @@ def eagle(
             dtype=dtype,
             progress=progress,
         )
+    if push_to_hub is not None:
+        publish_draft(output, push_to_hub, private=private, report=report)
 
 
 def _refuse_beside_manifest(given: dict[str, object]) -> None:

@@ -36,6 +36,7 @@ class BlockCache(Cache):
         self.padding = list(padding)
         self.lengths = [0] * len(self.padding)
         self.tried = 0
+        self._slots: dict[tuple[int, int, torch.device], Tensor] = {}
 
     @property
     def even(self) -> bool:
@@ -55,6 +56,14 @@ class BlockCache(Cache):
     def starts(self, device: torch.device) -> Tensor:
         """(rows, 1): the first slot that is not confirmed."""
         return torch.tensor(self.lengths, device=device)[:, None]
+
+    def next_slots(self, length: int, device: torch.device) -> Tensor:
+        """(rows, length): where the next block goes; made once for all layers."""
+        key = (length, self.tried, device)
+        if key not in self._slots:
+            behind = torch.arange(self.tried, self.tried + length, device=device)
+            self._slots[key] = self.starts(device) + behind
+        return self._slots[key]
 
     def positions(self, depths: Tensor) -> Tensor:
         """(rows, nodes): the positions of nodes of these depths, (rows or 1, nodes).
@@ -116,6 +125,7 @@ class BlockCache(Cache):
         """Keep, by row, the first so many slots of what was tried, and give up the others."""
         self.lengths = [length + n for length, n in zip(self.lengths, counts, strict=True)]
         self.tried = 0
+        self._slots.clear()
 
     def gather(self, paths: Tensor) -> None:
         """Move scattered nodes of the block to its front, before they are confirmed.
@@ -133,6 +143,7 @@ class BlockCache(Cache):
         """Drop all rows but these."""
         self.padding = [self.padding[row] for row in rows]
         self.lengths = [self.lengths[row] for row in rows]
+        self._slots.clear()
         for layer in self.layers:
             layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))  # type: ignore[union-attr]
 
@@ -170,8 +181,7 @@ class BlockLayer(CacheLayerMixin):
             self.keys[:, :, end - length : end] = key_states
             self.values[:, :, end - length : end] = value_states
         else:
-            device = key_states.device
-            at = self.cache.starts(device) + self.cache.tried + torch.arange(length, device=device)
+            at = self.cache.next_slots(length, key_states.device)
             self.keys.scatter_(2, _places(at, key_states), key_states)
             self.values.scatter_(2, _places(at, value_states), value_states)
         return self.keys[:, :, :end], self.values[:, :, :end]

@@ -202,6 +202,10 @@ class DynamicDrafter(Drafter):
 
     def _grow(self, root: Tensor, state: Tensor, logits: Tensor) -> Tree:
         rows, k = len(root), self.top_k
+        if k > logits.shape[2]:
+            raise GenerationError(
+                f"tree_top_k {k} is more than the {logits.shape[2]} tokens of the vocabulary."
+            )
         score, token = self._best(logits)  # (rows, 1, k)
         place = torch.arange(k, device=root.device).expand(rows, k)
         itself = torch.eye(k, dtype=torch.bool, device=root.device).expand(rows, k, k)

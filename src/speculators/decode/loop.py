@@ -145,7 +145,7 @@ def _decode(
     **inputs: Any,
 ) -> Generation:
     """What ``generate`` of transformers calls, with everything prepared, as its decoding loop."""
-    choice = Choice(logits_processor, bool(generation_config.do_sample))
+    choice = Choice(logits_processor, bool(generation_config.do_sample), input_ids.device)
     stopping = Stopping(stopping_criteria, input_ids.device)
     check_generation(generation_config, logits_processor)
     if len(input_ids) > 1:
@@ -155,9 +155,10 @@ def _decode(
     drafter = drafter_of(draft, BlockCache(padding), proposal, warp_of(logits_processor))
 
     prompts = [Prompt(tokens, stopping, streamer) for tokens in input_ids.tolist()]
-    with VerifierPass(verifier, BlockCache(padding)) as target:
+    max_length = int(generation_config.max_length or 0)
+    with VerifierPass(verifier, BlockCache(padding), max_length) as target:
         logits, states = target.prefill(input_ids, attention_mask, inputs.get("position_ids"))
-        for prompt, last in zip(prompts, logits[:, -1], strict=True):
+        for prompt, last in zip(prompts, logits, strict=True):
             prompt.extend([choice(prompt.tokens, last)])
         unseen = [prompt.tokens[1:] for prompt in prompts]  # by the draft
         active = prompts

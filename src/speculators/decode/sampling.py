@@ -51,11 +51,13 @@ class Choice:
     Attributes:
         processors: what is done to its logits before.
         do_sample: draw, instead of taking the best.
+        device: where the processors' own tensors are.
 
     """
 
     processors: LogitsProcessorList
     do_sample: bool
+    device: torch.device
 
     @property
     def is_best(self) -> bool:
@@ -78,9 +80,9 @@ class Choice:
             q: the draft's distribution, (vocabulary).
 
         """
-        scores: Tensor = logits.to(copy=True, dtype=torch.float32)[None]
+        scores = logits.to(copy=True, device=self.device, dtype=torch.float32)[None]
         if self.processors:
-            tokens = torch.tensor([before], device=logits.device)
+            tokens = torch.tensor([before], device=self.device)
             scores = self.processors(tokens, scores)  # type: ignore[arg-type]
         if not self.do_sample:
             return int(scores.argmax())

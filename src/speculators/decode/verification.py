@@ -25,21 +25,26 @@ class VerifierPass:
     Args:
         model: a causal language model.
         cache: an empty one.
+        max_length: how many tokens the longest sequence may come to.
 
     Raises:
-        GenerationError: on entering, if speculation cannot be done with the model.
+        GenerationError: if speculation cannot be done with the model.
 
     """
 
-    def __init__(self, model: PreTrainedModel, cache: BlockCache) -> None:
+    def __init__(self, model: PreTrainedModel, cache: BlockCache, max_length: int) -> None:
         self.model = model
         self.cache = cache
         self.windows = windows_of(model)
+        known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+        self.last_position = max(known, max_length) - 1
+        takes = inspect.signature(type(model).forward).parameters
+        self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._states: Tensor | None = None
 
     def __enter__(self) -> "VerifierPass":
         # What the head sees, whatever the model does to its logits afterwards.
-        self._hook = self.model.base_model.register_forward_hook(self._keep_states)
+        self._hook = self.model.get_decoder().register_forward_hook(self._keep_states)
         return self
 
     def __exit__(
@@ -56,13 +61,13 @@ class VerifierPass:
         """Run on the prompts, (rows, length), padded at the left.
 
         Returns:
-            the logits behind the last tokens, (rows, 1, vocabulary), and the hidden states of
-            all, (rows, length, hidden).
+            the logits behind the last tokens, (rows, vocabulary), and the hidden states of all,
+            (rows, length, hidden).
 
         """
-        result = self._run(tokens, attention_mask, position_ids, logits_to_keep=1)
+        logits, states = self._run(tokens, attention_mask, position_ids, **self.only_last)
         self.cache.confirm([tokens.shape[1]] * len(tokens))
-        return result
+        return logits[:, -1], states
 
     def verify(self, tree: Tree) -> Tensor:
         """Run on a tree, whose nodes are then tried in the cache.
@@ -76,8 +81,9 @@ class VerifierPass:
         logits, _ = self._run(
             tree.tokens.to(device),
             self._masks(None if tree.is_chain else tree.ancestors.to(device), depths),
-            self.cache.positions(depths),
-            logits_to_keep=0,
+            # A proposal may reach beyond the longest sequence: not to be kept, yet it must have
+            # a position that the model knows.
+            self.cache.positions(depths).clamp(max=self.last_position),
         )
         return logits
 
@@ -104,17 +110,22 @@ class VerifierPass:
         return states
 
     def _run(
-        self, tokens: Tensor, mask: Any, position_ids: Tensor | None, logits_to_keep: int
+        self, tokens: Tensor, mask: Any, position_ids: Tensor | None, **settings: Any
     ) -> tuple[Tensor, Tensor]:
+        self._states = None
         logits: Tensor = self.model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=logits_to_keep,
+            **settings,
         ).logits
-        assert self._states is not None
+        if self._states is None:
+            raise GenerationError(
+                f"{type(self.model).__name__} does not tell its last hidden states, "
+                "which the draft needs."
+            )
         return logits, self._states
 
     def _masks(self, block: Tensor | None, depths: Tensor) -> Any:
@@ -141,7 +152,8 @@ class VerifierPass:
         return masks.get(None, masks)
 
     def _keep_states(self, _module: object, _arguments: object, output: Any) -> None:
-        self._states = output[0]
+        # Of a model that is its own decoder this would be its logits.
+        self._states = getattr(output, "last_hidden_state", None)
 
 
 def windows_of(model: PreTrainedModel) -> dict[str | None, int | None]:
@@ -151,10 +163,12 @@ def windows_of(model: PreTrainedModel) -> dict[str | None, int | None]:
 
     Raises:
         GenerationError: if it has layers that are no attention, or of an unknown kind, or if it
-            takes no positions.
+            takes no positions: only of others it is known that speculation is exact.
 
     """
     name = type(model).__name__
+    if getattr(model, "_is_stateful", False):
+        raise GenerationError(f"The state of {name} cannot be taken back after a rejection.")
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise GenerationError(f"{name} takes no position_ids, which speculation needs.")
     config = model.config.get_text_config(decoder=True)

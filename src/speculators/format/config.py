@@ -127,6 +127,13 @@ class LayerConfig(BaseModel):
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
 
+    @property
+    def rope_type(self) -> str:
+        """How RoPE is scaled, ``default`` for not at all; older files call the key ``type``."""
+        scaling = self.rope_scaling or {}
+        kind: str = scaling.get("rope_type") or scaling.get("type") or "default"
+        return kind
+
     def dimensions(self) -> dict[str, int]:
         """The sizes that tensors' shapes are made of, by the names that ``tensors`` uses."""
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads

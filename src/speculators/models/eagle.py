@@ -6,8 +6,10 @@ comes out (EAGLE, arXiv:2401.15077, section 4.1; SafeAILab/EAGLE, eagle/model/cn
 """
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,10 +29,13 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.utils.generic import ModelOutput
 
 from speculators import __version__
+from speculators.checkpoint.stamp import write_stamped
 from speculators.checkpoint.tensor import describe_shape
+from speculators.checkpoint.upload import README, SAVED, check_upload, upload
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.decode import Generation, speculate
 from speculators.errors import SpeculatorsError, VerifierError
+from speculators.format.card import model_card
 from speculators.format.config import (
     EagleConfig,
     LayerConfig,
@@ -38,6 +43,7 @@ from speculators.format.config import (
     SpeculatorsConfig,
 )
 from speculators.format.layouts import LEGACY_PREFIXES
+from speculators.format.tensors import features_of
 from speculators.models.converted import open_converted
 from speculators.models.tensors import read_tensor
 
@@ -72,6 +78,16 @@ LAYER_SWITCHES = {"attention_bias", "mlp_bias", "use_sliding_window"}
 
 NOT_WRITTEN = {"transformers_version", "dtype", "torch_dtype", "architectures", "layer_types"}
 """What transformers adds to the layer's config: the draft's own, or derived from other keys."""
+
+UPLOAD_OPTIONS = {
+    "commit_message": "message",
+    "commit_description": "description",
+    "private": "private",
+    "token": "token",
+    "revision": "revision",
+    "create_pr": "create_pr",
+}
+"""What transformers calls the options of ``checkpoint.upload``."""
 
 
 class EagleSpeculatorConfig(PreTrainedConfig):
@@ -281,6 +297,116 @@ class EagleSpeculator(PreTrainedModel):
         else:
             model._borrow(converted.config.speculators_config.verifier.name_or_path, cache_dir)
         return model
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the draft as a directory in the format, with a model card (README.md).
+
+        A README.md that somebody wrote or edited is kept.
+
+        Args:
+            save_directory: the directory, made if needed.
+            is_main_process: as for ``PreTrainedModel.save_pretrained``.
+            state_dict: likewise.
+            push_to_hub: upload the directory, too; see ``push_to_hub`` for its arguments, of
+                which ``repo_id`` is the directory's name if not given.
+            **kwargs: as for ``PreTrainedModel.save_pretrained``: ``max_shard_size``, ...
+
+        Raises:
+            HubError: if it cannot be uploaded.
+
+        """
+        directory = Path(save_directory)
+        options = {new: kwargs.pop(old) for old, new in UPLOAD_OPTIONS.items() if old in kwargs}
+        repo_id = kwargs.pop("repo_id", directory.name)
+        if push_to_hub:
+            check_upload(repo_id, token=options.get("token"))
+        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict}
+        self._save(directory, repo_id if push_to_hub else str(directory), **kwargs)
+        if push_to_hub and is_main_process:
+            upload(directory, repo_id, files=SAVED, **options)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: Collection[str] | str | None = None,
+    ) -> str:
+        """Upload the draft to the Hugging Face Hub in one commit, with a model card.
+
+        Args:
+            repo_id: ``organization/name``, or ``name`` for one of the token's owner; it is made
+                if it is not there.
+            commit_message: the first line of the commit's message.
+            commit_description: the rest of it.
+            private: whether a new repository is private; the Hub's default if not given.
+            token: an access token; the one that the Hub's client knows if not given.
+            revision: the branch, made if it is not there; ``main`` if not given.
+            create_pr: open a pull request instead of writing the branch.
+            max_shard_size: the largest file of weights, as for ``save_pretrained``.
+            tags: for the model card, beside our own.
+
+        Returns:
+            The URL of the commit or pull request.
+
+        Raises:
+            HubError: if it cannot be uploaded, or the repository holds something else than a
+                converted draft.
+
+        """
+        check_upload(repo_id, token=token)
+        with TemporaryDirectory() as folder:
+            self._save(Path(folder), repo_id, tags=tags, max_shard_size=max_shard_size)
+            return upload(
+                Path(folder),
+                repo_id,
+                message=commit_message,
+                description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                files=SAVED,
+            )
+
+    def _save(
+        self,
+        directory: Path,
+        name: str,
+        *,
+        tags: Collection[str] | str | None = None,
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().save_pretrained(directory, is_main_process, **kwargs)
+        if not is_main_process:
+            return
+        own = {
+            key: parameter
+            for key, parameter in self.named_parameters()
+            if key not in (self._keys_to_ignore_on_save or ())
+        }
+        card = model_card(
+            name,
+            EagleConfig.model_validate(self.config.to_dict()),
+            parameters=sum(parameter.numel() for parameter in own.values()),
+            features=features_of(own),
+            tags=[tags] if isinstance(tags, str) else tags or (),
+        )
+        write_stamped(directory / README, card)
 
     def attach_verifier(
         self, verifier: PreTrainedModel | str | os.PathLike[str]

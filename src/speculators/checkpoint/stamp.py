@@ -1,0 +1,41 @@
+"""Text files that speculators writes, and never replaces once somebody has edited them."""
+
+import hashlib
+import re
+from pathlib import Path
+
+__all__ = ["is_stamped", "write_stamped"]
+
+_STAMP = "<!-- written by speculators; sha256 of what is above: {} -->\n"
+_LAST_LINE = re.compile(re.escape(_STAMP).replace(r"\{\}", "([0-9a-f]{64})"))
+
+
+def is_stamped(text: str) -> bool:
+    """Whether a text is, to the letter, one that speculators wrote."""
+    lines = text.splitlines(keepends=True) or [""]
+    stamp = _LAST_LINE.fullmatch(lines[-1])
+    return stamp is not None and stamp[1] == _sha256("".join(lines[:-1]))
+
+
+def write_stamped(file: Path, text: str) -> bool:
+    """Write a text in Markdown or HTML with a stamp, unless a text without one is there.
+
+    Args:
+        file: where to.
+        text: what to write, ending with a line's end.
+
+    Returns:
+        Whether it was written.
+
+    Raises:
+        OSError: if the disk does not take it.
+
+    """
+    if file.exists() and not is_stamped(file.read_text(encoding="utf-8", errors="replace")):
+        return False
+    file.write_text(text + _STAMP.format(_sha256(text)), encoding="utf-8")
+    return True
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

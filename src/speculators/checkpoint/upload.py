@@ -1,0 +1,238 @@
+"""A directory of a converted draft, uploaded to the Hugging Face Hub in one commit.
+
+The Hub's own client does the work. What is added here: a repository that holds something else
+is left alone, what people have written there is not replaced, what was to be private does not
+become public, and each way to fail is one sentence.
+"""
+
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from loguru import logger
+
+from speculators.checkpoint.hub_errors import raise_told
+from speculators.checkpoint.staging import CONVERTED
+from speculators.checkpoint.stamp import is_stamped
+from speculators.errors import HubError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, ModelInfo
+
+__all__ = ["README", "SAVED", "check_upload", "upload"]
+
+README = "README.md"
+"""What the Hub shows as the model card."""
+
+SAVED = ("config.json", README, "model*.safetensors", "model*.index.json")
+"""The files of a draft."""
+
+FILES = (*SAVED, "conversion.json", "report.json")
+"""Those of a draft that was converted, and measured."""
+
+_NO_TOKEN = (
+    "Uploading to {repo} takes an access token: log in with 'hf auth login', or set HF_TOKEN to a"
+    " token with the role 'write'"
+)
+
+# What can go wrong, by the names that hub_errors gives to an error.
+_SENTENCES = {
+    "HFValidationError": (
+        "{repo!r} is no Hub id, so nothing can be uploaded there: give one such as"
+        " 'organization/name'"
+    ),
+    "LocalTokenNotFoundError": _NO_TOKEN,
+    "HTTP 401": _NO_TOKEN,
+    "HTTP 401, token sent": (
+        "{endpoint} rejects the access token: set HF_TOKEN to a valid one, or log in again with"
+        " 'hf auth login'"
+    ),
+    "HTTP 403": (
+        "{endpoint} does not let the access token write {repo} ({reason}): use one with the role"
+        " 'write' of an account that may, or choose another repository"
+    ),
+    "HTTP 412": "{repo} was changed by somebody else while it was uploaded to: try again",
+    "HTTP 429": "{endpoint} has had too many requests from here ({reason}): wait some minutes",
+    "HTTP 5xx": "{endpoint} fails to take the files for {repo} ({reason}): try again later",
+    "HfHubHTTPError": (
+        "{endpoint} does not take the files for {repo} ({reason}): check the id, the access token"
+        " and HF_ENDPOINT"
+    ),
+    "HTTPError": (
+        "{repo} cannot be uploaded to {endpoint} ({reason}): check the network, the proxy and"
+        " HF_ENDPOINT"
+    ),
+    "OfflineModeIsEnabled": "Offline mode forbids uploading to {repo}: unset HF_HUB_OFFLINE",
+    # Of all that is sent, only the token is not encoded beforehand.
+    "UnicodeEncodeError": (
+        "The access token holds characters that cannot be sent: set HF_TOKEN to the token as"
+        " {endpoint}/settings/tokens shows it"
+    ),
+    "errno": "The files for {repo} cannot be read ({reason}): look after the disk",
+    "Exception": (
+        "{repo} cannot be uploaded to {endpoint} ({kind}: {reason}): check the id and the HF_*"
+        " environment variables"
+    ),
+}
+
+
+def check_upload(repo_id: str, *, token: bool | str | None = None) -> None:
+    """Check what can be checked before there is anything to upload, without the network.
+
+    Args:
+        repo_id: ``organization/name``, or ``name`` for one of the token's owner.
+        token: an access token; the one that the Hub's client knows if not given.
+
+    Raises:
+        HubError: if the id is none, there is no access token, or offline mode is on.
+
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import validate_repo_id
+
+    with _told(repo_id):
+        validate_repo_id(repo_id)
+        if constants.HF_HUB_OFFLINE:
+            raise OfflineModeIsEnabled
+        if token in {None, True} and not get_token():
+            raise LocalTokenNotFoundError
+
+
+def upload(
+    directory: Path,
+    repo_id: str,
+    *,
+    message: str | None = None,
+    description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    files: Collection[str] = FILES,
+) -> str:
+    """Upload the files of a converted draft, in one commit: all of them, or none.
+
+    Whatever else lies in the directory is not uploaded. A file that the repository has already is
+    not sent again, and one of an earlier draft that is not part of this one is deleted there. A
+    model card that speculators wrote does not replace one that somebody wrote or edited.
+
+    Args:
+        directory: the draft.
+        repo_id: ``organization/name``, or ``name`` for one of the token's owner; it is made if it
+            is not there.
+        message: the first line of the commit's message, if it is not to be our own.
+        description: the rest of it.
+        private: whether a new repository is private; the Hub's default if not given.
+        token: an access token; the one that the Hub's client knows if not given.
+        revision: the branch, made if it is not there; ``main`` if not given.
+        create_pr: open a pull request instead of writing the branch.
+        files: which files of the directory are the draft's, as patterns.
+
+    Returns:
+        The URL of the commit or pull request.
+
+    Raises:
+        HubError: if it cannot be done. Nothing was changed then but that, perhaps, an empty
+            repository or branch was made.
+
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    check_upload(repo_id, token=token)
+    api = HfApi(token=True if token is None else token, library_name="speculators")
+    with _told(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = api.model_info(repo_id, revision=revision)
+    if private and not there.private:
+        raise HubError(
+            f"{repo_id} exists and is public, so nothing was uploaded: make it private in its "
+            "settings, choose another repository, or leave private out."
+        )
+    kept = _find_kept(api, there, directory)
+    added = {path.name for pattern in files for path in directory.glob(pattern)} - kept
+    names = {file.rfilename for file in there.siblings or ()}
+    stale = {name for name in names if any(fnmatch(name, it) for it in FILES)} - added - {README}
+    with _told(repo_id):
+        commit = api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, directory / name) for name in sorted(added)),
+                *(CommitOperationDelete(name) for name in sorted(stale)),
+            ],
+            commit_message=message or "Upload an EAGLE draft",
+            commit_description=description,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=there.sha,
+        )
+    if commit.oid == there.sha:
+        logger.info(f"{repo_id} has all of it already")
+    return commit.pr_url or commit.commit_url
+
+
+@contextmanager
+def _told(repo_id: str) -> Iterator[None]:
+    """Let the client work, and tell what it raises in a sentence."""
+    try:
+        with _client_kept_quiet():
+            yield
+    except Exception as error:  # the client lets errors of many libraries through
+        raise_told(error, _SENTENCES, repo=repo_id)
+
+
+@contextmanager
+def _client_kept_quiet() -> Iterator[None]:
+    """Keep the client from drawing bars in a log, and from remarks beside ours."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        logging,
+    )
+
+    verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity(logging.ERROR)
+    if bars and not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            enable_progress_bars()
+
+
+def _find_kept(api: "HfApi", there: "ModelInfo", directory: Path) -> set[str]:
+    """Find which files are not to be replaced by ours: a card that somebody wrote or edited.
+
+    Raises:
+        HubError: if the repository holds something else than a converted draft.
+
+    """
+    names = {CONVERTED.file, README} & {file.rfilename for file in there.siblings or ()}
+    with _told(there.id), TemporaryDirectory() as folder:
+        texts = {
+            name: Path(
+                api.hf_hub_download(there.id, name, revision=there.sha, local_dir=folder)
+            ).read_text(encoding="utf-8", errors="replace")
+            for name in names
+        }
+    if CONVERTED.file in texts and f'"{CONVERTED.key}"' not in texts[CONVERTED.file]:
+        raise HubError(
+            f"{there.id} holds a model that is no converted draft, so nothing was uploaded: "
+            "choose another repository."
+        )
+    if README not in texts or is_stamped(texts[README]):
+        return set()
+    ours = directory / README
+    if not ours.is_file() or not is_stamped(ours.read_text(encoding="utf-8", errors="replace")):
+        return set()
+    logger.info(f"The {README} of {there.id} was edited there, and is kept")
+    return {README}

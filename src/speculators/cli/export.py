@@ -1,0 +1,42 @@
+"""`speculators export`: converted drafts into the layouts of other software."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+__all__ = ["export"]
+
+
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="A converted draft: a directory or a Hugging Face id."),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
+    to: Annotated[
+        Literal["eagle", "vllm", "sglang"],
+        typer.Option(
+            help="Who is to read it: the research code, vLLM without the plugin, or SGLang."
+        ),
+    ],
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False),
+    ] = None,
+) -> None:
+    """Write a converted draft in another layout, its tensors byte for byte.
+
+    OUT gets config.json and model.safetensors. It appears complete, or not at
+    all.
+
+    For example:
+
+    speculators export ./converted ./for-sglang --to sglang
+    """
+    from speculators.convert import export as exporting
+
+    exporting.export(source, output, to, cache_dir=cache_dir, revision=revision)

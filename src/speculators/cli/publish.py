@@ -1,0 +1,47 @@
+"""`speculators publish`: a converted checkpoint, uploaded to the Hugging Face Hub."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["publish"]
+
+
+def publish(
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="A directory that `convert` made.")
+    ],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Where to, as organization/name; made if needed.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Keep the repository private.")
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="What `speculators evaluate` wrote, for the model card.", show_default=False
+        ),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
+    ] = None,
+) -> None:
+    """Check a converted checkpoint again, and upload it to the Hugging Face Hub.
+
+    It gets a model card (README.md), unless you have written one. The access
+    token is taken from HF_TOKEN, or from where `hf auth login` put it.
+
+    For example:
+
+    speculators publish ./converted my-organization/eagle-llama-3.1-8b --report ./report
+    """
+    from speculators.cli.progress import progress_bar
+    from speculators.convert.eagle import EagleConverter
+    from speculators.publish.draft import check_publishing, publish_draft
+
+    check_publishing(repo, report)
+    with progress_bar() as progress:
+        EagleConverter().validate(output, cache_dir=cache_dir, progress=progress)
+    publish_draft(output, repo, private=private, report=report)

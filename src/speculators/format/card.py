@@ -1,0 +1,175 @@
+"""The model card of a converted draft: the README.md that the Hub shows."""
+
+import json
+import re
+import shlex
+from collections.abc import Collection
+from pathlib import PurePath
+
+from speculators.format.config import EagleConfig
+from speculators.format.conversion import CONVERSION_FILE, ConversionRecord, RepositoryRecord
+from speculators.format.tensors import FEATURES
+
+__all__ = ["model_card", "names_hub_id"]
+
+TAGS = ["eagle", "speculative-decoding", "speculators"]
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+CARD = """\
+---
+{metadata}
+---
+
+# {title}
+
+An EAGLE draft for `{verifier}`, in the speculators format. In speculative decoding the draft \
+proposes the next tokens, and the verifier checks them in one pass, so that one pass of the large \
+model gives several tokens. The draft works with this verifier alone: it uses the verifier's \
+{borrowed}, and has none of its own.
+
+| | |
+| --- | --- |
+| verifier | `{verifier}` ({verifier_architectures}) |
+| layer | one `{layer}`, hidden size {hidden}, vocabulary {vocabulary} |
+| parameters | {parameters:,}, in {dtype} |
+| has | {features} |
+
+## Serving it
+
+With [vLLM](https://docs.vllm.ai), and speculators installed beside it:
+
+```sh
+vllm serve {name_in_shell}
+```
+
+That takes the verifier from the draft's config. To choose it, and how many tokens are drafted:
+
+```sh
+vllm serve {verifier_in_shell} \\
+    --speculative-config {speculative_config}
+```
+
+## Using it from Python
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from speculators.models.eagle import EagleSpeculator
+
+tokenizer = AutoTokenizer.from_pretrained({verifier_in_python})
+verifier = AutoModelForCausalLM.from_pretrained({verifier_in_python}, dtype="auto")
+draft = EagleSpeculator.from_pretrained({name_in_python}, verifier=verifier)
+
+prompt = tokenizer("The capital of France is", return_tensors="pt")
+output = draft.generate(**prompt, max_new_tokens=32)
+print(tokenizer.decode(output[0]))
+```
+"""
+
+PROVENANCE = """
+## Where it comes from
+
+Converted by speculators {version} from {source}. Its tensors are those of the source, {bytes}. \
+{proof} `{conversion_file}` tells where each tensor comes from, and what was left out and why.
+"""
+
+
+def names_hub_id(name: str) -> bool:
+    """Whether a verifier or source is named by a Hugging Face id, not by a path."""
+    return HUB_ID.fullmatch(name) is not None
+
+
+def model_card(
+    name: str,
+    config: EagleConfig,
+    *,
+    parameters: int,
+    features: Collection[str],
+    record: ConversionRecord | None = None,
+    evaluation: str | None = None,
+    tags: Collection[str] = (),
+) -> str:
+    """Write the model card of a converted draft.
+
+    It says what the files say, and no more: no licence, no training data, no opinion.
+
+    Args:
+        name: the Hugging Face id or path by which the draft is to be had.
+        config: the draft's.
+        parameters: how many numbers its tensors hold.
+        features: those of ``tensors.FEATURES`` that its tensors have.
+        record: its conversion.json, if it has one.
+        evaluation: a section about how well it drafts, in Markdown.
+        tags: for the Hub, beside our own.
+
+    Returns:
+        Markdown with metadata in YAML at its beginning.
+
+    """
+    from huggingface_hub import ModelCardData
+
+    reference = config.speculators_config.verifier
+    verifier = _shown(reference.name_or_path or "VERIFIER")
+    metadata = ModelCardData(
+        base_model=reference.name_or_path if names_hub_id(reference.name_or_path or "") else None,
+        library_name="speculators",
+        tags=sorted({*TAGS, *tags}),
+    )
+    proposal = config.speculators_config.proposal_methods[0]
+    speculative_config = {
+        "method": "eagle",
+        "model": name,
+        "num_speculative_tokens": proposal.speculative_tokens,
+    }
+    layer = config.transformer_layer_config
+    card = CARD.format(
+        metadata=metadata.to_yaml(),
+        title=PurePath(name).name,
+        verifier=verifier,
+        name_in_shell=shlex.quote(name),
+        verifier_in_shell=shlex.quote(verifier),
+        name_in_python=json.dumps(name),
+        verifier_in_python=json.dumps(verifier),
+        verifier_architectures=", ".join(f"`{it}`" for it in reference.architectures),
+        borrowed="output head" if "embedding" in features else "embedding and output head",
+        layer=config.transformer_layer_architecture,
+        hidden=layer.hidden_size,
+        vocabulary=layer.vocab_size,
+        parameters=parameters,
+        dtype=config.torch_dtype or "the type of its tensors",
+        features=", ".join(FEATURES[it] for it in FEATURES if it in features) or "nothing beside fc and the layer",
+        speculative_config=shlex.quote(json.dumps(speculative_config)),
+    )
+    if evaluation:
+        card += f"\n## How well it drafts\n\n{evaluation.strip()}\n"
+    if record:
+        card += _provenance(record)
+    return card
+
+
+def _provenance(record: ConversionRecord) -> str:
+    text = PROVENANCE.format(
+        version=record.speculators_version,
+        source=_source(record.source),
+        bytes=f"rounded to {record.dtype}" if record.dtype else "byte for byte",
+        proof=(
+            "That was checked, and that the model computes with them what the source does."
+            if record.validated
+            else "Nothing of that was checked."
+        ),
+        conversion_file=CONVERSION_FILE,
+    )
+    if remarks := record.unchecked + record.notes:
+        text += "\n" + "".join(f"- {remark.rstrip('.')}.\n" for remark in remarks)
+    return text
+
+
+def _source(source: RepositoryRecord) -> str:
+    commit = f" at the commit {source.revision}" if source.revision else ""
+    return f"`{_shown(source.name)}`{commit}"
+
+
+def _shown(name: str) -> str:
+    """A Hugging Face id as it is; of a path, which is nobody else's, its last part."""
+    return name if names_hub_id(name) else PurePath(name).name

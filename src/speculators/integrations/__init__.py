@@ -1,0 +1,1 @@
+"""Serving engines that are taught to run converted drafts."""

@@ -1,0 +1,1 @@
+"""vLLM's plugin: `vllm serve` on a converted directory."""

@@ -1,0 +1,59 @@
+"""A converted draft's config.json as the config that vLLM keeps of a draft."""
+
+from typing import Any
+
+from speculators.errors import FormatError
+from speculators.format.config import parse_config
+from speculators.format.tensors import required_tensors
+from speculators.integrations.vllm.plugin import ARCHITECTURE
+
+__all__ = ["update_eagle"]
+
+WHERE = "the draft"
+
+
+def update_eagle(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
+    """Fill in the config that vLLM builds the draft's model from.
+
+    It has the keys of a Llama config, as vLLM's Llama layer reads them, and those that
+    ``draft.EagleDraft`` reads beside them.
+
+    Args:
+        config_dict: the config.json.
+        pre_trained_config: what vLLM took of it; filled in place.
+
+    Raises:
+        FormatError: if it breaks the format's rules, or asks for what vLLM cannot compute.
+
+    """
+    config = parse_config(config_dict, WHERE)
+    layer = config.transformer_layer_config
+    if layer.hidden_act != "silu":
+        raise FormatError(
+            f"The draft's activation is {layer.hidden_act}, and vLLM's Llama layer has silu alone; "
+            "this draft cannot be served with vLLM."
+        )
+    sizes = layer.dimensions()
+    heads = layer.num_attention_heads
+    values = layer.model_dump(exclude={"model_type", "rope_theta", "rope_scaling"})
+    values |= {
+        "architectures": [ARCHITECTURE],
+        "num_key_value_heads": layer.num_key_value_heads or heads,
+        "head_dim": layer.head_dim or layer.hidden_size // heads,
+        "rope_parameters": {
+            **(layer.rope_scaling or {}),
+            "rope_type": layer.rope_type,
+            "rope_theta": layer.rope_theta,
+        },
+        # vLLM's layer has biases on q, k, v and o for the first key, on q, k and v for the second.
+        "attention_bias": False,
+        "qkv_bias": "attention_bias" in config.features,
+        "fusion_bias": config.fusion_bias,
+        "layernorms": config.layernorms,
+        "tensor_shapes": {
+            name: spec.shape(sizes)
+            for name, spec in required_tensors(config.features | {"embedding"}).items()
+        },
+    }
+    pre_trained_config.clear()
+    pre_trained_config.update(values)

@@ -1,0 +1,1 @@
+"""Publishing a converted draft on the Hugging Face Hub, with its model card."""

@@ -1,0 +1,98 @@
+"""Publishing a directory that `convert` made."""
+
+from math import prod
+from pathlib import Path
+
+from loguru import logger
+
+from speculators.checkpoint.json_file import read_json
+from speculators.checkpoint.reader import read_tensors
+from speculators.checkpoint.repository import LocalDirectory
+from speculators.checkpoint.stamp import write_stamped
+from speculators.checkpoint.upload import README, check_upload, upload
+from speculators.convert.eagle.provenance import read_record
+from speculators.errors import HubError
+from speculators.evaluate.report import REPORT_FILE
+from speculators.format.card import model_card, names_hub_id
+from speculators.format.config import parse_config
+from speculators.format.layouts import current_name
+from speculators.format.tensors import features_of
+from speculators.publish.figures import evaluation_section, read_report
+
+__all__ = ["check_publishing", "publish_draft"]
+
+
+def check_publishing(repo_id: str, report: Path | None) -> None:
+    """Check what can be checked before there is a draft to publish, without the network.
+
+    Raises:
+        HubError: if the id is none, there is no access token, or offline mode is on.
+        EvaluationError: if the report is none.
+
+    """
+    check_upload(repo_id)
+    if report is not None:
+        read_report(report)
+
+
+def publish_draft(
+    directory: Path, repo_id: str, *, private: bool = False, report: Path | None = None
+) -> str:
+    """Upload a converted draft to the Hub, with a model card.
+
+    The card is written into the directory, unless one is there that somebody wrote or edited.
+    The report is copied there too, so that the next card knows of it. That the draft is sound is
+    for the caller to check before.
+
+    Args:
+        directory: what ``EagleConverter.convert`` made.
+        repo_id: where to; the repository is made if it is not there.
+        private: whether a new repository is private; one that is public then is refused.
+        report: what `speculators evaluate` wrote, for the card.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        FormatError, CheckpointError: if it is no converted draft.
+        EvaluationError: if the report is none.
+        HubError: if it cannot be uploaded; the directory is complete all the same.
+
+    """
+    if report is not None:
+        given = read_report(report)
+        if given.draft != repo_id and Path(given.draft).resolve() != directory.resolve():
+            logger.warning(f"The report is about {given.draft}: make sure that it is {directory}")
+        (directory / REPORT_FILE).write_text(given.model_dump_json(indent=2) + "\n")
+    report = directory / REPORT_FILE
+    config = parse_config(read_json(directory / "config.json"), str(directory))
+    tensors = {
+        current_name(name): info for name, info in read_tensors(LocalDirectory(directory)).items()
+    }
+    card = model_card(
+        repo_id,
+        config,
+        parameters=sum(prod(info.shape) for info in tensors.values()),
+        features=features_of(tensors),
+        record=read_record(directory),
+        evaluation=evaluation_section(read_report(report)) if report.is_file() else None,
+    )
+    if not write_stamped(directory / README, card):
+        logger.warning(
+            f"{directory / README} was written or edited by somebody, and is published as it is"
+        )
+    verifier = config.speculators_config.verifier.name_or_path
+    if verifier is None or not names_hub_id(verifier):
+        logger.warning(
+            f"The verifier is not named by a Hugging Face id but by {verifier}: whoever downloads "
+            f"{repo_id} has to say which it is"
+        )
+    try:
+        url = upload(directory, repo_id, private=private or None)
+    except HubError as error:
+        raise HubError(
+            f"{error} The draft in {directory} is complete; publish it later: "
+            f"speculators publish {directory} {repo_id}"
+        ) from error.__cause__
+    logger.success(f"Published at: {url}")
+    return url

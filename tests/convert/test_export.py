@@ -1,0 +1,282 @@
+"""The way back: what other software reads, byte for byte."""
+
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helpers import (
+    GOLDEN_NAMES,
+    HIDDEN,
+    PLAIN,
+    CommandLine,
+    Tensors,
+    config_of,
+    entries,
+    source_config,
+    source_tensors,
+    stored_tensors,
+    write_checkpoint,
+)
+from speculators.checkpoint.reader import read_checkpoint
+from speculators.checkpoint.repository import LocalDirectory
+from speculators.cli import export as command
+from speculators.convert.eagle import EagleConverter
+from speculators.convert.export import TARGETS, export, plan_export
+from speculators.errors import ConversionError, FormatError, OutputError
+
+BIASED, QWEN, NORMS = "vicuna_default_bias", "qwen2_qkv_bias", "ttt_layernorms"
+
+
+def assert_same_bytes(found: Tensors, expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        as_bytes = [it.contiguous().view(torch.uint8) for it in (found[name], tensor)]
+        assert torch.equal(*as_bytes), name
+
+
+def convert(source: Path, output: Path, verifier: Path) -> Path:
+    return EagleConverter().convert(source, output, verifier, validate=False)
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_the_research_layout_has_the_tensors_of_the_original(
+    tmp_path: Path, converted: dict[str, Path], name: str
+) -> None:
+    assert export(converted[name], tmp_path / "out", "eagle") == tmp_path / "out"
+    assert entries(tmp_path / "out") == ["config.json", "model.safetensors"]
+    assert_same_bytes(stored_tensors(tmp_path / "out"), source_tensors(name))
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_the_research_layout_has_the_config_of_the_original(
+    tmp_path: Path, converted: dict[str, Path], name: str
+) -> None:
+    """Every key that the original has, but for those that only transformers writes."""
+    export(converted[name], tmp_path / "out", "eagle")
+    original, found = source_config(name), config_of(tmp_path / "out")
+    for key in original.keys() - {"transformers_version", "use_cache"}:
+        if key == "rope_scaling":
+            assert original[key].items() <= found[key].items()
+        elif key == "rope_theta" and "rope_scaling" in original:
+            assert found[key] == 10000  # which the reference uses then
+        else:
+            assert found[key] == original[key], key
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_there_and_back_again_is_the_identity(
+    tmp_path: Path, converted: dict[str, Path], verifiers: dict[str, Path], name: str
+) -> None:
+    export(converted[name], tmp_path / "out", "eagle")
+    again = EagleConverter().convert(tmp_path / "out", tmp_path / "again", verifiers[name])
+    for file in ("config.json", "model.safetensors"):
+        assert (again / file).read_bytes() == (converted[name] / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"eos_token_id": [2, 7]},
+        {"bos_token_id": 5, "pad_token_id": None, "hidden_act": "gelu"},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ],
+    ids=["several-eos", "no-pad", "dynamic", "llama3"],
+)
+def test_there_and_back_again_with_other_configs(
+    tmp_path: Path, verifier: Path, config: dict[str, Any]
+) -> None:
+    source = write_checkpoint(tmp_path / "source", config=config)
+    once = convert(source, tmp_path / "once", verifier)
+    export(once, tmp_path / "out", "eagle")
+    twice = convert(tmp_path / "out", tmp_path / "twice", verifier)
+    assert config_of(twice) == config_of(once)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dtype_stays(tmp_path: Path, verifier: Path, dtype: torch.dtype) -> None:
+    def cast(tensors: Tensors) -> None:
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+    source = write_checkpoint(tmp_path / "source", edit=cast)
+    export(convert(source, tmp_path / "converted", verifier), tmp_path / "out", "sglang")
+    assert {tensor.dtype for tensor in stored_tensors(tmp_path / "out").values()} == {dtype}
+    assert config_of(tmp_path / "out")["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("name", [PLAIN, "rope_linear"])
+def test_plain_drafts_go_to_vllm(tmp_path: Path, converted: dict[str, Path], name: str) -> None:
+    export(converted[name], tmp_path / "out", "vllm")
+    config = config_of(tmp_path / "out")
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["model_type"] == "llama"
+    assert config["bias"] is False
+    assert_same_bytes(stored_tensors(tmp_path / "out"), source_tensors(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "feature"),
+    [
+        (BIASED, "vllm", "a bias on fc, which vLLM without a plugin cannot compute"),
+        (QWEN, "vllm", "a bias on fc, which vLLM without a plugin cannot compute"),
+        (NORMS, "vllm", "extra layernorms, which vLLM without a plugin cannot compute"),
+        (NORMS, "sglang", "extra layernorms, which SGLang cannot compute"),
+    ],
+)
+def test_a_feature_that_the_target_lacks_is_named(
+    tmp_path: Path, converted: dict[str, Path], name: str, target: str, feature: str
+) -> None:
+    with pytest.raises(ConversionError, match=feature):
+        export(converted[name], tmp_path / "out", target)
+    assert entries(tmp_path) == []
+
+
+def test_two_features_that_the_target_lacks_are_both_named(tmp_path: Path, verifiers: Any) -> None:
+    bias = {"fc.bias": torch.ones(HIDDEN)}
+    source = write_checkpoint(tmp_path / "source", name=NORMS, edit=lambda it: it.update(bias))
+    converted = convert(source, tmp_path / "converted", verifiers[NORMS])
+    with pytest.raises(ConversionError, match="a bias on fc and extra layernorms, which vLLM"):
+        export(converted, tmp_path / "out", "vllm")
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
+def test_engines_know_one_activation(tmp_path: Path, verifier: Path, target: str) -> None:
+    source = write_checkpoint(tmp_path / "source", config={"hidden_act": "gelu"})
+    converted = convert(source, tmp_path / "converted", verifier)
+    with pytest.raises(ConversionError, match=r"the activation gelu, and .* computes silu alone"):
+        export(converted, tmp_path / "out", target)
+
+
+def test_attention_biases_alone_go_to_vllm(tmp_path: Path, verifiers: dict[str, Path]) -> None:
+    source = write_checkpoint(
+        tmp_path / "source", name=QWEN, edit=lambda tensors: tensors.pop("fc.bias")
+    )
+    export(convert(source, tmp_path / "converted", verifiers[QWEN]), tmp_path / "out", "vllm")
+    config = config_of(tmp_path / "out")
+    assert (config["model_type"], config["qkv_bias"], config["bias"]) == ("llama", True, False)
+    assert_same_bytes(stored_tensors(tmp_path / "out"), stored_tensors(source))
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        (PLAIN, "LlamaForCausalLMEagle"),
+        (BIASED, "LlamaForCausalLMEagle"),
+        (QWEN, "Qwen2ForCausalLMEagle"),
+    ],
+)
+def test_sglang_gets_a_bias_on_fc_in_any_case(
+    tmp_path: Path, converted: dict[str, Path], name: str, architecture: str
+) -> None:
+    export(converted[name], tmp_path / "out", "sglang")
+    config = config_of(tmp_path / "out")
+    assert config["architectures"] == [architecture]
+    assert config["bias"] is False  # to SGLang it means biases on q, k, v and o
+    expected = source_tensors(name)
+    expected.setdefault("fc.bias", torch.zeros(HIDDEN))
+    assert_same_bytes(stored_tensors(tmp_path / "out"), expected)
+
+
+def test_sglang_s_way_with_embeddings_is_told(
+    tmp_path: Path, verifier: Path, converted: dict[str, Path], log: list[str]
+) -> None:
+    remark = "SGLang uses the verifier's embedding, whatever the draft's own holds"
+    export(converted[PLAIN], tmp_path / "one", "sglang")
+    assert f"WARNING {converted[PLAIN]}: {remark}" in log
+    source = write_checkpoint(
+        tmp_path / "source", edit=lambda tensors: tensors.pop("embed_tokens.weight")
+    )
+    without = convert(source, tmp_path / "without", verifier)
+    log.clear()
+    export(without, tmp_path / "two", "sglang")
+    assert not any(remark in line for line in log)
+
+
+def test_an_older_layout_is_exported_under_today_s_names(
+    tmp_path: Path, converted: dict[str, Path]
+) -> None:
+    older = {
+        "fc.weight": "fusion_fc.weight",
+        "post_embedding_layernorm.weight": "embedding_layernorm.weight",
+        "hidden_layernorm.weight": "transformer.input_layernorm.weight",
+    }
+    directory = tmp_path / "older"
+    directory.mkdir()
+    (directory / "config.json").write_bytes((converted[NORMS] / "config.json").read_bytes())
+    tensors = {
+        older.get(name, name.replace("layers.0.", "transformer.")): tensor
+        for name, tensor in stored_tensors(converted[NORMS]).items()
+    }
+    save_file(tensors, directory / "model.safetensors")
+    export(directory, tmp_path / "out", "eagle")
+    assert_same_bytes(stored_tensors(tmp_path / "out"), source_tensors(NORMS))
+
+
+def test_a_checkpoint_that_was_not_converted_is_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    with pytest.raises(FormatError, match="Convert the checkpoint first"):
+        export(source, tmp_path / "out", "eagle")
+    assert entries(tmp_path) == sorted(["source", *(f"source/{it}" for it in entries(source))])
+
+
+@pytest.mark.parametrize("obstacle", ["full", "file"])
+def test_nothing_is_written_over(tmp_path: Path, converted: dict[str, Path], obstacle: str) -> None:
+    output = tmp_path / "out"
+    if obstacle == "full":
+        output.mkdir()
+        (output / "mine").write_text("mine")
+    else:
+        output.write_text("mine")
+    before = entries(tmp_path)
+    with pytest.raises(OutputError, match="exists"):
+        export(converted[PLAIN], output, "eagle")
+    assert entries(tmp_path) == before
+
+
+def test_a_plan_writes_nothing(converted: dict[str, Path]) -> None:
+    checkpoint = read_checkpoint(LocalDirectory(converted[PLAIN]))
+    before = entries(converted[PLAIN])
+    plan = plan_export(checkpoint, TARGETS["sglang"])
+    assert plan.tensors["fc.bias"].shape == (HIDDEN,)
+    assert plan.config["architectures"] == ["LlamaForCausalLMEagle"]
+    assert entries(converted[PLAIN]) == before
+
+
+def test_the_command_line(
+    tmp_path: Path, converted: dict[str, Path], speculators: CommandLine
+) -> None:
+    run = speculators("export", converted[QWEN], tmp_path / "out", "--to", "sglang")
+    assert (run.status, run.stdout, run.errors) == (0, "", [])
+    assert run.messages[-1] == f"Exported for SGLang: {tmp_path / 'out'}"
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "qwen2"
+
+
+def test_the_command_line_says_what_cannot_be_done(
+    tmp_path: Path, converted: dict[str, Path], speculators: CommandLine
+) -> None:
+    run = speculators("export", converted[NORMS], tmp_path / "out", "--to", "vllm")
+    assert run.status == 1
+    assert len(run.errors) == 1
+    assert "extra layernorms" in run.errors[0]
+    assert speculators("export", converted[NORMS], tmp_path / "out", "--to", "x").status == 2
+    assert speculators("export", converted[NORMS], tmp_path / "out").status == 2
+
+
+def test_the_command_line_offers_every_target() -> None:
+    annotation = typing.get_type_hints(command.export)["to"]
+    assert set(typing.get_args(annotation)) == TARGETS.keys()

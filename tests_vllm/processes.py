@@ -1,0 +1,192 @@
+"""vLLM in processes of its own, one at a time."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drafts import ROOT, VERIFIER
+
+MAX_TOKENS = 32
+LENGTH = 3
+"""Of drafts."""
+
+START_SECONDS = 300
+"""How long vLLM may take to start on a busy machine."""
+
+ENGINE: dict[str, Any] = {
+    "model": str(VERIFIER),
+    # In bfloat16 rounding decides between tokens that are nearly as likely.
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 64,  # so that prompts are prefilled in chunks
+    "kv_cache_memory_bytes": 256 << 20,
+    "enforce_eager": True,
+    "disable_log_stats": False,
+}
+"""Small enough for two cores; ``LLM``'s arguments."""
+
+ENVIRONMENT = os.environ | {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
+}
+# Then it binds no threads to cores, and two of them would wait for each other on a busy machine.
+IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+ONE_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+WITHOUT_PLUGINS = {"VLLM_PLUGINS": ""}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What vLLM said, and how its draft did."""
+
+    tokens: list[list[int]]
+    drafts: int
+    accepted: list[int]
+    """By position."""
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens for one pass of the verifier: the accepted ones, and the verifier's own."""
+        return 1 + sum(self.accepted) / self.drafts
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What the engines of a process came to, by their names."""
+
+    answers: dict[str, Answers]
+    refused: dict[str, str]
+    """Why an engine did not start."""
+
+
+def engine(draft: Path, **arguments: Any) -> dict[str, Any]:
+    """The arguments of an engine with a draft."""
+    speculation = {"method": "eagle", "model": str(draft), "num_speculative_tokens": LENGTH}
+    return ENGINE | arguments | {"speculative_config": speculation}
+
+
+def run(
+    result: Path,
+    prompts: list[list[int]],
+    engines: Mapping[str, Mapping[str, Any]],
+    environment: Mapping[str, str] | None = None,
+) -> Outcomes:
+    """Let engines start, answer and stop, one after the other in one process.
+
+    Args:
+        result: a file to use.
+        prompts: tokens.
+        engines: what ``LLM`` takes, by name.
+        environment: what to set for the process.
+
+    """
+    job = {"engines": engines, "prompts": prompts, "max_tokens": MAX_TOKENS}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("engine.py"), result],
+        check=False,
+        input=json.dumps(job),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**ENVIRONMENT, **IN_ONE_PROCESS, **(environment or {})},
+        timeout=len(engines) * START_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout
+    outcomes = json.loads(result.read_text())
+    return Outcomes(
+        answers={name: Answers(**it) for name, it in outcomes.items() if "error" not in it},
+        refused={name: it["error"] for name, it in outcomes.items() if "error" in it},
+    )
+
+
+@dataclass(frozen=True)
+class Server:
+    """The OpenAI-compatible server, on this machine's loopback."""
+
+    address: str
+
+    def post(self, path: str, **body: Any) -> dict[str, Any]:
+        with self._open(path, body) as response:
+            answer: dict[str, Any] = json.load(response)
+        return answer
+
+    def stream(self, path: str, **body: Any) -> Iterator[dict[str, Any]]:
+        """The pieces of a streamed answer."""
+        with self._open(path, body | {"stream": True}) as response:
+            for line in response:
+                data = line.decode().removeprefix("data: ").strip()
+                if data and data != "[DONE]":
+                    yield json.loads(data)
+
+    def metric(self, name: str) -> float:
+        """A counter of /metrics."""
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=60) as response:
+            lines = response.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{"))
+
+    def _open(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        return urllib.request.urlopen(request, timeout=300)
+
+
+class DidNotStartError(Exception):
+    """The server stopped before it answered; the message is its log."""
+
+
+@contextmanager
+def serve(log: Path, model: Path, *options: str) -> Iterator[Server]:
+    """Run `vllm serve` until the block ends.
+
+    Raises:
+        DidNotStartError: if it ends before it can answer.
+
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = set(ENGINE) - {"model", "enforce_eager", "disable_log_stats"}
+    arguments = [f"--{name.replace('_', '-')}={ENGINE[name]}" for name in sorted(names)]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command += ["--host=127.0.0.1", f"--port={port}", "--enforce-eager", *arguments, *options]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
+        )
+    server = Server(f"http://127.0.0.1:{port}")
+    try:
+        _wait_until_ready(server, process, log)
+        yield server
+    finally:
+        # Its whole group: the engine and its workers are processes of their own.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait_until_ready(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{server.address}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise DidNotStartError(log.read_text())

@@ -1,0 +1,66 @@
+"""What a chain of drafted tokens would have been accepted, by the draft as our own model.
+
+No engine and no loop of ours is in it: the answers are known, so every step of greedy speculation
+follows from the verifier's hidden states over a whole answer and the draft's forward pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from speculators.models.eagle import EagleSpeculator
+
+
+@dataclass
+class Simulation:
+    """How many chains were drafted, and how many of them were right up to each position."""
+
+    drafts: int
+    accepted: list[int]
+
+    @property
+    def acceptance_length(self) -> float:
+        return 1 + sum(self.accepted) / self.drafts
+
+
+@torch.no_grad()
+def simulate(
+    draft: EagleSpeculator,
+    verifier: LlamaForCausalLM,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    length: int,
+) -> Simulation:
+    """Draft ``length`` tokens after every token that the verifier settles itself."""
+    found = Simulation(0, [0] * length)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = torch.tensor([prompt + answer])
+        hidden = verifier.model(tokens).last_hidden_state
+        # Attention is causal, so one pass gives the first token of every chain.
+        first = draft(tokens[:, 1:], hidden[:, :-1])
+        settled = len(prompt) + 1  # the prompt's pass gives the first token
+        while settled < tokens.shape[1]:
+            left = min(length, tokens.shape[1] - settled)
+            right = 0
+            chain, states = tokens[:, :settled], hidden[:, : settled - 1]
+            guess, state = _at(first.logits, settled - 2), first.last_hidden_state
+            state = state[:, settled - 2 : settled - 1]
+            while guess == tokens[0, settled + right]:
+                right += 1
+                if right == left:
+                    break
+                chain = torch.cat((chain, guess.view(1, 1)), 1)
+                states = torch.cat((states, state), 1)
+                output = draft(chain[:, 1:], states, logits_to_keep=1)
+                guess, state = _at(output.logits, -1), output.last_hidden_state[:, -1:]
+            found.drafts += 1
+            for position in range(right):
+                found.accepted[position] += 1
+            settled += right + 1
+    return found
+
+
+def _at(logits: Tensor, position: int) -> Tensor:
+    return logits[0, position].argmax()
