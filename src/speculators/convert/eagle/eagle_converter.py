@@ -37,7 +37,7 @@ class EagleConverter:
 
     A converter keeps no state: one can convert many checkpoints.
 
-    Example:
+    Examples:
         >>> from speculators.convert.eagle import EagleConverter
         >>> EagleConverter().convert(
         ...     "yuhuili/EAGLE-LLaMA3.1-Instruct-8B",

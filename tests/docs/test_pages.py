@@ -1,0 +1,208 @@
+"""What the documentation shows is what happens: see ``pages``."""
+
+import contextlib
+import io
+import os
+import pickle
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.core import TyperGroup
+
+from helpers import GOLDEN, PLAIN, source_tensors
+from hub_server import MEMBER, HubServer, patch_hub
+from pages import PAGES, ROOT, RUN, SHOWN, Block, blocks
+from speculators.cli.app import app
+from speculators.convert.eagle import EagleConverter
+
+VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
+
+VARYING = {
+    r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d": "TIME",
+    r"\b[0-9a-f]{40}\b": "COMMIT",
+    r"127\.0\.0\.1:\d+": "HOST",
+    r"(?<=  )\d+\.\d\b": "SECONDS",
+}
+"""What differs from run to run, and stands for any other of its kind."""
+
+FOUND_BY_HOME = ("HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PATH")
+"""Left out of the environment: a page shows what a user sees, who sets HF_HOME at most."""
+
+OPERATORS = frozenset({";", "|", "||", "&&", ">"})
+
+ALL = [block for page in PAGES for block in blocks(page)]
+
+
+@pytest.fixture(scope="module")
+def hub(verifier: Path) -> Iterator[HubServer]:
+    """A Hub that has what the pages name, in small."""
+    with HubServer() as server:
+        server.add_repo("yuhuili/EAGLE-LLaMA3.1-Instruct-8B", GOLDEN / PLAIN)
+        server.add_repo("meta-llama/Llama-3.1-8B-Instruct", verifier)
+        server.add_repo("HuggingFaceTB/SmolLM2-135M-Instruct", VERIFIER)
+        server.namespaces["member"].add("my-organization")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def real_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``make demo`` leaves."""
+    output = tmp_path_factory.mktemp("demo") / "converted"
+    source = ROOT / "examples" / "smollm2-135m-eagle1"
+    return EagleConverter().convert(source, output, VERIFIER, validate=False)
+
+
+@pytest.fixture
+def directory(
+    tmp_path: Path,
+    verifier: Path,
+    real_draft: Path,
+    hub: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """Where a page's blocks run: what they name is there, and `speculators` is on the path."""
+    here = tmp_path / "here"
+    for name, target in {
+        "verifier": verifier,
+        ".cache/SmolLM2-135M-Instruct": VERIFIER,
+        ".cache/converted": real_draft,
+    }.items():
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).symlink_to(target)
+
+    shutil.copytree(ROOT / "examples", here / "examples")
+    config = GOLDEN / PLAIN / "config.json"
+    for name in ("draft", "pointer", "hostile"):
+        (here / name).mkdir()
+        shutil.copy(config, here / name)
+    shutil.copy(GOLDEN / PLAIN / "model.safetensors", here / "draft")
+    torch.save(source_tensors(), here / "draft" / "pytorch_model.bin")
+    (here / "pointer" / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
+    (here / "hostile" / "pytorch_model.bin").write_bytes(pickle.dumps(Hostile()))
+
+    program = tmp_path / "bin" / "speculators"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!{sys.executable}\nfrom speculators.cli import main\nif __name__ == '__main__': main()\n"
+    )
+    program.chmod(0o755)
+    patch_hub(monkeypatch, hub, tmp_path / "home", HF_TOKEN=MEMBER)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(here)
+    return here
+
+
+class Hostile:
+    """Runs a command where it is unpickled by pickle."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch owned",)
+
+
+def test_every_block_says_what_it_is() -> None:
+    for block in ALL:
+        assert block.language in RUN | SHOWN or block.remark == "file", block.where
+        assert block.remark != "not run" or block.language in RUN, block.where
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in ALL if block.remark == "from"], ids=lambda block: block.where
+)
+def test_what_is_cited_is_there(block: Block) -> None:
+    lines = [line.strip() for line in (ROOT / block.about).read_text("utf-8").splitlines()]
+    at = 0
+    for cited in filter(
+        lambda line: line not in {"", "..."}, map(str.strip, block.text.split("\n"))
+    ):
+        assert cited in lines[at:], f"{block.where}: {cited}"
+        at = lines.index(cited, at) + 1
+
+
+def test_most_blocks_run() -> None:
+    runnable = [block for block in ALL if block.language in RUN and block.remark != "from"]
+    assert sum(block.remark != "not run" for block in runnable) > 20
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_shown_is_what_happens(page: str, directory: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.remark == "file":
+            (directory / block.about).write_text(block.text, encoding="utf-8")
+        elif block.remark in {"not run", "from"} or (
+            block.remark == "needs" and shutil.which(block.about) is None
+        ):
+            continue
+        elif block.language == "python":
+            run_python(block, namespace)
+        elif block.language == "console":
+            for command, shown in block.sessions:
+                run_command(block, command, shown)
+    assert not (directory / "owned").exists()
+
+
+def run_python(block: Block, namespace: dict[str, Any]) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        exec(compile(block.text, block.where, "exec"), namespace)
+    if block.printed:
+        assert stdout.getvalue() == block.printed, block.where
+
+
+def run_command(block: Block, command: str, shown: str) -> None:
+    done = subprocess.run(
+        command,
+        shell=True,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key not in FOUND_BY_HOME},
+    )
+    where = f"{block.where}: {command}{done.stdout}"
+    if not shown or block.remark == "not compared":
+        assert done.returncode == 0, where
+    else:
+        expected = re.escape(masked(shown)).replace("\\.\\.\\.\\\n", r"(?:.*\n)*")
+        printed = "".join(f"{line.rstrip()}\n" for line in done.stdout.rstrip().splitlines())
+        assert re.fullmatch(expected, masked(printed)), where
+
+
+def masked(text: str) -> str:
+    for pattern, mask in VARYING.items():
+        text = re.sub(pattern, mask, text, flags=re.MULTILINE)
+    return text
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Every call of `speculators` in a console, run or not: where, and its arguments."""
+    for block in ALL:
+        for command, _ in block.sessions:
+            for line in command.replace("\\\n", " ").splitlines():
+                words = [*shlex.shlex(line, posix=True, punctuation_chars=True)]
+                if words[:1] == ["speculators"]:
+                    ends = (at for at, word in enumerate(words) if word in OPERATORS)
+                    yield block.where, words[1 : next(ends, None)]
+
+
+@pytest.mark.parametrize(("where", "arguments"), [*commands()])
+def test_commands_and_options_exist(where: str, arguments: list[str]) -> None:
+    command: Any = typer.main.get_command(app)
+    words = [*arguments]
+    while isinstance(command, TyperGroup) and words and words[0] in command.commands:
+        command = command.commands[words.pop(0)]
+    assert not isinstance(command, TyperGroup) or words[0].startswith("-"), where
+    command.make_parser(command.context_class(command)).parse_args(
+        words
+    )  # of an option that is not there: an error

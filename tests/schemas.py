@@ -1,0 +1,41 @@
+"""The JSON schemas in docs/, which are the code's: ``python tests/schemas.py`` writes them anew."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
+
+from speculators.evaluate.report import Report
+from speculators.format.config import EagleConfig
+from speculators.format.conversion import ConversionRecord
+from speculators.inspection.findings import Finding
+from speculators.inspection.installation import Diagnosis
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+READ: dict[str, type[BaseModel]] = {"config": EagleConfig, "conversion": ConversionRecord}
+"""What is read: a key with a default may be left out."""
+
+PRINTED: dict[str, type[BaseModel]] = {
+    "doctor": Diagnosis,
+    "evaluation": Report,
+    "inspect": Finding,
+}
+"""What is only written: every key is there."""
+
+
+def schema_file(name: str) -> Path:
+    return DOCS / f"{name}.schema.json"
+
+
+def schema(name: str) -> str:
+    """The schema, as the text of its file."""
+    mode: Literal["validation", "serialization"] = "validation" if name in READ else "serialization"
+    model = (READ | PRINTED)[name]
+    return json.dumps(model.model_json_schema(mode=mode), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    for name in READ | PRINTED:
+        schema_file(name).write_text(schema(name), encoding="utf-8")
