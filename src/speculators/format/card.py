@@ -138,7 +138,8 @@ def model_card(
         vocabulary=layer.vocab_size,
         parameters=parameters,
         dtype=config.torch_dtype or "the type of its tensors",
-        features=", ".join(FEATURES[it] for it in FEATURES if it in features) or "nothing beside fc and the layer",
+        features=", ".join(FEATURES[it] for it in FEATURES if it in features)
+        or "nothing beside fc and the layer",
         speculative_config=shlex.quote(json.dumps(speculative_config)),
     )
     if evaluation:
