@@ -21,7 +21,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "LICENSE": "license.txt",
-    "BENCHMARKS.md": "benchmarks.md",
+    "benchmarks/README.md": "benchmarks.md",
     "examples/README.md": "examples.md",
 }
 """Pages that are not in docs/ → their names in the site."""

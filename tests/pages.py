@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "docs/*.md", "examples/*.md")
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "benchmarks/*.md")
     for path in ROOT.glob(pattern)
 )
 
