@@ -1,6 +1,7 @@
 """Converted drafts in the real engine."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -148,7 +149,7 @@ def test_as_much_is_accepted_as_of_our_own_model(
         converted[variant], verifier=verifier, dtype=torch.float32
     )
     ours = simulate(draft, verifier, prompts, answers.tokens, LENGTH)
-    assert answers.acceptance_length == pytest.approx(ours.acceptance_length, abs=0.02)
+    assert answers.acceptance_length == pytest.approx(ours.acceptance_length, abs=0.05)
 
 
 @pytest.mark.parametrize("variant", ["eagle1"])
@@ -173,6 +174,7 @@ def test_as_much_is_accepted_as_evaluate_says(
             "--acceptance-only",
         ],
         check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     report = Report.model_validate_json((tmp_path / "report/report.json").read_text())
     expected = report.results[0].overall.acceptance_length
