@@ -22,9 +22,10 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "LICENSE": "license.txt",
     "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/results/convert.json": "benchmarks-convert.json",
     "examples/README.md": "examples.md",
 }
-"""Pages that are not in docs/ → their names in the site."""
+"""What is not in docs/ → its name in the site."""
 
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)(?P<path>[^)#\s]+)")
 
