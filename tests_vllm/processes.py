@@ -160,7 +160,8 @@ def serve(log: Path, model: Path, *options: str) -> Iterator[Server]:
         port = free.getsockname()[1]
     names = set(ENGINE) - {"model", "enforce_eager", "disable_log_stats"}
     arguments = [f"--{name.replace('_', '-')}={ENGINE[name]}" for name in sorted(names)]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    vllm = str(Path(__file__).with_name("vllm_command.py"))
+    command = [sys.executable, vllm, "serve", str(model)]
     command += ["--host=127.0.0.1", f"--port={port}", "--enforce-eager", *arguments, *options]
     with log.open("w") as file:
         process = subprocess.Popen(
