@@ -22,8 +22,11 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "LICENSE": "license.txt",
     "benchmarks/README.md": "benchmarks.md",
-    "benchmarks/results/convert.json": "benchmarks-convert.json",
     "examples/README.md": "examples.md",
+    **{
+        f"benchmarks/results/{path.name}": f"benchmarks-{path.name}"
+        for path in (ROOT / "benchmarks" / "results").iterdir()
+    },
 }
 """What is not in docs/ → its name in the site."""
 
