@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from speculators.cli.shared import CacheDir
+
 __all__ = ["app"]
 
 app = typer.Typer(
@@ -76,9 +78,7 @@ def eagle(
             help="Prove that the result holds and computes what the draft does.",
         ),
     ] = True,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
-    ] = None,
+    cache_dir: CacheDir = None,
     revision: Annotated[
         str | None,
         typer.Option(help="A branch, tag or commit of INPUT on the Hub.", show_default=False),

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from speculators.cli.shared import CacheDir
+
 __all__ = ["evaluate"]
 
 
@@ -93,9 +95,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
-    ] = None,
+    cache_dir: CacheDir = None,
     output: Annotated[
         Path | None,
         typer.Option(help="A directory to make, for report.json and plots.", show_default=False),

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from speculators.cli.shared import CacheDir
+
 __all__ = ["export"]
 
 
@@ -20,9 +22,7 @@ def export(
             help="Who is to read it: the research code, vLLM without the plugin, or SGLang."
         ),
     ],
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
-    ] = None,
+    cache_dir: CacheDir = None,
     revision: Annotated[
         str | None,
         typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False),

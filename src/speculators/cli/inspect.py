@@ -1,9 +1,10 @@
 """`speculators inspect`: what a checkpoint is, and what can be done with it."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from speculators.cli.shared import CacheDir
 
 __all__ = ["inspect"]
 
@@ -18,9 +19,7 @@ def inspect(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, as docs/inspect.md describes it.")
     ] = False,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
-    ] = None,
+    cache_dir: CacheDir = None,
     revision: Annotated[
         str | None,
         typer.Option(help="A branch, tag or commit on the Hub.", show_default=False),

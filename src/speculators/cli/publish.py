@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from speculators.cli.shared import CacheDir
+
 __all__ = ["publish"]
 
 
@@ -24,9 +26,7 @@ def publish(
             help="What `speculators evaluate` wrote, for the model card.", show_default=False
         ),
     ] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
-    ] = None,
+    cache_dir: CacheDir = None,
 ) -> None:
     """Check a converted checkpoint again, and upload it to the Hugging Face Hub.
 

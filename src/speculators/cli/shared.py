@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,12 @@ from loguru import logger
 
 from speculators.errors import sentence
 
-__all__ = ["is_quiet", "share_options"]
+__all__ = ["CacheDir", "is_quiet", "share_options"]
+
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
+]
+"""The option of every command that may read from the Hub."""
 
 FORMAT = "<green>{time:YYYY-MM-DD HH:mm:ss}</green> | <level>{level: <8}</level> | {message}"
 

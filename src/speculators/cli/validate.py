@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from speculators.cli.shared import CacheDir
+
 __all__ = ["validate"]
 
 
@@ -20,9 +22,7 @@ def validate(
             show_default=False,
         ),
     ] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
-    ] = None,
+    cache_dir: CacheDir = None,
     revision: Annotated[
         str | None,
         typer.Option(help="A branch, tag or commit of INPUT on the Hub.", show_default=False),
