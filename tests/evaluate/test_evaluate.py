@@ -31,7 +31,6 @@ from helpers import (
     write_checkpoint,
 )
 from speculators.convert.eagle import EagleConverter
-from speculators.decode import speculate
 from speculators.errors import EvaluationError
 from speculators.evaluate.metrics import count_steps, total
 from speculators.evaluate.report import Report
@@ -49,7 +48,8 @@ PROMPTS = [
     {"question_id": 101, "category": "math", "turns": ["1 + 1 is what?"]},
 ]
 NEW_TOKENS = 12
-SPECULATE = "speculators.evaluate.evaluation.speculate"
+SPECULATE = "speculators.models.eagle.EagleSpeculator.generate"
+speculative_generate = EagleSpeculator.generate
 REPORT_FILES = [
     "acceptance_by_position.png",
     "acceptance_length_by_category.png",
@@ -218,10 +218,10 @@ def test_plain_and_speculative_decoding_take_turns_after_a_warm_up(
 
     def speculating(*args: Any, proposal: ProposalMethod, **kwargs: Any) -> Any:
         calls.append(str(proposal.speculative_tokens))
-        return speculate(*args, proposal=proposal, **kwargs)
+        return speculative_generate(*args, proposal=proposal, **kwargs)
 
     def generating(*args: Any, **kwargs: Any) -> Any:
-        if "custom_generate" not in kwargs:  # by which speculate gets its things prepared
+        if "custom_generate" not in kwargs:  # by which speculation gets its things prepared
             calls.append("plain")
         return generate(*args, **kwargs)
 
@@ -343,7 +343,7 @@ def test_outputs_that_differ_are_told(
 ) -> None:
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
-        generation = speculate(*args, **kwargs)
+        generation: Any = speculative_generate(*args, **kwargs)
         generation.sequences[0, -2] = 7
         return generation
 
@@ -401,7 +401,7 @@ def test_an_evaluation_that_fails_keeps_what_was_measured(
     def failing(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 2:
             raise EvaluationError("It broke.")
-        return speculate(*args, **kwargs)
+        return speculative_generate(*args, **kwargs)
 
     monkeypatch.setattr(SPECULATE, failing)
     run = speculators(*arguments)

@@ -2,5 +2,6 @@
 
 from speculators.decode.drafting import Draft
 from speculators.decode.loop import Generation, speculate
+from speculators.decode.replay import Workspace
 
-__all__ = ["Draft", "Generation", "speculate"]
+__all__ = ["Draft", "Generation", "Workspace", "speculate"]

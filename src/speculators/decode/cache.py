@@ -4,9 +4,13 @@ A verifier or draft runs on a *block* of positions of which only some will be co
 is written behind what each row has confirmed so far; what is not confirmed is simply written over
 by the next block. Rows of a batch may have confirmed different numbers of positions. The memory
 doubles when it is full, so that a position is copied twice at most on average.
+
+While a step is recorded as a CUDA graph (``replay``), how much is confirmed is told by a tensor,
+and all slots up to a limit are seen through a mask, so that nothing depends on what the host knows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +32,7 @@ class BlockCache(Cache):
     Attributes:
         lengths: by row, how many slots are confirmed, padding included.
         tried: how many slots behind them hold positions that are not confirmed.
+        room: for how many slots each layer makes room at least.
 
     """
 
@@ -36,12 +41,15 @@ class BlockCache(Cache):
         self.padding = list(padding)
         self.lengths = [0] * len(self.padding)
         self.tried = 0
+        self.room = 0
         self._slots: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._recorded: Tensor | None = None
+        self._limit = 0
 
     @property
     def even(self) -> bool:
-        """Whether the next block starts at the same slot in every row."""
-        return min(self.lengths) == max(self.lengths)
+        """Whether the next block is known to start at the same slot in every row."""
+        return self._recorded is None and min(self.lengths) == max(self.lengths)
 
     @property
     def plain(self) -> bool:
@@ -53,9 +61,38 @@ class BlockCache(Cache):
         """The first slot of the next block, in the longest row."""
         return max(self.lengths) + self.tried
 
+    def end(self, length: int) -> int:
+        """Up to which slot a block of this length sees, in the longest row."""
+        return self.start + length if self._recorded is None else self._limit
+
     def starts(self, device: torch.device) -> Tensor:
         """(rows, 1): the first slot that is not confirmed."""
+        if self._recorded is not None:
+            return self._recorded[:, None]
         return torch.tensor(self.lengths, device=device)[:, None]
+
+    def reserve(self, slots: int) -> bool:
+        """Make room for so many slots; whether keys and values had to be moved for it."""
+        self.room = max(self.room, slots)
+        moved = [layer.reserve(slots) for layer in self.layers]  # type: ignore[union-attr]
+        return any(moved)
+
+    @contextmanager
+    def recording(self, lengths: Tensor, limit: int) -> Iterator[None]:
+        """Let a tensor tell how much is confirmed, and blocks see all slots up to a limit.
+
+        Args:
+            lengths: (rows), as ``lengths``, which stays as it is meanwhile.
+            limit: no block may end behind it; there must be room for so many.
+
+        """
+        self._recorded, self._limit = lengths, limit
+        self._slots.clear()
+        try:
+            yield
+        finally:
+            self._recorded, self.tried = None, 0
+            self._slots.clear()
 
     def next_slots(self, length: int, device: torch.device) -> Tensor:
         """(rows, length): where the next block goes; made once for all layers."""
@@ -70,6 +107,8 @@ class BlockCache(Cache):
 
         Depth 0 is the first position that is not confirmed.
         """
+        if not any(self.padding):
+            return self.starts(depths.device) + depths
         real = [length - pad for length, pad in zip(self.lengths, self.padding, strict=True)]
         return torch.tensor(real, device=depths.device)[:, None] + depths
 
@@ -108,11 +147,12 @@ class BlockCache(Cache):
             block = seen.tril(self.tried)
         rows, nodes = len(self.lengths), block.shape[2]
         starts = self.starts(device)
-        slots = torch.arange(max(self.lengths) + nodes, device=device)
+        slots = torch.arange(self.end(nodes - self.tried), device=device)
         at = starts + slots[:nodes]
         visible = (slots < starts)[:, None].repeat(1, queries, 1)
         visible.scatter_(2, at[:, None].expand(-1, queries, -1), block.expand(rows, -1, -1))
-        visible &= (slots >= torch.tensor(self.padding, device=device)[:, None])[:, None]
+        if any(self.padding):
+            visible &= (slots >= torch.tensor(self.padding, device=device)[:, None])[:, None]
         if window is not None:
             assert depths is not None
             positions = (starts + depths).expand(rows, -1)
@@ -121,9 +161,17 @@ class BlockCache(Cache):
         mask = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
         return mask.masked_fill_(visible, 0)[:, None]
 
-    def confirm(self, counts: Sequence[int]) -> None:
-        """Keep, by row, the first so many slots of what was tried, and give up the others."""
-        self.lengths = [length + n for length, n in zip(self.lengths, counts, strict=True)]
+    def confirm(self, counts: Sequence[int] | Tensor) -> None:
+        """Keep, by row, the first so many slots of what was tried, and give up the others.
+
+        Args:
+            counts: by row; a tensor while a step is recorded.
+
+        """
+        if self._recorded is not None:
+            self._recorded = self._recorded + counts  # type: ignore[operator]
+        else:
+            self.lengths = [length + int(n) for length, n in zip(self.lengths, counts, strict=True)]
         self.tried = 0
         self._slots.clear()
 
@@ -174,9 +222,10 @@ class BlockLayer(CacheLayerMixin):
         """Write a block, and give all slots up to its end."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length, end = key_states.shape[2], self.cache.start + key_states.shape[2]
+        length = key_states.shape[2]
+        end = self.cache.end(length)
         if end > self.keys.shape[2]:
-            self.keys, self.values = _enlarged(self.keys, end), _enlarged(self.values, end)
+            self.reserve(max(end + MARGIN, 2 * self.keys.shape[2], self.cache.room))
         if self.cache.even:
             self.keys[:, :, end - length : end] = key_states
             self.values[:, :, end - length : end] = value_states
@@ -185,6 +234,13 @@ class BlockLayer(CacheLayerMixin):
             self.keys.scatter_(2, _places(at, key_states), key_states)
             self.values.scatter_(2, _places(at, value_states), value_states)
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def reserve(self, slots: int) -> bool:
+        """Make room for so many slots; whether the keys and values had to be moved for it."""
+        if slots <= self.keys.shape[2]:
+            return False
+        self.keys, self.values = _enlarged(self.keys, slots), _enlarged(self.values, slots)
+        return True
 
     def move(self, source: Tensor, to: Tensor) -> None:
         """Copy the slots ``source``, (rows, slots), to the slots ``to``."""
@@ -210,12 +266,12 @@ class BlockLayer(CacheLayerMixin):
 
 
 def _enlarged(states: Tensor, slots: int) -> Tensor:
-    """The same with room for so many slots, and more to come.
+    """The same with room for so many slots.
 
     Zeros, since even what a mask hides must be finite.
     """
     rows, heads, before, size = states.shape
-    larger = states.new_zeros(rows, heads, max(slots + MARGIN, 2 * before), size)
+    larger = states.new_zeros(rows, heads, slots, size)
     larger[:, :, :before] = states
     return larger
 

@@ -64,28 +64,43 @@ class Drafter(ABC):
     Args:
         draft: the model.
         cache: an empty one.
+        deepest: how many levels its proposals have below their root at most.
+        reach: how many slots a step takes at most behind those confirmed in the longest cache.
 
     """
 
-    def __init__(self, draft: Draft, cache: BlockCache) -> None:
+    def __init__(self, draft: Draft, cache: BlockCache, deepest: int, reach: int) -> None:
         self.draft = draft
         self.cache = cache
+        self.deepest = deepest
+        self.reach = reach
 
-    def propose(self, tokens: Tensor, states: Tensor, counts: Sequence[int]) -> Tree:
-        """Take in what the verifier has confirmed, and propose what may follow.
+    def take_in(self, tokens: Tensor, states: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
+        """Take in what the verifier has confirmed.
 
         Args:
             tokens: (rows, length), the confirmed tokens that the draft has not seen, padded at
-                the right; the last one is the root of the proposal.
+                the right.
             states: (rows, length, hidden), the verifier's hidden state before each of them.
             counts: by row, how many they are.
 
+        Returns:
+            the draft's outputs, (rows, length, hidden).
+
         """
-        output = self._run(tokens, states, torch.arange(tokens.shape[1]), None)
+        output = self._run(tokens, states, torch.arange(tokens.shape[1], device=tokens.device))
         self.cache.confirm(counts)
-        ends = torch.arange(len(counts)), torch.tensor(counts) - 1
-        state = output[ends][:, None]
-        tree = self._grow(tokens[ends][:, None], state, self._logits(state))
+        return output
+
+    def propose(self, tokens: Tensor, states: Tensor, counts: Sequence[int] | Tensor) -> Tree:
+        """Take in what the verifier has confirmed, and propose what may follow the last token.
+
+        The arguments are as for ``take_in``.
+        """
+        output = self.take_in(tokens, states, counts)
+        ends = torch.as_tensor(counts, device=tokens.device)[:, None] - 1
+        state = output.gather(1, ends[:, :, None].expand(-1, -1, output.shape[2]))
+        tree = self._grow(tokens.gather(1, ends), state, self._logits(state))
         self.cache.tried = 0  # none of it had the verifier's hidden states
         return tree
 
@@ -104,12 +119,13 @@ class Drafter(ABC):
         self, tokens: Tensor, states: Tensor, depth: int, visible: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Draft on from the nodes of a depth: their tokens and parents' states → theirs, logits."""
-        states = self._run(tokens, states, torch.full((tokens.shape[1],), depth - 1), visible)
+        depths = torch.full((tokens.shape[1],), depth - 1, device=tokens.device)
+        states = self._run(tokens, states, depths, visible)
         self.cache.tried += tokens.shape[1]
         return states, self._logits(states)
 
     def _run(
-        self, tokens: Tensor, states: Tensor, depths: Tensor, visible: Tensor | None
+        self, tokens: Tensor, states: Tensor, depths: Tensor, visible: Tensor | None = None
     ) -> Tensor:
         """The draft's outputs at new positions.
 
@@ -127,7 +143,7 @@ class Drafter(ABC):
             attention_mask=self.cache.mask(
                 tokens.shape[1], self.draft.dtype, device, block=visible
             ),
-            position_ids=self.cache.positions(depths[None].to(device)),
+            position_ids=self.cache.positions(depths[None]),
             past_key_values=self.cache,
         ).last_hidden_state
         return output
@@ -139,8 +155,9 @@ class Drafter(ABC):
 class ShapeDrafter(Drafter):
     """Proposes trees of one shape."""
 
-    def __init__(self, draft: Draft, cache: BlockCache, paths: Sequence[Path]) -> None:
-        super().__init__(draft, cache)
+    def __init__(self, draft: Draft, cache: BlockCache, paths: tuple[Path, ...]) -> None:
+        deepest = max(map(len, paths))
+        super().__init__(draft, cache, deepest, reach=1 + deepest + len(paths))
         self.shape = shape_of(paths, draft.device)
 
     def _grow(self, root: Tensor, state: Tensor, logits: Tensor) -> Tree:
@@ -197,7 +214,8 @@ class DynamicDrafter(Drafter):
     """
 
     def __init__(self, draft: Draft, cache: BlockCache, nodes: int, depth: int, top_k: int) -> None:
-        super().__init__(draft, cache)
+        reach = 2 + depth + max(nodes, depth * top_k)
+        super().__init__(draft, cache, deepest=1 + depth, reach=reach)
         self.nodes, self.depth, self.top_k = nodes, depth, top_k
 
     def _grow(self, root: Tensor, state: Tensor, logits: Tensor) -> Tree:

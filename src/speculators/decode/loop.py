@@ -1,7 +1,8 @@
 """The loop of speculative decoding: propose, verify, keep what the verifier agrees with."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from speculators.decode.cache import BlockCache
-from speculators.decode.drafting import Draft, drafter_of
+from speculators.decode.drafting import Draft, Warp, drafter_of
 from speculators.decode.limits import (
     check_arguments,
     check_batch,
@@ -27,10 +28,12 @@ from speculators.decode.limits import (
     check_proposal,
     left_padding,
 )
+from speculators.decode.replay import ReplayedSteps, Workspace
 from speculators.decode.sampling import Choice, warp_of
+from speculators.decode.steps import Steps
 from speculators.decode.stopping import Stopping
 from speculators.decode.tree import Tree
-from speculators.decode.verification import VerifierPass, children_of, depth_of, padded, walk
+from speculators.decode.verification import VerifierPass, children_of, depth_of, walk
 from speculators.format.config import ProposalMethod
 
 __all__ = ["Generation", "speculate"]
@@ -67,6 +70,7 @@ def speculate(
     attention_mask: Tensor | None = None,
     generation: GenerationConfig | None = None,
     streamer: BaseStreamer | None = None,
+    workspace: Workspace | None = None,
     **settings: Any,
 ) -> Generation:
     """Generate what the verifier's own ``generate`` would, in fewer of its passes.
@@ -79,6 +83,8 @@ def speculate(
         attention_mask: (batch, length), 0 where a prompt is padded.
         generation: as the verifier's ``generate`` takes it, and with its defaults.
         streamer: is given each token as the verifier confirms it; for one prompt.
+        workspace: keeps what can be used again by the next generation with both models, and lets
+            steps be replayed as CUDA graphs where that can be done.
         **settings: more of what the verifier's ``generate`` takes.
 
     Raises:
@@ -104,7 +110,9 @@ def speculate(
         generation_config=generation,
         # It gives the prompt to the streamer, but does not hand the streamer on.
         streamer=streamer,
-        custom_generate=partial(_decode, draft=draft, proposal=proposal, streamer=streamer),
+        custom_generate=partial(
+            _decode, draft=draft, proposal=proposal, streamer=streamer, workspace=workspace
+        ),
         **settings,
     )
     return result
@@ -142,6 +150,7 @@ def _decode(
     draft: Draft,
     proposal: ProposalMethod,
     streamer: BaseStreamer | None,
+    workspace: Workspace | None,
     **inputs: Any,
 ) -> Generation:
     """What ``generate`` of transformers calls, with everything prepared, as its decoding loop."""
@@ -152,27 +161,25 @@ def _decode(
         check_batch(logits_processor, stopping, streamer)
     attention_mask = inputs.get("attention_mask")
     padding = left_padding(input_ids, attention_mask)
-    drafter = drafter_of(draft, BlockCache(padding), proposal, warp_of(logits_processor))
+    warp = warp_of(logits_processor)
+    max_length = int(generation_config.max_length or 0)
 
     prompts = [Prompt(tokens, stopping, streamer) for tokens in input_ids.tolist()]
-    max_length = int(generation_config.max_length or 0)
-    with VerifierPass(verifier, BlockCache(padding), max_length) as target:
-        logits, states = target.prefill(input_ids, attention_mask, inputs.get("position_ids"))
+    with steps_of(draft, verifier, padding, proposal, warp, max_length, workspace) as steps:
+        logits, states = steps.prefill(input_ids, attention_mask, inputs.get("position_ids"))
         for prompt, last in zip(prompts, logits, strict=True):
             prompt.extend([choice(prompt.tokens, last)])
-        unseen = [prompt.tokens[1:] for prompt in prompts]  # by the draft
+        unseen = [prompt.tokens[-1:] for prompt in prompts]  # by the draft
         active = prompts
         while going_on := [row for row, prompt in enumerate(active) if not prompt.ended]:
             if len(going_on) < len(active):
                 active = [active[row] for row in going_on]
                 unseen = [unseen[row] for row in going_on]
                 states = states[going_on, : max(map(len, unseen))]
-                target.cache.select(going_on)
-                drafter.cache.select(going_on)
-            counts = [len(tokens) for tokens in unseen]
-            tree = drafter.propose(padded(unseen, draft.device), states, counts)
-            paths, unseen = _follow(tree, target.verify(tree), active, choice)
-            states = target.keep(tree, paths)
+                steps.select(going_on)
+            tree = steps.propose(unseen, states)
+            paths, unseen = _follow(tree, steps.verify(tree), active, choice)
+            states = steps.keep(tree, paths)
     if streamer is not None:
         streamer.end()
     return Generation(
@@ -180,6 +187,30 @@ def _decode(
         accepted=[prompt.accepted for prompt in prompts],
         offered=[prompt.offered for prompt in prompts],
     )
+
+
+@contextmanager
+def steps_of(
+    draft: Draft,
+    verifier: PreTrainedModel,
+    padding: Sequence[int],
+    proposal: ProposalMethod,
+    warp: Warp,
+    max_length: int,
+    workspace: Workspace | None,
+) -> Iterator[Steps]:
+    """The steps of one generation, replayed if the workspace can be had for it."""
+    nothing = nullcontext(enter_result=False)
+    with workspace.lent(draft, verifier, padding, proposal) if workspace else nothing as lent:
+        if workspace is not None and lent:
+            drafter = drafter_of(draft, workspace.draft_cache, proposal, warp)
+            target = VerifierPass(verifier, workspace.verifier_cache, max_length)
+            steps: Steps = ReplayedSteps(drafter, target, workspace, proposal, max_length)
+        else:
+            drafter = drafter_of(draft, BlockCache(padding), proposal, warp)
+            steps = Steps(drafter, VerifierPass(verifier, BlockCache(padding), max_length))
+        with steps:
+            yield steps
 
 
 def _follow(

@@ -1,7 +1,7 @@
 """Trees of drafted tokens. A chain is a tree of width one."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -82,12 +82,13 @@ class Shape:
     levels: tuple[Level, ...]
 
 
-def chain(length: int) -> list[Path]:
+def chain(length: int) -> tuple[Path, ...]:
     """The paths of a chain."""
-    return [(0,) * depth for depth in range(1, length + 1)]
+    return tuple((0,) * depth for depth in range(1, length + 1))
 
 
-def shape_of(paths: Iterable[Path], device: torch.device) -> Shape:
+@cache  # kept for good, since graphs that were recorded with a shape need its tensors
+def shape_of(paths: tuple[Path, ...], device: torch.device) -> Shape:
     """The tree with these nodes; with every path, its beginnings must be there too."""
     nodes: list[Path] = [(), *sorted(paths, key=lambda path: (len(path), path))]
     place = {path: index for index, path in enumerate(nodes)}

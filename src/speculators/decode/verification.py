@@ -69,6 +69,12 @@ class VerifierPass:
         self.cache.confirm([tokens.shape[1]] * len(tokens))
         return logits[:, -1], states
 
+    @property
+    def states(self) -> Tensor:
+        """(rows, nodes, hidden), the hidden states of the last pass."""
+        assert self._states is not None
+        return self._states
+
     def verify(self, tree: Tree) -> Tensor:
         """Run on a tree, whose nodes are then tried in the cache.
 
@@ -98,16 +104,26 @@ class VerifierPass:
             the hidden states of the nodes, (rows, length of the longest path, hidden).
 
         """
-        assert self._states is not None
-        states = self._states
         if tree.is_chain:
-            states = states[:, : max(map(len, paths))]
+            states = self.states[:, : max(map(len, paths))]
         else:
-            nodes = padded(paths, states.device)
-            states = states.gather(1, nodes[:, :, None].expand(-1, -1, states.shape[2]))
-            self.cache.gather(nodes)
+            states = self.gather(self.states, padded(paths, self.states.device))
         self.cache.confirm([len(path) for path in paths])
         return states
+
+    def gather(self, states: Tensor, nodes: Tensor) -> Tensor:
+        """Move nodes of the tree that was verified last to its front.
+
+        Args:
+            states: (rows, all nodes, hidden).
+            nodes: (rows, nodes), in their new order.
+
+        Returns:
+            their hidden states, (rows, nodes, hidden).
+
+        """
+        self.cache.gather(nodes)
+        return states.gather(1, nodes[:, :, None].expand(-1, -1, states.shape[2]))
 
     def _run(
         self, tokens: Tensor, mask: Any, position_ids: Tensor | None, **settings: Any

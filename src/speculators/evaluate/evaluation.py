@@ -12,7 +12,7 @@ from loguru import logger
 from transformers import GenerationConfig
 
 from speculators import __version__
-from speculators.decode import speculate
+from speculators.decode import Generation
 from speculators.evaluate.metrics import Acceptance, count_steps
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import (
@@ -169,14 +169,14 @@ class Evaluation:
                 input_ids, attention_mask=mask, generation_config=generation
             )
         else:
-            generated = speculate(
-                self.subject.draft,
-                verifier,
+            generated = self.subject.draft.generate(
                 input_ids,
                 attention_mask=mask,
                 proposal=proposal,
-                generation=generation,
+                generation_config=generation,
+                return_dict_in_generate=True,
             )
+            assert isinstance(generated, Generation)
             sequences = generated.sequences
             acceptance = count_steps(generated.accepted[0], generated.offered[0])
         new_tokens = sequences[0, len(tokens) :].tolist()  # waits for an accelerator

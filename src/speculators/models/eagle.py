@@ -33,7 +33,7 @@ from speculators.checkpoint.stamp import write_stamped
 from speculators.checkpoint.tensor import describe_shape
 from speculators.checkpoint.upload import README, SAVED, check_upload, upload
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.decode import Generation, speculate
+from speculators.decode import Generation, Workspace, speculate
 from speculators.errors import SpeculatorsError, VerifierError
 from speculators.format.card import model_card
 from speculators.format.config import (
@@ -244,6 +244,7 @@ class EagleSpeculator(PreTrainedModel):
         self.borrowed_embedding: nn.Embedding | None = None
         # Not a submodule: moving or casting the draft must not touch the verifier.
         self._verifier: tuple[PreTrainedModel, ...] = ()
+        self._workspace = Workspace()
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -450,11 +451,13 @@ class EagleSpeculator(PreTrainedModel):
             )
         self.borrowed_head = self.borrowed_embedding = None
         self._verifier = (verifier,)
+        self._workspace = Workspace()
         return verifier
 
     def detach_verifier(self) -> None:
         """Let go of the verifier: the draft has no logits until another one is attached."""
         self._verifier = ()
+        self._workspace = Workspace()
 
     @property
     def verifier(self) -> PreTrainedModel | None:
@@ -584,6 +587,7 @@ class EagleSpeculator(PreTrainedModel):
         proposal: ProposalMethod | str | None = None,
         num_draft_tokens: int | None = None,
         generation_config: GenerationConfig | None = None,
+        cuda_graphs: bool = True,
         **kwargs: Any,
     ) -> Tensor | Generation:
         """Generate what the attached verifier's own ``generate`` would, in fewer of its passes.
@@ -598,6 +602,9 @@ class EagleSpeculator(PreTrainedModel):
             num_draft_tokens: how many tokens to propose for one pass of the verifier, instead of
                 the method's ``speculative_tokens``.
             generation_config: as for the verifier's ``generate``, and with its defaults.
+            cuda_graphs: replay the steps as CUDA graphs where that can be done: for one prompt,
+                with both models on one GPU. The graphs and their caches then stay for the next
+                call, until another verifier is attached.
             **kwargs: as for the verifier's ``generate``: ``attention_mask``, ``max_new_tokens``,
                 ``eos_token_id``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
                 ``streamer``, ``return_dict_in_generate``, ...
@@ -622,6 +629,7 @@ class EagleSpeculator(PreTrainedModel):
             input_ids,
             proposal=self.proposal_method(proposal, num_draft_tokens),
             generation=generation_config,
+            workspace=self._workspace if cuda_graphs else None,
             **kwargs,
         )
         asked = [

@@ -1,0 +1,85 @@
+"""One step of speculation: the draft proposes, the verifier runs, what it agrees with is kept."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from torch import Tensor
+
+from speculators.decode.drafting import Drafter
+from speculators.decode.tree import Tree
+from speculators.decode.verification import VerifierPass, padded
+
+__all__ = ["Steps"]
+
+
+class Steps(AbstractContextManager["Steps"]):
+    """The parts of the steps of one generation; a context manager.
+
+    Args:
+        drafter: with an empty cache.
+        target: likewise.
+
+    """
+
+    def __init__(self, drafter: Drafter, target: VerifierPass) -> None:
+        self.drafter = drafter
+        self.target = target
+
+    def __enter__(self) -> "Steps":
+        self.target.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.target.__exit__(kind, error, trace)
+
+    def prefill(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Show the prompts, (rows, length), padded at the left, to both models.
+
+        Returns:
+            the verifier's logits behind the last tokens, (rows, vocabulary), and its hidden
+            states at them, (rows, 1, hidden).
+
+        """
+        logits, states = self.target.prefill(tokens, attention_mask, position_ids)
+        if behind_first := tokens.shape[1] - 1:
+            shown = tokens[:, 1:].to(self.drafter.draft.device)
+            self.drafter.take_in(shown, states[:, :-1], [behind_first] * len(tokens))
+        return logits, states[:, -1:]
+
+    def propose(self, unseen: Sequence[Sequence[int]], states: Tensor) -> Tree:
+        """Propose what may follow.
+
+        Args:
+            unseen: by row, the confirmed tokens that the draft has not seen.
+            states: (rows, length of the longest, hidden), the verifier's hidden state before
+                each of them.
+
+        """
+        tokens = padded(unseen, self.drafter.draft.device)
+        return self.drafter.propose(tokens, states, [len(row) for row in unseen])
+
+    def verify(self, tree: Tree) -> Tensor:
+        """The verifier's logits at the nodes, (rows, nodes, vocabulary)."""
+        return self.target.verify(tree)
+
+    def keep(self, tree: Tree, paths: Sequence[Sequence[int]]) -> Tensor:
+        """Confirm, by row, the nodes of a way from the root, and give up the others.
+
+        Returns:
+            the verifier's hidden states at them, (rows, length of the longest, hidden).
+
+        """
+        return self.target.keep(tree, paths)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these."""
+        self.target.cache.select(rows)
+        self.drafter.cache.select(rows)
