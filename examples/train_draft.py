@@ -200,7 +200,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
         """See ``Attention``."""
         x = x + self.self_attn(x, earlier)
-        y = self.post_attention_layernorm(x)
+        y = self.post_attention_layernorm(x.float())
         gate, up, down = self.mlp.values()
         output: Tensor = x + down(F.silu(gate(y)) * up(y))
         return output
@@ -227,7 +227,7 @@ class Draft(nn.Module):
     ) -> Tensor:
         """The states that follow, (batch, length, hidden), of two of that shape."""
         fused = torch.cat((self.embed_layernorm(embeddings), self.hidden_layernorm(states)), -1)
-        output: Tensor = self.layers[0](self.fc(fused), earlier)
+        output: Tensor = self.layers[0](self.fc(fused), earlier).float()
         return output
 
 
@@ -667,9 +667,12 @@ def converse(
         del parts
         now = time.perf_counter()
         longest = max(longest, now - before)
+        full = False
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if batch == 0 or (data and now - began + longest > options.data_seconds):
+            free, memory = torch.cuda.mem_get_info()
+            full = free < 0.4 * memory
+        if batch == 0 or (data and (full or now - began + longest > options.data_seconds)):
             return held_out, data
 
 
