@@ -776,7 +776,7 @@ def main() -> None:
     }
     say(f"{report}")
     weights = torch.load(options.start_from / "pytorch_model.bin") if options.start_from else None
-    begun_from = str(options.start_from) if options.start_from else None
+    begun_from = options.start_from.name if options.start_from else None
     for name in options.recipes:
         recipe = RECIPES[name]
         config = draft_config(verifier, recipe)
