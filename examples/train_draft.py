@@ -1,13 +1,18 @@
 """Train the drafts of the examples: for a chat model, from nothing but that model.
 
-The verifier writes its own training data. It is given its chat template up to the user's turn and
-samples what a user would ask (as in Magpie, arXiv:2406.08464); then it answers. One layer learns to
-continue the verifier's hidden states, in the forms in which research code publishes such drafts:
+The verifier writes its own training data. Its chat template is begun with a few words that people
+open a request with, the verifier samples the rest of the request (as in Magpie, arXiv:2406.08464),
+and then answers it greedily. While it answers, its hidden states and its likeliest next tokens are
+kept: they are what a draft learns from. One layer learns to continue the verifier's hidden states,
+in the forms in which research code publishes such drafts:
 
 - eagle1: EAGLE-1's training, one step (arXiv:2401.15077, section 4.2); no fc.bias, float16, .bin.
 - hass: the draft learns on its own outputs too, three steps deep, with the attention that it will
   have when it drafts (HASS, arXiv:2408.15766, section 3.2); fc.bias, bfloat16, safetensors.
 - layernorms: the same, with the three extra norms of the layernorm variant.
+
+A step of hass or layernorms costs three times as much, so these go on from the weights of eagle1
+where it was trained in the same run.
 
 It imports nothing of speculators, so that a draft that drafts as well there as it did here shows
 that the conversion and the model are right. It wants a GPU: minutes there, days without.
@@ -17,23 +22,78 @@ import argparse
 import copy
 import json
 import math
+import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
 
-HELD_OUT = 128
+HELD_OUT = 256
 """Conversations that are kept from training, to measure the draft with."""
 
-BATCH = 32
+BATCH = 64
 """Conversations in a step of training."""
+
+LIKELIEST = 32
+"""The verifier's next tokens that a draft learns from: nearly all of the probability."""
+
+DEEPEST = 4
+"""Steps of drafting at most, in training or measuring."""
+
+NOISE = 0.1
+"""What is added to the states while training, at most, in their usual size (as EAGLE does)."""
+
+OPENERS = (
+    *("", "", "", "", "", ""),
+    # Writing
+    *("Write a", "Write a short story about", "Write an essay about", "Write a poem about"),
+    *("Compose an email", "Draft a letter to", "Write a blog post about", "Write a review of"),
+    *("Rewrite the following", "Edit the following paragraph", "Describe a", "Suggest a title for"),
+    *("Create a", "Come up with", "Write a speech", "Write the opening of", "Write a description"),
+    # Roleplay
+    *("Imagine you are", "Pretend to be", "You are a", "Act as a", "Picture yourself as"),
+    *("Play the role of", "Take on the role of", "If you were a", "Speak as"),
+    # Reasoning
+    *("Is it true that", "Which of the following", "A man has", "There are three", "Suppose that"),
+    *("What would happen if", "What is wrong with", "Who is", "Decide whether", "If all"),
+    # Mathematics
+    *(
+        "Solve",
+        "Calculate",
+        "Find the",
+        "How many",
+        "What is the sum of",
+        "A train",
+        "A shop sells",
+    ),
+    *("What is the probability", "Simplify", "The area of", "Given that"),
+    # Coding
+    *("Write a Python function that", "Write a program", "Implement a", "Write code to"),
+    *("How can I fix", "Explain this code", "Write a SQL query", "Write a bash script", "In C++,"),
+    *("What does this function do", "Write an HTML page", "Write a JavaScript function"),
+    # Extraction
+    *("Extract the", "Summarize", "Translate", "List the", "Identify the", "Classify"),
+    *("From the following text,", "Given the following", "Convert the following", "Count the"),
+    # Science and technology
+    *("Explain how", "Explain the concept of", "What is the", "What are the", "How does"),
+    *("Why do", "Why is", "Describe the process of", "What is the difference between"),
+    *("What causes", "Explain in simple terms", "How is"),
+    # Humanities
+    *("Compare", "Discuss", "What were the causes of", "Analyze", "What role did", "Who was"),
+    *("How did", "Explain the meaning of", "What are the main arguments", "Give an overview of"),
+    # Everyday
+    *("How do I", "How can I", "Can you", "Could you help me", "I need", "I want to", "Give me"),
+    *("What should I", "Plan a", "Recommend", "Tell me about", "Give me tips", "What is a good"),
+)
+"""What people begin requests to chat models with; nothing, for some."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +156,14 @@ class Attention(nn.Module):
         if len(earlier) == 1:
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            (first_k, first_v), *own = earlier
-            future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-            scores = (q @ first_k.transpose(-1, -2)).masked_fill(future, -math.inf)
-            scores = torch.cat([scores, *((q * k).sum(-1, keepdim=True) for k, _ in own)], -1)
-            weights = (scores.float() / math.sqrt(q.shape[-1])).softmax(-1).to(v.dtype)
-            attended = weights[..., : x.shape[1]] @ first_v
-            for index, (_, value) in enumerate(own):
-                attended = attended + weights[..., x.shape[1] + index, None] * value
+            own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+            past = torch.ones_like(own).tril()
+            attended = F.scaled_dot_product_attention(
+                q,
+                torch.cat([key for key, _ in earlier], 2),
+                torch.cat([value for _, value in earlier], 2),
+                attn_mask=torch.cat([past, own.repeat(1, len(earlier) - 1)], 1),
+            )
         output: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
         return output
 
@@ -140,7 +200,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
         """See ``Attention``."""
         x = x + self.self_attn(x, earlier)
-        y = self.post_attention_layernorm(x)
+        y = self.post_attention_layernorm(x.float())
         gate, up, down = self.mlp.values()
         output: Tensor = x + down(F.silu(gate(y)) * up(y))
         return output
@@ -167,123 +227,326 @@ class Draft(nn.Module):
     ) -> Tensor:
         """The states that follow, (batch, length, hidden), of two of that shape."""
         fused = torch.cat((self.embed_layernorm(embeddings), self.hidden_layernorm(states)), -1)
-        output: Tensor = self.layers[0](self.fc(fused), earlier)
+        output: Tensor = self.layers[0](self.fc(fused), earlier).float()
         return output
 
 
 @dataclass
 class Conversations:
-    """What the verifier wrote and thought.
+    """What the verifier wrote and thought, padded on the right by ``DEEPEST`` tokens at least.
 
     Attributes:
-        ids: (conversations, length) on the GPU, padded on the right.
-        answer: (conversations, length), true where a token is the verifier's answer.
-        states: (conversations, length, hidden), its last hidden states after its final norm.
+        ids: (conversations, length).
+        begin: (conversations,), where the verifier's answer begins.
+        size: (conversations,), the answer's tokens.
+        states: (conversations, length, hidden), bfloat16, its last hidden states, after its
+            final norm.
+        tokens: (conversations, length, ``LIKELIEST``), int32, the tokens that it deems the
+            likeliest after each, the likeliest first; right from the last token of the prompt on.
+        shares: of that shape, bfloat16, how likely each is, with the sum 1.
 
     """
 
     ids: Tensor
-    answer: Tensor
+    begin: Tensor
+    size: Tensor
     states: Tensor
+    tokens: Tensor
+    shares: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: Tensor) -> "Conversations":
+        """Some of the conversations."""
+        return Conversations(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def grouped_attention(
+    module: nn.Module,  # noqa: ARG001
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend with the query heads of a key's head as further rows of it.
+
+    Keys and values, which are nearly all that decoding a large batch reads, are so never repeated.
+    """
+    heads, kv_heads = query.shape[1], key.shape[1]
+    attended = F.scaled_dot_product_attention(
+        query.reshape(query.shape[0], kv_heads, -1, query.shape[-1]),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, heads // kv_heads, 1),
+        scale=scaling,
+    )
+    return attended.reshape(query.shape).transpose(1, 2), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+
+
+class Room(DynamicLayer):
+    """A cache of keys and values in memory that is taken once, so that no step copies it."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.room, self.length = room, 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values; returns all, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            batch, heads, _length, size = key_states.shape
+            self.keys = key_states.new_empty(batch, heads, self.room, size)
+            self.values = torch.empty_like(self.keys)
+        rows = slice(self.length, self.length + key_states.shape[2])
+        keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
+        keys[:, :, rows], values[:, :, rows] = key_states, value_states
+        self.length = rows.stop
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        """How many tokens it holds."""
+        return self.length
+
+
+Choose = Callable[[Tensor, int, Tensor], Tensor]
+"""The next tokens, (rows,), of which rows, the last token's column, and states (rows, hidden)."""
 
 
 @torch.inference_mode()
-def converse(
-    verifier: Any, tokenizer: Any, batch: int, question: int, answer: int
-) -> tuple[Tensor, Tensor]:
-    """Let the verifier ask itself ``batch`` questions and answer them.
+def write(
+    writer: Any, prompts: list[list[int]], most: int, end: int, choose: Choose
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Continue prompts until ``end``, by ``most`` tokens at most.
 
     Returns:
-        ids and answer of ``Conversations``.
+        ids, padded on the left and with the last token repeated where a text is over;
+        (prompts,), the columns where they begin; and the states, of which that of a last token
+        may be missing.
 
     """
-    device, end, pad = verifier.device, tokenizer.eos_token_id, tokenizer.pad_token_id
+    device, width = writer.device, max(map(len, prompts))
+    length = width + most
+    ids = torch.full((len(prompts), length), end)
+    ids[:, :width] = torch.tensor([[end] * (width - len(row)) + row for row in prompts])
+    ids = ids.to(device)
+    starts = torch.tensor([width - len(row) for row in prompts]).to(device)
+    columns = torch.arange(length, device=device)
+    positions = (columns - starts[:, None]).clamp(min=0)
+    unseen = (columns < starts[:, None])[:, None, None]
+    mask = torch.zeros(unseen.shape, dtype=writer.dtype, device=device)
+    mask.masked_fill_(unseen, -math.inf)
+    # What is before a prompt sees itself: nothing to see at all would make it NaN.
+    ahead = columns[:width] > columns[:width, None]
+    itself = torch.eye(width, dtype=torch.bool, device=device)
+    hidden_from = (ahead | unseen[..., :width]) & ~itself
+    prompt_mask = torch.zeros(hidden_from.shape, dtype=writer.dtype, device=device)
+    prompt_mask.masked_fill_(hidden_from, -math.inf)
+
+    cache = Cache(layers=[Room(length) for _ in range(writer.config.num_hidden_layers)])
+    thought = writer.model(
+        ids[:, :width],
+        attention_mask=prompt_mask,
+        position_ids=positions[:, :width],
+        past_key_values=cache,
+    ).last_hidden_state
+    states = thought.new_zeros(len(prompts), length, thought.shape[-1])
+    states[:, :width], thought = thought, thought[:, -1].clone()
+    del prompt_mask, hidden_from
+    rows = torch.arange(len(prompts), device=device)
+    over = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for column in range(width, length):
+        token = choose(rows, column - 1, thought).masked_fill(over, end)
+        ids[rows, column] = token
+        over |= token == end
+        if column + 1 == length:
+            break
+        if (column - width) % 16 == 15:  # now and then, as the GPU must be waited for
+            going_on = (~over).nonzero().flatten()
+            if not len(going_on):
+                break
+            if len(going_on) < 0.85 * len(rows):
+                cache.batch_select_indices(going_on)
+                rows, over, token = rows[going_on], over[going_on], token[going_on]
+                mask, positions = mask[going_on], positions[going_on]
+        thought = writer.model(
+            token[:, None],
+            attention_mask=mask[..., : column + 1],
+            position_ids=positions[:, column, None],
+            past_key_values=cache,
+        ).last_hidden_state[:, 0]
+        states[rows, column] = thought
+    return ids, starts, states
+
+
+def ask(writer: Any, tokenizer: Any, questions: int, most: int) -> list[list[int]]:
+    """Let the verifier make up questions; returns prompts for answers to them."""
+    end = tokenizer.eos_token_id
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
     )
-    before, after = chat.split("?")
-    start = tokenizer(before, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
-    turn = tokenizer(after, add_special_tokens=False).input_ids[1:]  # the end is sampled
-    asked = verifier.generate(
-        start.expand(batch, -1),
-        max_new_tokens=question,
-        do_sample=True,
-        temperature=1.0,
-        top_p=0.95,
-        top_k=0,
-        eos_token_id=end,
-        pad_token_id=pad,
+    before, after = (
+        tokenizer(text, add_special_tokens=False).input_ids for text in chat.split("?")
     )
-    texts = [row[: row.index(end) + 1] for row in _after(asked, start) if end in row[8:]]
-    prompts = [start[0].tolist() + text + turn for text in texts]
-    width = max(map(len, prompts))
-    padded = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
-    answered = verifier.generate(
-        padded,
-        attention_mask=mask.to(device),
-        max_new_tokens=answer,
-        do_sample=False,
-        eos_token_id=end,
-        pad_token_id=pad,
-    )
-    rows = [
-        (prompt, row[: row.index(end) + 1] if end in row else row)
-        for prompt, row in zip(prompts, _after(answered, padded), strict=True)
-    ]
-    length = width + answer
-    ids = torch.full((len(rows), length), pad)
-    is_answer = torch.zeros(len(rows), length, dtype=torch.bool)
-    for index, (prompt, reply) in enumerate(rows):
-        ids[index, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)
-        is_answer[index, len(prompt) : len(prompt) + len(reply)] = True
-    return ids.to(device), is_answer.to(device)
+    openers = [tokenizer(text, add_special_tokens=False).input_ids for text in OPENERS]
+    prompts = [before + openers[index % len(openers)] for index in range(questions)]
 
+    def choose(_rows: Tensor, _column: int, states: Tensor) -> Tensor:
+        scores, tokens = writer.lm_head(states).topk(50)
+        chosen = (scores.float() / 0.9).softmax(-1).multinomial(1)
+        return cast(Tensor, tokens.gather(1, chosen)[:, 0])
 
-def _after(generated: Tensor, prompt: Tensor) -> list[list[int]]:
-    rows: list[list[int]] = generated[:, prompt.shape[1] :].tolist()
+    written = write(writer, prompts, most, end, choose)[0].tolist()
+    width = len(written[0]) - most
+    rows = []
+    for prompt, row in zip(prompts, written, strict=True):
+        said = row[width:]
+        if end in said and len(prompt) - len(before) + said.index(end) >= 4:
+            rows.append(prompt + said[: said.index(end)] + after)
     return rows
 
 
-@torch.inference_mode()
-def think(verifier: Any, ids: Tensor, batch: int = 64) -> Tensor:
-    """The verifier's last hidden states, after its final norm, for right-padded ids."""
-    return torch.cat([verifier.model(rows).last_hidden_state for rows in ids.split(batch)])
+def answer(
+    writer: Any, verifier: Any, tokenizer: Any, prompts: list[list[int]], most: int
+) -> Conversations:
+    """Let the verifier answer, and keep what it thought."""
+    end, width, device = tokenizer.eos_token_id, max(map(len, prompts)), verifier.device
+    likeliest = (len(prompts), width + most, LIKELIEST)
+    tokens = torch.zeros(likeliest, dtype=torch.int32, device=device)
+    shares = torch.zeros(likeliest, dtype=torch.bfloat16, device=device)
+
+    def choose(rows: Tensor, column: int, states: Tensor) -> Tensor:
+        scores, best = verifier.lm_head(states.float()).topk(LIKELIEST)
+        tokens[rows, column] = best.int()
+        shares[rows, column] = scores.softmax(-1).bfloat16()
+        return cast(Tensor, best[:, 0])
+
+    ids, starts, states = write(writer, prompts, most, end, choose)
+    sizes = []
+    for row in ids[:, width:].tolist():
+        sizes.append(unlooped(row[: row.index(end) + 1] if end in row else row))
+    begin = torch.tensor([len(prompt) for prompt in prompts])
+    size = torch.tensor(sizes)
+    length = int((begin + size).max()) + DEEPEST
+    columns = (starts[:, None] + torch.arange(length, device=device)).clamp(max=width + most - 1)
+    each = torch.arange(len(prompts), device=device)[:, None]
+    return Conversations(
+        ids[each, columns],
+        begin.to(device),
+        size.to(device),
+        states[each, columns].bfloat16(),
+        tokens[each, columns],
+        shares[each, columns],
+    )
+
+
+def unlooped(reply: list[int]) -> int:
+    """How much of a reply to keep: if it ends in a loop, that with the loop's first round."""
+    for period in range(1, 65):
+        again = 0
+        while again + period < len(reply) and reply[-1 - again] == reply[-1 - again - period]:
+            again += 1
+        if again >= max(16, 2 * period):
+            return len(reply) - again
+    return len(reply)
+
+
+class SoftCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of a head's tokens to the verifier's likeliest ones.
+
+    The gradient is made with the loss, so that one tensor as large as the vocabulary is enough.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, head: Tensor, tokens: Tensor, shares: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and share of right guesses.
+
+        Args:
+            ctx: what backward needs.
+            states: (n, hidden).
+            head: (vocabulary, hidden); computing is done in its dtype.
+            tokens: (n, ``LIKELIEST``), the likeliest first.
+            shares: (n, ``LIKELIEST``), their probabilities.
+
+        """
+        logits = states.to(head.dtype) @ head.T
+        right = (logits.argmax(-1) == tokens[:, 0]).float().mean()
+        guessed = logits.softmax(-1)
+        del logits
+        likely = guessed.gather(1, tokens).float().clamp(min=1e-30)
+        loss = -(shares * likely.log()).sum(-1).mean()
+        difference = guessed.scatter_add_(1, tokens, -shares.to(head.dtype))
+        ctx.save_for_backward(((difference @ head).float() / len(states)).to(states.dtype))
+        ctx.mark_non_differentiable(right)
+        return loss, right
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of ``forward``'s states."""
+        (of_states,) = ctx.saved_tensors
+        return of_states * gradients[0], None, None, None
 
 
 def losses(
-    draft: Draft, verifier: Any, data: Conversations, steps: int
+    draft: Draft, embed: nn.Module, head: Tensor, data: Conversations, tokens: int, depth: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Loss and share of right guesses, for each step of drafting.
+    """Loss and share of right guesses, for each of ``depth`` steps of drafting.
 
     At step j index t takes the token t+j+1 and what stands for the state t+j, and should give the
-    state t+j+1, whose logits are those of the token t+j+2.
+    state t+j+1, whose logits are those of the token t+j+2. ``tokens``, the tokens of the answers,
+    is told so that nobody waits for the GPU to count them. Computing is done in ``head``'s dtype.
     """
-    embeddings = verifier.get_input_embeddings()(data.ids)
-    states, earlier = data.states[:, : -steps - 1], list[tuple[Tensor, Tensor]]()
-    length = states.shape[1]
-    for step in range(steps):
-        states = draft(embeddings[:, step + 1 : step + 1 + length], states, earlier)
-        wanted = data.states[:, step + 1 : step + 1 + length]
-        counts = data.answer[:, step + 2 : step + 2 + length]
-        counts = F.pad(counts, (0, length - counts.shape[1]))
-        guess = verifier.lm_head(draft.lm_head_layernorm(states[counts]))
-        truth = verifier.lm_head(wanted[counts].to(guess.dtype))
-        cross_entropy = -(truth.float().softmax(-1) * guess.float().log_softmax(-1)).sum(-1).mean()
-        regression = F.smooth_l1_loss(states[counts].float(), wanted[counts].float())
-        right = (guess.argmax(-1) == truth.argmax(-1)).float().mean()
-        yield cross_entropy + regression, right
+    device = data.ids.device
+    row = torch.arange(len(data), device=device)
+    row = row.repeat_interleave(data.size, output_size=tokens)
+    nth = torch.arange(tokens, device=device) - (data.size.cumsum(0) - data.size)[row]
+    learned = data.begin[row] + nth - 1  # the states that an answer's tokens come from
+    wanted = data.states[row, learned].float()
+    likeliest, shares = data.tokens[row, learned].long(), data.shares[row, learned].float()
+    embeddings = embed(data.ids)
+    length = data.ids.shape[1] - depth
+    states, earlier = data.states[:, :length].float(), list[tuple[Tensor, Tensor]]()
+    if draft.training:
+        noise = 2 * torch.rand_like(states) - 1
+        states = states + NOISE * states.square().mean(-1, keepdim=True).sqrt() * noise
+    for step in range(depth):
+        reduced = head.dtype != torch.float32
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
+            states = draft(embeddings[:, step + 1 : step + 1 + length], states, earlier)
+            guessed = states[row, learned - step - 1]
+            normed = draft.lm_head_layernorm(guessed)
+        cross_entropy, right = SoftCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            normed, head, likeliest, shares
+        )
+        yield cross_entropy + F.smooth_l1_loss(guessed.float(), wanted), right
 
 
 @torch.inference_mode()
-def start_from(draft: Draft, directory: Path, verifier: Any, data: Conversations) -> None:
-    """Give a draft the weights of a published one, which may lack the extra norms.
+def start_from(
+    draft: Draft, weights: dict[str, Tensor], verifier: Any, data: Conversations
+) -> None:
+    """Give a draft the weights of another, which may lack the bias and the extra norms.
 
-    Those then begin as what changes the least: with the usual size of what they normalise.
+    A norm then begins as what changes the least: with the usual size of what it normalises; a
+    bias begins at zero.
     """
-    draft.load_state_dict(torch.load(directory / "pytorch_model.bin"), strict=False)
-    states = data.states[data.answer]
-    embeddings = verifier.get_input_embeddings()(data.ids[data.answer])
+    if draft.fc.bias is not None:
+        draft.fc.bias.zero_()
+    draft.load_state_dict(weights, strict=False)
+    sample = data.take(torch.arange(min(len(data), 64)))
+    answers = torch.arange(sample.ids.shape[1], device=sample.ids.device) - sample.begin[:, None]
+    answers = (answers >= 0) & (answers < sample.size[:, None])
+    states = sample.states[answers].float()
+    embeddings = verifier.get_input_embeddings()(sample.ids[answers])
     for norm, values in (
         (draft.embed_layernorm, embeddings),
         (draft.hidden_layernorm, states),
@@ -294,55 +557,123 @@ def start_from(draft: Draft, directory: Path, verifier: Any, data: Conversations
 
 
 def train(
-    draft: Draft, verifier: Any, recipe: Recipe, data: Conversations, options: argparse.Namespace
+    draft: Draft,
+    verifier: Any,
+    recipe: Recipe,
+    data: list[Conversations],
+    held_out: list[Conversations],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Train one draft for ``options.seconds``; returns what was measured."""
-    device, seconds = data.ids.device, options.seconds
-    optimizer = torch.optim.AdamW(draft.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    held_out, rest = _split(data)
-    order = torch.randperm(len(rest.ids), device=device)
-    began, done, tokens = time.perf_counter(), 0, 0
-    while (progress := (time.perf_counter() - began) / seconds) < 1:
-        if (done + 1) * BATCH > len(order):
-            order, done = order[torch.randperm(len(order), device=device)], 0
-        rows = order[done * BATCH : (done + 1) * BATCH]
-        batch = Conversations(rest.ids[rows], rest.answer[rows], rest.states[rows])
+    optimizer = torch.optim.AdamW(
+        draft.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+    head = verifier.lm_head.weight.to(torch.bfloat16)
+    embed = verifier.get_input_embeddings()
+    sizes = [part.size.tolist() for part in data]  # here too, so as not to wait for the GPU
+    queue = list[tuple[int, list[int]]]()
+    began, steps, tokens, epochs = time.perf_counter(), 0, 0, 0
+    while (progress := (time.perf_counter() - began) / options.seconds) < 1:
+        if not queue:
+            queue, epochs = _batches(data), epochs + 1
+        part, rows = queue.pop()
+        count = sum(sizes[part][row] for row in rows)
+        batch = data[part].take(torch.tensor(rows).to(head.device))
         for group in optimizer.param_groups:
             group["lr"] = (
                 options.learning_rate * min(1, progress * 20) * (0.02 + 0.98 * (1 - progress))
             )
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            per_step = [loss for loss, _ in losses(draft, verifier, batch, recipe.steps)]
+        per_step = [loss for loss, _ in losses(draft, embed, head, batch, count, recipe.steps)]
         optimizer.zero_grad()
         torch.stack(per_step).mean().backward()
         nn.utils.clip_grad_norm_(draft.parameters(), 0.5)
         optimizer.step()
-        done, tokens = done + 1, tokens + int(batch.answer.sum())
-    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16):
-        agreement = [
-            [float(right) for _, right in losses(draft, verifier, part, 4)]
-            for part in _parts(held_out)
-        ]
-    means = [round(sum(column) / len(column), 4) for column in zip(*agreement, strict=True)]
+        steps, tokens = steps + 1, tokens + count
+        if steps % 50 == 0 and head.is_cuda:
+            torch.cuda.synchronize()  # or the clock would be far ahead of the work
     return {
-        "seconds": seconds,
+        "seconds": options.seconds,
+        "steps": steps,
+        "epochs": epochs,
         "answer_tokens_seen": tokens,
-        "agreement_by_step": means,
+        "agreement_by_step": measure(draft, verifier, held_out),
     }
 
 
-def _split(data: Conversations) -> tuple[Conversations, Conversations]:
-    n = min(HELD_OUT, len(data.ids) // 4)
-    return (
-        Conversations(data.ids[:n], data.answer[:n], data.states[:n]),
-        Conversations(data.ids[n:], data.answer[n:], data.states[n:]),
-    )
+def _batches(data: list[Conversations]) -> list[tuple[int, list[int]]]:
+    """An epoch: which part, and which of its conversations. Those of a part are alike in length."""
+    batches = []
+    for index, part in enumerate(data):
+        rows = torch.randperm(len(part)).split(BATCH)
+        batches += [(index, row.tolist()) for row in rows]
+    random.shuffle(batches)
+    return batches
 
 
-def _parts(data: Conversations) -> Iterator[Conversations]:
-    for start in range(0, len(data.ids), BATCH):
-        rows = slice(start, start + BATCH)
-        yield Conversations(data.ids[rows], data.answer[rows], data.states[rows])
+@torch.inference_mode()
+def measure(draft: Draft, verifier: Any, held_out: list[Conversations]) -> list[float]:
+    """How often a draft is right, by how many tokens it has drafted before on its own."""
+    draft.eval()
+    right, total = torch.zeros(DEEPEST), 0
+    for part in held_out:
+        for rows in torch.arange(len(part)).split(32):
+            batch = part.take(rows.to(part.ids.device))
+            count = int(batch.size.sum())
+            embed, head = verifier.get_input_embeddings(), verifier.lm_head.weight
+            shares = [float(r) for _, r in losses(draft, embed, head, batch, count, DEEPEST)]
+            right, total = right + count * torch.tensor(shares), total + count
+    return [round(share, 4) for share in (right / total).tolist()]
+
+
+def _split(part: Conversations, n: int) -> tuple[Conversations, Conversations]:
+    """``n`` conversations from all over a part, and the others."""
+    kept = torch.zeros(len(part), dtype=torch.bool)
+    kept[:: max(2, -(-len(part) // max(1, n)))] = True
+    kept = kept.to(part.ids.device)
+    return part.take(kept), part.take(~kept)
+
+
+def converse(
+    writer: Any,
+    verifier: Any,
+    tokenizer: Any,
+    options: argparse.Namespace,
+    say: Callable[[str], None],
+) -> tuple[list[Conversations], list[Conversations]]:
+    """Rounds of questions and answers until the time is over; held out and for training."""
+    held_out, data = list[Conversations](), list[Conversations]()
+    began, batch, longest = time.perf_counter(), options.batch, 0.0
+    while True:
+        before = time.perf_counter()
+        try:
+            parts = list[Conversations]()
+            prompts = sorted(ask(writer, tokenizer, 2 * batch, options.question), key=len)
+            say(f"{len(prompts)} questions")
+            half = -(-len(prompts) // 2)
+            for chunk in (prompts[:half], prompts[half:]):
+                if chunk:
+                    parts.append(answer(writer, verifier, tokenizer, chunk, options.answer))
+        except torch.OutOfMemoryError:
+            say(f"{batch} conversations do not fit")
+            prompts, batch = [], batch // 2
+        for part in parts:
+            if len(held_out) < 2 and len(part) > 1:
+                kept, part = _split(part, HELD_OUT // 2)  # noqa: PLW2901
+                held_out.append(kept)
+            data.append(part)
+            say(f"{len(part)} conversations with {int(part.size.sum())} tokens of answers")
+            text = tokenizer.decode(part.ids[len(part) // 2], skip_special_tokens=True)
+            say(repr(text[-300:]))
+        del parts
+        now = time.perf_counter()
+        longest = max(longest, now - before)
+        full = False
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            free, memory = torch.cuda.mem_get_info()
+            full = free < 0.4 * memory
+        if batch == 0 or (data and (full or now - began + longest > options.data_seconds)):
+            return held_out, data
 
 
 def publish(directory: Path, draft: Draft, config: dict[str, Any], recipe: Recipe) -> None:
@@ -355,10 +686,12 @@ def publish(directory: Path, draft: Draft, config: dict[str, Any], recipe: Recip
         name: tensor.detach().to("cpu", recipe.dtype).contiguous()
         for name, tensor in draft.state_dict().items()
     }
+    unfinished = directory / f"{recipe.file}.part"
     if recipe.file.endswith(".bin"):
-        torch.save(tensors, directory / recipe.file)
+        torch.save(tensors, unfinished)
     else:
-        save_file(tensors, directory / recipe.file, metadata={"format": "pt"})
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+    unfinished.replace(directory / recipe.file)
 
 
 def draft_config(verifier: Any, recipe: Recipe) -> dict[str, Any]:
@@ -385,8 +718,8 @@ def draft_config(verifier: Any, recipe: Recipe) -> dict[str, Any]:
     } | dict(recipe.config)
 
 
-def main() -> None:
-    """Train and publish the drafts."""
+def parsed() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -398,53 +731,69 @@ def main() -> None:
     parser.add_argument("--start-from", type=Path, help="a published draft to go on from")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its peak")
     parser.add_argument("--seconds", type=float, default=60, help="of training, for each draft")
-    parser.add_argument("--rounds", type=int, default=2, help="of conversations")
-    parser.add_argument("--batch", type=int, default=3072, help="conversations in a round")
-    parser.add_argument("--question", type=int, default=64, help="tokens at most")
+    parser.add_argument(
+        "--data-seconds",
+        type=float,
+        default=60,
+        help="of writing conversations; one round at least",
+    )
+    parser.add_argument("--batch", type=int, default=4096, help="conversations written at a time")
+    parser.add_argument("--question", type=int, default=80, help="tokens at most")
     parser.add_argument("--answer", type=int, default=256, help="tokens at most")
     parser.add_argument("--device", default="cuda")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Train and publish the drafts."""
+    options = parsed()
     began = time.perf_counter()
 
     def say(text: str) -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {text}", flush=True)
 
     torch.manual_seed(0)
+    random.seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each length
     verifier = AutoModelForCausalLM.from_pretrained(
         options.verifier, gguf_file=options.gguf, dtype=torch.float32
     ).to(options.device)
     verifier.requires_grad_(requires_grad=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.verifier)
     say(f"{sum(p.numel() for p in verifier.parameters()) / 1e6:.0f} M parameters")
-    rounds: list[Conversations] = []
     writer = copy.deepcopy(verifier).to(torch.bfloat16)
-    for _ in range(options.rounds):
-        ids, answer = converse(writer, tokenizer, options.batch, options.question, options.answer)
-        rounds.append(Conversations(ids, answer, torch.empty(0)))
-        say(f"{len(ids)} conversations with {int(answer.sum())} tokens of answers")
-        say(repr(tokenizer.decode(ids[0], skip_special_tokens=True)[-400:]))
-    width = max(r.ids.shape[1] for r in rounds)
-    ids = torch.cat([F.pad(r.ids, (0, width - r.ids.shape[1])) for r in rounds])
-    answer = torch.cat([F.pad(r.answer, (0, width - r.answer.shape[1])) for r in rounds])
-    data = Conversations(ids, answer, think(verifier, ids))
-    say(f"hidden states {tuple(data.states.shape)}")
-    report: dict[str, Any] = {"conversations": len(ids), "answer_tokens": int(answer.sum())}
+    writer.set_attn_implementation("grouped")
+    before = time.perf_counter()
+    held_out, data = converse(writer, verifier, tokenizer, options, say)
+    del writer
+    report: dict[str, Any] = {
+        "conversations": sum(map(len, data)),
+        "answer_tokens": sum(int(part.size.sum()) for part in data),
+        "held_out_conversations": sum(map(len, held_out)),
+        "data_seconds": round(time.perf_counter() - before, 1),
+        "openers": len(set(OPENERS)) - 1,
+    }
+    say(f"{report}")
+    weights = torch.load(options.start_from / "pytorch_model.bin") if options.start_from else None
+    begun_from = options.start_from.name if options.start_from else None
     for name in options.recipes:
         recipe = RECIPES[name]
         config = draft_config(verifier, recipe)
         torch.manual_seed(0)
-        draft = Draft(config, recipe).to(data.ids.device)
+        draft = Draft(config, recipe).to(verifier.device)
         for parameter in draft.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
-        if options.start_from:
-            start_from(draft, options.start_from, verifier, data)
-        report[name] = train(draft, verifier, recipe, data, options)
+        if weights:
+            start_from(draft, weights, verifier, data[0])
+        trained = train(draft, verifier, recipe, data, held_out, options)
+        report[name] = {"start_from": begun_from, **trained}
         publish(options.output / name, draft, config, recipe)
         (options.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
         say(f"{name}: {report[name]}")
+        if name == "eagle1":
+            weights, begun_from = copy.deepcopy(draft.state_dict()), name
 
 
 if __name__ == "__main__":
