@@ -57,7 +57,7 @@ def copy_tensors(source: Any, to: Any) -> None:
     elif isinstance(source, tuple):
         for one, other in zip(source, to, strict=True):
             copy_tensors(one, other)
-    else:
+    elif source is not None:
         for name in ("tokens", "parents", "depths", "ancestors"):
             if getattr(source, name) is not getattr(to, name):
                 copy_tensors(getattr(source, name), getattr(to, name))

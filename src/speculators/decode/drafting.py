@@ -88,7 +88,8 @@ class Drafter(ABC):
             the draft's outputs, (rows, length, hidden).
 
         """
-        output = self._run(tokens, states, torch.arange(tokens.shape[1], device=tokens.device))
+        depths = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        output = self._run(tokens, states, depths)
         self.cache.confirm(counts)
         return output
 
@@ -119,20 +120,19 @@ class Drafter(ABC):
         self, tokens: Tensor, states: Tensor, depth: int, visible: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Draft on from the nodes of a depth: their tokens and parents' states → theirs, logits."""
-        depths = torch.full((tokens.shape[1],), depth - 1, device=tokens.device)
-        states = self._run(tokens, states, depths, visible)
+        states = self._run(tokens, states, depth - 1, visible)
         self.cache.tried += tokens.shape[1]
         return states, self._logits(states)
 
     def _run(
-        self, tokens: Tensor, states: Tensor, depths: Tensor, visible: Tensor | None = None
+        self, tokens: Tensor, states: Tensor, depths: Tensor | int, visible: Tensor | None = None
     ) -> Tensor:
         """The draft's outputs at new positions.
 
         Args:
             tokens: (rows, positions).
             states: (rows, positions, hidden).
-            depths: (positions), how far they are behind what is confirmed.
+            depths: (1, positions), how far they are behind what is confirmed; one for all.
             visible: as the block of ``BlockCache.mask``; ``None`` if each sees all before it.
 
         """
@@ -143,7 +143,7 @@ class Drafter(ABC):
             attention_mask=self.cache.mask(
                 tokens.shape[1], self.draft.dtype, device, block=visible
             ),
-            position_ids=self.cache.positions(depths[None]),
+            position_ids=self.cache.positions(depths, device).expand(-1, tokens.shape[1]),
             past_key_values=self.cache,
         ).last_hidden_state
         return output
@@ -163,14 +163,13 @@ class ShapeDrafter(Drafter):
     def _grow(self, root: Tensor, state: Tensor, logits: Tensor) -> Tree:
         tokens = [root]
         for depth, level in enumerate(self.shape.levels, start=1):
-            tokens.append(self._children(logits, level))
+            drafted = self._children(logits, level)
+            tokens.append(drafted)
             if len(level.inner):
-                state, logits = self._extend(
-                    tokens[-1][:, level.inner],
-                    state[:, level.parents[level.inner]],
-                    depth,
-                    level.visible,
-                )
+                if not level.is_link:
+                    drafted = drafted[:, level.inner]
+                    state = state[:, level.parents[level.inner]]
+                state, logits = self._extend(drafted, state, depth, level.visible)
         return Tree(
             tokens=torch.cat(tokens, 1),
             parents=self.shape.parents,
@@ -181,8 +180,8 @@ class ShapeDrafter(Drafter):
 
     def _children(self, logits: Tensor, level: Level) -> Tensor:
         """The tokens of a level's nodes: (rows, inner nodes above, vocabulary) → (rows, nodes)."""
-        if level.width == 1:
-            return logits.argmax(-1)[:, level.parents]
+        if level.is_link:
+            return logits.argmax(-1)
         return logits.topk(level.width).indices[:, level.parents, level.ranks]
 
 
