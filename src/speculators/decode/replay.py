@@ -62,7 +62,8 @@ class Graph:
                     run()
             now.wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Other threads may go on using the GPU meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self.result = run()
 
     def replay(self) -> None:
