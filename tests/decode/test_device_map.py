@@ -28,6 +28,9 @@ PROPOSALS: dict[str, ProposalMethod | str] = {
 }
 every_proposal = pytest.mark.parametrize("proposal", PROPOSALS.values(), ids=PROPOSALS.keys())
 
+# Of a verifier that has its first weight on the meta device transformers does not know where it is.
+pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate")
+
 one_gpu = pytest.mark.skipif(torch.cuda.device_count() < 1, reason="there is no GPU")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
 
