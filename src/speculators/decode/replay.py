@@ -330,7 +330,7 @@ def replayable(
     """Whether the steps of a generation could be recorded, so far as can be told before.
 
     Both models must be on one device that records, and take masks; there must be one prompt without
-    padding; and proposals must not be drawn, since drawing waits for the host.
+    padding; and proposals must not be drawn, since that depends on the settings of each generation.
     """
     if not isinstance(draft, nn.Module) or verifier.training or draft.training:
         return False

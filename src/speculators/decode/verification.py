@@ -40,6 +40,8 @@ class VerifierPass:
         self.last_position = max(known, max_length) - 1
         takes = inspect.signature(type(model).forward).parameters
         self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        # Where the prompts are: a model that is spread over several devices takes them there.
+        self._device = model.device
         self._states: Tensor | None = None
 
     def __enter__(self) -> "VerifierPass":
@@ -65,6 +67,7 @@ class VerifierPass:
             (rows, length, hidden).
 
         """
+        self._device = tokens.device
         logits, states = self._run(tokens, attention_mask, position_ids, **self.only_last)
         self.cache.confirm([tokens.shape[1]] * len(tokens))
         return logits[:, -1], states
@@ -82,7 +85,7 @@ class VerifierPass:
             logits, (rows, nodes, vocabulary), and what ``told_of`` makes of them.
 
         """
-        device = self.model.device
+        device = self._device
         depths = tree.depths.to(device)
         logits, _ = self._run(
             tree.tokens.to(device),
