@@ -94,6 +94,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.verifier)
     lines = options.prompts.read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line) for line in lines[:: options.every]]
+    end = tokenizer.eos_token_id
     figures: dict[str, Any] = {
         "new_tokens": options.new_tokens,
         "chain": options.chain,
@@ -103,20 +104,20 @@ def main() -> None:
     for directory in options.drafts:
         draft, steps = load(directory), list[list[int]]()
         for question in questions:
-            ids: Any = tokenizer.apply_chat_template(
+            prompt: Any = tokenizer.apply_chat_template(
                 [{"role": "user", "content": question["turns"][0]}],
                 add_generation_prompt=True,
                 return_dict=True,
-            )["input_ids"]
-            end = tokenizer.eos_token_id
-            steps.append(
-                accepted_by_step(draft, verifier, ids, options.new_tokens, options.chain, end)
             )
-        count, accepted = sum(map(len, steps)), sum(map(sum, steps))
+            accepted = accepted_by_step(
+                draft, verifier, prompt["input_ids"], options.new_tokens, options.chain, end
+            )
+            steps.append(accepted)
+        count, total = sum(map(len, steps)), sum(map(sum, steps))
         figures["drafts"][directory.name] = {
             "steps": count,
-            "accepted": accepted,
-            "acceptance_length": round(1 + accepted / count, 4),
+            "accepted": total,
+            "acceptance_length": round(1 + total / count, 4),
         }
         print(directory.name, figures["drafts"][directory.name], flush=True)
     if options.output:
