@@ -62,6 +62,10 @@ bench: $(VERIFIER)  ## measure, and write benchmarks/results
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/speculators convert eagle examples/smollm2-135m-eagle1 $(CONVERTED) $(VERIFIER) --overwrite
 	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER)
+	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --temperature 1 \
+		--proposal greedy:3 --proposal sampling:3 --results benchmarks/results/decode-sampling.json
+	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --top-p 0.9 \
+		--proposal greedy:3 --proposal sampling:3 --results benchmarks/results/decode-top-p.json
 
 bench-vllm: $(VERIFIER) $(VLLM_INSTALLED)  ## compare the plugin with vLLM's own EAGLE
 	$(VLLM_BIN)/python benchmarks/serving.py

@@ -2,12 +2,16 @@
 
     python benchmarks/decode.py DRAFT VERIFIER
     python benchmarks/decode.py DRAFT VERIFIER --proposal greedy:3 --proposal dynamic_tree
+    python benchmarks/decode.py DRAFT VERIFIER --proposal sampling:3 --top-p 0.9
 
-For every prompt the verifier's own greedy generate and each way of proposing run one after the
-other, in an order that turns with each prompt; a speed-up is the median over the prompts of the
-ratio of neighbours, so a machine that is slow for a while slows both. What is spent neither in the
-draft's nor in the verifier's forward passes is the overhead. The raw seconds go into
+For every prompt the verifier's own generate and each way of proposing run one after the other, in
+an order that turns with each prompt; a speed-up is the median over the prompts of the ratio of
+neighbours' seconds per token, so a machine that is slow for a while slows both. What is spent
+neither in the draft's nor in the verifier's forward passes is the overhead. The raw seconds go into
 benchmarks/results/decode.json.
+
+Decoding is greedy, unless one of --temperature, --top-k and --top-p is given: then it samples, with
+what is not given doing nothing, and with the same seed for all ways.
 """
 
 import argparse
@@ -60,8 +64,13 @@ class Run:
     verifier_s: float
     steps: int = 0
     accepted: int = 0
-    same: bool = True
-    """Whether the output is the verifier's own."""
+    same: bool | None = None
+    """Whether the output is the verifier's own, which is only to be expected of greedy decoding."""
+
+    @property
+    def s_per_token(self) -> float:
+        """What a token took."""
+        return self.total_s / self.tokens
 
     @property
     def overhead_s(self) -> float:
@@ -118,14 +127,21 @@ def parse_proposal(text: str) -> Case:
     return Case(text, ProposalMethod.model_validate({"proposal_type": name, **sizes}))
 
 
+def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``generate`` is told about choosing tokens."""
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    given = {name: value for name in neutral if (value := getattr(arguments, name)) is not None}
+    return {"do_sample": True, **neutral, **given} if given else {"do_sample": False}
+
+
 def run(
-    model: EagleSpeculator, ids: Tensor, max_new_tokens: int, method: ProposalMethod | None
+    model: EagleSpeculator, ids: Tensor, method: ProposalMethod | None, settings: dict[str, Any]
 ) -> tuple[Run, Tensor]:
-    """Generate greedily, with the verifier alone if there is no method."""
+    """Generate with these settings, with the verifier alone if there is no method."""
     verifier = model.verifier
     assert isinstance(verifier, PreTrainedModel)
     clock = Clock()
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    torch.manual_seed(0)
     with (
         clock.watching(model, "draft", "draft"),
         clock.watching(model, "logits", "draft"),
@@ -152,7 +168,7 @@ def summarise(case: Case, baseline: list[Run]) -> dict[str, Any]:
     share = sum(one.overhead_s for one in runs) / sum(one.total_s for one in runs)
     return {
         "speed-up": median(
-            plain.total_s / ours.total_s for plain, ours in zip(baseline, runs, strict=True)
+            plain.s_per_token / ours.s_per_token for plain, ours in zip(baseline, runs, strict=True)
         ),
         "tokens per second": sum(one.tokens for one in runs) / sum(one.total_s for one in runs),
         "acceptance length": 1 + sum(one.accepted for one in runs) / steps,
@@ -164,7 +180,9 @@ def summarise(case: Case, baseline: list[Run]) -> dict[str, Any]:
         "overhead": share,
         "target": TARGET,
         "met": share <= TARGET,
-        "same as the verifier": f"{sum(one.same for one in runs)} of {len(runs)}",
+        "same as the verifier": None
+        if any(one.same is None for one in runs)
+        else f"{sum(bool(one.same) for one in runs)} of {len(runs)}",
     }
 
 
@@ -189,23 +207,32 @@ def conditions(arguments: argparse.Namespace, model: EagleSpeculator) -> dict[st
         "dtype": arguments.dtype,
         "prompts": arguments.prompts,
         "max_new_tokens": arguments.max_new_tokens,
+        "decoding": sampling_settings(arguments),
         "load_average_at_start": os.getloadavg(),
     }
 
 
-def main() -> None:
-    """Measure, print, and write the results."""
+def parse_arguments() -> argparse.Namespace:
+    """What is asked for on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("draft", type=Path, help="a converted draft")
     parser.add_argument("verifier", type=Path)
     parser.add_argument("--proposal", action="append", help="greedy:3, dynamic_tree, ...")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print, and write the results."""
+    arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
@@ -227,24 +254,26 @@ def main() -> None:
         return ids
 
     about = conditions(arguments, model)
+    decoding = sampling_settings(arguments)
+    settings = decoding | {"max_new_tokens": arguments.max_new_tokens}
     cases = [parse_proposal(text) for text in arguments.proposal or DEFAULT_PROPOSALS]
     baseline: list[Run] = []
     for case in cases:  # what is only done once is not measured
-        run(model, tokens_of(PROMPTS[0]), 8, case.method)
-    run(model, tokens_of(PROMPTS[0]), 8, None)
+        run(model, tokens_of(PROMPTS[0]), case.method, settings | {"max_new_tokens": 8})
+    run(model, tokens_of(PROMPTS[0]), None, settings | {"max_new_tokens": 8})
     for index, prompt in enumerate(PROMPTS[: arguments.prompts]):
         ids = tokens_of(prompt)
         order: dict[str, ProposalMethod | None] = {"": None, **{c.name: c.method for c in cases}}
         turn = index % len(order)
         found = {
-            name: run(model, ids, arguments.max_new_tokens, order[name])
+            name: run(model, ids, order[name], settings)
             for name in [*list(order)[turn:], *list(order)[:turn]]
         }
         plain, expected = found[""]
         baseline.append(plain)
         for case in cases:
             done, sequences = found[case.name]
-            done.same = torch.equal(sequences, expected)
+            done.same = None if decoding["do_sample"] else torch.equal(sequences, expected)
             case.runs.append(done)
         print(f"prompt {index + 1}: {plain.tokens} tokens, {plain.total_s:.1f} s alone", flush=True)
     about["load_average_at_end"] = os.getloadavg()
@@ -275,7 +304,7 @@ def main() -> None:
             f"acceptance length {numbers['acceptance length']:.2f}, "
             f"ms per step: draft {step['draft']:.1f}, verifier {step['verifier']:.1f}, "
             f"rest {step['rest']:.1f} ({numbers['overhead']:.1%}), "
-            f"same output: {numbers['same as the verifier']}"
+            f"same output: {numbers['same as the verifier'] or 'not expected'}"
         )
 
 

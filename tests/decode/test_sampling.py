@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper
 
-from speculators.decode.sampling import coupled_draw
+from speculators.decode.sampling import coupled_draw, draw
+from speculators.errors import GenerationError
 from speculators.format.config import ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 from tiny_models import knowing_draft, random_draft, tiny_verifier
@@ -133,6 +134,18 @@ def test_sequences_have_the_verifiers_distribution(
     assert sum(accepted) > len(accepted) / 5
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_proposal_that_is_drawn_from_some_tokens_only_changes_nothing(
+    verifier: PreTrainedModel, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speculators.decode.drafting.CANDIDATES", 2)
+    prompt = [1, 3, 2]
+    draft = knowing_draft(verifier)
+    counts, accepted = sampled(draft, prompt, PROPOSALS["sampling"], 2500, settings)
+    assert chi_square_is_likely(counts, analytic(verifier, prompt, settings))
+    assert sum(accepted) > len(accepted) / 5
+
+
 @pytest.mark.parametrize("proposal", PROPOSALS.values(), ids=PROPOSALS.keys())
 def test_a_draft_that_is_wrong_changes_nothing(
     verifier: PreTrainedModel, proposal: ProposalMethod
@@ -166,6 +179,28 @@ def test_one_prompt_at_a_time_too(verifier: PreTrainedModel) -> None:
         assert chi_square_is_likely(counts, analytic(verifier, [1, 3, 2], SETTINGS["plain"]))
 
 
+def test_each_row_is_drawn_from_its_distribution() -> None:
+    torch.manual_seed(0)
+    p = torch.tensor([[0.5, 0.2, 0.0, 0.3], [0.0, 0.0, 1.0, 0.0], [1e-3, 1e-2, 0.1, 0.889]])
+    drawn = draw(p.repeat(20_000, 1)).view(-1, 3)
+    for row, tokens in zip(p.tolist(), drawn.T.tolist(), strict=True):
+        if max(row) == 1:
+            assert set(tokens) == {row.index(1)}
+        else:
+            assert chi_square_is_likely(Counter(tokens), {t: x for t, x in enumerate(row) if x})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the host waits for a GPU only")
+def test_the_host_does_not_wait_for_a_draw() -> None:
+    p, q = torch.rand(2, 50, device="cuda").softmax(-1)
+    proposed = draw(q)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        coupled_draw(p, q, proposed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_coupled_draw_has_the_first_distribution_and_is_equal_as_often_as_can_be() -> None:
     torch.manual_seed(0)
     p = torch.tensor([0.5, 0.2, 0.0, 0.3])
@@ -190,3 +225,34 @@ def test_the_same_seed_gives_the_same_tokens(verifier: PreTrainedModel) -> None:
         torch.manual_seed(5)
         found.append(draft.generate(torch.tensor([[1, 2]]), do_sample=True, max_new_tokens=20))
     assert torch.equal(found[0], found[1])  # type: ignore[arg-type]
+
+
+class Alternating(TemperatureLogitsWarper):
+    """Odd tokens come after even ones only, and even ones after odd ones."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        parity = input_ids[:, -1:] % 2
+        tokens = torch.arange(scores.shape[1])
+        scores = super().__call__(input_ids, scores)
+        return scores.masked_fill(tokens % 2 == parity, -torch.inf)
+
+
+def test_a_warper_of_ones_own_is_given_the_tokens_before(verifier: PreTrainedModel) -> None:
+    ids = knowing_draft(verifier).generate(
+        torch.tensor([[1, 2]]),
+        proposal=PROPOSALS["sampling"],
+        logits_processor=LogitsProcessorList([Alternating(0.9)]),
+        do_sample=True,
+        max_new_tokens=20,
+    )
+    assert isinstance(ids, Tensor)
+    assert all((a - b) % 2 for a, b in itertools.pairwise(ids[0].tolist()))
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS.values(), ids=PROPOSALS.keys())
+def test_logits_that_are_no_numbers_are_told(proposal: ProposalMethod) -> None:
+    verifier = tiny_verifier()
+    draft = knowing_draft(verifier)
+    verifier.get_output_embeddings().weight.data[0] = torch.nan
+    with pytest.raises(GenerationError, match="logits are not numbers"):
+        draft.generate(torch.tensor([[1, 2]]), proposal=proposal, do_sample=True, max_new_tokens=9)

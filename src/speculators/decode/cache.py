@@ -102,15 +102,15 @@ class BlockCache(Cache):
             self._slots[key] = self.starts(device) + behind
         return self._slots[key]
 
-    def positions(self, depths: Tensor) -> Tensor:
-        """(rows, nodes): the positions of nodes of these depths, (rows or 1, nodes).
+    def positions(self, depths: Tensor | int, device: torch.device) -> Tensor:
+        """(rows, nodes): the positions of nodes of these depths, (rows or 1, nodes), or of one.
 
         Depth 0 is the first position that is not confirmed.
         """
         if not any(self.padding):
-            return self.starts(depths.device) + depths
+            return self.starts(device) + depths
         real = [length - pad for length, pad in zip(self.lengths, self.padding, strict=True)]
-        return torch.tensor(real, device=depths.device)[:, None] + depths
+        return torch.tensor(real, device=device)[:, None] + depths
 
     def mask(
         self,
@@ -140,26 +140,26 @@ class BlockCache(Cache):
             transformers makes on its own is the same.
 
         """
-        if block is None:
-            if self.plain:
-                return None
-            seen = torch.ones(1, queries, self.tried + queries, dtype=torch.bool, device=device)
-            block = seen.tril(self.tried)
-        rows, nodes = len(self.lengths), block.shape[2]
+        if block is None and self.plain:
+            return None
+        rows, nodes = len(self.lengths), self.tried + queries
         starts = self.starts(device)
-        slots = torch.arange(self.end(nodes - self.tried), device=device)
+        slots = torch.arange(self.end(queries), device=device)
         at = starts + slots[:nodes]
-        visible = (slots < starts)[:, None].repeat(1, queries, 1)
-        visible.scatter_(2, at[:, None].expand(-1, queries, -1), block.expand(rows, -1, -1))
+        if block is None:
+            hidden = slots > at[:, self.tried :, None]
+        else:
+            hidden = (slots >= starts)[:, None].repeat(1, queries, 1)
+            places = at[:, None].expand(-1, queries, -1)
+            hidden.scatter_(2, places, ~block.expand(rows, -1, -1))
         if any(self.padding):
-            visible &= (slots >= torch.tensor(self.padding, device=device)[:, None])[:, None]
+            hidden = hidden | (slots < torch.tensor(self.padding, device=device)[:, None])[:, None]
         if window is not None:
             assert depths is not None
             positions = (starts + depths).expand(rows, -1)
             slot_positions = slots.repeat(rows, 1).scatter_(1, at, positions)
-            visible &= positions[:, :, None] - slot_positions[:, None] < window
-        mask = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
-        return mask.masked_fill_(visible, 0)[:, None]
+            hidden = hidden | (positions[:, :, None] - slot_positions[:, None] >= window)
+        return (hidden.to(dtype) * torch.finfo(dtype).min)[:, None]
 
     def confirm(self, counts: Sequence[int] | Tensor) -> None:
         """Keep, by row, the first so many slots of what was tried, and give up the others.

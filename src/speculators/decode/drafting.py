@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from speculators.decode.cache import BlockCache
+from speculators.decode.sampling import draw
 from speculators.decode.tree import (
     EAGLE1_TREE,
     Level,
@@ -88,7 +89,8 @@ class Drafter(ABC):
             the draft's outputs, (rows, length, hidden).
 
         """
-        output = self._run(tokens, states, torch.arange(tokens.shape[1], device=tokens.device))
+        depths = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        output = self._run(tokens, states, depths)
         self.cache.confirm(counts)
         return output
 
@@ -119,20 +121,19 @@ class Drafter(ABC):
         self, tokens: Tensor, states: Tensor, depth: int, visible: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Draft on from the nodes of a depth: their tokens and parents' states → theirs, logits."""
-        depths = torch.full((tokens.shape[1],), depth - 1, device=tokens.device)
-        states = self._run(tokens, states, depths, visible)
+        states = self._run(tokens, states, depth - 1, visible)
         self.cache.tried += tokens.shape[1]
         return states, self._logits(states)
 
     def _run(
-        self, tokens: Tensor, states: Tensor, depths: Tensor, visible: Tensor | None = None
+        self, tokens: Tensor, states: Tensor, depths: Tensor | int, visible: Tensor | None = None
     ) -> Tensor:
         """The draft's outputs at new positions.
 
         Args:
             tokens: (rows, positions).
             states: (rows, positions, hidden).
-            depths: (positions), how far they are behind what is confirmed.
+            depths: (1, positions), how far they are behind what is confirmed; one for all.
             visible: as the block of ``BlockCache.mask``; ``None`` if each sees all before it.
 
         """
@@ -143,7 +144,7 @@ class Drafter(ABC):
             attention_mask=self.cache.mask(
                 tokens.shape[1], self.draft.dtype, device, block=visible
             ),
-            position_ids=self.cache.positions(depths[None]),
+            position_ids=self.cache.positions(depths, device).expand(-1, tokens.shape[1]),
             past_key_values=self.cache,
         ).last_hidden_state
         return output
@@ -163,14 +164,13 @@ class ShapeDrafter(Drafter):
     def _grow(self, root: Tensor, state: Tensor, logits: Tensor) -> Tree:
         tokens = [root]
         for depth, level in enumerate(self.shape.levels, start=1):
-            tokens.append(self._children(logits, level))
+            drafted = self._children(logits, level)
+            tokens.append(drafted)
             if len(level.inner):
-                state, logits = self._extend(
-                    tokens[-1][:, level.inner],
-                    state[:, level.parents[level.inner]],
-                    depth,
-                    level.visible,
-                )
+                if not level.is_link:
+                    drafted = drafted[:, level.inner]
+                    state = state[:, level.parents[level.inner]]
+                state, logits = self._extend(drafted, state, depth, level.visible)
         return Tree(
             tokens=torch.cat(tokens, 1),
             parents=self.shape.parents,
@@ -181,13 +181,21 @@ class ShapeDrafter(Drafter):
 
     def _children(self, logits: Tensor, level: Level) -> Tensor:
         """The tokens of a level's nodes: (rows, inner nodes above, vocabulary) → (rows, nodes)."""
-        if level.width == 1:
-            return logits.argmax(-1)[:, level.parents]
+        if level.is_link:
+            return logits.argmax(-1)
         return logits.topk(level.width).indices[:, level.parents, level.ranks]
 
 
+CANDIDATES = 1024
+"""How many of the draft's best tokens a proposal is drawn from.
+
+Any distribution will do that is told to the verifier as it is. That of the best tokens is much
+cheaper to shape, most of all by ``top_p``, which sorts it, and is accepted about as often.
+"""
+
+
 class DrawnChainDrafter(ShapeDrafter):
-    """Proposes chains that are drawn from the draft's distribution."""
+    """Proposes chains that are drawn from the draft's distribution over its best tokens."""
 
     def __init__(self, draft: Draft, cache: BlockCache, length: int, warp: Warp) -> None:
         super().__init__(draft, cache, chain(length))
@@ -201,8 +209,11 @@ class DrawnChainDrafter(ShapeDrafter):
 
     def _children(self, logits: Tensor, level: Level) -> Tensor:
         del level  # it has one node
-        self.probabilities.append(self.warp(logits[:, 0]).softmax(-1))
-        return self.probabilities[-1].multinomial(1)
+        logits = logits[:, 0]
+        best, tokens = logits.topk(min(CANDIDATES, logits.shape[1]))
+        q = self.warp(best).softmax(-1)
+        self.probabilities.append(torch.zeros_like(logits).scatter(1, tokens, q))
+        return tokens.gather(1, draw(q))
 
 
 class DynamicDrafter(Drafter):

@@ -178,7 +178,7 @@ def _decode(
                 states = states[going_on, : max(map(len, unseen))]
                 steps.select(going_on)
             tree = steps.propose(unseen, states)
-            paths, unseen = _follow(tree, steps.verify(tree), active, choice)
+            paths, unseen = _follow(tree, *steps.verify(tree), active, choice)
             states = steps.keep(tree, paths)
     if streamer is not None:
         streamer.end()
@@ -214,7 +214,7 @@ def steps_of(
 
 
 def _follow(
-    tree: Tree, logits: Tensor, prompts: Sequence[Prompt], choice: Choice
+    tree: Tree, logits: Tensor, told: Tensor, prompts: Sequence[Prompt], choice: Choice
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Follow the tree in each row as the verifier chooses, and add its tokens to the prompts.
 
@@ -222,14 +222,12 @@ def _follow(
         by row, the nodes on the way, and the verifier's token after each of them.
 
     """
-    # One tensor, so that the host waits for the device once.
-    told = [tree.tokens, tree.parents.expand_as(tree.tokens)]
-    if choice.is_best:
-        told.append(logits.argmax(-1).to(tree.tokens.device))
-    tokens, parents, *best = torch.stack(told).tolist()
+    tokens, parents, best = told.tolist()
     paths, chosen = [], []
     for row, prompt in enumerate(prompts):
-        choose = best[0][row].__getitem__ if best else _chooser(tree, logits, row, prompt, choice)
+        choose = _chooser(tree, logits, row, prompt, choice)
+        if choice.is_best:
+            choose = best[row].__getitem__
         path, drawn = walk(children_of(tokens[row], parents[row]), choose)
         prompt.accepted.append(len(path) - 1)
         prompt.offered.append(depth_of(parents[row]))

@@ -9,6 +9,7 @@ The graphs and the caches that they were recorded over stay for the next generat
 """
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -57,21 +58,33 @@ class Graph:
             aside.wait_stream(now)
             with torch.cuda.stream(aside):
                 run()  # what is only done at the first time
-                mode = torch.cuda.get_sync_debug_mode()
-                # To be told of it here, since a recording that fails leaves things behind.
-                torch.cuda.set_sync_debug_mode("error")
-                try:
+                with forbidden_to_wait():
                     run()
-                finally:
-                    torch.cuda.set_sync_debug_mode(mode)
             now.wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Other threads may go on using the GPU meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self.result = run()
 
     def replay(self) -> None:
         """Do it again."""
         self._graph.replay()
+
+
+@contextmanager
+def forbidden_to_wait() -> Iterator[None]:
+    """Let waiting for the GPU be an error.
+
+    A recording would fail by it too, but would leave things behind.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 RECORDERS: dict[str, Callable[[Callable[[], Any], torch.device], Graph]] = {"cuda": Graph}
@@ -82,71 +95,81 @@ class Recording:
     """A step as graphs, for blocks within the first ``limit`` slots of both caches.
 
     Args:
-        drafter: proposes from its cache, as it was when this was made.
+        drafter: proposes.
         target: verifies.
         limit: the number of slots.
         states: the verifier's hidden states, of which only shape, dtype and device matter.
 
     Attributes:
+        proposing: the graph of the draft's part.
+        verifying: the graph of the verifier's part.
+        gathering: the graph that keeps what is scattered in a tree; ``None`` for a chain.
         tree: what was proposed last.
-        logits: (1, nodes, vocabulary), the verifier's for it.
-        states: (1, nodes, hidden), its hidden states.
+        verified: what ``VerifierPass.verify`` gave for it.
 
     """
 
     def __init__(self, drafter: Drafter, target: VerifierPass, limit: int, states: Tensor) -> None:
-        device, longest = states.device, drafter.deepest + 1
-        self._unseen = torch.zeros(1, longest, dtype=torch.long, device=device)
-        self._before = states.new_zeros(1, longest, states.shape[2])
-        self._count = torch.ones(1, dtype=torch.long, device=device)
-        # Behind what is confirmed already when recording runs the steps.
-        self._drafted = torch.tensor(drafter.cache.lengths, device=device)
-        self._verified = torch.tensor(target.cache.lengths, device=device)
-        self._path = torch.zeros(1, longest, dtype=torch.long, device=device)
+        device, self.longest = states.device, drafter.deepest + 1
+        # What the host says, in one tensor, so that it is sent at once: how many tokens the draft
+        # has not seen, how full the caches are, and the tokens. The caches are as full as they are
+        # now while the steps are recorded, so that nothing confirmed is written over.
+        full = (drafter.cache.lengths[0], target.cache.lengths[0])
+        self._said = torch.tensor([1, *full, *[0] * self.longest], device=device)
+        count, drafted, verified = self._said[:3].split(1)
+        unseen = self._said[None, 3:]
+        self._path = torch.zeros(1, self.longest, dtype=torch.long, device=device)
+        self._kept = states.new_zeros(1, self.longest, states.shape[2])
         record = RECORDERS[device.type]
 
         def propose() -> Tree:
-            with drafter.cache.recording(self._drafted, limit):
-                return drafter.propose(self._unseen, self._before, self._count)
+            with drafter.cache.recording(drafted, limit):
+                return drafter.propose(unseen, self._kept, count)
 
-        def verify() -> tuple[Tensor, Tensor]:
-            with target.cache.recording(self._verified, limit):
-                return target.verify(self.tree), target.states
+        def verify() -> tuple[Tensor, Tensor, Tensor]:
+            with target.cache.recording(verified, limit):
+                told = target.verify(self.tree)
+            if self.tree.is_chain:
+                self._kept.copy_(target.states)
+            return *told, target.states
 
-        def gather() -> Tensor:
-            with target.cache.recording(self._verified, limit):
-                kept: Tensor = target.gather(self.states, self._path)
-                return kept
+        def gather() -> None:
+            with target.cache.recording(verified, limit):
+                self._kept.copy_(target.gather(self._states, self._path))
 
-        self._propose = record(propose, device)
-        self.tree: Tree = self._propose.result
-        self._verify = record(verify, device)
-        self.logits: Tensor = self._verify.result[0]
-        self.states: Tensor = self._verify.result[1]
-        self._gather = None if self.tree.is_chain else record(gather, device)
+        self.proposing = record(propose, device)
+        self.tree: Tree = self.proposing.result
+        self.verifying = record(verify, device)
+        *self.verified, self._states = self.verifying.result
+        self.gathering = None if self.tree.is_chain else record(gather, device)
 
     def propose(self, unseen: Sequence[int], states: Tensor, drafted: int, verified: int) -> None:
-        """Propose what may follow tokens, after so many slots that are confirmed in the caches."""
+        """Propose what may follow.
+
+        Args:
+            unseen: the tokens that the draft has not seen.
+            states: (1, tokens, hidden), the verifier's hidden state before each of them.
+            drafted: how many slots of the draft's cache are confirmed.
+            verified: likewise, of the verifier's.
+
+        """
         count = len(unseen)
-        self._unseen[0, :count].copy_(torch.tensor(unseen), non_blocking=True)
-        self._before[:, :count].copy_(states)
-        self._count.fill_(count)
-        self._drafted.fill_(drafted)
-        self._verified.fill_(verified)
-        self._propose.replay()
+        said = [count, drafted, verified, *unseen, *[0] * (self.longest - count)]
+        self._said.copy_(torch.tensor(said), non_blocking=True)
+        if states.data_ptr() != self._kept.data_ptr():
+            self._kept[:, :count].copy_(states)
+        self.proposing.replay()
 
     def verify(self) -> None:
         """Run the verifier on what was proposed last."""
-        self._verify.replay()
+        self.verifying.replay()
 
     def keep(self, path: Sequence[int]) -> Tensor:
         """Bring nodes to the front; their hidden states, (1, nodes, hidden)."""
-        if self._gather is None:
-            return self.states[:, : len(path)]
-        self._path[0, : len(path)].copy_(torch.tensor(path), non_blocking=True)
-        self._gather.replay()
-        kept: Tensor = self._gather.result[:, : len(path)]
-        return kept
+        if self.gathering is not None:
+            self._path[0, : len(path)].copy_(torch.tensor(path), non_blocking=True)
+            self.gathering.replay()
+        return self._kept[:, : len(path)]
 
 
 class Workspace:
@@ -159,7 +182,7 @@ class Workspace:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._models: tuple[Hashable, ...] | None = None
-        self._refused = False
+        self.refused = False
         self.recordings: dict[Hashable, Recording] = {}
         self.draft_cache = self.verifier_cache = BlockCache([0])
 
@@ -180,7 +203,7 @@ class Workspace:
             whether they can and it is.
 
         """
-        if self._refused or not replayable(draft, verifier, padding, proposal):
+        if self.refused or not replayable(draft, verifier, padding, proposal):
             yield False
             return
         if not self._lock.acquire(blocking=False):
@@ -213,7 +236,7 @@ class Workspace:
 
     def refuse(self, error: RuntimeError) -> None:
         """Record nothing any more, since the models cannot be recorded."""
-        self._refused = True
+        self.refused = True
         reason = str(error).partition("\n")[0]
         logger.debug(f"No CUDA graphs, since the step cannot be recorded: {reason}")
 
@@ -242,6 +265,7 @@ class ReplayedSteps(Steps):
         self.workspace = workspace
         self.proposal = proposal.model_dump_json()
         self.slots = slots
+        self.limit = 0
         self.recording: Recording | None = None
 
     def prefill(
@@ -254,7 +278,9 @@ class ReplayedSteps(Steps):
 
     def propose(self, unseen: Sequence[Sequence[int]], states: Tensor) -> Tree:
         """See ``Steps``."""
-        self.recording = self._recording(states)
+        limit = limit_for(self.target.cache.start + self.drafter.reach)
+        if limit != self.limit:
+            self.limit, self.recording = limit, self._recording(limit, states)
         if self.recording is None:
             return super().propose(unseen, states)
         drafted, verified = self.drafter.cache.lengths[0], self.target.cache.lengths[0]
@@ -262,13 +288,13 @@ class ReplayedSteps(Steps):
         self.drafter.cache.confirm([len(unseen[0])])
         return self.recording.tree
 
-    def verify(self, tree: Tree) -> Tensor:
+    def verify(self, tree: Tree) -> tuple[Tensor, Tensor]:
         """See ``Steps``."""
         if self.recording is None:
             return super().verify(tree)
         self.recording.verify()
-        logits: Tensor = self.recording.logits
-        return logits
+        logits, told = self.recording.verified
+        return logits, told
 
     def keep(self, tree: Tree, paths: Sequence[Sequence[int]]) -> Tensor:
         """See ``Steps``."""
@@ -278,21 +304,19 @@ class ReplayedSteps(Steps):
         self.target.cache.confirm([len(paths[0])])
         return states
 
-    def _recording(self, states: Tensor) -> Recording | None:
-        """The graphs for the slots that the next step takes; ``None`` if they cannot be made."""
-        workspace = self.workspace
-        if workspace._refused:
-            return None
-        limit = limit_for(self.target.cache.start + self.drafter.reach)
-        workspace.reserve(limit)
+    def _recording(self, limit: int, states: Tensor) -> Recording | None:
+        """The graphs for so many slots; ``None`` if they cannot be made."""
+        self.workspace.reserve(limit)
         key = (self.proposal, limit, self.target.last_position)
-        if key not in workspace.recordings:
+        recording = self.workspace.recordings.get(key)
+        if recording is None and not self.workspace.refused:
             try:
-                workspace.recordings[key] = Recording(self.drafter, self.target, limit, states)
+                recording = Recording(self.drafter, self.target, limit, states)
             except RuntimeError as error:
-                workspace.refuse(error)
+                self.workspace.refuse(error)
                 return None
-        return workspace.recordings[key]
+            self.workspace.recordings[key] = recording
+        return recording
 
 
 def limit_for(slots: int) -> int:
@@ -306,7 +330,7 @@ def replayable(
     """Whether the steps of a generation could be recorded, so far as can be told before.
 
     Both models must be on one device that records, and take masks; there must be one prompt without
-    padding; and proposals must not be drawn, since drawing waits for the host.
+    padding; and proposals must not be drawn, since that depends on the settings of each generation.
     """
     if not isinstance(draft, nn.Module) or verifier.training or draft.training:
         return False

@@ -29,7 +29,9 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-__all__ = ["Choice", "coupled_draw", "warp_of"]
+from speculators.errors import GenerationError
+
+__all__ = ["Choice", "coupled_draw", "draw", "warp_of"]
 
 WARPERS = (
     EpsilonLogitsWarper,
@@ -41,7 +43,7 @@ WARPERS = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-"""What shapes a distribution whatever the tokens before it."""
+"""What shapes a distribution whatever the tokens before it; a class derived from one may not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,11 @@ class Choice:
         """Whether it is the token with the highest logit, always."""
         return not self.do_sample and not self.processors
 
+    @property
+    def is_memoryless(self) -> bool:
+        """Whether the tokens before do not matter."""
+        return all(type(one) in WARPERS for one in self.processors)
+
     def __call__(
         self,
         before: Sequence[int],
@@ -79,17 +86,46 @@ class Choice:
             proposed: a token, (1), that was drawn from ``q``.
             q: the draft's distribution, (vocabulary).
 
+        Raises:
+            GenerationError: if there is no distribution to draw from.
+
         """
         scores = logits.to(copy=True, device=self.device, dtype=torch.float32)[None]
         if self.processors:
-            tokens = torch.tensor([before], device=self.device)
+            tokens = None if self.is_memoryless else torch.tensor([before], device=self.device)
             scores = self.processors(tokens, scores)  # type: ignore[arg-type]
         if not self.do_sample:
             return int(scores.argmax())
         p = scores[0].softmax(-1)
         if proposed is None or q is None:
-            return int(p.multinomial(1))
-        return int(coupled_draw(p, q.to(p.device), proposed.to(p.device)))
+            drawn = draw(p)
+        else:
+            drawn = coupled_draw(p, q.to(p.device), proposed.to(p.device))
+        # With what is wrong told by the token, the host waits for the device once.
+        token = int(torch.where(p[drawn].isnan(), -1, drawn))
+        if token < 0:
+            raise GenerationError(
+                "There is no token to draw: the verifier's logits are not numbers, or the settings "
+                "leave none over. In float16 a verifier may overflow; then load it in bfloat16."
+            )
+        return token
+
+
+def draw(p: Tensor) -> Tensor:
+    """A draw from each distribution.
+
+    The token that comes first if each comes after a time that is exponentially distributed with
+    its probability as the rate. ``Tensor.multinomial`` draws in the same way, but checks the
+    probabilities before, for which the host must wait for the device.
+
+    Args:
+        p: (..., vocabulary), probabilities; they are not checked.
+
+    Returns:
+        tokens, (..., 1).
+
+    """
+    return (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
 
 
 def coupled_draw(p: Tensor, q: Tensor, proposed: Tensor) -> Tensor:
@@ -108,7 +144,7 @@ def coupled_draw(p: Tensor, q: Tensor, proposed: Tensor) -> Tensor:
     # Where p is q but for rounding, nothing is left to draw from; nor is it ever needed then.
     rest = torch.where(rest.sum() > 0, rest, p)
     accepted = torch.rand_like(p[:1]) * q[proposed] < p[proposed]
-    return torch.where(accepted, proposed, rest.multinomial(1))
+    return torch.where(accepted, proposed, draw(rest))
 
 
 def warp_of(processors: LogitsProcessorList) -> Callable[[Tensor], Tensor]:
@@ -124,5 +160,5 @@ def warp_of(processors: LogitsProcessorList) -> Callable[[Tensor], Tensor]:
         a function of logits, (rows, vocabulary).
 
     """
-    warpers = LogitsProcessorList([one for one in processors if isinstance(one, WARPERS)])
+    warpers = LogitsProcessorList([one for one in processors if type(one) in WARPERS])
     return lambda logits: warpers(None, logits)  # type: ignore[arg-type]

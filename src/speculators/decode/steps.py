@@ -66,8 +66,8 @@ class Steps(AbstractContextManager["Steps"]):
         tokens = padded(unseen, self.drafter.draft.device)
         return self.drafter.propose(tokens, states, [len(row) for row in unseen])
 
-    def verify(self, tree: Tree) -> Tensor:
-        """The verifier's logits at the nodes, (rows, nodes, vocabulary)."""
+    def verify(self, tree: Tree) -> tuple[Tensor, Tensor]:
+        """See ``VerifierPass.verify``."""
         return self.target.verify(tree)
 
     def keep(self, tree: Tree, paths: Sequence[Sequence[int]]) -> Tensor:

@@ -61,6 +61,7 @@ class Level:
         inner: (inner nodes), the nodes of this level that have children.
         visible: (1, inner nodes, inner nodes of this level and all above but the root), whether
             the second is on the way to the first; ``None`` if all are.
+        is_link: whether there is one node, and one above, of which it is the best token.
 
     """
 
@@ -69,6 +70,7 @@ class Level:
     width: int
     inner: Tensor
     visible: Tensor | None
+    is_link: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ def shape_of(paths: tuple[Path, ...], device: torch.device) -> Shape:
             width=1 + max(ranks),
             inner=torch.tensor([here.index(node) for node in with_children], device=device),
             visible=None if visible.all() else visible,
+            is_link=ranks == [0] and len(above) == 1,
         )
 
     return Shape(

@@ -40,6 +40,8 @@ class VerifierPass:
         self.last_position = max(known, max_length) - 1
         takes = inspect.signature(type(model).forward).parameters
         self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        # Where the prompts are: a model that is spread over several devices takes them there.
+        self._device = model.device
         self._states: Tensor | None = None
 
     def __enter__(self) -> "VerifierPass":
@@ -65,6 +67,7 @@ class VerifierPass:
             (rows, length, hidden).
 
         """
+        self._device = tokens.device
         logits, states = self._run(tokens, attention_mask, position_ids, **self.only_last)
         self.cache.confirm([tokens.shape[1]] * len(tokens))
         return logits[:, -1], states
@@ -75,23 +78,23 @@ class VerifierPass:
         assert self._states is not None
         return self._states
 
-    def verify(self, tree: Tree) -> Tensor:
+    def verify(self, tree: Tree) -> tuple[Tensor, Tensor]:
         """Run on a tree, whose nodes are then tried in the cache.
 
         Returns:
-            logits, (rows, nodes, vocabulary).
+            logits, (rows, nodes, vocabulary), and what ``told_of`` makes of them.
 
         """
-        device = self.model.device
+        device = self._device
         depths = tree.depths.to(device)
         logits, _ = self._run(
             tree.tokens.to(device),
             self._masks(None if tree.is_chain else tree.ancestors.to(device), depths),
             # A proposal may reach beyond the longest sequence: not to be kept, yet it must have
             # a position that the model knows.
-            self.cache.positions(depths).clamp(max=self.last_position),
+            self.cache.positions(depths, device).clamp(max=self.last_position),
         )
-        return logits
+        return logits, told_of(tree, logits)
 
     def keep(self, tree: Tree, paths: Sequence[Sequence[int]]) -> Tensor:
         """Confirm nodes of the tree that was verified last, and give up the others.
@@ -199,6 +202,18 @@ def windows_of(model: PreTrainedModel) -> dict[str | None, int | None]:
     if len({windows[kind] for kind in kinds}) > 1:
         return {kind: windows[kind] for kind in sorted(kinds)}
     return {None: windows[kinds.pop()] if kinds else window}
+
+
+def told_of(tree: Tree, logits: Tensor) -> Tensor:
+    """What the host must know of a step, as one tensor, so that it waits for the device once.
+
+    Returns:
+        (3, rows, nodes): the tokens of the tree, their parents, and the verifier's best tokens
+        after them.
+
+    """
+    best = logits.argmax(-1).to(tree.tokens.device)
+    return torch.stack((tree.tokens, tree.parents.expand_as(tree.tokens), best))
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

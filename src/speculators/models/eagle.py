@@ -45,6 +45,7 @@ from speculators.format.config import (
 from speculators.format.layouts import LEGACY_PREFIXES
 from speculators.format.tensors import features_of
 from speculators.models.converted import open_converted
+from speculators.models.placement import device_of
 from speculators.models.tensors import read_tensor
 
 __all__ = ["EagleOutput", "EagleSpeculator", "EagleSpeculatorConfig"]
@@ -247,6 +248,11 @@ class EagleSpeculator(PreTrainedModel):
         self._workspace = Workspace()
         self.post_init()  # type: ignore[no-untyped-call]
 
+    @property
+    def device(self) -> torch.device:
+        """Where it takes and gives tensors; ``device_map`` may keep its weights elsewhere."""
+        return device_of(self.fc)
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
@@ -424,7 +430,8 @@ class EagleSpeculator(PreTrainedModel):
             The verifier.
 
         Raises:
-            VerifierError: if its hidden size or vocabulary is not the draft's.
+            VerifierError: if its hidden size or vocabulary is not the draft's, or its weights are
+                not loaded.
 
         """
         if not isinstance(verifier, PreTrainedModel):
@@ -439,6 +446,11 @@ class EagleSpeculator(PreTrainedModel):
         if head is None:
             raise VerifierError(
                 f"{type(verifier).__name__} has no output head; attach a causal language model."
+            )
+        if device_of(head).type == "meta":
+            raise VerifierError(
+                f"The weights of {type(verifier).__name__} have no values (they are on the meta "
+                "device); load them first: AutoModelForCausalLM.from_pretrained(...)"
             )
         layer = self.config.layer
         expected = (layer.vocab_size, layer.hidden_size)
@@ -527,7 +539,7 @@ class EagleSpeculator(PreTrainedModel):
         **kwargs: Any,
     ) -> EagleOutput:
         """The part of ``forward`` before the head, which needs no head; ``logits`` is ``None``."""
-        device, dtype = self.fc.weight.device, self.fc.weight.dtype
+        device, dtype = self.device, self.fc.weight.dtype
         input_ids = input_ids.to(device)
         hidden_states = hidden_states.to(device=device, dtype=dtype)
         fused = self.fc(
@@ -560,7 +572,7 @@ class EagleSpeculator(PreTrainedModel):
             position_embeddings=self.rotary_emb(fused, position_ids=position_ids),
             **kwargs,
         )
-        return EagleOutput(last_hidden_state=x, past_key_values=past_key_values)
+        return EagleOutput(last_hidden_state=x.to(device), past_key_values=past_key_values)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The part of ``forward`` after the layer.
@@ -577,7 +589,7 @@ class EagleSpeculator(PreTrainedModel):
         """
         head = self._head()
         kept = self.pre_lm_head_layernorm(hidden_states)
-        logits: Tensor = head(kept.to(device=head.weight.device, dtype=head.weight.dtype))
+        logits: Tensor = head(kept.to(device=device_of(head), dtype=head.weight.dtype))
         return logits
 
     def generate(
@@ -688,8 +700,8 @@ class EagleSpeculator(PreTrainedModel):
                 "The draft has no embedding of its own and its verifier is not there. "
                 "Attach the verifier first: model.attach_verifier(...)"
             )
-        embedded: Tensor = embedding(input_ids.to(embedding.weight.device))
-        return embedded.to(device=self.fc.weight.device, dtype=self.fc.weight.dtype)
+        embedded: Tensor = embedding(input_ids.to(device_of(embedding)))
+        return embedded.to(device=self.device, dtype=self.fc.weight.dtype)
 
     def _check_fits(self, verifier: Verifier) -> None:
         verifier.check_fits(self.config.layer.hidden_size, self.config.layer.vocab_size)
@@ -706,10 +718,10 @@ class EagleSpeculator(PreTrainedModel):
         except SpeculatorsError as error:
             logger.warning(f"{error} The draft has no logits until a verifier is attached.")
             return
-        like = self.fc.weight
-        self.borrowed_head = _linear(read_tensor(head).to(like))
+        to: dict[str, Any] = {"device": self.device, "dtype": self.fc.weight.dtype}
+        self.borrowed_head = _linear(read_tensor(head).to(**to))
         if embedding is not None:
-            self.borrowed_embedding = nn.Embedding.from_pretrained(read_tensor(embedding).to(like))
+            self.borrowed_embedding = nn.Embedding.from_pretrained(read_tensor(embedding).to(**to))
 
 
 def _linear(weight: Tensor) -> nn.Linear:

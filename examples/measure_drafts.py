@@ -1,0 +1,128 @@
+"""Measure how well published drafts draft, before anything has converted them.
+
+    measure_drafts.py VERIFIER PROMPTS.jsonl DRAFT... [--output acceptance.json]
+
+The published tensors are loaded into the network that they were trained in (train_draft.py), and a
+chain is drafted and verified greedily in the plainest way: everything is computed afresh in each
+step, in float32, without a cache. It imports nothing of speculators, so that a converted draft that
+is accepted as often by `speculators evaluate` shows that nothing was lost on the way.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from train_draft import Draft, Recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def load(directory: Path) -> Draft:
+    """The draft as it was trained, with the published tensors in float32."""
+    weights = directory / "pytorch_model.bin"
+    tensors = (
+        torch.load(weights, weights_only=True)
+        if weights.exists()
+        else load_file(directory / "model.safetensors")
+    )
+    config = json.loads((directory / "config.json").read_text())
+    config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    recipe = Recipe(
+        steps=1,
+        dtype=torch.float32,
+        file="",
+        bias="fc.bias" in tensors,
+        layernorms="embed_layernorm.weight" in tensors,
+    )
+    draft = Draft(config, recipe)
+    draft.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return draft.eval()
+
+
+@torch.inference_mode()
+def accepted_by_step(
+    draft: Draft, verifier: Any, prompt: list[int], new: int, chain: int, end: int
+) -> list[int]:
+    """How many of ``chain`` drafted tokens the verifier agreed with, step by step.
+
+    Until there are ``new`` new tokens, or the one that ends the text is among them.
+    """
+
+    def states(tokens: list[int]) -> Tensor:
+        last: Tensor = verifier.model(torch.tensor([tokens])).last_hidden_state
+        return last
+
+    def best(state: Tensor) -> int:
+        return int(verifier.lm_head(state).argmax())
+
+    true = states(prompt)
+    tokens, accepted = [*prompt, best(true[0, -1])], list[int]()
+    while len(tokens) < len(prompt) + new and end not in tokens[len(prompt) :]:
+        fed, drafted = true, list[int]()
+        for _ in range(chain):
+            ids = torch.tensor([[*tokens[1:], *drafted]])
+            own = draft(verifier.get_input_embeddings()(ids), fed, [])[:, -1:]
+            fed = torch.cat((fed, own), 1)
+            drafted.append(best(draft.lm_head_layernorm(own[0, -1])))
+        seen = states([*tokens, *drafted])
+        chosen = [best(state) for state in seen[0, len(tokens) - 1 :]]
+        right = next((i for i, token in enumerate(drafted) if token != chosen[i]), chain)
+        accepted.append(right)
+        tokens += chosen[: right + 1]
+        true = seen[:, : len(tokens) - 1]
+    return accepted
+
+
+def main() -> None:
+    """Measure, print, and write the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("verifier", type=Path)
+    parser.add_argument("prompts", type=Path, help="as MT-bench has them; the first turns are put")
+    parser.add_argument("drafts", type=Path, nargs="+")
+    parser.add_argument("--every", type=int, default=10, help="take one prompt of so many")
+    parser.add_argument("--new-tokens", type=int, default=64, help="for each prompt")
+    parser.add_argument("--chain", type=int, default=3, help="drafted tokens in a step")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+
+    verifier: Any = AutoModelForCausalLM.from_pretrained(options.verifier, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.verifier)
+    lines = options.prompts.read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(line) for line in lines[:: options.every]]
+    end = tokenizer.eos_token_id
+    figures: dict[str, Any] = {
+        "new_tokens": options.new_tokens,
+        "chain": options.chain,
+        "prompts": [question["question_id"] for question in questions],
+        "drafts": {},
+    }
+    for directory in options.drafts:
+        draft, steps = load(directory), list[list[int]]()
+        for question in questions:
+            prompt: Any = tokenizer.apply_chat_template(
+                [{"role": "user", "content": question["turns"][0]}],
+                add_generation_prompt=True,
+                return_dict=True,
+            )
+            accepted = accepted_by_step(
+                draft, verifier, prompt["input_ids"], options.new_tokens, options.chain, end
+            )
+            steps.append(accepted)
+        count, total = sum(map(len, steps)), sum(map(sum, steps))
+        figures["drafts"][directory.name] = {
+            "steps": count,
+            "accepted": total,
+            "acceptance_length": round(1 + total / count, 4),
+        }
+        print(directory.name, figures["drafts"][directory.name], flush=True)
+    if options.output:
+        options.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
