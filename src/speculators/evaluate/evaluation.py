@@ -170,7 +170,7 @@ class Evaluation:
             )
         else:
             counted = copy.copy(generation)
-            counted.return_dict_in_generate = True  # as an argument beside a config it is deprecated
+            counted.return_dict_in_generate = True  # as an argument it is deprecated
             generated = self.subject.draft.generate(
                 input_ids, attention_mask=mask, proposal=proposal, generation_config=counted
             )
