@@ -29,7 +29,7 @@ $(VERIFIER): examples/make_verifier.py | $(INSTALLED)
 	$(BIN)/python examples/make_verifier.py $@
 
 demo: $(VERIFIER)  ## convert a real trained draft, prove it, and measure how well it drafts
-	$(BIN)/speculators convert eagle examples/smollm2-135m-eagle1 $(CONVERTED) $(VERIFIER) --overwrite
+	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite
 	$(BIN)/speculators evaluate $(CONVERTED) --limit 4 --max-new-tokens 48 --num-draft-tokens 2
 
 test: $(VERIFIER)  ## run the whole test suite

@@ -41,20 +41,27 @@ def _llama3(frequency: float, scaling: Mapping[str, Any]) -> float:
     return float((1 - smooth) * frequency / scaling["factor"] + smooth * frequency)
 
 
+def plain_norm(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str, x: Tensor
+) -> Tensor:
+    """``x`` (..., hidden) after the norm of this name; as it is where a checkpoint has none."""
+    if f"{name}.weight" not in tensors:
+        return x
+    size: Tensor = (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
+    return tensors[f"{name}.weight"].double() * x / size
+
+
 def plain_draft(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], input_ids: Tensor, states: Tensor
 ) -> Tensor:
     """The layer's output for one sequence: ids (length), hidden states (length, hidden)."""
     t = {name: tensor.double() for name, tensor in tensors.items()}
-    eps, heads = config["rms_norm_eps"], config["num_attention_heads"]
+    heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     length = len(input_ids)
 
     def norm(name: str, x: Tensor) -> Tensor:
-        if f"{name}.weight" not in t:
-            return x
-        size: Tensor = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-        return t[f"{name}.weight"] * x / size
+        return plain_norm(t, config, name, x)
 
     def linear(name: str, x: Tensor) -> Tensor:
         return x @ t[f"{name}.weight"].T + t.get(f"{name}.bias", torch.zeros(1).double())

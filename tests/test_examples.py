@@ -76,7 +76,7 @@ def agreement(draft: EagleSpeculator, answers: list[tuple[Tensor, Tensor]], shif
 
 
 def test_there_are_drafts_of_several_families() -> None:
-    assert {"smollm2-135m-eagle1", "smollm2-135m-hass"} <= set(DRAFTS)
+    assert {f"smollm2-135m-{it}" for it in ("eagle1", "hass", "layernorms")} <= set(DRAFTS)
 
 
 def test_a_draft_guesses_what_its_verifier_says(
@@ -84,7 +84,7 @@ def test_a_draft_guesses_what_its_verifier_says(
 ) -> None:
     """Trained drafts guess most tokens; with tokens and states out of step they guess few."""
     right = agreement(draft, answers, shift=1)
-    assert right > 0.25
+    assert right > 0.4
     assert agreement(draft, answers, shift=0) < right / 2
 
 

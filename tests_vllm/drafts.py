@@ -64,23 +64,8 @@ def attention_biases(directory: Path) -> Path:
 
 
 def layernorms(directory: Path) -> Path:
-    """The EAGLE-1 draft with the three extra norms.
-
-    Their scales are such that they give back about what they get, so that it still drafts well,
-    and uneven, so that it matters where they are applied.
-    """
-    config, tensors = read(EXAMPLES / "smollm2-135m-eagle1")
-    verifier = load_file(VERIFIER / "model.safetensors")
-    sizes = {
-        "embed_layernorm": verifier["model.embed_tokens.weight"].square().mean().sqrt(),
-        "hidden_layernorm": verifier["model.norm.weight"].square().mean().sqrt(),
-        "lm_head_layernorm": torch.tensor(1.0),
-    }
-    dtype = tensors["fc.weight"].dtype
-    for seed, (name, size) in enumerate(sizes.items()):
-        uneven = 1 + 0.1 * noise(int(str(config["hidden_size"])), seed=seed)
-        tensors[f"{name}.weight"] = (size * uneven).to(dtype)
-    return write(directory, config, tensors)
+    """The trained draft with the three extra norms."""
+    return write(directory, *read(EXAMPLES / "smollm2-135m-layernorms"))
 
 
 VARIANTS: dict[str, Callable[[Path], Path]] = {

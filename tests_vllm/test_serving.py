@@ -136,7 +136,7 @@ def test_speculation_changes_nothing_that_is_said(outcomes: Outcomes, variant: s
     answers = outcomes.answers[variant]
     assert answers.tokens == outcomes.answers["without"].tokens
     assert len(answers.tokens) == PROMPTS
-    assert answers.acceptance_length > 1.2  # it was the draft that drafted
+    assert answers.acceptance_length > 1.8  # it was the draft that drafted
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -152,7 +152,7 @@ def test_as_much_is_accepted_as_of_our_own_model(
     assert answers.acceptance_length == pytest.approx(ours.acceptance_length, abs=0.05)
 
 
-@pytest.mark.parametrize("variant", ["eagle1"])
+@pytest.mark.parametrize("variant", ["eagle1", "hass", "layernorms"])
 def test_as_much_is_accepted_as_evaluate_says(
     tmp_path: Path,
     converted: dict[str, Path],

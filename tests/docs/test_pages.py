@@ -57,7 +57,7 @@ def hub(verifier: Path) -> Iterator[HubServer]:
 def real_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``make demo`` leaves."""
     output = tmp_path_factory.mktemp("demo") / "converted"
-    source = ROOT / "examples" / "smollm2-135m-eagle1"
+    source = ROOT / "examples" / "smollm2-135m-hass"
     return EagleConverter().convert(source, output, VERIFIER, validate=False)
 
 

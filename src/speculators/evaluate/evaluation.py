@@ -169,12 +169,10 @@ class Evaluation:
                 input_ids, attention_mask=mask, generation_config=generation
             )
         else:
+            counted = copy.copy(generation)
+            counted.return_dict_in_generate = True  # as an argument it is deprecated
             generated = self.subject.draft.generate(
-                input_ids,
-                attention_mask=mask,
-                proposal=proposal,
-                generation_config=generation,
-                return_dict_in_generate=True,
+                input_ids, attention_mask=mask, proposal=proposal, generation_config=counted
             )
             assert isinstance(generated, Generation)
             sequences = generated.sequences
