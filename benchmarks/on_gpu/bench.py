@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -170,7 +170,23 @@ def speculate(
 
 
 def generate(verifier: Any, ids: Tensor, max_new_tokens: int, **settings: Any) -> Output:
-    """Generate greedily with transformers; its passes are counted by a hook."""
+    """Generate greedily with transformers, one token in a step."""
+    sequences = verifier.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        **settings,
+    )
+    tokens = sequences[0, ids.shape[1] :].tolist()
+    return Output(tokens, steps=len(tokens) - 1, accepted=0, tried=0)
+
+
+def look_up(verifier: Any, ids: Tensor, max_new_tokens: int, tokens: int) -> Output:
+    """Generate with transformers' prompt lookup; a hook counts the passes, which it does not tell.
+
+    It does not tell either how many of the tokens were tried.
+    """
     passes = 0
 
     def count(*_: Any) -> None:
@@ -179,19 +195,10 @@ def generate(verifier: Any, ids: Tensor, max_new_tokens: int, **settings: Any) -
 
     hook = verifier.register_forward_pre_hook(count)
     try:
-        sequences = verifier.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            **settings,
-        )
+        output = generate(verifier, ids, max_new_tokens, prompt_lookup_num_tokens=tokens)
     finally:
         hook.remove()
-    tokens = sequences[0, ids.shape[1] :].tolist()
-    steps = passes - 1
-    accepted = max(0, len(tokens) - 1 - steps)
-    return Output(tokens, steps, accepted, accepted)
+    return replace(output, steps=passes - 1, accepted=output.steps - (passes - 1))
 
 
 def recorded_alone(draft: EagleSpeculator, ids: Tensor, proposal: ProposalMethod) -> Any:
@@ -232,24 +239,25 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-def device_ms(call: Callable[[], Any], device: torch.device, calls: int = 20) -> float:
-    """Milliseconds of a call on the device: the median of seven times ``calls`` in a row."""
-    for _ in range(3):
+def device_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of a call on the device: the median of seven times some 50 ms of calls."""
+    for _ in range(2):
         call()
-    found = []
-    for _ in range(7):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(calls):
-                call()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / calls)
-        else:
-            _, seconds = timed(lambda: [call() for _ in range(2)], device)
-            found.append(1000 * seconds / 2)
-    return median(found)
+    _, seconds = timed(call, device)
+    calls = max(2, min(20, round(0.05 / seconds)))
+    return median(_in_a_row(call, device, calls) / calls for _ in range(7))
+
+
+def _in_a_row(call: Callable[[], Any], device: torch.device, calls: int) -> float:
+    if device.type != "cuda":
+        return 1000 * timed(lambda: [call() for _ in range(calls)], device)[1]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
 
 
 def synchronize(device: torch.device) -> None:

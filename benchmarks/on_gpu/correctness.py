@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from on_gpu.bench import Bench, OutOfTimeError, free, generate, speculate
 from speculators.convert.eagle import EagleConverter
@@ -141,9 +142,7 @@ def same_tree(draft: EagleSpeculator, vectors: dict[str, Tensor]) -> bool:
 
 def acceptance(bench: Bench, result: dict[str, Any], until: float) -> None:
     """The part that runs on a CPU too: acceptance lengths in float32."""
-    result["prompts"] = bench.options.prompts or ACCEPTANCE_PROMPTS
-    result["max_new_tokens"] = bench.options.max_new_tokens or ACCEPTANCE_TOKENS
-    result["drafts"] = {}
+    result |= acceptance_settings(bench) | {"drafts": {}}
     verifier = bench.load_verifier(torch.float32)
     for name in bench.drafts:
         result["drafts"][name] = acceptance_of(bench, name, verifier, result)
@@ -151,6 +150,14 @@ def acceptance(bench: Bench, result: dict[str, Any], until: float) -> None:
         bench.save()
         if time.perf_counter() > until:
             break
+
+
+def acceptance_settings(bench: Bench) -> dict[str, Any]:
+    """On how many prompts, and how many new tokens of each."""
+    return {
+        "prompts": bench.options.prompts or ACCEPTANCE_PROMPTS,
+        "max_new_tokens": bench.options.max_new_tokens or ACCEPTANCE_TOKENS,
+    }
 
 
 def acceptance_of(
@@ -179,9 +186,8 @@ def acceptances(bench: Bench) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     if CPU_ACCEPTANCE.exists():
         measured = json.loads(CPU_ACCEPTANCE.read_text(encoding="utf-8")).get("acceptance", {})
-    settings = {
-        "prompts": measured.get("prompts", ACCEPTANCE_PROMPTS),
-        "max_new_tokens": measured.get("max_new_tokens", ACCEPTANCE_TOKENS),
+    settings = acceptance_settings(bench) | {
+        key: measured[key] for key in ("prompts", "max_new_tokens") if key in measured
     }
     lengths: dict[str, dict[str, Any]] = {name: {} for name in bench.drafts}
     for dtype in (torch.float32, torch.bfloat16):
@@ -225,6 +231,7 @@ WORKER: dict[str, Any] = {}
 def start_worker(verifier: Path, dtype: torch.dtype, device: str, max_new_tokens: int) -> None:
     """Load the verifier into this process."""
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(verifier, dtype=dtype)
     WORKER["verifier"] = model.to(device).eval()
     WORKER["max_new_tokens"] = max_new_tokens

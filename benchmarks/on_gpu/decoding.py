@@ -18,6 +18,7 @@ from on_gpu.bench import (
     Output,
     generate,
     in_turns,
+    look_up,
     named,
     part_ms,
     recorded_alone,
@@ -62,7 +63,7 @@ def contestants_of(bench: Bench, verifier: Any) -> dict[str, Contestant]:
     found = {PLAIN: Contestant(partial(generate, verifier), {"kind": "plain"})}
     for tokens in LOOKED_UP:
         found[f"{PLAIN}, prompt lookup {tokens}"] = Contestant(
-            partial(generate, verifier, prompt_lookup_num_tokens=tokens),
+            partial(look_up, verifier, tokens=tokens),
             {"kind": "prompt lookup", "tokens": tokens},
         )
     for index, name in enumerate(bench.drafts):
