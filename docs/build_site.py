@@ -21,6 +21,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "LICENSE": "license.txt",
+    "BENCHMARKS.md": "gpu.md",
     "benchmarks/README.md": "benchmarks.md",
     "examples/README.md": "examples.md",
     **{

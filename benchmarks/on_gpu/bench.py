@@ -1,0 +1,334 @@
+"""What the parts share: the models, the prompts, the clock, and what is told of the machine."""
+
+import argparse
+import datetime
+import gc
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from speculators.convert.eagle import EagleConverter
+from speculators.decode import Generation
+from speculators.evaluate.prompts import OWN_PROMPTS, Prompt, read_prompts
+from speculators.format.config import ProposalMethod
+from speculators.models.eagle import EagleSpeculator
+
+T = TypeVar("T")
+
+CHAINS = tuple(ProposalMethod(speculative_tokens=tokens) for tokens in range(1, 9))
+TREES = tuple(ProposalMethod(proposal_type=name) for name in ("static_tree", "dynamic_tree"))
+
+
+class OutOfTimeError(Exception):
+    """A part has not enough time left to measure anything."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the parts are given.
+
+    Attributes:
+        options: of the command line.
+        device: where everything runs.
+        verifier: a directory of transformers.
+        drafts: the converted drafts, by their names.
+        save: writes what was measured so far.
+
+    """
+
+    options: argparse.Namespace
+    device: torch.device
+    verifier: Path
+    drafts: Mapping[str, Path]
+    save: Callable[[], None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What speed is measured in."""
+        dtype: torch.dtype = getattr(torch, self.options.dtype)
+        return dtype
+
+    def load_verifier(self, dtype: torch.dtype) -> Any:
+        """The verifier on the device; ``Any``, since generate's types are not told."""
+        verifier: Any = AutoModelForCausalLM.from_pretrained(self.verifier, dtype=dtype)
+        return verifier.to(self.device).eval()
+
+    def load_draft(self, name: str, verifier: PreTrainedModel) -> EagleSpeculator:
+        """A draft in the verifier's dtype, with the verifier attached."""
+        draft = EagleSpeculator.from_pretrained(
+            self.drafts[name], verifier=verifier, dtype=verifier.dtype
+        )
+        draft.to(self.device)  # type: ignore[arg-type]
+        nn.Module.eval(draft)
+        return draft
+
+    def encoded(self, count: int) -> list[tuple[Prompt, Tensor]]:
+        """The first prompts, whose categories take turns, with their tokens, (1, length)."""
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.verifier)
+
+        def tokens_of(prompt: Prompt) -> Tensor:
+            encoded = tokenizer.apply_chat_template(
+                [message.model_dump() for message in prompt.messages],
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            ids: Tensor = encoded["input_ids"].to(self.device)
+            return ids
+
+        return [(prompt, tokens_of(prompt)) for prompt in read_prompts(OWN_PROMPTS)[:count]]
+
+
+def prepare_verifier(options: argparse.Namespace, work: Path) -> Path:
+    """The verifier as a directory of transformers; weights of a GGUF file are dequantized.
+
+    The directory is what the converter, the workers and the tokenizer can read.
+    """
+    if options.gguf is None:
+        return Path(options.verifier)
+    where = {"pretrained_model_name_or_path": options.verifier, "gguf_file": options.gguf}
+    dequantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # A model that came from a GGUF file counts as quantized, and is not saved as one.
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where))
+    model.load_state_dict(dequantized.state_dict())
+    directory = work / Path(options.gguf).stem
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(options.tokenizer or options.verifier).save_pretrained(directory)
+    return directory
+
+
+def convert_drafts(drafts: list[Path], verifier: Path, work: Path) -> dict[str, Path]:
+    """Convert drafts as published, by the last words of their folders' names."""
+    converted = {}
+    for source in drafts:
+        name = source.name.rpartition("-")[2]
+        converted[name] = EagleConverter().convert(source, work / name, verifier, validate=False)
+    return converted
+
+
+# Generating
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one generation gave.
+
+    Attributes:
+        tokens: the new ones.
+        steps: passes of the verifier, without the one over the prompt.
+        accepted: drafted tokens that were accepted in them.
+        tried: drafted tokens that the verifier decided on: those accepted, and in each step the
+            first that was not, if there was one.
+
+    """
+
+    tokens: list[int]
+    steps: int
+    accepted: int
+    tried: int
+
+
+def speculate(
+    draft: EagleSpeculator,
+    ids: Tensor,
+    max_new_tokens: int,
+    proposal: ProposalMethod,
+    *,
+    cuda_graphs: bool = True,
+    **settings: Any,
+) -> Output:
+    """Generate greedily with a draft."""
+    result = draft.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        proposal=proposal,
+        cuda_graphs=cuda_graphs,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    assert isinstance(result, Generation)
+    accepted, offered = result.accepted[0], result.offered[0]
+    return Output(
+        tokens=result.sequences[0, ids.shape[1] :].tolist(),
+        steps=len(accepted),
+        accepted=sum(accepted),
+        tried=sum(n + (n < most) for n, most in zip(accepted, offered, strict=True)),
+    )
+
+
+def generate(verifier: Any, ids: Tensor, max_new_tokens: int, **settings: Any) -> Output:
+    """Generate greedily with transformers, one token in a step."""
+    sequences = verifier.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        **settings,
+    )
+    tokens = sequences[0, ids.shape[1] :].tolist()
+    return Output(tokens, steps=len(tokens) - 1, accepted=0, tried=0)
+
+
+def look_up(verifier: Any, ids: Tensor, max_new_tokens: int, tokens: int) -> Output:
+    """Generate with transformers' prompt lookup; a hook counts the passes, which it does not tell.
+
+    It does not tell either how many of the tokens were tried.
+    """
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    hook = verifier.register_forward_pre_hook(count)
+    try:
+        output = generate(verifier, ids, max_new_tokens, prompt_lookup_num_tokens=tokens)
+    finally:
+        hook.remove()
+    return replace(output, steps=passes - 1, accepted=output.steps - (passes - 1))
+
+
+def recorded_alone(draft: EagleSpeculator, ids: Tensor, proposal: ProposalMethod) -> Any:
+    """The graphs of a proposal's step, made anew; ``None`` where there are none."""
+    draft._workspace.clear()
+    speculate(draft, ids, 4, proposal, eos_token_id=None)
+    return next(reversed(draft._workspace.recordings.values()), None)
+
+
+def part_ms(recording: Any, device: torch.device) -> dict[str, float]:
+    """Milliseconds of GPU time of a step's graphs."""
+    graphs = {
+        "draft": recording.proposing,
+        "verify": recording.verifying,
+        "gather": recording.gathering,
+    }
+    return {
+        name: 0.0 if graph is None else device_ms(graph.replay, device)
+        for name, graph in graphs.items()
+    }
+
+
+def named(proposal: ProposalMethod) -> str:
+    """``greedy:3``, ``dynamic_tree``."""
+    kind = proposal.proposal_type
+    return f"{kind}:{proposal.speculative_tokens}" if kind == "greedy" else kind
+
+
+# Timing
+
+
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """A call's result, and its seconds until the device has done all of it."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def device_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of a call on the device: the median of seven times some 50 ms of calls."""
+    for _ in range(2):
+        call()
+    _, seconds = timed(call, device)
+    calls = max(2, min(20, round(0.05 / seconds)))
+    return median(_in_a_row(call, device, calls) / calls for _ in range(7))
+
+
+def _in_a_row(call: Callable[[], Any], device: torch.device, calls: int) -> float:
+    if device.type != "cuda":
+        return 1000 * timed(lambda: [call() for _ in range(calls)], device)[1]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turns(names: list[str], turn: int) -> Iterator[str]:
+    """All names, from another one on at each turn."""
+    first = turn % len(names)
+    yield from (*names[first:], *names[:first])
+
+
+def free(device: torch.device) -> None:
+    """Give back memory that nothing uses any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a large copy on the device reads and writes."""
+    nbytes = (2 << 30) if device.type == "cuda" else (64 << 20)
+    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
+    to = torch.empty_like(source)
+    seconds: float = device_ms(lambda: to.copy_(source), device) / 1000
+    return 2 * nbytes / seconds
+
+
+# The machine
+
+
+def conditions(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Tell on what machine, with what software and with which settings."""
+    told: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "driver": _driver() if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "copy_bandwidth": copy_bandwidth(device),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "speculators")},
+        "settings": {
+            name: value.name
+            if isinstance(value, Path)
+            else [one.name for one in value]
+            if name == "draft"
+            else value
+            for name, value in vars(options).items()
+            if name not in {"render", "parts"}
+        },
+    }
+    free(device)
+    return told
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.partition("\n")[0].strip()

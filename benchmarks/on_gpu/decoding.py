@@ -1,0 +1,259 @@
+"""Speed of the real pair: transformers' own ways of generating and ours take turns."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from on_gpu.bench import (
+    CHAINS,
+    TREES,
+    Bench,
+    OutOfTimeError,
+    Output,
+    generate,
+    in_turns,
+    look_up,
+    named,
+    part_ms,
+    recorded_alone,
+    speculate,
+    timed,
+)
+from speculators.evaluate.prompts import Prompt
+from speculators.format.config import ProposalMethod
+from speculators.models.eagle import EagleSpeculator
+
+PLAIN = "transformers"
+LOOKED_UP = (3, 10)
+"""How many tokens transformers' prompt lookup proposes at most."""
+
+PROMPTS, NEW_TOKENS, WARM_UP_TOKENS = 8, 128, 16
+STATIC_SECONDS = 120
+"""How long compiling and running with a static cache may take."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way of generating.
+
+    Attributes:
+        run: from a prompt's tokens and the number of new tokens.
+        about: what it is, for the results.
+        draft: whose graphs it may record.
+
+    """
+
+    run: Callable[[Tensor, int], Output]
+    about: dict[str, Any]
+    draft: EagleSpeculator | None = None
+
+    def recordings(self) -> set[Any]:
+        """The graphs that there are."""
+        return set(self.draft._workspace.recordings.values()) if self.draft else set()
+
+
+def contestants_of(bench: Bench, verifier: Any) -> dict[str, Contestant]:
+    """All ways of generating, by their names."""
+    found = {PLAIN: Contestant(partial(generate, verifier), {"kind": "plain"})}
+    for tokens in LOOKED_UP:
+        found[f"{PLAIN}, prompt lookup {tokens}"] = Contestant(
+            partial(look_up, verifier, tokens=tokens),
+            {"kind": "prompt lookup", "tokens": tokens},
+        )
+    for index, name in enumerate(bench.drafts):
+        draft = bench.load_draft(name, verifier)
+        for proposal in (*CHAINS, *TREES):
+            found[f"{name} {named(proposal)}"] = ours(name, draft, proposal)
+        if index == 0:
+            proposal = CHAINS[2]
+            found[f"{name} {named(proposal)} without graphs"] = ours(
+                name, draft, proposal, cuda_graphs=False
+            )
+    return found
+
+
+def ours(
+    name: str, draft: EagleSpeculator, proposal: ProposalMethod, *, cuda_graphs: bool = True
+) -> Contestant:
+    """A draft with a way of proposing."""
+
+    def run(ids: Tensor, max_new_tokens: int) -> Output:
+        return speculate(draft, ids, max_new_tokens, proposal, cuda_graphs=cuda_graphs)
+
+    about = {
+        "kind": "ours",
+        "draft": name,
+        "proposal": proposal.proposal_type,
+        "tokens": proposal.speculative_tokens,
+        "graphs": cuda_graphs,
+    }
+    return Contestant(run, about, draft)
+
+
+def measure(
+    bench: Bench, contestant: Contestant, ids: Tensor, max_new_tokens: int
+) -> tuple[Output, float]:
+    """Generate once, and once more if that recorded graphs, which is done once for good."""
+    for _ in range(4):
+        before = contestant.recordings()
+        output, seconds = timed(lambda: contestant.run(ids, max_new_tokens), bench.device)
+        if contestant.recordings() == before:
+            break
+    return output, seconds
+
+
+def one_round(
+    bench: Bench,
+    contestants: dict[str, Contestant],
+    asked: tuple[Prompt, Tensor],
+    max_new_tokens: int,
+    turn: int,
+) -> list[dict[str, Any]]:
+    """Let every contestant generate for a prompt, another one first at each turn."""
+    prompt, ids = asked
+    outputs = {
+        name: measure(bench, contestants[name], ids, max_new_tokens)
+        for name in in_turns(list(contestants), turn)
+    }
+    expected = outputs[PLAIN][0].tokens
+    return [
+        {
+            "contestant": name,
+            "prompt": prompt.id,
+            "category": prompt.category,
+            "tokens": len(outputs[name][0].tokens),
+            "seconds": outputs[name][1],
+            "steps": outputs[name][0].steps,
+            "accepted": outputs[name][0].accepted,
+            "same": outputs[name][0].tokens == expected,
+        }
+        for name in contestants
+    ]
+
+
+def decoding(bench: Bench, result: dict[str, Any], until: float) -> None:
+    """Measure prompt by prompt, each contestant on each, until the time is over."""
+    count = bench.options.prompts or PROMPTS
+    length = bench.options.max_new_tokens or NEW_TOKENS
+    result["prompts"], result["max_new_tokens"], result["raw"] = count, length, []
+    verifier = bench.load_verifier(bench.dtype)
+    contestants = contestants_of(bench, verifier)
+    prompts = bench.encoded(count)
+    # The longest first, so that no cache has to be moved, and its graphs made anew, later.
+    longest = max((ids for _, ids in prompts), key=lambda ids: ids.shape[1])
+    for contestant in contestants.values():
+        contestant.run(longest, length if contestant.draft else min(WARM_UP_TOKENS, length))
+    print(f"warmed up, {until - time.perf_counter():.0f} s left", flush=True)
+
+    slowest = 0.0
+    for turn, asked in enumerate(prompts):
+        start = time.perf_counter()
+        if start + slowest > until:
+            break
+        result["raw"] += one_round(bench, contestants, asked, length, turn)
+        result["contestants"] = summarise(contestants, result["raw"])
+        bench.save()
+        slowest = max(slowest, time.perf_counter() - start)
+        print(f"prompt {turn + 1} of {count}: {time.perf_counter() - start:.1f} s", flush=True)
+    if not result["raw"]:
+        raise OutOfTimeError("The time was over before the first prompt.")
+    result["step_ms"] = steps_of(bench, verifier, longest)
+    show(result)
+
+
+def summarise(contestants: dict[str, Contestant], raw: list[dict[str, Any]]) -> dict[str, Any]:
+    """Totals by contestant: sums of tokens over sums of seconds."""
+    summary: dict[str, Any] = {}
+    for name, contestant in contestants.items():
+        runs = [run for run in raw if run["contestant"] == name]
+        tokens, seconds, steps, accepted, same = (
+            sum(run[key] for run in runs)
+            for key in ("tokens", "seconds", "steps", "accepted", "same")
+        )
+        summary[name] = contestant.about | {
+            "tokens_per_second": tokens / seconds,
+            "acceptance_length": 1 + accepted / steps if steps else None,
+            "ms_per_step": 1000 * seconds / steps if steps else None,
+            "same_as_transformers": same,
+            "prompts": len(runs),
+        }
+    for said in summary.values():
+        said["speedup"] = said["tokens_per_second"] / summary[PLAIN]["tokens_per_second"]
+    return summary
+
+
+def steps_of(bench: Bench, verifier: Any, ids: Tensor) -> dict[str, dict[str, float]]:
+    """GPU time of the parts of a step of the first draft; empty where nothing is recorded."""
+    draft = bench.load_draft(next(iter(bench.drafts)), verifier)
+    found = {}
+    for proposal in (*CHAINS, *TREES):
+        recording = recorded_alone(draft, ids[:, :64], proposal)
+        if recording is not None:
+            found[named(proposal)] = part_ms(recording, bench.device)
+    return found
+
+
+def static(bench: Bench, result: dict[str, Any], until: float) -> None:
+    """Generate with transformers' static cache, which it compiles for; ours in turns with it.
+
+    Compiling is told apart: it is what the first generation takes more than the second one.
+    """
+    count = bench.options.prompts or PROMPTS
+    length = bench.options.max_new_tokens or NEW_TOKENS
+    result["prompts"], result["max_new_tokens"], result["raw"] = count, length, []
+    verifier = bench.load_verifier(bench.dtype)
+    name = next(iter(bench.drafts))
+    best = CHAINS[2]
+    contestants = {
+        PLAIN: Contestant(
+            partial(generate, verifier, cache_implementation="static"), {"kind": "static cache"}
+        ),
+        f"{name} {named(best)}": ours(name, bench.load_draft(name, verifier), best),
+    }
+    # The longest first: the static cache keeps its size then.
+    prompts = sorted(bench.encoded(count), key=lambda one: -one[1].shape[1])
+    with alarm(min(STATIC_SECONDS, until - time.perf_counter())):
+        warm_up = [measure(bench, contestants[PLAIN], prompts[0][1], length)[1] for _ in range(3)]
+        result["first_s"], result["second_s"], result["third_s"] = warm_up
+        measure(bench, contestants[f"{name} {named(best)}"], prompts[0][1], length)
+        for turn, asked in enumerate(prompts):
+            result["raw"] += one_round(bench, contestants, asked, length, turn)
+            result["contestants"] = summarise(contestants, result["raw"])
+            bench.save()
+    for one, said in result["contestants"].items():
+        print(f"{one:40} {said['tokens_per_second']:8.1f} tokens/s")
+
+
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise ``OutOfTimeError`` in here when so many seconds are over."""
+
+    def ring(*_: Any) -> None:
+        raise OutOfTimeError(f"{seconds:.0f} seconds were over.")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(1.0, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table."""
+    print(f"{'':34} tokens/s  speed-up  accepted  ms/step  same")
+    for name, said in result["contestants"].items():
+        print(
+            f"{name:34} {said['tokens_per_second']:8.1f}  {said['speedup']:8.2f}  "
+            f"{said['acceptance_length'] or 0:8.2f}  {said['ms_per_step'] or 0:7.2f}  "
+            f"{said['same_as_transformers']}/{said['prompts']}"
+        )
+    for name, parts in result["step_ms"].items():
+        print(f"{name:34} " + ", ".join(f"{key} {ms:.3f} ms" for key, ms in parts.items()))

@@ -1,0 +1,469 @@
+"""BENCHMARKS.md's tables, and its plots, of the results."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["render"]
+
+MARKED = re.compile(r"(?<=<!-- made: )(?P<name>[a-z-]+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
+"""What stands between the markers of a table or plot."""
+
+BLUE, ORANGE, GREEN, GREY = "#3b6ea8", "#d1762b", "#4c8c4a", "#888888"
+SIZE = (7.0, 4.2)
+"""Inches, at 150 dots each."""
+
+Results = dict[str, Any]
+
+
+def render(results: Results, root: Path) -> None:
+    """Put the tables into BENCHMARKS.md, and the plots beside the results.
+
+    Args:
+        results: of any parts; what is not there is said to be not measured.
+        root: of the repository.
+
+    """
+    page = root / "BENCHMARKS.md"
+    drawn = [plot for plot in PLOTS if draw(results, plot, root / "benchmarks" / "results")]
+
+    def filled(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name in PLOTS:
+            file = f"benchmarks/results/{name}.png"
+            content = f"![{PLOTS[name].text}]({file})" if name in drawn else "Not measured yet."
+        else:
+            content = table_of(results, *TABLES[name])
+        return f"{name} -->\n\n{content}\n\n"
+
+    page.write_text(MARKED.sub(filled, page.read_text("utf-8")), encoding="utf-8")
+
+
+def draw(results: Results, name: str, directory: Path) -> bool:
+    """Draw a plot, if what it shows was measured; whether it was."""
+    plot = PLOTS[name]
+    if not results.get(plot.part, {}).get("contestants"):
+        return False
+    from matplotlib.figure import Figure  # no pyplot: no display, no state, Agg for PNG
+
+    figure = Figure(figsize=SIZE, dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    plot.draw(results[plot.part], axes)
+    figure.savefig(directory / f"{name}.png")
+    return True
+
+
+def table_of(results: Results, part: str | None, make: Callable[[Results], str]) -> str:
+    """A table, or why there is none."""
+    if part is None:
+        return make(results)
+    if part not in results:
+        return "Not measured yet."
+    try:
+        return make(results[part])
+    except KeyError:
+        return f"Not measured: {results[part].get('error', 'see the errors in the results.')}"
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table of Markdown; ``None`` is an empty cell."""
+    lines = [list(head), *([("" if cell is None else str(cell)) for cell in row] for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None, digits: int = 2) -> str | None:
+    """A number with so many digits behind the point."""
+    return None if value is None else f"{value:.{digits}f}"
+
+
+def code(text: str) -> str:
+    """A text as it is, in a cell."""
+    escaped = text.replace("|", "\\|")
+    return f"`` {escaped} ``"
+
+
+def met(holds: bool) -> str:
+    """Whether a goal is met."""
+    return "met" if holds else "**missed**"
+
+
+# Tables
+
+
+def conditions_table(results: Results) -> str:
+    """Where, when and with what each part was measured."""
+    rows = []
+    for part, result in results.items():
+        said = result["conditions"]
+        versions = said["versions"]
+        rows.append(
+            (
+                part,
+                said["date"].partition("T")[0],
+                f"{said['device']}, driver {said['driver']}",
+                f"{versions['torch']}, CUDA {said['cuda']}",
+                versions["transformers"],
+                f"{said['cpu']}, {said['cores']} cores",
+                f"{said['copy_bandwidth'] / 1e12:.2f} TB/s",
+            )
+        )
+    head = ("part", "date", "GPU", "torch", "transformers", "CPU", "copy, read + written")
+    return markdown(head, rows) if rows else "Not measured yet."
+
+
+def decoding_table(result: Results) -> str:
+    """All contestants; the last column sets speculation against plain decoding by graphs."""
+    alone = result.get("step_ms", {}).get("greedy:1", {}).get("verify")
+    rows = []
+    for name, said in result["contestants"].items():
+        by_graphs = said.get("graphs") and alone is not None
+        rows.append(
+            (
+                name.replace("_", " "),
+                number(said["tokens_per_second"], 1),
+                number(said["speedup"]),
+                number(said["acceptance_length"]),
+                number(said["ms_per_step"]),
+                f"{said['same_as_transformers']} of {said['prompts']}",
+                number(said["tokens_per_second"] * alone / 1000) if by_graphs else None,
+            )
+        )
+    head = (
+        "",
+        "tokens/s",
+        "speed-up",
+        "tokens per step",
+        "ms per step",
+        "same output",
+        "speed-up by speculation alone",
+    )
+    best = max(said["speedup"] for said in result["contestants"].values())
+    prompts = next(iter(result["contestants"].values()))["prompts"]
+    return (
+        f"{prompts} prompts, up to {result['max_new_tokens']} new tokens. Goal: 2 times the speed "
+        f"of transformers' greedy `generate`; best: {best:.2f} times, {met(best >= 2)}.\n\n"
+        + markdown(head, rows)
+    )
+
+
+def steps_table(result: Results) -> str:
+    """GPU time of the parts of a step."""
+    parts = result["step_ms"]
+    if not parts:
+        return "Not measured: there were no graphs."
+    rows = [
+        (name.replace("_", " "), *(number(ms, 3) for ms in one.values()))
+        for name, one in parts.items()
+    ]
+    return markdown(("", "draft, ms", "verifier, ms", "gather, ms"), rows)
+
+
+def static_table(result: Results) -> str:
+    """Transformers' static cache."""
+    rows = [
+        (
+            "transformers, static cache" if said["kind"] == "static cache" else name,
+            number(said["tokens_per_second"], 1),
+            number(said["speedup"]),
+        )
+        for name, said in result["contestants"].items()
+    ]
+    compiled = result["first_s"] - result["third_s"]
+    return markdown(("", "tokens/s", "over the static cache"), rows) + (
+        f"\n\nThe first generation took {compiled:.0f} s more than the third one, to compile."
+    )
+
+
+def size_table(result: Results) -> str:
+    """A step's parts at size, and what the goals say of them."""
+    rows = []
+    for name, said in result["contestants"].items():
+        parts = result["graphs_ms"].get(name, {})
+        share = said.get("overhead")
+        rows.append(
+            (
+                name.replace("_", " "),
+                number(said["acceptance_length"]),
+                number(said["ms"]),
+                *(number(parts.get(key)) for key in ("draft", "verify", "gather")),
+                None if share is None else f"{share:.1%}",
+                number(said.get("draft_pass_ms"), 3),
+                number(said.get("draft_over_floor")),
+                number(said.get("verify_over_floor")),
+                number(said["speedup"]),
+            )
+        )
+    head = (
+        "",
+        "tokens per step",
+        "ms per step",
+        "draft",
+        "verifier",
+        "gather",
+        "rest",
+        "draft pass, ms",
+        "over its floor",
+        "verifier over its floor",
+        "speed-up",
+    )
+    return goals(result) + markdown(head, rows)
+
+
+def goals(result: Results) -> str:
+    """The floors, and what is asked at size."""
+    floors, bytes_read = result["floor_ms"], result["weights"]
+    told = (
+        f"Floors: {bytes_read['draft'] / 1e9:.2f} GB of weights for a pass of the draft, "
+        f"{floors['draft']:.3f} ms; {bytes_read['verify'] / 1e9:.2f} GB for one of the verifier, "
+        f"{floors['verify']:.2f} ms.\n\n"
+    )
+    recorded = {n: one for n, one in result["contestants"].items() if "overhead" in one}
+    if not recorded:
+        return told
+    head, rows = ["goal", "chains, at most", "", "trees, at most", ""], []
+    for text, key, shown in (
+        ("share of a step outside the passes", "overhead", "{:.1%}"),
+        ("a draft pass over its floor", "draft_over_floor", "{:.2f}"),
+    ):
+        limit = result["targets"][key]
+        row = [f"{text}: at most {shown.format(limit)}"]
+        for trees in (False, True):
+            most = max(one[key] for n, one in recorded.items() if n.endswith("tree") == trees)
+            row += [shown.format(most), met(most <= limit)]
+        rows.append(row)
+    return f"{told}{markdown(head, rows)}\n\n"
+
+
+def loading_table(result: Results) -> str:
+    """Loading against the library."""
+    rows = []
+    for case, said in result["cases"].items():
+        for name, way in said["ways"].items():
+            peak = way.get("peak_host_bytes")
+            rows.append(
+                (
+                    f"{case}, {said['bytes'] / 1e9:.2f} GB",
+                    f"`{name.partition(',')[0]}`{''.join(name.partition(',')[1:])}",
+                    number(way["median_s"], 3),
+                    number(way["over_load_file"]),
+                    None if peak is None else f"{peak / 1e6:.0f}",
+                    None if name == "load_file" else met(way["over_load_file"] <= result["target"]),
+                )
+            )
+    goal = f"goal: {result['target']}"
+    return markdown(("draft", "", "s", "over `load_file`", "host memory, MB", goal), rows)
+
+
+def golden_table(result: Results) -> str:
+    """Golden vectors."""
+    rows = []
+    for name, said in result["golden"]["checkpoints"].items():
+        worst = [
+            max(one[key] for one in said["differences"].values())
+            for key in ("absolute", "relative")
+        ]
+        tree = {None: "", True: "identical", False: "**differs**"}[said["same_tree"]]
+        rows.append((f"`{name}`", *(f"{one:.1e}" for one in worst), met(said["within"]), tree))
+    goal = f"goal: {result['golden']['tolerance']:.0e} absolute"
+    return markdown(
+        ("", "largest difference", "over the largest value", goal, "EAGLE-2 tree"), rows
+    )
+
+
+def acceptance_table(result: Results) -> str:
+    """Acceptance lengths here and on a CPU."""
+    told = result["acceptance"]
+    rows = [
+        (
+            name,
+            number(said["bfloat16"], 3),
+            number(said["float32"], 3),
+            number(said.get("cpu"), 3),
+            number(said.get("difference"), 3),
+            met(said["within"]) if "within" in said else "not measured",
+        )
+        for name, said in told["drafts"].items()
+    ]
+    head = (
+        "draft",
+        "bfloat16, GPU",
+        "float32, GPU",
+        "float32, CPU",
+        "bfloat16 to CPU",
+        f"goal: {told['tolerance']}",
+    )
+    return (
+        f"A chain of three, {told['prompts']} prompts, up to {told['max_new_tokens']} new "
+        f"tokens.\n\n{markdown(head, rows)}"
+    )
+
+
+def losslessness_table(result: Results) -> str:
+    """How many outputs are identical, and how close it was where others part."""
+    said = result["losslessness"]
+    rounding, differences = said["rounding"], said["differences"]
+    gaps = [one["gap_in_spacings"] for one in differences if "gap_in_spacings" in one]
+    told = (
+        f"{said['identical']} of {said['prompts']} outputs are identical "
+        f"({said['identical'] / said['prompts']:.0%}), of {said['new_tokens']} tokens. "
+        f"{said['ties']} of the {len(differences)} first differences are ties"
+    )
+    if gaps:
+        told += (
+            f"; their gaps are {median(gaps):.2f} spacings in the median, {max(gaps):.2f} at most"
+        )
+    told += (
+        f". From float32 to bfloat16 the lead of the best token over the second changes by "
+        f"{rounding['median']:.2f} spacings in the median of {rounding['positions']} positions, by "
+        f"{rounding['99 %']:.2f} in the 99th percentile, by {rounding['largest']:.2f} at most.\n\n"
+    )
+    rows = [
+        (
+            one["prompt"],
+            one["position"],
+            *(None if text is None else code(repr(text)) for text in one["texts"]),
+            number(one.get("gap"), 3),
+            number(one.get("gap_in_bfloat16"), 3),
+            number(one.get("spacing"), 4),
+            number(one.get("gap_in_spacings")),
+            "yes" if one["tie"] else "**no**",
+        )
+        for one in differences
+    ]
+    head = (
+        "prompt",
+        "at token",
+        "transformers",
+        "ours",
+        "gap in float32",
+        "in bfloat16",
+        "spacing",
+        "gap in spacings",
+        "tie",
+    )
+    return told + (markdown(head, rows) if rows else "")
+
+
+TABLES: dict[str, tuple[str | None, Callable[[Results], str]]] = {
+    "conditions": (None, conditions_table),
+    "decoding": ("decoding", decoding_table),
+    "decoding-steps": ("decoding", steps_table),
+    "static": ("static", static_table),
+    "size": ("size", size_table),
+    "loading": ("loading", loading_table),
+    "golden": ("correctness", golden_table),
+    "acceptance": ("correctness", acceptance_table),
+    "losslessness": ("correctness", losslessness_table),
+}
+"""By the name in its marker: the part of the results, and what makes the table of it."""
+
+
+# Plots
+
+
+def speed_by_length(result: Results, axes: Axes) -> None:
+    """Tokens a second by the length of the chain, and what it is compared with."""
+    ours = [said for said in result["contestants"].values() if said.get("graphs")]
+    colors = dict(
+        zip(dict.fromkeys(said["draft"] for said in ours), (BLUE, ORANGE, GREEN), strict=False)
+    )
+    for draft, color in colors.items():
+        chains = [said for said in ours if said["draft"] == draft and said["proposal"] == "greedy"]
+        axes.plot(
+            [said["tokens"] for said in chains],
+            [said["tokens_per_second"] for said in chains],
+            color=color,
+            marker="o",
+            label=f"{draft}, chain",
+        )
+        for at, tree, marker in ((9.5, "static_tree", "s"), (11, "dynamic_tree", "^")):
+            speeds = [
+                said["tokens_per_second"]
+                for said in ours
+                if (said["draft"], said["proposal"]) == (draft, tree)
+            ]
+            axes.plot([at] * len(speeds), speeds, color=color, marker=marker, linestyle="none")
+    for style, name in (("-", "transformers"), (":", "transformers, prompt lookup 3")):
+        if name in result["contestants"]:
+            speed = result["contestants"][name]["tokens_per_second"]
+            axes.axhline(speed, color=GREY, linestyle=style, label=name)
+    alone = result.get("step_ms", {}).get("greedy:1", {}).get("verify")
+    if alone:
+        axes.axhline(1000 / alone, color=GREY, linestyle="--", label="a graphed pass a token")
+    axes.set(
+        title=f"SmolLM2-135M, batch 1, bfloat16 ({result['conditions']['device']})",
+        xlabel="length of the chain",
+        ylabel="tokens per second",
+        xlim=(0.5, 11.8),
+        xticks=[*range(1, 9), 9.5, 11],
+        xticklabels=[*map(str, range(1, 9)), "static tree", "dynamic tree"],
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def step_by_length(result: Results, axes: Axes) -> None:
+    """What a step is made of by the length of the chain, with the floors."""
+    chains = {
+        said["draft_passes"]: (said, result["graphs_ms"][name])
+        for name, said in result["contestants"].items()
+        if name.startswith("greedy:") and name in result["graphs_ms"]
+    }
+    lengths = list(chains)
+    parts = {
+        "verifier": [parts["verify"] for _, parts in chains.values()],
+        "draft": [parts["draft"] for _, parts in chains.values()],
+        "rest": [
+            max(0.0, said["ms"] - parts["draft"] - parts["verify"])
+            for said, parts in chains.values()
+        ],
+    }
+    bottom = [0.0] * len(lengths)
+    for (name, heights), color in zip(parts.items(), (BLUE, ORANGE, GREY), strict=True):
+        axes.bar(lengths, heights, bottom=bottom, color=color, width=0.6, label=name)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    floor = result["floor_ms"]
+    axes.axhline(floor["verify"], color="black", linestyle=":", label="floor of the verifier")
+    axes.plot(
+        lengths,
+        [floor["verify"] + length * floor["draft"] for length in lengths],
+        color="black",
+        linestyle="--",
+        label="floor of both",
+    )
+    axes.set(
+        title=f"A step at the size of Llama-3.1-8B, bfloat16 ({result['conditions']['device']})",
+        xlabel="length of the chain",
+        ylabel="milliseconds",
+        xticks=lengths,
+    )
+    axes.set_ylim(0, 1.25 * max(bottom))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot: the part of the results it shows, what draws it, and what it shows in words."""
+
+    part: str
+    draw: Callable[[Results, Axes], None]
+    text: str
+
+
+PLOTS = {
+    "gpu-decoding": Plot(
+        "decoding", speed_by_length, "Tokens a second by the length of the chain, and of trees"
+    ),
+    "gpu-step": Plot("size", step_by_length, "The parts of a step by the length of the chain"),
+}
+"""By the name in its marker, which is the file's."""
