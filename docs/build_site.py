@@ -23,6 +23,7 @@ OUTSIDE = {
     "LICENSE": "license.txt",
     "BENCHMARKS.md": "gpu.md",
     "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/NOTES.md": "speed-notes.md",
     "examples/README.md": "examples.md",
     **{
         f"benchmarks/results/{path.name}": f"benchmarks-{path.name}"
