@@ -209,7 +209,7 @@ def steps_of(
         else:
             drafter = drafter_of(draft, BlockCache(padding), proposal, warp)
             steps = Steps(drafter, VerifierPass(verifier, BlockCache(padding), max_length))
-        with steps:
+        with steps.target:
             yield steps
 
 

@@ -1,8 +1,6 @@
 """One step of speculation: the draft proposes, the verifier runs, what it agrees with is kept."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from types import TracebackType
 
 from torch import Tensor
 
@@ -13,8 +11,8 @@ from speculators.decode.verification import VerifierPass, padded
 __all__ = ["Steps"]
 
 
-class Steps(AbstractContextManager["Steps"]):
-    """The parts of the steps of one generation; a context manager.
+class Steps:
+    """The parts of the steps of one generation.
 
     Args:
         drafter: with an empty cache.
@@ -25,18 +23,6 @@ class Steps(AbstractContextManager["Steps"]):
     def __init__(self, drafter: Drafter, target: VerifierPass) -> None:
         self.drafter = drafter
         self.target = target
-
-    def __enter__(self) -> "Steps":
-        self.target.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.target.__exit__(kind, error, trace)
 
     def prefill(
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
