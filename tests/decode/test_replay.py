@@ -8,7 +8,8 @@ import copy
 import gc
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from speculators.decode import Generation, replay
+from speculators.decode.cache import BlockCache
 from speculators.decode.verification import VerifierPass
 from speculators.format.config import ProposalMethod
 from speculators.models.eagle import EagleSpeculator
@@ -280,6 +282,43 @@ def test_what_needs_the_host_is_run(monkeypatch: pytest.MonkeyPatch, log: list[s
     generated(draft, ids_of(6), do_sample=True, proposal="sampling")
 
 
+class Once:
+    """A recording that keeps nothing but its result, like a CUDA graph, and cannot be replayed."""
+
+    def __init__(self, run: Callable[[], Any], device: torch.device) -> None:
+        self.result = run()
+
+    def replay(self) -> None:
+        """Leave the result as it is."""
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_caches_are_freed_at_once(cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[BlockCache]] = []
+    make = BlockCache.__init__
+
+    def noted(self: BlockCache, padding: Sequence[int]) -> None:
+        make(self, padding)
+        made.append(weakref.ref(self))
+
+    if DEVICE.type == "cpu":
+        monkeypatch.undo()  # of what lets functions run again
+        monkeypatch.setitem(replay.RECORDERS, "cpu", Once)
+    monkeypatch.setattr(BlockCache, "__init__", noted)
+    gc.disable()  # it would free them too, but who knows when
+    try:
+        _, draft = pair()
+        draft.generate(
+            ids_of(6), max_new_tokens=8, do_sample=False, eos_token_id=None, cuda_graphs=cuda_graphs
+        )
+        assert (recordings(draft) > 0) == cuda_graphs
+        del draft
+        assert len(made) >= 2
+        assert [cache() for cache in made] == [None] * len(made)
+    finally:
+        gc.enable()
+
+
 @gpu
 def test_a_draft_that_is_dropped_leaves_nothing_behind() -> None:
     def use() -> None:
@@ -291,5 +330,4 @@ def test_a_draft_that_is_dropped_leaves_nothing_behind() -> None:
     gc.collect()
     before = torch.cuda.memory_allocated()
     use()
-    # Not by the garbage collector: nothing holds on to a draft in a circle.
     assert torch.cuda.memory_allocated() == before

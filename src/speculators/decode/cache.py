@@ -9,6 +9,7 @@ While a step is recorded as a CUDA graph (``replay``), how much is confirmed is 
 and all slots up to a limit are seen through a mask, so that nothing depends on what the host knows.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +38,9 @@ class BlockCache(Cache):
     """
 
     def __init__(self, padding: Sequence[int]) -> None:
-        super().__init__(layer_class_to_replicate=lambda: BlockLayer(self))  # type: ignore[arg-type]
+        # No layer keeps its cache alive, so that the memory is free at once when it is dropped.
+        me = weakref.proxy(self)
+        super().__init__(layer_class_to_replicate=lambda: BlockLayer(me))  # type: ignore[arg-type]
         self.padding = list(padding)
         self.lengths = [0] * len(self.padding)
         self.tried = 0
