@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -36,6 +37,9 @@ AHEAD = 1024
 """For how many new tokens room is made at once."""
 
 
+ONE_RECORDS = threading.Lock()
+
+
 class Graph:
     """What a function does to a GPU's memory, recorded once, to be done again and again.
 
@@ -53,8 +57,9 @@ class Graph:
     """
 
     def __init__(self, run: Callable[[], Any], device: torch.device) -> None:
-        with torch.cuda.device(device):
-            now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        # One at a time: PyTorch records on a stream that all threads share.
+        with ONE_RECORDS, torch.cuda.device(device):
+            now, aside = torch.cuda.current_stream(), stream_aside(device)
             aside.wait_stream(now)
             with torch.cuda.stream(aside):
                 run()  # what is only done at the first time
@@ -69,6 +74,12 @@ class Graph:
     def replay(self) -> None:
         """Do it again."""
         self._graph.replay()
+
+
+@cache  # libraries keep workspaces of megabytes for every stream that they have been used on
+def stream_aside(device: torch.device) -> torch.cuda.Stream:
+    """Where functions run before they are recorded."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager
