@@ -150,7 +150,7 @@ class Drafter(ABC):
         return output
 
     def _logits(self, states: Tensor) -> Tensor:
-        return self.draft.logits(states).to(device=self.draft.device, dtype=torch.float32)
+        return self.draft.logits(states).to(self.draft.device)
 
 
 class ShapeDrafter(Drafter):
@@ -211,8 +211,8 @@ class DrawnChainDrafter(ShapeDrafter):
         del level  # it has one node
         logits = logits[:, 0]
         best, tokens = logits.topk(min(CANDIDATES, logits.shape[1]))
-        q = self.warp(best).softmax(-1)
-        self.probabilities.append(torch.zeros_like(logits).scatter(1, tokens, q))
+        q = self.warp(best.float()).softmax(-1)
+        self.probabilities.append(q.new_zeros(logits.shape).scatter(1, tokens, q))
         return tokens.gather(1, draw(q))
 
 
@@ -265,7 +265,11 @@ class DynamicDrafter(Drafter):
     def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and tokens of the best: (rows, nodes, top_k) of logits."""
         best = logits.topk(self.top_k)
-        return best.values - logits.logsumexp(-1, keepdim=True), best.indices
+        # As ``logsumexp`` would, but with the largest logit known.
+        values = best.values.float()
+        largest = values[..., :1]
+        total = (logits - largest).exp_().sum(-1, keepdim=True)
+        return values - largest - total.log_(), best.indices
 
     def _best_nodes(self, root: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor) -> Tree:
         """The tree of the best candidates, all (rows, candidates)."""
