@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.llama import modeling_llama
 
 from speculators.convert.eagle import EagleConverter
 from speculators.decode import Generation
@@ -205,7 +206,24 @@ def recorded_alone(draft: EagleSpeculator, ids: Tensor, proposal: ProposalMethod
     """The graphs of a proposal's step, made anew; ``None`` where there are none."""
     draft._workspace.clear()
     speculate(draft, ids, 4, proposal, eos_token_id=None)
+    return newest_recording(draft)
+
+
+def newest_recording(draft: EagleSpeculator) -> Any:
+    """The graphs that were recorded last, of those that are kept; ``None`` if there are none."""
     return next(reversed(draft._workspace.recordings.values()), None)
+
+
+def compile_small(*models: nn.Module) -> None:
+    """Compile the norms and MLPs of Llamas, for as long as they live.
+
+    They are half of a pass's kernels. Nothing in them depends on a cache, so that all layers share
+    what is compiled, and it takes seconds. (docs/generation.md shows users the same.)
+    """
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, modeling_llama.LlamaRMSNorm | modeling_llama.LlamaMLP):
+                module.compile()
 
 
 def part_ms(recording: Any, device: torch.device) -> dict[str, float]:
@@ -240,12 +258,12 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 
 def device_ms(call: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of a call on the device: the median of seven times some 50 ms of calls."""
+    """Milliseconds of a call on the device: the median of three times some 50 ms of calls."""
     for _ in range(2):
         call()
     _, seconds = timed(call, device)
     calls = max(2, min(20, round(0.05 / seconds)))
-    return median(_in_a_row(call, device, calls) / calls for _ in range(7))
+    return median(_in_a_row(call, device, calls) / calls for _ in range(3))
 
 
 def _in_a_row(call: Callable[[], Any], device: torch.device, calls: int) -> float:

@@ -16,6 +16,7 @@ from on_gpu.bench import (
     Bench,
     OutOfTimeError,
     Output,
+    compile_small,
     generate,
     in_turns,
     look_up,
@@ -33,9 +34,10 @@ PLAIN = "transformers"
 LOOKED_UP = (3, 10)
 """How many tokens transformers' prompt lookup proposes at most."""
 
+USUAL = CHAINS[2]
+"""What all drafts propose."""
+
 PROMPTS, NEW_TOKENS, WARM_UP_TOKENS = 8, 128, 16
-STATIC_SECONDS = 120
-"""How long compiling and running with a static cache may take."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,21 @@ class Contestant:
 
 
 def contestants_of(bench: Bench, verifier: Any) -> dict[str, Contestant]:
-    """All ways of generating, by their names."""
+    """All ways of generating, by their names; only the first draft proposes in all ways."""
     found = {PLAIN: Contestant(partial(generate, verifier), {"kind": "plain"})}
     for tokens in LOOKED_UP:
         found[f"{PLAIN}, prompt lookup {tokens}"] = Contestant(
             partial(look_up, verifier, tokens=tokens),
             {"kind": "prompt lookup", "tokens": tokens},
         )
-    for index, name in enumerate(bench.drafts):
+    for name in bench.drafts:
         draft = bench.load_draft(name, verifier)
-        for proposal in (*CHAINS, *TREES):
+        first = name == next(iter(bench.drafts))
+        for proposal in (*CHAINS, *TREES) if first else (USUAL,):
             found[f"{name} {named(proposal)}"] = ours(name, draft, proposal)
-        if index == 0:
-            proposal = CHAINS[2]
-            found[f"{name} {named(proposal)} without graphs"] = ours(
-                name, draft, proposal, cuda_graphs=False
+        if first:
+            found[f"{name} {named(USUAL)} without graphs"] = ours(
+                name, draft, USUAL, cuda_graphs=False
             )
     return found
 
@@ -202,26 +204,33 @@ def steps_of(bench: Bench, verifier: Any, ids: Tensor) -> dict[str, dict[str, fl
 def static(bench: Bench, result: dict[str, Any], until: float) -> None:
     """Generate with transformers' static cache, which it compiles for; ours in turns with it.
 
-    Compiling is told apart: it is what the first generation takes more than the second one.
+    Ours as it is, and with norms and MLPs compiled. Compiling is told apart:
+    it is what the first generation takes more than the third one.
     """
     count = bench.options.prompts or PROMPTS
     length = bench.options.max_new_tokens or NEW_TOKENS
     result["prompts"], result["max_new_tokens"], result["raw"] = count, length, []
-    verifier = bench.load_verifier(bench.dtype)
+    result["first_s"] = {}
     name = next(iter(bench.drafts))
-    best = CHAINS[2]
+    # Of its own each, so that nobody runs what was compiled for another.
+    verifiers = [bench.load_verifier(bench.dtype) for _ in range(3)]
+    compiled = bench.load_draft(name, verifiers[2])
+    compile_small(verifiers[2], compiled)
     contestants = {
         PLAIN: Contestant(
-            partial(generate, verifier, cache_implementation="static"), {"kind": "static cache"}
+            partial(generate, verifiers[0], cache_implementation="static"), {"kind": "static cache"}
         ),
-        f"{name} {named(best)}": ours(name, bench.load_draft(name, verifier), best),
+        f"{name} {named(USUAL)}": ours(name, bench.load_draft(name, verifiers[1]), USUAL),
+        f"{name} {named(USUAL)}, norms and MLPs compiled": ours(name, compiled, USUAL),
     }
     # The longest first: the static cache keeps its size then.
     prompts = sorted(bench.encoded(count), key=lambda one: -one[1].shape[1])
-    with alarm(min(STATIC_SECONDS, until - time.perf_counter())):
-        warm_up = [measure(bench, contestants[PLAIN], prompts[0][1], length)[1] for _ in range(3)]
-        result["first_s"], result["second_s"], result["third_s"] = warm_up
-        measure(bench, contestants[f"{name} {named(best)}"], prompts[0][1], length)
+    with alarm(until - time.perf_counter()):
+        for one, contestant in contestants.items():
+            result["first_s"][one] = [
+                timed(partial(contestant.run, prompts[0][1], length), bench.device)[1]
+                for _ in range(3)
+            ]
         for turn, asked in enumerate(prompts):
             result["raw"] += one_round(bench, contestants, asked, length, turn)
             result["contestants"] = summarise(contestants, result["raw"])

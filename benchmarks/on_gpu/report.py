@@ -170,25 +170,35 @@ def steps_table(result: Results) -> str:
 
 def static_table(result: Results) -> str:
     """Transformers' static cache."""
-    rows = [
-        (
-            "transformers, static cache" if said["kind"] == "static cache" else name,
-            number(said["tokens_per_second"], 1),
-            number(said["speedup"]),
+    rows = []
+    for name, said in result["contestants"].items():
+        first, _, third = result["first_s"][name]
+        rows.append(
+            (
+                "transformers, static cache" if said["kind"] == "static cache" else name,
+                number(said["tokens_per_second"], 1),
+                number(said["speedup"]),
+                number(said["ms_per_step"]),
+                f"{said['same_as_transformers']} of {said['prompts']}",
+                f"{first - third:.0f}",
+            )
         )
-        for name, said in result["contestants"].items()
-    ]
-    compiled = result["first_s"] - result["third_s"]
-    return markdown(("", "tokens/s", "over the static cache"), rows) + (
-        f"\n\nThe first generation took {compiled:.0f} s more than the third one, to compile."
+    head = (
+        "",
+        "tokens/s",
+        "over the static cache",
+        "ms per step",
+        "same output",
+        "the first generation took more, s",
     )
+    return markdown(head, rows)
 
 
 def size_table(result: Results) -> str:
     """A step's parts at size, and what the goals say of them."""
     rows = []
     for name, said in result["contestants"].items():
-        parts = result["graphs_ms"].get(name, {})
+        parts = said.get("parts_ms", {})
         share = said.get("overhead")
         rows.append(
             (
@@ -227,18 +237,29 @@ def goals(result: Results) -> str:
         f"{floors['draft']:.3f} ms; {bytes_read['verify'] / 1e9:.2f} GB for one of the verifier, "
         f"{floors['verify']:.2f} ms.\n\n"
     )
-    recorded = {n: one for n, one in result["contestants"].items() if "overhead" in one}
+    kinds = {"chains, at most": "greedy:", "static tree": "static", "dynamic tree": "dynamic"}
+    recorded = {
+        kind: [
+            one
+            for name, one in result["contestants"].items()
+            if name.startswith(start) and "overhead" in one
+        ]
+        for kind, start in kinds.items()
+    }
+    recorded = {kind: some for kind, some in recorded.items() if some}
     if not recorded:
         return told
-    head, rows = ["goal", "chains, at most", "", "trees, at most", ""], []
+    head, rows = ["goal"], []
+    for kind in recorded:
+        head += [kind, ""]
     for text, key, shown in (
         ("share of a step outside the passes", "overhead", "{:.1%}"),
         ("a draft pass over its floor", "draft_over_floor", "{:.2f}"),
     ):
         limit = result["targets"][key]
         row = [f"{text}: at most {shown.format(limit)}"]
-        for trees in (False, True):
-            most = max(one[key] for n, one in recorded.items() if n.endswith("tree") == trees)
+        for some in recorded.values():
+            most = max(one[key] for one in some)
             row += [shown.format(most), met(most <= limit)]
         rows.append(row)
     return f"{told}{markdown(head, rows)}\n\n"
@@ -415,9 +436,9 @@ def speed_by_length(result: Results, axes: Axes) -> None:
 def step_by_length(result: Results, axes: Axes) -> None:
     """What a step is made of by the length of the chain, with the floors."""
     chains = {
-        said["draft_passes"]: (said, result["graphs_ms"][name])
+        said["draft_passes"]: (said, said["parts_ms"])
         for name, said in result["contestants"].items()
-        if name.startswith("greedy:") and name in result["graphs_ms"]
+        if re.fullmatch(r"greedy:\d", name) and "parts_ms" in said
     }
     lengths = list(chains)
     parts = {

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -13,11 +14,12 @@ from on_gpu.bench import (
     TREES,
     Bench,
     Output,
+    compile_small,
     generate,
     in_turns,
     named,
+    newest_recording,
     part_ms,
-    recorded_alone,
     speculate,
     timed,
 )
@@ -34,13 +36,30 @@ ROUNDS = 5
 OVERHEAD_TARGET, DRAFT_TARGET = 0.05, 1.5
 """The greatest share outside the passes; the longest draft pass over its floor."""
 
+PLAIN, COMPILED = "transformers", "greedy:3, norms and MLPs compiled"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way of generating so many new tokens, first few, then more.
+
+    Attributes:
+        run: generates.
+        lengths: how many tokens.
+        proposal: what is proposed, if anything.
+
+    """
+
+    run: Callable[[int], Output]
+    lengths: tuple[int, int]
+    proposal: ProposalMethod | None = None
+
 
 def size(bench: Bench, result: dict[str, Any], until: float) -> None:
     """Measure the constructed pair."""
     shape = SHAPES[bench.options.shape]
     pair = construct(shape, ACCEPTANCE, bench.device, bench.dtype)
     ids = torch.randint(shape.vocabulary, (1, PROMPT_TOKENS), device=bench.device)
-    proposals = {named(proposal): proposal for proposal in (*CHAINS[:6], *TREES)}
     bandwidth = result["conditions"]["copy_bandwidth"]
     weights = weights_read(pair)
     result |= {
@@ -49,16 +68,26 @@ def size(bench: Bench, result: dict[str, Any], until: float) -> None:
         "weights": weights,
         "floor_ms": {name: 1000 * nbytes / bandwidth for name, nbytes in weights.items()},
         "targets": {"overhead": OVERHEAD_TARGET, "draft_over_floor": DRAFT_TARGET},
-        "graphs_ms": {},
+        "contestants": {},
     }
-    for name, proposal in proposals.items():
-        recording = recorded_alone(pair.draft, ids, proposal)
-        if recording is not None:
-            result["graphs_ms"][name] = part_ms(recording, bench.device)
-    pair.draft._workspace.clear()
-    bench.save()
-    walls(bench, pair, ids, proposals, result, until)
-    summarise(result, proposals)
+
+    def ours(proposal: ProposalMethod, *, graphs: bool = True) -> Contestant:
+        def run(length: int) -> Output:
+            return speculate(pair.draft, ids, length, proposal, cuda_graphs=graphs)
+
+        return Contestant(run, LENGTHS["ours"], proposal)
+
+    contestants = {named(proposal): ours(proposal) for proposal in (*CHAINS[:6], *TREES)}
+    contestants["greedy:3 without graphs"] = ours(CHAINS[2], graphs=False)
+    contestants[PLAIN] = Contestant(
+        lambda length: generate(pair.verifier, ids, length), LENGTHS["plain"]
+    )
+    in_rounds(bench, pair, ids, contestants, result, until)
+    if time.perf_counter() < until:
+        pair.draft._workspace.clear()
+        compile_small(pair.verifier, pair.draft)
+        in_rounds(bench, pair, ids, {COMPILED: ours(CHAINS[2])}, result, until)
+    summarise(result)
     show(result)
 
 
@@ -83,70 +112,73 @@ def weights_read(pair: ConstructedPair) -> dict[str, int]:
     }
 
 
-def walls(
+def in_rounds(
     bench: Bench,
     pair: ConstructedPair,
     ids: Tensor,
-    proposals: dict[str, ProposalMethod],
+    contestants: dict[str, Contestant],
     result: dict[str, Any],
     until: float,
 ) -> None:
-    """Milliseconds a step by the host's clock, all contestants in turns."""
-
-    def plain(length: int) -> Output:
-        return generate(pair.verifier, ids, length)
-
-    def ours(proposal: ProposalMethod, graphs: bool) -> Callable[[int], Output]:
-        return lambda length: speculate(pair.draft, ids, length, proposal, cuda_graphs=graphs)
-
-    runs: dict[str, tuple[Callable[[int], Output], tuple[int, int]]] = {
-        name: (ours(proposal, True), LENGTHS["ours"]) for name, proposal in proposals.items()
-    }
-    runs["greedy:3 without graphs"] = (ours(CHAINS[2], False), LENGTHS["ours"])
-    runs["transformers"] = (plain, LENGTHS["plain"])
-    walk = pair.walk(int(ids[0, -1]), max(max(lengths) for _, lengths in runs.values()))
-    result["contestants"] = {name: {"step_ms": []} for name in runs}
-    for name, (run, (_, long)) in runs.items():  # records the graphs, and shows the acceptance
-        output = run(long)
-        result["contestants"][name] |= {
+    """Milliseconds a step by the host's clock, and of its graphs alone right after, in turns."""
+    workspace = pair.draft._workspace
+    longest = max(contestant.lengths[1] for contestant in contestants.values())
+    walk = pair.walk(int(ids[0, -1]), longest)
+    recordings: dict[str, Any] = {}
+    for name, contestant in contestants.items():  # records the graphs, and shows the acceptance
+        before = len(workspace.recordings)
+        long = contestant.lengths[1]
+        start = time.perf_counter()
+        output = contestant.run(long)
+        if len(workspace.recordings) > before:
+            recordings[name] = newest_recording(pair.draft)
+        said: dict[str, Any] = {
             "steps": output.steps,
             "acceptance_length": 1 + output.accepted / output.steps,
             "acceptance_rate": output.accepted / output.tried if output.tried else None,
             "walks_the_cycle": output.tokens == walk[:long],
+            "first_s": time.perf_counter() - start,
+            "step_ms": [],
         }
+        if contestant.proposal is not None and name in recordings:
+            said |= {"draft_passes": draft_passes(contestant.proposal), "graphs_ms": []}
+        result["contestants"][name] = said
     for turn in range(ROUNDS):
         start = time.perf_counter()
-        for name in in_turns(list(runs), turn):
-            run, lengths = runs[name]
+        for name in in_turns(list(contestants), turn):
+            contestant, said = contestants[name], result["contestants"][name]
             (short, short_s), (long_one, long_s) = (
-                timed(lambda n=length, r=run: r(n), bench.device)  # type: ignore[misc]
-                for length in lengths
+                timed(lambda n=length, c=contestant: c.run(n), bench.device)  # type: ignore[misc]
+                for length in contestant.lengths
             )
-            step_ms = 1000 * (long_s - short_s) / (long_one.steps - short.steps)
-            result["contestants"][name]["step_ms"].append(step_ms)
+            said["step_ms"].append(1000 * (long_s - short_s) / (long_one.steps - short.steps))
+            if name in recordings:
+                said["graphs_ms"].append(part_ms(recordings[name], bench.device))
         bench.save()
         if 2 * time.perf_counter() - start > until:
             break
 
 
-def summarise(result: dict[str, Any], proposals: dict[str, ProposalMethod]) -> None:
-    """Set what was measured against the floors."""
-    plain_ms = median(result["contestants"]["transformers"]["step_ms"])
-    for name, said in result["contestants"].items():
+def summarise(result: dict[str, Any]) -> None:
+    """Set what was measured against the floors; of all rounds the median."""
+    plain_ms = median(result["contestants"][PLAIN]["step_ms"])
+    for said in result["contestants"].values():
         said["ms"] = median(said["step_ms"])
         said["tokens_per_second"] = 1000 * said["acceptance_length"] / said["ms"]
         said["speedup"] = plain_ms * said["acceptance_length"] / said["ms"]
-        if (parts := result["graphs_ms"].get(name)) is None:
+        if not (rounds := said.get("graphs_ms")):
             continue
-        passes = draft_passes(proposals[name])
+        parts = {part: median(one[part] for one in rounds) for part in rounds[0]}
+        pass_ms = parts["draft"] / said["draft_passes"]
         said |= {
-            "overhead": 1 - sum(parts.values()) / said["ms"],
-            "draft_passes": passes,
-            "draft_pass_ms": parts["draft"] / passes,
-            "draft_over_floor": parts["draft"] / passes / result["floor_ms"]["draft"],
+            "parts_ms": parts,
+            "overhead": median(
+                1 - sum(one.values()) / ms for one, ms in zip(rounds, said["step_ms"], strict=True)
+            ),
+            "draft_pass_ms": pass_ms,
+            "draft_over_floor": pass_ms / result["floor_ms"]["draft"],
             "verify_over_floor": parts["verify"] / result["floor_ms"]["verify"],
         }
-        result["contestants"][name] = said
 
 
 def draft_passes(proposal: ProposalMethod) -> int:
@@ -162,7 +194,7 @@ def show(result: dict[str, Any]) -> None:
     print(f"floors: {floors}")
     print(f"{'':24} ms/step   draft  verify  gather  rest     draft/floor verify/floor  accepted")
     for name, said in result["contestants"].items():
-        parts = result["graphs_ms"].get(name)
+        parts = said.get("parts_ms")
         told = f"{name:24} {said['ms']:7.2f}"
         if parts:
             told += "".join(f" {ms:7.3f}" for ms in parts.values())
