@@ -20,7 +20,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from speculators.decode.cache import BlockCache
-from speculators.decode.drafting import Draft, Warp, drafter_of
+from speculators.decode.drafting import Draft, drafter_of
 from speculators.decode.limits import (
     check_arguments,
     check_batch,
@@ -29,7 +29,7 @@ from speculators.decode.limits import (
     left_padding,
 )
 from speculators.decode.replay import ReplayedSteps, Workspace
-from speculators.decode.sampling import Choice, warp_of
+from speculators.decode.sampling import Choice, Warp, warp_of
 from speculators.decode.steps import Steps
 from speculators.decode.stopping import Stopping
 from speculators.decode.tree import Tree
