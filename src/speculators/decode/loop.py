@@ -201,7 +201,7 @@ def steps_of(
 ) -> Iterator[Steps]:
     """The steps of one generation, replayed if the workspace can be had for it."""
     nothing = nullcontext(enter_result=False)
-    with workspace.lent(draft, verifier, padding, proposal) if workspace else nothing as lent:
+    with workspace.lent(draft, verifier, padding) if workspace else nothing as lent:
         if workspace is not None and lent:
             drafter = drafter_of(draft, workspace.draft_cache, proposal, warp)
             target = VerifierPass(verifier, workspace.verifier_cache, max_length)
