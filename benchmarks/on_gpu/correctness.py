@@ -15,13 +15,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+)
 from transformers.utils import logging as transformers_logging
 
 from on_gpu.bench import Bench, OutOfTimeError, free, generate, speculate
 from speculators.convert.eagle import EagleConverter
 from speculators.decode.cache import BlockCache
 from speculators.decode.drafting import drafter_of
+from speculators.decode.sampling import warp_of
 from speculators.format.config import ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 
@@ -128,7 +135,7 @@ def compared(
 def same_tree(draft: EagleSpeculator, vectors: dict[str, Tensor]) -> bool:
     """Whether the dynamic tree is the reference's."""
     tokens, states = vectors["tree_input_ids"][:, 1:], vectors["tree_hidden_states"]
-    drafter = drafter_of(draft, BlockCache([0]), GOLDEN_TREE, lambda logits: logits)
+    drafter = drafter_of(draft, BlockCache([0]), GOLDEN_TREE, warp_of(LogitsProcessorList()))
     tree = drafter.propose(tokens, states, [tokens.shape[1]])
     return (
         torch.equal(tree.tokens, vectors["tree_draft_tokens"])

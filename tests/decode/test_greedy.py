@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -399,6 +400,7 @@ def test_the_dynamic_tree_is_the_references(converted: dict[str, Any], name: str
     """The golden tree: ``total_tokens=26, depth=5, top_k=4``, the first count with the root."""
     from speculators.decode.cache import BlockCache
     from speculators.decode.drafting import drafter_of
+    from speculators.decode.sampling import warp_of
 
     g = golden_vectors(name)
     draft = EagleSpeculator.from_pretrained(
@@ -407,7 +409,7 @@ def test_the_dynamic_tree_is_the_references(converted: dict[str, Any], name: str
     method = ProposalMethod(
         proposal_type="dynamic_tree", speculative_tokens=25, tree_depth=5, tree_top_k=4
     )
-    drafter = drafter_of(draft, BlockCache([0]), method, lambda logits: logits)
+    drafter = drafter_of(draft, BlockCache([0]), method, warp_of(LogitsProcessorList()))
     with torch.no_grad():
         tree = drafter.propose(g["tree_input_ids"][:, 1:], g["tree_hidden_states"], [16])
 

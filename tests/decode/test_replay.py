@@ -9,15 +9,17 @@ import gc
 import pickle
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import EtaLogitsWarper, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from distributions import SETTINGS, TOKENS, analytic, chi_square_is_likely, small_verifier
 from speculators.decode import Generation, replay
 from speculators.decode.cache import BlockCache
 from speculators.decode.verification import VerifierPass
@@ -31,6 +33,7 @@ SMALL_TREE = ProposalMethod(
 PROPOSALS: dict[str, ProposalMethod | str] = {
     "one token": ProposalMethod(speculative_tokens=1),
     "chain": ProposalMethod(speculative_tokens=4),
+    "drawn chain": ProposalMethod(proposal_type="sampling", speculative_tokens=4),
     "static tree": "static_tree",
     "dynamic tree": SMALL_TREE,
 }
@@ -41,12 +44,24 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Again:
-    """What a CUDA graph does, by running the function again."""
+    """What a CUDA graph does, by running the function again.
+
+    Attributes:
+        recording: whether one is being made.
+
+    """
+
+    recording = False
 
     def __init__(self, run: Callable[[], Any], device: torch.device) -> None:
         assert device == DEVICE
         self._run = run
-        self.result = run()
+        Again.recording = True
+        try:
+            with torch.random.fork_rng([]):  # recording draws no random numbers
+                self.result = run()
+        finally:
+            Again.recording = False
 
     def replay(self) -> None:
         """Run, and write the results to where those of the first run are."""
@@ -61,7 +76,7 @@ def copy_tensors(source: Any, to: Any) -> None:
         for one, other in zip(source, to, strict=True):
             copy_tensors(one, other)
     elif source is not None:
-        for name in ("tokens", "parents", "depths", "ancestors"):
+        for name in ("tokens", "parents", "depths", "ancestors", "probabilities"):
             if getattr(source, name) is not getattr(to, name):
                 copy_tensors(getattr(source, name), getattr(to, name))
 
@@ -94,7 +109,8 @@ def ids_of(length: int, seed: int = 0) -> Tensor:
     return prompt(length, seed).to(DEVICE)
 
 
-def generated(draft: EagleSpeculator, ids: Tensor, **settings: Any) -> Generation:
+def generated(draft: EagleSpeculator, ids: Tensor, *, seed: int = 0, **settings: Any) -> Generation:
+    torch.manual_seed(seed)
     settings = {"do_sample": False, "max_new_tokens": 24} | settings
     result = draft.generate(ids, return_dict_in_generate=True, **settings)
     assert isinstance(result, Generation)
@@ -102,7 +118,7 @@ def generated(draft: EagleSpeculator, ids: Tensor, **settings: Any) -> Generatio
 
 
 def recordings(draft: EagleSpeculator) -> int:
-    return len(draft._workspace.recordings)
+    return sum(one is not None for one in draft._workspace.recordings.values())
 
 
 def check_same(draft: EagleSpeculator, ids: Tensor, **settings: Any) -> None:
@@ -170,14 +186,109 @@ def test_models_that_were_changed_are_recorded_anew() -> None:
 def test_sampling_draws_the_same() -> None:
     _, draft = pair()
     settings = {"do_sample": True, "temperature": 1.5, "top_k": 0, "max_new_tokens": 30}
-    for proposal in ("greedy", "static_tree"):
-        for seed in range(3):
-            torch.manual_seed(seed)
-            run = generated(draft, ids_of(6), cuda_graphs=False, proposal=proposal, **settings)
-            torch.manual_seed(seed)
-            replayed = generated(draft, ids_of(6), proposal=proposal, **settings)
-            assert replayed.sequences.tolist() == run.sequences.tolist()
-    assert recordings(draft) > 0
+    for proposal in ("greedy", "sampling", "static_tree"):
+        before, found = recordings(draft), set()
+        for seed in (0, 1, 2, 0):  # the first one while the steps are recorded
+            check_same(draft, ids_of(6), proposal=proposal, seed=seed, **settings)
+            result = generated(draft, ids_of(6), proposal=proposal, seed=seed, **settings)
+            found.add(tuple(result.sequences[0].tolist()))
+        assert len(found) == 3
+        assert recordings(draft) > before
+
+
+DRAWN: dict[str, Any] = {"do_sample": True, "proposal": "sampling", "max_new_tokens": 8}
+
+
+def test_recordings_of_drawn_chains_are_used_again_with_the_same_settings() -> None:
+    _, draft = pair()
+    settings: tuple[dict[str, Any], ...] = (
+        {"temperature": 0.7},
+        {"temperature": 0.8},
+        {"top_k": 9},
+        {"top_p": 0.9},
+        {},
+    )
+    for made, setting in enumerate(settings):
+        assert recordings(draft) == made
+        for _ in range(2):
+            check_same(draft, ids_of(6), **DRAWN, **setting)
+            assert recordings(draft) == made + 1
+    made = recordings(draft)
+    for setting in settings:
+        check_same(draft, ids_of(6), **DRAWN, **setting)
+    assert recordings(draft) == made
+    # What is not drawn is proposed in the same way whatever the settings are.
+    for setting in settings:
+        check_same(draft, ids_of(6), **(DRAWN | {"proposal": "greedy"}), **setting)
+    assert recordings(draft) == made + 1
+
+
+def test_the_recordings_that_were_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "KEPT", 2)
+    _, draft = pair()
+    kept = draft._workspace.recordings
+
+    def last(temperature: float) -> Any:
+        check_same(draft, ids_of(6), temperature=temperature, **DRAWN)
+        return next(reversed(kept.values()))
+
+    first, second = last(0.5), last(0.6)
+    assert last(0.5) is first
+    third = last(0.7)
+    assert list(kept.values()) == [first, third]
+    assert last(0.6) is not second
+
+
+@pytest.mark.parametrize("name", ["plain", "top_k", "top_p"])
+def test_replayed_draws_have_the_verifiers_distribution(name: str) -> None:
+    settings = SETTINGS[name]
+    verifier = small_verifier()
+    draft = knowing_draft(verifier)
+    verifier.to(DEVICE)  # type: ignore[arg-type]
+    draft.to(DEVICE)  # type: ignore[arg-type]
+    method = ProposalMethod(proposal_type="sampling", speculative_tokens=3)
+    counts: Counter[tuple[int, ...]] = Counter()
+    accepted: list[int] = []
+    torch.manual_seed(0)
+    for _ in range(400):
+        result = draft.generate(
+            torch.tensor([[1, 3, 2]], device=DEVICE),
+            proposal=method,
+            do_sample=True,
+            max_new_tokens=TOKENS,
+            return_dict_in_generate=True,
+            **settings,
+        )
+        assert isinstance(result, Generation)
+        counts[tuple(result.sequences[0, 3:].tolist())] += 1
+        accepted += result.accepted[0]
+    assert recordings(draft) == 1
+    assert chi_square_is_likely(counts, analytic(verifier, [1, 3, 2], settings))
+    assert sum(accepted) > len(accepted) / 5
+
+
+def test_a_setting_that_needs_the_host_is_run(
+    monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    _, draft = pair()
+    if DEVICE.type == "cpu":  # elsewhere it does wait
+        warp = EtaLogitsWarper.__call__
+
+        def wait(*arguments: Any) -> Any:
+            if Again.recording:
+                raise RuntimeError("called a synchronizing CUDA operation")
+            return warp(*arguments)
+
+        monkeypatch.setattr(EtaLogitsWarper, "__call__", wait)
+    for seed in range(2):
+        check_same(draft, ids_of(6), eta_cutoff=0.01, seed=seed, **DRAWN)
+    assert recordings(draft) == 0
+    assert sum("No CUDA graphs" in line for line in log) == 1
+    check_same(draft, ids_of(6), **DRAWN)
+    assert recordings(draft) == 1
+    check_same(draft, ids_of(6), eta_cutoff=0.01, **(DRAWN | {"proposal": "greedy"}))
+    assert recordings(draft) == 2
+    assert sum("No CUDA graphs" in line for line in log) == 1
 
 
 def test_what_cannot_be_recorded_is_run() -> None:
@@ -186,7 +297,6 @@ def test_what_cannot_be_recorded_is_run() -> None:
     padded = torch.cat((torch.zeros_like(ids_of(2)), ids_of(6)), 1)
     mask = (torch.arange(8, device=DEVICE) >= 2).long()[None]
     check_same(draft, batch)
-    generated(draft, ids_of(6), proposal="sampling")
     run = generated(draft, ids_of(6)).sequences[0, 6:]
     draft._workspace.clear()
     assert generated(draft, padded, attention_mask=mask).sequences[0, 8:].tolist() == run.tolist()
@@ -272,6 +382,8 @@ def test_what_needs_the_host_is_run(monkeypatch: pytest.MonkeyPatch, log: list[s
     else:
 
         def refuse(run: Callable[[], Any], device: torch.device) -> Any:
+            if run.__name__ != "verify":
+                return Again(run, device)
             raise RuntimeError("called a synchronizing CUDA operation\nand so on")
 
         monkeypatch.setitem(replay.RECORDERS, "cpu", refuse)
@@ -279,7 +391,8 @@ def test_what_needs_the_host_is_run(monkeypatch: pytest.MonkeyPatch, log: list[s
     check_same(draft, ids_of(7))
     assert recordings(draft) == 0
     assert sum("No CUDA graphs" in line for line in log) == 1
-    generated(draft, ids_of(6), do_sample=True, proposal="sampling")
+    check_same(draft, ids_of(6), **DRAWN)
+    assert draft._workspace.refused
 
 
 class Once:
@@ -324,6 +437,8 @@ def test_a_draft_that_is_dropped_leaves_nothing_behind() -> None:
     def use() -> None:
         _, draft = pair()
         check_same(draft, ids_of(6))
+        check_same(draft, ids_of(6), **DRAWN)
+        check_same(draft, ids_of(6), eta_cutoff=0.01, **DRAWN)
         assert recordings(draft) > 0
 
     use()  # what libraries keep for good

@@ -7,15 +7,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper
+from transformers import (
+    EtaLogitsWarper,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
-from speculators.decode.sampling import coupled_draw, draw
+from distributions import SETTINGS, TOKENS, analytic, chi_square_is_likely, small_verifier
+from speculators.decode.sampling import coupled_draw, draw, warp_of
 from speculators.errors import GenerationError
 from speculators.format.config import ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 from tiny_models import knowing_draft, random_draft, tiny_verifier
 
-VOCABULARY = 5
 PROPOSALS = {
     "greedy": ProposalMethod(speculative_tokens=3),
     "sampling": ProposalMethod(proposal_type="sampling", speculative_tokens=3),
@@ -24,79 +31,11 @@ PROPOSALS = {
         proposal_type="dynamic_tree", speculative_tokens=7, tree_depth=2, tree_top_k=3
     ),
 }
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {"top_k": 0},
-    "temperature": {"top_k": 0, "temperature": 0.6},
-    "top_k": {"top_k": 3, "temperature": 1.3},
-    "top_p": {"top_k": 0, "top_p": 0.8},
-    "repetition_penalty": {"top_k": 0, "repetition_penalty": 1.7},
-}
-TOKENS = 3
-
-
-def chi_square_is_likely(counts: Counter[Any], probabilities: dict[Any, float]) -> bool:
-    """Pearson's test at the level of 1e-4; outcomes that are expected rarely are put together.
-
-    The quantile is by Wilson and Hilferty (1931).
-    """
-    draws = sum(counts.values())
-    impossible = [outcome for outcome in counts if probabilities.get(outcome, 0.0) == 0.0]
-    if impossible:
-        return False
-    cells = [(counts[o], p * draws) for o, p in probabilities.items() if p * draws >= 8]
-    rare_counts = draws - sum(count for count, _ in cells)
-    rare_expected = draws - sum(expected for _, expected in cells)
-    if rare_expected >= 8:
-        cells.append((rare_counts, rare_expected))
-    else:
-        assert rare_counts <= 40
-    statistic = sum((count - expected) ** 2 / expected for count, expected in cells)
-    degrees = len(cells) - 1
-    quantile = degrees * (1 - 2 / (9 * degrees) + 3.719 * (2 / (9 * degrees)) ** 0.5) ** 3
-    return bool(statistic < quantile)
-
-
-def transform(scores: Tensor, before: list[int], settings: dict[str, Any]) -> Tensor:
-    """The distribution after the settings, written here from their definitions."""
-    if "repetition_penalty" in settings:
-        penalty = settings["repetition_penalty"]
-        for token in set(before):
-            scores[token] *= penalty if scores[token] < 0 else 1 / penalty
-    scores = scores / settings.get("temperature", 1.0)
-    if settings["top_k"]:
-        scores[scores < scores.sort(descending=True).values[settings["top_k"] - 1]] = -torch.inf
-    p = scores.softmax(-1)
-    if "top_p" in settings:
-        order = p.argsort(descending=True)
-        before_it = p[order].cumsum(0) - p[order]
-        p[order[before_it >= settings["top_p"]]] = 0
-    return p / p.sum()
-
-
-def analytic(
-    verifier: PreTrainedModel, prompt: list[int], settings: dict[str, Any]
-) -> dict[tuple[int, ...], float]:
-    """The probability of each sequence of ``TOKENS`` tokens after a prompt."""
-    found = {}
-    tails = list(itertools.product(range(VOCABULARY), repeat=TOKENS))
-    ids = torch.tensor([[*prompt, *tail] for tail in tails])
-    with torch.no_grad():
-        logits = verifier(ids).logits.double()
-    for row, tail in zip(logits, tails, strict=True):
-        probability = 1.0
-        for i, token in enumerate(tail):
-            before = [*prompt, *tail[:i]]
-            p = transform(row[len(prompt) - 1 + i].clone(), before, settings)
-            probability *= float(p[token])
-        found[tail] = probability
-    return found
 
 
 @pytest.fixture(scope="module")
 def verifier() -> PreTrainedModel:
-    model = tiny_verifier(context=0.1, initializer_range=0.25, vocab_size=VOCABULARY)
-    model.generation_config.pad_token_id = None
-    return model
+    return small_verifier()
 
 
 def sampled(
@@ -225,6 +164,23 @@ def test_the_same_seed_gives_the_same_tokens(verifier: PreTrainedModel) -> None:
         torch.manual_seed(5)
         found.append(draft.generate(torch.tensor([[1, 2]]), do_sample=True, max_new_tokens=20))
     assert torch.equal(found[0], found[1])  # type: ignore[arg-type]
+
+
+def test_warps_are_equal_if_they_do_the_same() -> None:
+    def warp(temperature: float = 0.7, top_k: int = 9, eta: float = 1e-3) -> Any:
+        warpers = (
+            TemperatureLogitsWarper(temperature),
+            TopKLogitsWarper(top_k),
+            EtaLogitsWarper(eta),  # holds a tensor
+        )
+        return warp_of(LogitsProcessorList([*warpers, RepetitionPenaltyLogitsProcessor(1.5)]))
+
+    assert warp() == warp()
+    assert hash(warp()) == hash(warp())
+    others = [warp(temperature=0.70000001), warp(top_k=8), warp(eta=1.00001e-3)]
+    assert len({warp(), *others, warp_of(LogitsProcessorList())}) == 5
+    both = TemperatureLogitsWarper(0.7), TopKLogitsWarper(9)
+    assert warp_of(LogitsProcessorList(both)) != warp_of(LogitsProcessorList(both[::-1]))
 
 
 class Alternating(TemperatureLogitsWarper):

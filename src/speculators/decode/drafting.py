@@ -7,7 +7,7 @@ position is computed again with the true one, so that the draft's cache only kee
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from speculators.decode.cache import BlockCache
-from speculators.decode.sampling import draw
+from speculators.decode.sampling import Warp, draw
 from speculators.decode.tree import (
     EAGLE1_TREE,
     Level,
@@ -28,10 +28,7 @@ from speculators.decode.tree import (
 from speculators.errors import GenerationError
 from speculators.format.config import PROPOSALS, ProposalMethod
 
-__all__ = ["Draft", "Drafter", "Warp", "drafter_of"]
-
-Warp = Callable[[Tensor], Tensor]
-"""What is done to logits, (rows, vocabulary), before tokens are drawn from them."""
+__all__ = ["Draft", "Drafter", "drafter_of"]
 
 
 class Draft(Protocol):
@@ -68,7 +65,13 @@ class Drafter(ABC):
         deepest: how many levels its proposals have below their root at most.
         reach: how many slots a step takes at most behind those confirmed in the longest cache.
 
+    Attributes:
+        warp: what shapes the distribution that proposals are drawn from; ``None`` if they are not
+            drawn.
+
     """
+
+    warp: Warp | None = None
 
     def __init__(self, draft: Draft, cache: BlockCache, deepest: int, reach: int) -> None:
         self.draft = draft
@@ -196,6 +199,8 @@ cheaper to shape, most of all by ``top_p``, which sorts it, and is accepted abou
 
 class DrawnChainDrafter(ShapeDrafter):
     """Proposes chains that are drawn from the draft's distribution over its best tokens."""
+
+    warp: Warp
 
     def __init__(self, draft: Draft, cache: BlockCache, length: int, warp: Warp) -> None:
         super().__init__(draft, cache, chain(length))

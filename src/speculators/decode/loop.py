@@ -20,7 +20,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from speculators.decode.cache import BlockCache
-from speculators.decode.drafting import Draft, Warp, drafter_of
+from speculators.decode.drafting import Draft, drafter_of
 from speculators.decode.limits import (
     check_arguments,
     check_batch,
@@ -29,7 +29,7 @@ from speculators.decode.limits import (
     left_padding,
 )
 from speculators.decode.replay import ReplayedSteps, Workspace
-from speculators.decode.sampling import Choice, warp_of
+from speculators.decode.sampling import Choice, Warp, warp_of
 from speculators.decode.steps import Steps
 from speculators.decode.stopping import Stopping
 from speculators.decode.tree import Tree
@@ -201,7 +201,7 @@ def steps_of(
 ) -> Iterator[Steps]:
     """The steps of one generation, replayed if the workspace can be had for it."""
     nothing = nullcontext(enter_result=False)
-    with workspace.lent(draft, verifier, padding, proposal) if workspace else nothing as lent:
+    with workspace.lent(draft, verifier, padding) if workspace else nothing as lent:
         if workspace is not None and lent:
             drafter = drafter_of(draft, workspace.draft_cache, proposal, warp)
             target = VerifierPass(verifier, workspace.verifier_cache, max_length)

@@ -5,7 +5,8 @@ runs them. A CUDA graph launches all of them at once, always on the same memory 
 shapes. So the confirmed tokens are padded to the longest way through a tree, how much is confirmed
 is told by a tensor, and the attention goes over a power of two of slots, the rest of them masked.
 
-The graphs and the caches that they were recorded over stay for the next generation.
+The graphs and the caches that they were recorded over stay for the next generation. What cannot be
+recorded is run step by step.
 """
 
 import threading
@@ -36,12 +37,19 @@ FEWEST_SLOTS = 256
 AHEAD = 1024
 """For how many new tokens room is made at once."""
 
+KEPT = 16
+"""How many recordings are kept: those used last. Settings of sampling may come in any number."""
 
 ONE_RECORDS = threading.Lock()
+"""Held while something is recorded: PyTorch records on a stream that all threads share."""
 
 
 class Graph:
     """What a function does to a GPU's memory, recorded once, to be done again and again.
+
+    Each replay draws new random numbers from PyTorch's default generator of the GPU, the same ones
+    as the function would (see the note on them in ATen/cuda/CUDAGeneratorImpl.h). Recording draws
+    none, so that a seed gives the same whether a step is recorded first or only replayed.
 
     Args:
         run: the function. It finds its tensors itself, always the same ones, which must be kept as
@@ -57,15 +65,19 @@ class Graph:
     """
 
     def __init__(self, run: Callable[[], Any], device: torch.device) -> None:
-        # One at a time: PyTorch records on a stream that all threads share.
         with ONE_RECORDS, torch.cuda.device(device):
             now, aside = torch.cuda.current_stream(), stream_aside(device)
+            random_state = torch.cuda.get_rng_state(device)
             aside.wait_stream(now)
-            with torch.cuda.stream(aside):
-                run()  # what is only done at the first time
-                with forbidden_to_wait():
-                    run()
-            now.wait_stream(aside)
+            try:
+                with torch.cuda.stream(aside):
+                    run()  # what is only done at the first time
+                    with forbidden_to_wait():
+                        run()
+            finally:
+                # After a failure, too: what did run must not write while later steps are run.
+                now.wait_stream(aside)
+                torch.cuda.set_rng_state(random_state, device)
             self._graph = torch.cuda.CUDAGraph()
             # Other threads may go on using the GPU meanwhile.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
@@ -102,6 +114,10 @@ RECORDERS: dict[str, Callable[[Callable[[], Any], torch.device], Graph]] = {"cud
 """By the type of device, what records; other devices have no graphs."""
 
 
+class UnrecordableVerifierError(RuntimeError):
+    """The verifier's part of a step cannot be recorded, whatever is proposed."""
+
+
 class Recording:
     """A step as graphs, for blocks within the first ``limit`` slots of both caches.
 
@@ -115,8 +131,12 @@ class Recording:
         proposing: the graph of the draft's part.
         verifying: the graph of the verifier's part.
         gathering: the graph that keeps what is scattered in a tree; ``None`` for a chain.
-        tree: what was proposed last.
-        verified: what ``VerifierPass.verify`` gave for it.
+        tree: what was proposed last; the next ``propose`` writes over its tensors.
+        verified: what ``VerifierPass.verify`` gave for it; likewise, by the next ``verify``.
+
+    Raises:
+        UnrecordableVerifierError: if the verifier needs the host while it runs.
+        RuntimeError: if proposing does.
 
     """
 
@@ -129,8 +149,11 @@ class Recording:
         self._said = torch.tensor([1, *full, *[0] * self.longest], device=device)
         count, drafted, verified = self._said[:3].split(1)
         unseen = self._said[None, 3:]
+        # The way through a tree that the verifier agreed with, and its hidden states on it, which
+        # are what the draft takes in next.
         self._path = torch.zeros(1, self.longest, dtype=torch.long, device=device)
         self._kept = states.new_zeros(1, self.longest, states.shape[2])
+        self._warp = drafter.warp  # some warpers have tensors, which the graphs read
         record = RECORDERS[device.type]
 
         def propose() -> Tree:
@@ -140,7 +163,7 @@ class Recording:
         def verify() -> tuple[Tensor, Tensor, Tensor]:
             with target.cache.recording(verified, limit):
                 told = target.verify(self.tree)
-            if self.tree.is_chain:
+            if self.tree.is_chain:  # a beginning of it is kept, which need not be gathered
                 self._kept.copy_(target.states)
             return *told, target.states
 
@@ -150,9 +173,12 @@ class Recording:
 
         self.proposing = record(propose, device)
         self.tree: Tree = self.proposing.result
-        self.verifying = record(verify, device)
-        *self.verified, self._states = self.verifying.result
-        self.gathering = None if self.tree.is_chain else record(gather, device)
+        try:
+            self.verifying = record(verify, device)
+            *self.verified, self._states = self.verifying.result
+            self.gathering = None if self.tree.is_chain else record(gather, device)
+        except RuntimeError as error:
+            raise UnrecordableVerifierError(*error.args) from error
 
     def propose(self, unseen: Sequence[int], states: Tensor, drafted: int, verified: int) -> None:
         """Propose what may follow.
@@ -167,7 +193,7 @@ class Recording:
         count = len(unseen)
         said = [count, drafted, verified, *unseen, *[0] * (self.longest - count)]
         self._said.copy_(torch.tensor(said), non_blocking=True)
-        if states.data_ptr() != self._kept.data_ptr():
+        if states.data_ptr() != self._kept.data_ptr():  # they are not of this recording's last step
             self._kept[:, :count].copy_(states)
         self.proposing.replay()
 
@@ -188,13 +214,21 @@ class Workspace:
 
     It belongs to one draft and the verifier that is attached to it, and serves one generation at
     a time. Copied or pickled, it is empty.
+
+    Attributes:
+        refused: whether the verifier cannot be recorded, so that nothing is any more.
+        recordings: the last ``KEPT`` ones that were used, in that order, by all that they depend
+            on besides the models; ``None`` where proposing cannot be recorded.
+        draft_cache: the draft's, over which they were recorded.
+        verifier_cache: likewise, the verifier's.
+
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._models: tuple[Hashable, ...] | None = None
         self.refused = False
-        self.recordings: dict[Hashable, Recording] = {}
+        self.recordings: dict[Hashable, Recording | None] = {}
         self.draft_cache = self.verifier_cache = BlockCache([0])
 
     def __reduce__(self) -> tuple[type["Workspace"], tuple[()]]:
@@ -202,11 +236,7 @@ class Workspace:
 
     @contextmanager
     def lent(
-        self,
-        draft: Draft,
-        verifier: PreTrainedModel,
-        padding: Sequence[int],
-        proposal: ProposalMethod,
+        self, draft: Draft, verifier: PreTrainedModel, padding: Sequence[int]
     ) -> Iterator[bool]:
         """Take the workspace for one generation, if its steps can be recorded and it is free.
 
@@ -214,7 +244,7 @@ class Workspace:
             whether they can and it is.
 
         """
-        if self.refused or not replayable(draft, verifier, padding, proposal):
+        if self.refused or not replayable(draft, verifier, padding):
             yield False
             return
         if not self._lock.acquire(blocking=False):
@@ -245,15 +275,39 @@ class Workspace:
         if any(moved):
             self.recordings.clear()
 
-    def refuse(self, error: RuntimeError) -> None:
-        """Record nothing any more, since the models cannot be recorded."""
-        self.refused = True
-        reason = str(error).partition("\n")[0]
-        logger.debug(f"No CUDA graphs, since the step cannot be recorded: {reason}")
+    def recorded(self, key: Hashable, record: Callable[[], Recording]) -> Recording | None:
+        """The recording of a key, made if there is none yet; ``None`` if it cannot be made.
+
+        Where proposing cannot be recorded, this is only known for this key: it may be owed to a
+        setting of sampling. A verifier that cannot be recorded is not tried again.
+        """
+        recording = None
+        if key in self.recordings:
+            recording = self.recordings.pop(key)
+        elif not self.refused:
+            try:
+                recording = record()
+            except UnrecordableVerifierError as error:
+                self.refused = True
+                log_that_not(error, "the verifier")
+            except RuntimeError as error:
+                log_that_not(error, "the proposal")
+        self.recordings[key] = recording  # as the last one
+        if len(self.recordings) > KEPT:
+            del self.recordings[next(iter(self.recordings))]
+        return recording
+
+
+def log_that_not(error: RuntimeError, part: str) -> None:
+    """Tell why a part of a step cannot be recorded."""
+    reason = str(error).partition("\n")[0]
+    logger.debug(f"No CUDA graphs, since {part} cannot be recorded: {reason}")
 
 
 class ReplayedSteps(Steps):
     """Steps that are recorded once for each number of slots, and then replayed.
+
+    The steps of a number of slots for which there is no recording are run as ``Steps`` runs them.
 
     Args:
         drafter: with the workspace's cache.
@@ -261,6 +315,10 @@ class ReplayedSteps(Steps):
         workspace: lent for this generation.
         proposal: what the drafter proposes by.
         slots: how many slots the prompt and all that may follow it take.
+
+    Attributes:
+        limit: how many slots the attention of the current step goes over.
+        recording: the graphs for so many, if there are any.
 
     """
 
@@ -274,7 +332,7 @@ class ReplayedSteps(Steps):
     ) -> None:
         super().__init__(drafter, target)
         self.workspace = workspace
-        self.proposal = proposal.model_dump_json()
+        self.proposal = proposal.model_dump_json(), drafter.warp
         self.slots = slots
         self.limit = 0
         self.recording: Recording | None = None
@@ -318,16 +376,10 @@ class ReplayedSteps(Steps):
     def _recording(self, limit: int, states: Tensor) -> Recording | None:
         """The graphs for so many slots; ``None`` if they cannot be made."""
         self.workspace.reserve(limit)
-        key = (self.proposal, limit, self.target.last_position)
-        recording = self.workspace.recordings.get(key)
-        if recording is None and not self.workspace.refused:
-            try:
-                recording = Recording(self.drafter, self.target, limit, states)
-            except RuntimeError as error:
-                self.workspace.refuse(error)
-                return None
-            self.workspace.recordings[key] = recording
-        return recording
+        return self.workspace.recorded(
+            (self.proposal, limit, self.target.last_position),
+            lambda: Recording(self.drafter, self.target, limit, states),
+        )
 
 
 def limit_for(slots: int) -> int:
@@ -335,13 +387,11 @@ def limit_for(slots: int) -> int:
     return max(FEWEST_SLOTS, 1 << (slots - 1).bit_length())
 
 
-def replayable(
-    draft: Draft, verifier: PreTrainedModel, padding: Sequence[int], proposal: ProposalMethod
-) -> bool:
+def replayable(draft: Draft, verifier: PreTrainedModel, padding: Sequence[int]) -> bool:
     """Whether the steps of a generation could be recorded, so far as can be told before.
 
-    Both models must be on one device that records, and take masks; there must be one prompt without
-    padding; and proposals must not be drawn, since that depends on the settings of each generation.
+    Both models must be on one device that records, and take masks; and there must be one prompt
+    without padding.
     """
     if not isinstance(draft, nn.Module) or verifier.training or draft.training:
         return False
@@ -350,7 +400,6 @@ def replayable(
         list(padding) == [0]
         and len(devices) == 1
         and next(iter(devices)).type in RECORDERS
-        and proposal.proposal_type != "sampling"
         and all(takes_masks(model) for model in (draft, verifier))
     )
 

@@ -12,8 +12,9 @@ arXiv:2211.17192; Chen et al., 2023, arXiv:2302.01318). The proposal is taken wi
 min(1, p/q), and otherwise the token is drawn from max(0, p - q), normalised.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from transformers.generation.logits_process import (
 
 from speculators.errors import GenerationError
 
-__all__ = ["Choice", "coupled_draw", "draw", "warp_of"]
+__all__ = ["Choice", "Warp", "coupled_draw", "draw", "warp_of"]
 
 WARPERS = (
     EpsilonLogitsWarper,
@@ -147,18 +148,37 @@ def coupled_draw(p: Tensor, q: Tensor, proposed: Tensor) -> Tensor:
     return torch.where(accepted, proposed, draw(rest))
 
 
-def warp_of(processors: LogitsProcessorList) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True, slots=True)
+class Warp:
     """What makes the draft's distribution more like the verifier's.
 
     A proposal may come from any distribution; the closer it is to the verifier's, the more often
-    it is accepted.
+    it is accepted. Two warps are equal if their settings are.
 
-    Args:
-        processors: the verifier's.
-
-    Returns:
-        a function of logits, (rows, vocabulary).
+    Attributes:
+        settings: which warpers they are, in their order, and all that they hold.
+        warpers: what is done to logits.
 
     """
-    warpers = LogitsProcessorList([one for one in processors if type(one) in WARPERS])
-    return lambda logits: warpers(None, logits)  # type: ignore[arg-type]
+
+    settings: str
+    warpers: LogitsProcessorList = field(compare=False)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits, (rows, vocabulary), as tokens are drawn from them."""
+        return self.warpers(None, logits)  # type: ignore[arg-type]
+
+
+def warp_of(processors: LogitsProcessorList) -> Warp:
+    """The part of the verifier's processors that does not depend on the tokens before."""
+    warpers = [one for one in processors if type(one) in WARPERS]
+    settings = [
+        (type(one).__name__, {name: _exact(value) for name, value in vars(one).items()})
+        for one in warpers
+    ]
+    return Warp(repr(settings), LogitsProcessorList(warpers))
+
+
+def _exact(value: Any) -> Any:
+    """A setting in a form of which ``repr`` shows all digits; of a tensor it shows a few."""
+    return value.tolist() if isinstance(value, Tensor) else value
