@@ -101,7 +101,12 @@ def ours(
 def measure(
     bench: Bench, contestant: Contestant, ids: Tensor, max_new_tokens: int
 ) -> tuple[Output, float]:
-    """Generate once, and once more if that recorded graphs, which is done once for good."""
+    """Generate once, and once more if that recorded graphs, which is done once for good.
+
+    A few tokens come before, so that the clocks of host and GPU are those of this contestant's
+    work, not of the one's before it, which may have been another kind of work.
+    """
+    contestant.run(ids, min(WARM_UP_TOKENS, max_new_tokens))
     for _ in range(4):
         before = contestant.recordings()
         output, seconds = timed(lambda: contestant.run(ids, max_new_tokens), bench.device)
