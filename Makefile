@@ -60,11 +60,11 @@ docs: $(INSTALLED)  ## build the documentation as a site, in site/
 
 bench: $(VERIFIER)  ## measure, and write benchmarks/results
 	$(BIN)/python benchmarks/convert.py
-	$(BIN)/speculators convert eagle examples/smollm2-135m-eagle1 $(CONVERTED) $(VERIFIER) --overwrite
-	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER)
-	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --temperature 1 \
+	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite
+	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1
+	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1 --temperature 1 \
 		--proposal greedy:3 --proposal sampling:3 --results benchmarks/results/decode-sampling.json
-	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --top-p 0.9 \
+	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1 --top-p 0.9 \
 		--proposal greedy:3 --proposal sampling:3 --results benchmarks/results/decode-top-p.json
 
 bench-vllm: $(VERIFIER) $(VLLM_INSTALLED)  ## compare the plugin with vLLM's own EAGLE

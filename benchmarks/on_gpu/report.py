@@ -196,6 +196,7 @@ def static_table(result: Results) -> str:
 
 def size_table(result: Results) -> str:
     """A step's parts at size, and what the goals say of them."""
+    alone = result["contestants"]["greedy:1"].get("parts_ms", {}).get("verify")
     rows = []
     for name, said in result["contestants"].items():
         parts = said.get("parts_ms", {})
@@ -211,6 +212,7 @@ def size_table(result: Results) -> str:
                 number(said.get("draft_over_floor")),
                 number(said.get("verify_over_floor")),
                 number(said["speedup"]),
+                number(said["tokens_per_second"] * alone / 1000) if parts else None,
             )
         )
     head = (
@@ -225,6 +227,7 @@ def size_table(result: Results) -> str:
         "over its floor",
         "verifier over its floor",
         "speed-up",
+        "by speculation alone",
     )
     return goals(result) + markdown(head, rows)
 
@@ -427,10 +430,10 @@ def speed_by_length(result: Results, axes: Axes) -> None:
         ylabel="tokens per second",
         xlim=(0.5, 11.8),
         xticks=[*range(1, 9), 9.5, 11],
-        xticklabels=[*map(str, range(1, 9)), "static tree", "dynamic tree"],
+        xticklabels=[*map(str, range(1, 9)), "static\ntree", "dynamic\ntree"],
     )
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.12))
 
 
 def step_by_length(result: Results, axes: Axes) -> None:
