@@ -33,13 +33,15 @@ class Dtype(str, Enum):
 def evaluate(
     directory: Annotated[
         str,
-        typer.Argument(metavar="DIR", help="The converted draft: a directory or a Hub id."),
+        typer.Argument(
+            metavar="DIR", help="The converted draft: a directory or a Hugging Face id."
+        ),
     ],
     verifier: Annotated[
         str | None,
         typer.Option(
-            help="The verifier: a directory or a Hub id. The one that the draft's config names, "
-            "if not given.",
+            help="The verifier: a directory or a Hugging Face id. The one that the draft's config "
+            "names, if not given.",
             show_default=False,
         ),
     ] = None,
@@ -113,6 +115,8 @@ def evaluate(
     speculators evaluate ./converted --num-draft-tokens 1..8 --output report
     """
     lengths = _draft_lengths(num_draft_tokens)
+    if overwrite and output is None:
+        raise typer.BadParameter("--overwrite is of use with --output only.")
 
     from speculators.checkpoint.staging import check_output
     from speculators.cli.report_view import print_report, progress_bar
@@ -148,9 +152,11 @@ def evaluate(
     finally:  # also when it was stopped, or failed: nothing measured is lost
         if evaluation.measured:
             report = evaluation.report()
-            print_report(report)
-            if output is not None:
-                save_report(report, output, overwrite=overwrite)
+            try:
+                print_report(report)
+            finally:  # even if nobody reads what is printed
+                if output is not None:
+                    save_report(report, output, overwrite=overwrite)
 
 
 def _draft_lengths(text: str | None) -> list[int] | list[None]:
