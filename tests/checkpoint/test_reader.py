@@ -164,6 +164,15 @@ def test_where_no_file_will_do(directory: Path) -> None:
         open_repository(directory / "model.safetensors")
 
 
+def test_a_revision_of_what_is_here_is_told_to_mean_nothing(
+    directory: Path, log: list[str]
+) -> None:
+    open_repository(directory)
+    assert log == []
+    open_repository(directory, revision="v2")
+    assert log == [f"WARNING {directory} is on this machine, so the revision v2 is ignored"]
+
+
 def test_no_weights(directory: Path) -> None:
     save_file(TENSORS, directory / "draft.safetensors")
     with pytest.raises(

@@ -25,7 +25,9 @@ def validate(
     cache_dir: CacheDir = None,
     revision: Annotated[
         str | None,
-        typer.Option(help="A branch, tag or commit of INPUT on the Hub.", show_default=False),
+        typer.Option(
+            help="With --source: a branch, tag or commit of INPUT on the Hub.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Check a converted checkpoint again, at any time; nothing is written.
@@ -40,6 +42,9 @@ def validate(
 
     speculators validate ./converted --source ./draft
     """
+    if revision is not None and source is None:
+        raise typer.BadParameter("--revision is of use with --source only.")
+
     from speculators.cli.progress import progress_bar
     from speculators.convert.eagle import EagleConverter
 
