@@ -16,11 +16,12 @@ from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory
 from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo
+from speculators.checkpoint.verifier import Verifier
 from speculators.checkpoint.writer import contiguous_chunks
 from speculators.convert.eagle.plan import ConversionPlan
 from speculators.convert.eagle.reference import PlainDraft
-from speculators.convert.families import strip_prefix
-from speculators.errors import SpeculatorsError, ValidationError
+from speculators.convert.families import recognise, strip_prefix
+from speculators.errors import SpeculatorsError, ValidationError, VerifierError
 from speculators.format.tensors import DTYPES
 from speculators.models.eagle import EagleOutput, EagleSpeculator
 from speculators.models.tensors import TORCH_DTYPES, read_tensor
@@ -54,6 +55,7 @@ def validate_conversion(
 
     Raises:
         ValidationError: if anything of this is not so.
+        VerifierError: if the verifier is a draft.
 
     """
     logger.info("Validating converted checkpoint...")
@@ -78,6 +80,7 @@ def validate_model(
 
     Raises:
         ValidationError: if anything of this is not so.
+        VerifierError: if the verifier is a draft.
 
     """
     try:
@@ -237,6 +240,7 @@ class _ForwardCheck:
         try:
             info = self.plan.verifier.head()
         except SpeculatorsError as error:
+            _refuse_draft_as_verifier(self.plan.verifier)
             self._leave_unchecked(
                 f"Logits were not validated, since the verifier's head is not here: {error}"
             )
@@ -283,6 +287,22 @@ class _ForwardCheck:
             for target, info in plan.tensors.items()
             if target != "embed_tokens.weight"
         }
+
+
+def _refuse_draft_as_verifier(verifier: Verifier) -> None:
+    """Tell a verifier without a head from a draft, whose config looks like its verifier's."""
+    if verifier.repository.commit is not None:
+        return  # all of its weights would be downloaded for their names
+    try:
+        tensors = read_tensors(verifier.repository)
+    except SpeculatorsError:
+        return  # why there is no head to be had is told all the same
+    family = recognise({}, tensors).family
+    if family is not None and family.kind != "language-model":
+        raise VerifierError(
+            f"The verifier {verifier.name} holds {family.name}; give the language model that the "
+            "draft was trained for."
+        )
 
 
 def _as_planned(plan: ConversionPlan, tensor: Tensor) -> Tensor:
