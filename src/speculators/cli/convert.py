@@ -1,8 +1,7 @@
 """`speculators convert`: research checkpoints into the speculators format."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,14 +12,6 @@ __all__ = ["app"]
 app = typer.Typer(
     help="Convert a research checkpoint to the speculators format.", no_args_is_help=True
 )
-
-
-class Dtype(str, Enum):
-    """What tensors can be rounded to."""
-
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
 
 
 @app.callback()
@@ -88,7 +79,7 @@ def eagle(
         typer.Option("--overwrite", help="Replace OUTPUT if a converted checkpoint is there."),
     ] = False,
     dtype: Annotated[
-        Dtype | None,
+        Literal["float16", "bfloat16", "float32"] | None,
         typer.Option(help="Round the tensors to this type; each keeps its own if not given."),
     ] = None,
     push_to_hub: Annotated[

@@ -1,33 +1,14 @@
 """`speculators evaluate`: how well a draft drafts."""
 
 import re
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from speculators.cli.shared import CacheDir
 
 __all__ = ["evaluate"]
-
-
-class Proposal(str, Enum):
-    """The format's proposal methods."""
-
-    GREEDY = "greedy"
-    SAMPLING = "sampling"
-    STATIC_TREE = "static_tree"
-    DYNAMIC_TREE = "dynamic_tree"
-
-
-class Dtype(str, Enum):
-    """The types that models run in."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 def evaluate(
@@ -62,7 +43,7 @@ def evaluate(
         int, typer.Option(min=1, help="The longest output, in tokens.")
     ] = 256,
     proposal: Annotated[
-        Proposal | None,
+        Literal["greedy", "sampling", "static_tree", "dynamic_tree"] | None,
         typer.Option(
             help="How tokens are proposed. The config's default, if not given.", show_default=False
         ),
@@ -88,8 +69,9 @@ def evaluate(
         ),
     ] = False,
     dtype: Annotated[
-        Dtype, typer.Option(help="What both models run in; auto: what the verifier is stored in.")
-    ] = Dtype.AUTO,
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="What both models run in; auto: what the verifier is stored in."),
+    ] = "auto",
     device: Annotated[
         str | None,
         typer.Option(
@@ -140,10 +122,9 @@ def evaluate(
     from speculators.evaluate.subject import load_subject
 
     subject = load_subject(
-        directory, verifier=verifier, dtype=dtype.value, device=device, cache_dir=cache_dir
+        directory, verifier=verifier, dtype=dtype, device=device, cache_dir=cache_dir
     )
-    kind = None if proposal is None else proposal.value
-    proposals = [subject.draft.proposal_method(kind, length) for length in lengths]
+    proposals = [subject.draft.proposal_method(proposal, length) for length in lengths]
     evaluation = Evaluation(subject, selected, proposals, settings)
     try:
         with progress_bar(len(selected)) as advance:

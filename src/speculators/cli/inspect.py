@@ -13,7 +13,8 @@ def inspect(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="PATH_OR_ID", help="The checkpoint: a directory or a Hugging Face id."
+            metavar="PATH_OR_ID",
+            help="The checkpoint: a directory, a file of weights in one, or a Hugging Face id.",
         ),
     ],
     as_json: Annotated[
