@@ -207,15 +207,16 @@ class EagleConverter:
         dtype: str | None = None,
     ) -> ConversionPlan:
         """Say what ``convert`` would do, without writing anything; see there for the arguments."""
-        _refuse_draft_as_its_own_verifier(input_path, base_model)
         checkpoint = _read(input_path, revision, cache_dir)
-        return _plan(
+        plan = _plan(
             checkpoint,
             open_verifier(base_model, cache_dir=cache_dir),
             fusion_bias=fusion_bias,
             layernorms=layernorms,
             dtype=dtype,
         )
+        _refuse_draft_as_its_own_verifier(input_path, base_model)
+        return plan
 
 
 def _read(source: str | Path, revision: str | None, cache_dir: str | Path | None) -> Checkpoint:
