@@ -263,13 +263,13 @@ ERRORS: dict[str, tuple[Callable[[Setting], object], str]] = {
     ),
     "verifier with an empty config": (
         lambda s: (s.verifier / "config.json").write_text("{}"),
-        r"does not tell hidden_size, vocab_size and architectures",
+        r"does not give hidden_size, vocab_size and architectures",
     ),
     "verifier with odd architectures": (
         lambda s: (s.verifier / "config.json").write_text(
             '{"hidden_size": 64, "vocab_size": 320, "architectures": "LlamaForCausalLM"}'
         ),
-        r"does not tell hidden_size, vocab_size and architectures",
+        r"does not give hidden_size, vocab_size and architectures",
     ),
     "verifier that is a draft": (
         lambda s: (s.verifier / "config.json").write_text('{"speculators_model_type": "eagle"}'),

@@ -316,7 +316,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
         "incorrect speculators_model_type",
         "incorrect speculators_model_type",
     ),
-    "not there": (shutil.rmtree, "is no directory", "is no directory"),
+    "not there": (shutil.rmtree, "is not a directory", "is not a directory"),
 }
 
 
@@ -438,4 +438,4 @@ def test_a_revision_without_a_source_is_a_mistake(
 ) -> None:
     run = speculators("validate", converted[PLAIN], "--revision", "main")
     assert run.status == 2
-    assert "--revision is of use with --source only" in run.stderr
+    assert "--revision only works with --source" in run.stderr

@@ -612,4 +612,4 @@ def test_what_cannot_be_asked_for(
 def test_overwrite_without_an_output_is_a_mistake(pair: Pair, speculators: CommandLine) -> None:
     run = speculators("evaluate", pair.draft, "--overwrite")
     assert run.status == 2
-    assert "--overwrite is of use with --output only" in run.stderr
+    assert "--overwrite only works with --output" in run.stderr

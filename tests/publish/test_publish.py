@@ -269,8 +269,8 @@ def test_who_may_not_write_is_told(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--private"], "--private and --report are of use with --push-to-hub only."),
-        (["--report", "x"], "--private and --report are of use with --push-to-hub only."),
+        (["--private"], "--private and --report only work with --push-to-hub."),
+        (["--report", "x"], "--private and --report only work with --push-to-hub."),
         (["--push-to-hub", "org/draft", "--no-validate"], "what is published has to be validated"),
     ],
 )
@@ -352,7 +352,7 @@ def test_what_is_no_report(tmp_path: Path, text: str, expected: str) -> None:
     file.write_text(text)
     with pytest.raises(EvaluationError) as caught:
         read_report(file)
-    assert str(caught.value).startswith(f"{file} is no report of 'speculators evaluate': ")
+    assert str(caught.value).startswith(f"{file} is not a report of 'speculators evaluate': ")
     assert expected in str(caught.value)
 
 

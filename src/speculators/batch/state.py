@@ -66,7 +66,7 @@ def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str
         yield f"its config.json or {CONVERSION_FILE} cannot be read"
         return
     except FileNotFoundError:
-        yield "it is no converted checkpoint"
+        yield "it is not a converted checkpoint"
         return
     if record is None:
         yield f"it has no {CONVERSION_FILE}"

@@ -87,8 +87,8 @@ _SENTENCES = {
         " HF_ENDPOINT and the proxy"
     ),
     "HTTPError": (
-        "'{file}' of {repo} cannot be had from {endpoint} ({reason}): check the network, the proxy"
-        " and HF_ENDPOINT (or the path, if a directory on this machine was meant), or set"
+        "'{file}' of {repo} cannot be fetched from {endpoint} ({reason}): check the network, the"
+        " proxy and HF_ENDPOINT (or the path, if a directory on this machine was meant), or set"
         " HF_HUB_OFFLINE=1 to work with what is cached"
     ),
     "OfflineModeIsEnabled": (

@@ -276,7 +276,7 @@ def _stack_global(machine: _Machine, _: None) -> None:
 def _call(machine: _Machine, _: None) -> None:
     arguments, function = machine.stack.pop(), machine.stack.pop()
     if not isinstance(function, Builder):
-        raise Refused(f"a call of a {type(function).__name__}, which is no function")
+        raise Refused(f"a call of a {type(function).__name__}, which is not a function")
     # Passing arguments copies them: a long tuple passed again and again would take forever.
     if not isinstance(arguments, tuple) or len(arguments) > MAX_ARGUMENTS:
         raise TypeError("arguments are a short tuple")

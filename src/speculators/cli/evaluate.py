@@ -21,8 +21,8 @@ def evaluate(
     verifier: Annotated[
         str | None,
         typer.Option(
-            help="The verifier: a directory or a Hugging Face id. The one that the draft's config "
-            "names, if not given.",
+            help="The verifier: a directory or a Hugging Face id. By default the one that the "
+            "draft's config names.",
             show_default=False,
         ),
     ] = None,
@@ -30,14 +30,14 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE.jsonl",
-            help="Prompts, one a line, in MT-bench's style or with the key prompt or messages. "
-            "80 of our own, if not given.",
+            help="Prompts, one per line, in MT-bench's style or with the key prompt or messages. "
+            "By default 80 that speculators brings along.",
             show_default=False,
         ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Only the first so many prompts.", show_default=False),
+        typer.Option(min=1, help="Use only this many prompts, the first ones.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="The longest output, in tokens.")
@@ -45,52 +45,54 @@ def evaluate(
     proposal: Annotated[
         Literal["greedy", "sampling", "static_tree", "dynamic_tree"] | None,
         typer.Option(
-            help="How tokens are proposed. The config's default, if not given.", show_default=False
+            help="How to propose tokens. By default as the draft's config says.", show_default=False
         ),
     ] = None,
     num_draft_tokens: Annotated[
         str | None,
         typer.Option(
             metavar="K|A..B",
-            help="How many tokens are drafted for a verification step; 1..8 measures each of "
-            "these, and recommends one. The config's number, if not given.",
+            help="How many tokens to draft per verification step; a range such as 1..8 measures "
+            "each length and recommends one. By default as the draft's config says.",
             show_default=False,
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Of sampling; 0 is greedy decoding.")
+        float, typer.Option(min=0.0, help="For sampling; 0 means greedy decoding.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     acceptance_only: Annotated[
         bool,
         typer.Option(
             "--acceptance-only",
-            help="Leave plain decoding out: no speed-up, and outputs are not compared.",
+            help="Skip plain decoding: no speed-up is measured and no outputs are compared.",
         ),
     ] = False,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="What both models run in; auto: what the verifier is stored in."),
+        typer.Option(
+            help="The type that both models run in; auto is the one the verifier is stored in."
+        ),
     ] = "auto",
     device: Annotated[
         str | None,
         typer.Option(
-            help="By torch's name: cpu, cuda:1. An accelerator if there is one, if not given.",
+            help="A torch device, such as cpu or cuda:1. By default an accelerator, if any.",
             show_default=False,
         ),
     ] = None,
     cache_dir: CacheDir = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="A directory to make, for report.json and plots.", show_default=False),
+        typer.Option(help="A directory to create, for report.json and plots.", show_default=False),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output if a report is there.")
+        bool, typer.Option("--overwrite", help="With --output: replace it if it is a report.")
     ] = False,
 ) -> None:
     """Measure acceptance and speed of a converted draft, and compare with plain decoding.
 
-    Ctrl-C stops it, and what was measured until then is reported.
+    Ctrl-C stops it; what was measured so far is still reported.
 
     For example:
 
@@ -98,7 +100,7 @@ def evaluate(
     """
     lengths = _draft_lengths(num_draft_tokens)
     if overwrite and output is None:
-        raise typer.BadParameter("--overwrite is of use with --output only.")
+        raise typer.BadParameter("--overwrite only works with --output.")
 
     from speculators.checkpoint.staging import check_output
     from speculators.cli.report_view import print_report, progress_bar

@@ -170,7 +170,7 @@ class EagleConverter:
         directory = Path(directory).expanduser()
         logger.info(f"Checking converted checkpoint: {directory}")
         if not directory.is_dir():
-            raise CheckpointError(f"{directory} is no directory; give a converted checkpoint.")
+            raise CheckpointError(f"{directory} is not a directory; give a converted checkpoint.")
         written = read_checkpoint(LocalDirectory(directory))
         config = parse_config(written.config, written.name)
         record = read_record(directory)

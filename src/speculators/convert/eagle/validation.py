@@ -193,7 +193,7 @@ class _ForwardCheck:
         self.hidden_states = torch.randn(BATCH, LENGTH, hidden, generator=generator)
         if model.get_input_embeddings() is None:
             self._leave_unchecked(
-                "The verifier's embedding cannot be had: a random one is validated with"
+                "The verifier's embedding is not available: a random one takes its place"
             )
             stand_in = torch.randn(vocabulary, hidden, generator=generator)
             model.embed_tokens = nn.Embedding.from_pretrained(stand_in)
@@ -242,7 +242,7 @@ class _ForwardCheck:
         except SpeculatorsError as error:
             _refuse_draft_as_verifier(self.plan.verifier)
             self._leave_unchecked(
-                f"Logits were not validated, since the verifier's head is not here: {error}"
+                f"Logits were not validated, since the verifier's head is not available: {error}"
             )
             return
         head = read_tensor(info)
