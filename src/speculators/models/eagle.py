@@ -300,7 +300,7 @@ class EagleSpeculator(PreTrainedModel):
         # Otherwise save_pretrained would undo the renaming, and write names of the older layout.
         model._weight_conversions = []  # type: ignore[assignment]
         if verifier is not None:
-            model.attach_verifier(verifier)
+            model.attach_verifier(verifier, cache_dir=cache_dir)
         else:
             model._borrow(converted.config.speculators_config.verifier.name_or_path, cache_dir)
         return model
@@ -416,7 +416,10 @@ class EagleSpeculator(PreTrainedModel):
         write_stamped(directory / README, card)
 
     def attach_verifier(
-        self, verifier: PreTrainedModel | str | os.PathLike[str]
+        self,
+        verifier: PreTrainedModel | str | os.PathLike[str],
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> PreTrainedModel:
         """Use a loaded verifier's head (and embedding, where the draft has none).
 
@@ -425,6 +428,7 @@ class EagleSpeculator(PreTrainedModel):
 
         Args:
             verifier: a model, or a directory or Hub id that one is loaded from.
+            cache_dir: where downloads are kept.
 
         Returns:
             The verifier.
@@ -436,10 +440,15 @@ class EagleSpeculator(PreTrainedModel):
         """
         if not isinstance(verifier, PreTrainedModel):
             self._check_fits(
-                open_verifier(Path(verifier) if isinstance(verifier, os.PathLike) else verifier)
+                open_verifier(
+                    Path(verifier) if isinstance(verifier, os.PathLike) else verifier,
+                    cache_dir=None if cache_dir is None else Path(cache_dir),
+                )
             )
             # Not by device_map, which takes a package more.
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(verifier, dtype="auto")
+            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                verifier, dtype="auto", cache_dir=cache_dir
+            )
             loaded.to(self.device)  # type: ignore[arg-type]
             verifier = loaded
         head = verifier.get_output_embeddings()
