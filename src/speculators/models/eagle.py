@@ -91,6 +91,15 @@ UPLOAD_OPTIONS = {
 """What transformers calls the options of ``checkpoint.upload``."""
 
 
+BY_ENVIRONMENT = {
+    "token": "HF_TOKEN",
+    "local_files_only": "HF_HUB_OFFLINE",
+    "force_download": "another cache_dir",
+    "proxies": "HTTPS_PROXY",
+}
+"""Options of transformers that say how to download, and what says it here."""
+
+
 class EagleSpeculatorConfig(PreTrainedConfig):
     """The config of an ``EagleSpeculator``; its JSON is ``format.config.EagleConfig``.
 
@@ -275,7 +284,9 @@ class EagleSpeculator(PreTrainedModel):
             cache_dir: where downloads are kept.
             revision: a branch, tag or commit on the Hub.
             **kwargs: as for ``PreTrainedModel.from_pretrained``: ``dtype``, ``device_map``,
-                ``attn_implementation``, ...
+                ``attn_implementation``, ... How to download is for the Hub client's environment
+                to say (``HF_TOKEN``, ``HF_HUB_OFFLINE``): ``token`` and the like have no effect,
+                and a warning says so.
 
         Raises:
             FormatError: if it is not a converted draft, or its tensors are not complete.
@@ -283,6 +294,9 @@ class EagleSpeculator(PreTrainedModel):
             VerifierError: if the verifier does not fit.
 
         """
+        for option, instead in BY_ENVIRONMENT.items():
+            if kwargs.pop(option, None):
+                logger.warning(f"The argument {option} has no effect here: use {instead}")
         converted = open_converted(
             pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir
         )
