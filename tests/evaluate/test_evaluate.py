@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
+from transformers.utils import logging as transformers_logging
 
 from helpers import (
     HIDDEN,
@@ -36,6 +37,7 @@ from speculators.convert.eagle import EagleConverter
 from speculators.errors import EvaluationError
 from speculators.evaluate.metrics import count_steps, total
 from speculators.evaluate.report import Report
+from speculators.evaluate.subject import load_subject
 from speculators.format.config import PROPOSALS, ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 
@@ -387,6 +389,15 @@ def test_outputs_that_differ_are_told(
         assert difference.speculative == 7
     assert "0 of 3" in run.stdout
     assert "Prompt 101, draft of 5: new token 11 is 7, by plain decoding " in run.stdout
+
+
+def test_loading_leaves_the_progress_bars_of_transformers_as_they_were(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    load_subject(pair.draft)
+    assert transformers_logging.is_progress_bar_enabled()
+    assert "Loading weights" not in capsys.readouterr().err
 
 
 # Stopping

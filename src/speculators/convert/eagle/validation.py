@@ -1,8 +1,7 @@
 """Proof that a written directory holds and computes what its source does."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from transformers.utils import logging as transformers_logging
 
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_tensors
@@ -24,6 +22,7 @@ from speculators.convert.families import recognise, strip_prefix
 from speculators.errors import SpeculatorsError, ValidationError, VerifierError
 from speculators.format.tensors import DTYPES
 from speculators.models.eagle import EagleOutput, EagleSpeculator
+from speculators.models.loading import without_progress_bar
 from speculators.models.tensors import TORCH_DTYPES, read_tensor
 
 __all__ = ["TOLERANCE", "validate_conversion", "validate_model"]
@@ -84,7 +83,7 @@ def validate_model(
 
     """
     try:
-        with _without_progress_bar():
+        with without_progress_bar():
             model = EagleSpeculator.from_pretrained(
                 directory, dtype=torch.float32, cache_dir=cache_dir
             )
@@ -107,18 +106,6 @@ def validate_model(
         check.run()
     logger.success("Forward pass successful")
     return check.unchecked
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Keep transformers' bar, which appears even where there is no terminal, out of the log."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _compare_configs(plan: ConversionPlan, directory: Path) -> None:
