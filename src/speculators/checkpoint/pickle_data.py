@@ -17,8 +17,18 @@ from typing import IO, Any, cast
 
 from speculators.errors import CheckpointError, UnsafeCheckpointError, printable
 
-__all__ = ["MALFORMED", "MAX_BYTES", "PYTHON_GLOBALS", "Builder", "Globals", "Ignored", "Items"]
-__all__ += ["OrderedItems", "Refused", "read_pickle"]
+__all__ = [
+    "MALFORMED",
+    "MAX_BYTES",
+    "PYTHON_GLOBALS",
+    "Builder",
+    "Globals",
+    "Ignored",
+    "Items",
+    "OrderedItems",
+    "Refused",
+    "read_pickle",
+]
 
 # A tensor takes some 30 opcodes and 200 bytes, so these bounds are far above real files, and
 # what a hostile one can waste is about a second and some hundred megabytes.
