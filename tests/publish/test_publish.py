@@ -282,6 +282,18 @@ def test_what_does_not_go_together_is_wrong_usage(
     assert expected in " ".join(run.stderr.replace("│", " ").split())
 
 
+def test_a_dry_run_looks_for_the_token_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: HubServer, speculators: CommandLine
+) -> None:
+    patch_hub(monkeypatch, server, tmp_path / "cache", HF_TOKEN="")
+    run = speculators(
+        "convert", "eagle", GOLDEN / PLAIN, tmp_path / "out", "org/verifier",
+        "--push-to-hub", "org/draft", "--dry-run",
+    )  # fmt: skip
+    assert run.status == 1
+    assert "takes an access token" in run.errors[0]
+
+
 def test_a_wrong_report_is_told_before_anything_is_converted(
     tmp_path: Path, server: HubServer, speculators: CommandLine
 ) -> None:

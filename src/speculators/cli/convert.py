@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from loguru import logger
 
 from speculators.cli.shared import CacheDir
+from speculators.errors import OutputError
 
 __all__ = ["app"]
 
@@ -154,9 +156,14 @@ def eagle(
     from speculators.convert.eagle import EagleConverter
 
     converter = EagleConverter()
+    if push_to_hub is not None:
+        from speculators.publish.draft import check_publishing, publish_draft
+
+        check_publishing(push_to_hub, report)
     if dry_run:
         from speculators.cli.plan_view import print_plan
 
+        _warn_of_what_is_in_the_way(output, overwrite=overwrite)
         print_plan(
             converter.plan(
                 source,
@@ -169,10 +176,6 @@ def eagle(
             )
         )
         return
-    if push_to_hub is not None:
-        from speculators.publish.draft import check_publishing, publish_draft
-
-        check_publishing(push_to_hub, report)
     with progress_bar() as progress:
         converter.convert(
             source,
@@ -189,6 +192,16 @@ def eagle(
         )
     if push_to_hub is not None:
         publish_draft(output, push_to_hub, private=private, report=report)
+
+
+def _warn_of_what_is_in_the_way(output: Path, *, overwrite: bool) -> None:
+    """Say on a dry run what would be an error otherwise; the plan is of use all the same."""
+    from speculators.checkpoint.staging import check_output
+
+    try:
+        check_output(output.expanduser(), overwrite=overwrite)
+    except OutputError as error:
+        logger.warning(f"Without --dry-run this would fail: {error}")
 
 
 def _refuse_beside_manifest(given: dict[str, object]) -> None:
