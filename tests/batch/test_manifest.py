@@ -127,7 +127,7 @@ TWICE = " cannot be understood: the key 'input' is there twice in one entry."
             [ENTRY | {"validated": True}],
             f", entry 1 has the unknown key 'validated'; the keys are {KEYS}.",
         ),
-        (["org/draft"], f", entry 1 is no mapping of keys to values; the keys are {KEYS}."),
+        (["org/draft"], f", entry 1 is not a mapping of keys to values; the keys are {KEYS}."),
         ([], NO_LIST),
         (
             [ENTRY, ENTRY | {"output": "./b/../out"}],
@@ -147,7 +147,7 @@ TWICE = " cannot be understood: the key 'input' is there twice in one entry."
         ),
         (
             [ENTRY | {"private": True}],
-            ", entry 1: private and report are of use with push_to_hub only.",
+            ", entry 1: private and report only work with push_to_hub.",
         ),
         (
             [ENTRY | {"push_to_hub": "a/b", "validate": False}],
@@ -202,4 +202,4 @@ def test_what_is_no_list_is_told(tmp_path: Path, name: str, text: str, expected:
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert sentence(tmp_path / "none.yaml") == " cannot be read: No such file or directory."
     (tmp_path / "latin.yaml").write_bytes(b"- input: \xe9")
-    assert sentence(tmp_path / "latin.yaml") == " cannot be read: it is no text in UTF-8."
+    assert sentence(tmp_path / "latin.yaml") == " cannot be read: it is not text in UTF-8."

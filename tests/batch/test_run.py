@@ -127,10 +127,10 @@ def test_validation_runs_in_the_batch_too(
     [
         ([], "give INPUT, OUTPUT and BASE_MODEL, all three of them, or --manifest alone."),
         (["in", "out"], "give INPUT, OUTPUT and BASE_MODEL, all three of them"),
-        (["in", "out", "base", "--jobs", "2"], "--jobs is of use with --manifest only."),
-        (["--manifest", "m.yaml", "in"], "with --manifest, INPUT is told in the manifest"),
-        (["--manifest", "m.yaml", "--no-validate"], "with --manifest, --no-validate is told"),
-        (["--manifest", "m.yaml", "--dtype", "float16"], "with --manifest, --dtype is told"),
+        (["in", "out", "base", "--jobs", "2"], "--jobs only works with --manifest."),
+        (["--manifest", "m.yaml", "in"], "with --manifest, INPUT belongs in the manifest"),
+        (["--manifest", "m.yaml", "--no-validate"], "with --manifest, --no-validate belongs"),
+        (["--manifest", "m.yaml", "--dtype", "float16"], "with --manifest, --dtype belongs"),
         (["--manifest", "m.yaml", "--jobs", "0"], "Invalid value for '--jobs'"),
     ],
 )

@@ -122,7 +122,7 @@ def cut(file: Path) -> None:
         ("conversion.json", Path.unlink, "it has no conversion.json"),
         ("conversion.json", cut, "its config.json or conversion.json cannot be read"),
         ("config.json", cut, "its config.json or conversion.json cannot be read"),
-        ("config.json", Path.unlink, "it is no converted checkpoint"),
+        ("config.json", Path.unlink, "it is not a converted checkpoint"),
         ("model.safetensors", cut, "model.safetensors is missing or has another size"),
         ("model.safetensors", Path.unlink, "model.safetensors is missing or has another size"),
     ],
@@ -143,7 +143,7 @@ def test_something_else_at_the_output_is_never_replaced(done: Conversion) -> Non
     done.output.mkdir()
     (done.output / "thesis.tex").touch()
     insisting = done.model_copy(update={"overwrite": True})
-    assert reason(done) == reason(insisting) == "it is no converted checkpoint"
+    assert reason(done) == reason(insisting) == "it is not a converted checkpoint"
 
 
 def test_a_file_at_the_output_is_in_the_way(done: Conversion) -> None:

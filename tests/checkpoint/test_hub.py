@@ -366,7 +366,7 @@ def test_a_download_that_is_always_cut(
     waits = skip_waits(monkeypatch)
     server.fail("model.safetensors", cut=True)
     text = sentence(HubRepository("org/draft"), "model.safetensors")
-    assert f"cannot be had from {server.url} (peer closed connection" in text
+    assert f"cannot be fetched from {server.url} (peer closed connection" in text
     assert sum(waits) < 30
     assert not list(cache.rglob("*.incomplete"))
 
@@ -414,7 +414,7 @@ def test_a_server_that_does_not_answer(
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
     server.fail("config.json", method, delay=60)
     text = sentence(HubRepository("org/draft"))
-    assert f"'config.json' of org/draft cannot be had from {server.url} (timed out)" in text
+    assert f"'config.json' of org/draft cannot be fetched from {server.url} (timed out)" in text
     assert sum(waits) < 30
 
 
@@ -424,7 +424,7 @@ def test_no_server(monkeypatch: pytest.MonkeyPatch, server: HubServer, cache: Pa
         pass
     patch_hub(monkeypatch, gone, cache)
     text = sentence(HubRepository("org/draft"))
-    assert f"cannot be had from {gone.url} (Connection refused): check the network" in text
+    assert f"cannot be fetched from {gone.url} (Connection refused): check the network" in text
     assert "HF_HUB_OFFLINE=1" in text
     assert sum(waits) < 30
     patch_hub(monkeypatch, server, cache)
@@ -437,7 +437,7 @@ def test_a_server_that_is_not_a_hub(
     monkeypatch: pytest.MonkeyPatch, server: HubServer, cache: Path
 ) -> None:
     patch_hub(monkeypatch, server, cache, HF_ENDPOINT="no-url")
-    assert "cannot be had from no-url (Request URL is missing" in sentence(HubRepository("o/d"))
+    assert "cannot be fetched from no-url (Request URL is missing" in sentence(HubRepository("o/d"))
     server.fail("config.json", "HEAD", status=204)
     patch_hub(monkeypatch, server, cache)
     text = sentence(HubRepository("org/draft"))

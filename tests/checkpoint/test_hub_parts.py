@@ -259,7 +259,7 @@ def test_a_part_that_is_always_cut_leaves_nothing(
 ) -> None:
     skip_waits(monkeypatch)
     server.fail(FILE, cut=True)
-    with pytest.raises(HubError, match=r"cannot be had from .*peer closed connection"):
+    with pytest.raises(HubError, match=r"cannot be fetched from .*peer closed connection"):
         fetch(HEAD)
     assert not [path for path in cache.rglob("*") if path.suffix in {".safetensors", ".incomplete"}]
 

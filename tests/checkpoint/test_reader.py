@@ -142,7 +142,7 @@ def test_a_file_without_a_config_beside_it(directory: Path) -> None:
     (directory / "config.json").unlink()
     save_file(TENSORS, directory / "draft.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"draft\.safetensors has no config\.json beside it, so it is no"
+        CheckpointError, match=r"draft\.safetensors has no config\.json beside it, so it is not"
     ):
         read(directory / "draft.safetensors")
 
@@ -162,6 +162,15 @@ def test_where_no_file_will_do(directory: Path) -> None:
     save_file(TENSORS, directory / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"is a file; give the directory"):
         open_repository(directory / "model.safetensors")
+
+
+def test_a_revision_of_what_is_here_is_told_to_mean_nothing(
+    directory: Path, log: list[str]
+) -> None:
+    open_repository(directory)
+    assert log == []
+    open_repository(directory, revision="v2")
+    assert log == [f"WARNING {directory} is on this machine, so the revision v2 is ignored"]
 
 
 def test_no_weights(directory: Path) -> None:
@@ -288,20 +297,23 @@ ODD_INDEXES: dict[str, tuple[Callable[[Path], object], str]] = {
         edited_map(lambda m: m.pop("scale")),
         f"{SECOND} holds the tensor scale, but model.safetensors.index.json does not name it",
     ),
-    "parent": (put_first(f"../{FIRST}"), f"'../{FIRST}', which is no file name in its directory"),
-    "parent, there and back": (put_first(f"../draft/{FIRST}"), "is no file name"),
-    "absolute": (put_first("/etc/passwd"), "'/etc/passwd', which is no file name"),
-    "folder": (put_first(f"folder/{FIRST}"), "is no file name"),
-    "trailing slash": (put_first("folder/"), "'folder/', which is no file name"),
-    "dot": (put_first("."), "is no file name"),
-    "two dots": (put_first(".."), "is no file name"),
-    "empty": (put_first(""), "is no file name"),
-    "NUL": (put_first("a\0b"), r"'a\\x00b', which is no file name"),
-    "line break": (put_first("a\nb"), r"'a\\nb', which is no file name"),
-    "number": (put_first(1), "'1', which is no file name"),
-    "list": (put_first([FIRST]), "is no file name"),
-    "null": (put_first(None), "'None', which is no file name"),
-    "endless": (put_first("x" * 100_000), "xxx...', which is no file name"),
+    "parent": (
+        put_first(f"../{FIRST}"),
+        f"'../{FIRST}', which is not a file name in its directory",
+    ),
+    "parent, there and back": (put_first(f"../draft/{FIRST}"), "is not a file name"),
+    "absolute": (put_first("/etc/passwd"), "'/etc/passwd', which is not a file name"),
+    "folder": (put_first(f"folder/{FIRST}"), "is not a file name"),
+    "trailing slash": (put_first("folder/"), "'folder/', which is not a file name"),
+    "dot": (put_first("."), "is not a file name"),
+    "two dots": (put_first(".."), "is not a file name"),
+    "empty": (put_first(""), "is not a file name"),
+    "NUL": (put_first("a\0b"), r"'a\\x00b', which is not a file name"),
+    "line break": (put_first("a\nb"), r"'a\\nb', which is not a file name"),
+    "number": (put_first(1), "'1', which is not a file name"),
+    "list": (put_first([FIRST]), "is not a file name"),
+    "null": (put_first(None), "'None', which is not a file name"),
+    "endless": (put_first("x" * 100_000), "xxx...', which is not a file name"),
     "no map": (written("{}"), "has no weight_map from tensor names to files"),
     "map is a list": (written('{"weight_map": []}'), "has no weight_map"),
     "map is empty": (written('{"weight_map": {}}'), "has no weight_map"),

@@ -356,7 +356,7 @@ def test_a_torchscript_archive(tmp_path: Path) -> None:
 
 def test_a_path_that_is_no_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.bin", tmp_path / "a\0b"):
-        with pytest.raises(CheckpointError, match="missing or is no file"):
+        with pytest.raises(CheckpointError, match="missing or is not a file"):
             read_torch_file(path)
 
 

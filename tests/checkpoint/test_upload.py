@@ -173,7 +173,7 @@ def test_another_model_is_left_alone(server: HubServer, draft: Path, tmp_path: P
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
     server.add_repo("org/draft", other)
     assert sentence(draft) == (
-        "org/draft holds a model that is no converted draft, so nothing was uploaded: choose "
+        "org/draft holds a model that is not a converted draft, so nothing was uploaded: choose "
         "another repository."
     )
     assert server.content("org/draft") == other
@@ -268,7 +268,7 @@ def test_what_the_hub_makes_fail(
 
 @pytest.mark.parametrize("repo_id", ["", "a/b/c", "org/dra ft", "org/.draft", "./draft"])
 def test_what_is_no_id(server: HubServer, draft: Path, repo_id: str) -> None:
-    assert "is no Hub id, so nothing can be uploaded there" in sentence(draft, repo_id)
+    assert "is not a Hub id, so nothing can be uploaded there" in sentence(draft, repo_id)
     assert not server.requests
 
 

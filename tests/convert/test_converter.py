@@ -604,6 +604,20 @@ def test_a_dry_run_names_every_tensor_and_writes_nothing(
         assert line in run.stdout.splitlines()
 
 
+def test_a_dry_run_tells_what_is_in_the_way(
+    tmp_path: Path, verifier: Path, speculators: CommandLine
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    run = speculators("convert", "eagle", GOLDEN / PLAIN, tmp_path / "out", verifier, "--dry-run")
+    assert run.status == 0
+    assert "Nothing was written." in run.stdout
+    assert any(
+        message.startswith(f"Without --dry-run this would fail: {tmp_path / 'out'} exists")
+        for message in run.messages
+    )
+
+
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_a_dry_run_tells_of_every_key_of_both_configs(
     tmp_path: Path, verifiers: dict[str, Path], speculators: CommandLine, name: str

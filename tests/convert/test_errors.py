@@ -76,6 +76,16 @@ def with_verifier(**sizes: Any) -> Callable[[Setting], None]:
     return spoil
 
 
+def a_draft_as_verifier(setting: Setting) -> None:
+    shutil.rmtree(setting.verifier)
+    write_checkpoint(setting.verifier)
+
+
+def the_draft_as_verifier(setting: Setting) -> None:
+    shutil.rmtree(setting.verifier)
+    setting.verifier.symlink_to(setting.source)
+
+
 def with_output(write: Callable[[Path], object]) -> Callable[[Setting], object]:
     return lambda setting: write(setting.output)
 
@@ -253,17 +263,25 @@ ERRORS: dict[str, tuple[Callable[[Setting], object], str]] = {
     ),
     "verifier with an empty config": (
         lambda s: (s.verifier / "config.json").write_text("{}"),
-        r"does not tell hidden_size, vocab_size and architectures",
+        r"does not give hidden_size, vocab_size and architectures",
     ),
     "verifier with odd architectures": (
         lambda s: (s.verifier / "config.json").write_text(
             '{"hidden_size": 64, "vocab_size": 320, "architectures": "LlamaForCausalLM"}'
         ),
-        r"does not tell hidden_size, vocab_size and architectures",
+        r"does not give hidden_size, vocab_size and architectures",
     ),
     "verifier that is a draft": (
         lambda s: (s.verifier / "config.json").write_text('{"speculators_model_type": "eagle"}'),
         r"is a draft in the speculators format itself",
+    ),
+    "verifier that is a draft, not converted": (
+        a_draft_as_verifier,
+        r"verifier holds an EAGLE-1 or EAGLE-2 draft; give the language model",
+    ),
+    "verifier that is the draft itself": (
+        the_draft_as_verifier,
+        r"verifier is given as the draft and as its verifier",
     ),
     "verifier of another hidden size": (with_verifier(hidden_size=128), r"hidden size is 64"),
     "verifier of another vocabulary": (with_verifier(vocab_size=100), r"vocabulary is 320"),

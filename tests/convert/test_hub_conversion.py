@@ -21,6 +21,7 @@ from helpers import (
     write_shards,
 )
 from hub_server import MEMBER, HubServer, patch_hub, skip_waits
+from speculators.models.eagle import EagleSpeculator
 
 DRAFT, VERIFIER = "org/draft", "org/verifier"
 HEAD_BYTES = 320 * 64 * 4
@@ -262,3 +263,15 @@ def test_a_head_that_cannot_be_had_is_told_and_not_fatal(
     run = speculators("convert", "eagle", DRAFT, tmp_path / "out", VERIFIER)
     assert run.status == 0, run.stderr
     assert any("Logits were not validated" in message for message in run.messages)
+
+
+def test_a_verifier_that_is_attached_by_its_id_is_kept_in_the_same_cache(
+    tmp_path: Path, cache: Path, speculators: CommandLine
+) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    arguments = (DRAFT, out, VERIFIER, "--no-validate", "--cache-dir", elsewhere)
+    assert speculators("convert", "eagle", *arguments).status == 0
+    model = EagleSpeculator.from_pretrained(out, verifier=VERIFIER, cache_dir=elsewhere)
+    assert model.verifier is not None
+    assert list(elsewhere.glob("models--org--verifier/snapshots/*/model.safetensors"))
+    assert not list(cache.glob("**/model.safetensors"))

@@ -316,7 +316,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
         "incorrect speculators_model_type",
         "incorrect speculators_model_type",
     ),
-    "not there": (shutil.rmtree, "is no directory", "is no directory"),
+    "not there": (shutil.rmtree, "is not a directory", "is not a directory"),
 }
 
 
@@ -431,3 +431,11 @@ def test_the_older_layout_is_checked_too(
                 tensors[old + stored.removeprefix(new)] = tensors.pop(stored)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     validate(out)
+
+
+def test_a_revision_without_a_source_is_a_mistake(
+    converted: dict[str, Path], speculators: CommandLine
+) -> None:
+    run = speculators("validate", converted[PLAIN], "--revision", "main")
+    assert run.status == 2
+    assert "--revision only works with --source" in run.stderr

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
+from transformers.utils import logging as transformers_logging
 
 from helpers import (
     HIDDEN,
@@ -25,15 +26,18 @@ from helpers import (
     Tensors,
     entries,
     golden_vectors,
+    run_process,
     save_quietly,
     source_tensors,
     tiny_llama,
     write_checkpoint,
 )
+from speculators.cli import report_view
 from speculators.convert.eagle import EagleConverter
 from speculators.errors import EvaluationError
 from speculators.evaluate.metrics import count_steps, total
 from speculators.evaluate.report import Report
+from speculators.evaluate.subject import load_subject
 from speculators.format.config import PROPOSALS, ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 
@@ -293,7 +297,33 @@ def test_piped_output_has_no_colours_and_whole_lines(
     run = speculators("evaluate", pair.draft, "--prompts", prompts, "--max-new-tokens=3")
     assert "\x1b" not in run.stdout
     assert f"{pair.draft}, drafting for {pair.verifier}" in run.stdout.splitlines()
+    assert re.search(r"^greedy +5 +\d\.\d\d +", run.stdout, re.MULTILINE), "no borders"
     assert "Measuring" not in run.stderr
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_progress_is_shown_on_a_terminal_unless_quiet(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(report_view, "is_quiet", lambda: quiet)
+    with report_view.progress_bar(3):
+        pass
+    assert ("Measuring" in capsys.readouterr().err) != quiet
+
+
+def test_names_that_the_output_cannot_encode_are_shown_all_the_same(
+    pair: Pair, prompts: Path, tmp_path: Path
+) -> None:
+    draft = shutil.copytree(pair.draft, tmp_path / "pr\xe9")
+    run = run_process(
+        *("evaluate", draft, "--prompts", prompts, "--limit=1", "--max-new-tokens=3"),
+        *("--output", tmp_path / "report"),
+        PYTHONIOENCODING="ascii",
+    )
+    assert (run.status, run.errors) == (0, [])
+    assert "pr\\xe9, drafting for" in run.stdout
+    assert entries(tmp_path / "report") == REPORT_FILES
 
 
 def test_a_verifier_without_a_chat_template_gets_plain_text(
@@ -361,6 +391,15 @@ def test_outputs_that_differ_are_told(
     assert "Prompt 101, draft of 5: new token 11 is 7, by plain decoding " in run.stdout
 
 
+def test_loading_leaves_the_progress_bars_of_transformers_as_they_were(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    load_subject(pair.draft)
+    assert transformers_logging.is_progress_bar_enabled()
+    assert "Loading weights" not in capsys.readouterr().err
+
+
 # Stopping
 
 
@@ -391,6 +430,18 @@ main()
     assert list(report.results[0].categories) == ["writing"]
     assert "Stopped after 2 of 3 prompts." in done.stdout
     assert entries(tmp_path / "report") == REPORT_FILES
+
+
+def test_a_report_that_nobody_reads_is_kept(
+    arguments: list[str], speculators: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(report_view, "print_report", broken)
+    with pytest.raises(BrokenPipeError):
+        speculators(*arguments)
+    assert report_in(tmp_path / "report").complete
 
 
 def test_an_evaluation_that_fails_keeps_what_was_measured(
@@ -567,3 +618,9 @@ def test_what_cannot_be_asked_for(
     run = speculators(*arguments, *options)
     assert run.status == status
     assert message in " ".join(run.errors or [run.stderr])
+
+
+def test_overwrite_without_an_output_is_a_mistake(pair: Pair, speculators: CommandLine) -> None:
+    run = speculators("evaluate", pair.draft, "--overwrite")
+    assert run.status == 2
+    assert "--overwrite only works with --output" in run.stderr

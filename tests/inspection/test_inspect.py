@@ -336,6 +336,30 @@ def test_without_weights_the_config_suggests_a_kind(
     assert "judged by its config.json alone" in found["notes"][0]
 
 
+def test_without_weights_nothing_is_said_of_what_they_would_show(
+    tmp_path: Path, speculators: CommandLine
+) -> None:
+    source = write_checkpoint(tmp_path / "source", config={"num_hidden_layers": 1})
+    (source / "model.safetensors").unlink()
+    found = finding(speculators, source)
+    assert found["kind"] == "eagle"
+    assert found["features"] is None
+    assert not found["conversion"]["possible"]
+    assert found["conversion"]["why_not"] == (
+        f"{source} has no weights that could be read, and they decide."
+    )
+    assert "\nwithout" not in speculators("inspect", source).stdout
+
+
+def test_of_a_converted_draft_without_weights_neither(
+    tmp_path: Path, converted: dict[str, Path], speculators: CommandLine
+) -> None:
+    out = shutil.copytree(converted[PLAIN], tmp_path / "out")
+    (out / "model.safetensors").unlink()
+    found = finding(speculators, out)
+    assert (found["kind"], found["features"], found["layout"]) == ("speculators", None, None)
+
+
 # What is unknown
 
 

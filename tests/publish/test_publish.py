@@ -269,8 +269,8 @@ def test_who_may_not_write_is_told(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--private"], "--private and --report are of use with --push-to-hub only."),
-        (["--report", "x"], "--private and --report are of use with --push-to-hub only."),
+        (["--private"], "--private and --report only work with --push-to-hub."),
+        (["--report", "x"], "--private and --report only work with --push-to-hub."),
         (["--push-to-hub", "org/draft", "--no-validate"], "what is published has to be validated"),
     ],
 )
@@ -280,6 +280,18 @@ def test_what_does_not_go_together_is_wrong_usage(
     run = speculators("convert", "eagle", "in", "out", "base", *options)
     assert run.status == 2
     assert expected in " ".join(run.stderr.replace("│", " ").split())
+
+
+def test_a_dry_run_looks_for_the_token_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: HubServer, speculators: CommandLine
+) -> None:
+    patch_hub(monkeypatch, server, tmp_path / "cache", HF_TOKEN="")
+    run = speculators(
+        "convert", "eagle", GOLDEN / PLAIN, tmp_path / "out", "org/verifier",
+        "--push-to-hub", "org/draft", "--dry-run",
+    )  # fmt: skip
+    assert run.status == 1
+    assert "takes an access token" in run.errors[0]
 
 
 def test_a_wrong_report_is_told_before_anything_is_converted(
@@ -352,7 +364,7 @@ def test_what_is_no_report(tmp_path: Path, text: str, expected: str) -> None:
     file.write_text(text)
     with pytest.raises(EvaluationError) as caught:
         read_report(file)
-    assert str(caught.value).startswith(f"{file} is no report of 'speculators evaluate': ")
+    assert str(caught.value).startswith(f"{file} is not a report of 'speculators evaluate': ")
     assert expected in str(caught.value)
 
 

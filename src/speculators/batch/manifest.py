@@ -29,11 +29,11 @@ class Conversion(BaseModel):
     revision: str | None = None
     """A branch, tag or commit of the input on the Hub."""
     layernorms: bool = False
-    """Insist that the draft has extra layernorms (they are found by themselves)."""
+    """Fail unless the draft has extra layernorms; they are detected in any case."""
     fusion_bias: bool = False
-    """Insist that the draft has fc.bias (it is found by itself)."""
+    """Fail unless the draft has fc.bias; it is detected in any case."""
     validated: bool = Field(default=True, alias="validate")
-    """Prove that the result holds and computes what the draft does."""
+    """Prove that the result has the draft's tensors and computes what they compute."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Round the tensors to this type; each keeps its own if not given."""
     overwrite: bool = False
@@ -48,7 +48,7 @@ class Conversion(BaseModel):
     @model_validator(mode="after")
     def _check_publishing(self) -> "Conversion":
         if self.push_to_hub is None and (self.private or self.report):
-            raise ValueError("private and report are of use with push_to_hub only")
+            raise ValueError("private and report only work with push_to_hub")
         if self.push_to_hub is not None and not self.validated:
             raise ValueError("what is published has to be validated")
         return self
@@ -99,7 +99,7 @@ def _parse(file: Path) -> Any:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise ManifestError(f"{file} cannot be read: {reason}.") from error
     try:
         if file.suffix == ".json":
@@ -149,7 +149,7 @@ def _problem(error: PydanticValidationError) -> str:
         case "missing":
             return f"{entry} has no {key}"
         case "model_type":
-            return f"{entry} is no mapping of keys to values; the keys are {', '.join(KEYS)}"
+            return f"{entry} is not a mapping of keys to values; the keys are {', '.join(KEYS)}"
         case _:
             message = first["msg"].removeprefix("Value error, ")
             return f"{entry}, key {key}: {message}" if key else f"{entry}: {message}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from loguru import logger
 
 from speculators.batch.manifest import Conversion
-from speculators.checkpoint.digest import sha256_of_files
+from speculators.checkpoint.digest import sha256_of_file
 from speculators.checkpoint.json_file import read_json
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.staging import check_output
@@ -66,7 +66,7 @@ def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str
         yield f"its config.json or {CONVERSION_FILE} cannot be read"
         return
     except FileNotFoundError:
-        yield "it is no converted checkpoint"
+        yield "it is not a converted checkpoint"
         return
     if record is None:
         yield f"it has no {CONVERSION_FILE}"
@@ -102,7 +102,7 @@ def _changes_here(record: ConversionRecord, output: Path) -> Iterator[str]:
         path = directory / name
         if not _has_size(path, file):
             yield f"{path} has changed since"
-        elif path.stat().st_mtime_ns > converted_at and file.sha256 != _sha256(path):
+        elif path.stat().st_mtime_ns > converted_at and file.sha256 != sha256_of_file(path):
             yield f"{path} is newer"
 
 
@@ -133,7 +133,3 @@ def _name(source: str) -> str:
 
 def _has_size(path: Path, file: FileRecord) -> bool:
     return path.is_file() and path.stat().st_size == file.bytes
-
-
-def _sha256(path: Path) -> str:
-    return sha256_of_files([path], lambda _: None)[path]

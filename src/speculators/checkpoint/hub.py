@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
+from speculators.checkpoint.digest import sha256_of_file
 from speculators.checkpoint.hub_errors import kinds_of, raise_told
 from speculators.checkpoint.safetensors_file import (
     PREFIX_BYTES,
@@ -86,8 +87,9 @@ _SENTENCES = {
         " HF_ENDPOINT and the proxy"
     ),
     "HTTPError": (
-        "'{file}' of {repo} cannot be had from {endpoint} ({reason}): check the network, the proxy"
-        " and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to work with what is cached"
+        "'{file}' of {repo} cannot be fetched from {endpoint} ({reason}): check the network, the"
+        " proxy and HF_ENDPOINT (or the path, if a directory on this machine was meant), or set"
+        " HF_HUB_OFFLINE=1 to work with what is cached"
     ),
     "OfflineModeIsEnabled": (
         "'{file}' of {repo} (revision '{revision}') is not in the cache {cache} and offline mode"
@@ -445,11 +447,7 @@ def _check_hash(path: Path) -> None:
     blob = path.parent / path.readlink()
     if not _SHA256.fullmatch(blob.name):
         return
-    digest = hashlib.sha256()
-    with blob.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != blob.name:
+    if sha256_of_file(blob) != blob.name:
         path.unlink()
         blob.unlink()
         raise _DamagedDownloadError

@@ -17,8 +17,18 @@ from typing import IO, Any, cast
 
 from speculators.errors import CheckpointError, UnsafeCheckpointError, printable
 
-__all__ = ["MALFORMED", "MAX_BYTES", "PYTHON_GLOBALS", "Builder", "Globals", "Ignored", "Items"]
-__all__ += ["OrderedItems", "Refused", "read_pickle"]
+__all__ = [
+    "MALFORMED",
+    "MAX_BYTES",
+    "PYTHON_GLOBALS",
+    "Builder",
+    "Globals",
+    "Ignored",
+    "Items",
+    "OrderedItems",
+    "Refused",
+    "read_pickle",
+]
 
 # A tensor takes some 30 opcodes and 200 bytes, so these bounds are far above real files, and
 # what a hostile one can waste is about a second and some hundred megabytes.
@@ -276,7 +286,7 @@ def _stack_global(machine: _Machine, _: None) -> None:
 def _call(machine: _Machine, _: None) -> None:
     arguments, function = machine.stack.pop(), machine.stack.pop()
     if not isinstance(function, Builder):
-        raise Refused(f"a call of a {type(function).__name__}, which is no function")
+        raise Refused(f"a call of a {type(function).__name__}, which is not a function")
     # Passing arguments copies them: a long tuple passed again and again would take forever.
     if not isinstance(arguments, tuple) or len(arguments) > MAX_ARGUMENTS:
         raise TypeError("arguments are a short tuple")

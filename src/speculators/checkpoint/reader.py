@@ -94,7 +94,7 @@ def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:
     if path is None:
         where = " beside it" if repository.weights else ""
         raise CheckpointError(
-            f"{repository.name} has no config.json{where}, so it is no checkpoint; "
+            f"{repository.name} has no config.json{where}, so it is not a checkpoint; "
             "give the directory that holds config.json and the weights."
         )
     return read_json(path), path
@@ -212,8 +212,8 @@ def _shard_name(index: Path, name: str, shard: object) -> str:
         or len(shard) > MAX_FILENAME
     ):
         raise CheckpointError(
-            f"{index} puts the tensor {name} into {printable(str(shard))!r}, which is no file name "
-            "in its directory; it is not followed."
+            f"{index} puts the tensor {name} into {printable(str(shard))!r}, which is not a file "
+            "name in its directory; it is not followed."
         )
     return shard
 

@@ -125,7 +125,7 @@ class _StandIn:
         elif first.startswith(b"PK"):
             self._fill_zip(size)
         else:
-            raise self._too_dear("PyTorch before 1.6 wrote it, or it is no file of weights")
+            raise self._too_dear("PyTorch before 1.6 wrote it, or it is not a file of weights")
 
     def _fill_zip(self, size: int) -> None:
         infos: list[zipfile.ZipInfo] = []

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
+from loguru import logger
+
 from speculators.errors import CheckpointError
 
 __all__ = ["LocalDirectory", "Repository", "looks_like_a_path", "open_repository"]
@@ -71,6 +73,8 @@ def open_repository(
 ) -> Repository:
     """Tell whether ``source`` is a directory here or a Hub id, and open it.
 
+    A ``revision`` of what is here means nothing; a warning says so.
+
     Args:
         source: a path, or a Hub id.
         revision: a branch, tag or commit, on the Hub.
@@ -82,6 +86,8 @@ def open_repository(
 
     """
     path = Path(source).expanduser()
+    if path.exists() and revision is not None:
+        logger.warning(f"{path} is on this machine, so the revision {revision} is ignored")
     if path.is_dir():
         return LocalDirectory(path)
     if path.is_file() and one_file:

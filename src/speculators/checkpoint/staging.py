@@ -63,11 +63,11 @@ class Kind:
 CONVERTED = Kind("a converted checkpoint", "config.json", "speculators_model_type")
 
 
-def check_output(output: Path, *, overwrite: bool, kind: Kind = CONVERTED) -> None:
+def check_output(output: Path, *, overwrite: bool, kind: Kind | None = CONVERTED) -> None:
     """Check that a directory may be made at ``output``.
 
     An empty directory may always be replaced; anything else only with ``overwrite``, and only
-    if it is of the same ``kind``.
+    if it is of the same ``kind``. What is of no kind that can be known is never replaced.
 
     Raises:
         OutputError: if not.
@@ -84,6 +84,8 @@ def check_output(output: Path, *, overwrite: bool, kind: Kind = CONVERTED) -> No
         )
     if not any(output.iterdir()):
         return
+    if kind is None:
+        raise OutputError(f"{output} exists; choose another output.")
     if not overwrite:
         raise OutputError(
             f"{output} exists; choose another output, or replace it with --overwrite."
@@ -98,7 +100,7 @@ def check_output(output: Path, *, overwrite: bool, kind: Kind = CONVERTED) -> No
 
 @contextmanager
 def staged_directory(
-    output: Path, *, overwrite: bool = False, kind: Kind = CONVERTED
+    output: Path, *, overwrite: bool = False, kind: Kind | None = CONVERTED
 ) -> Iterator[Path]:
     """Make ``output`` from a temporary directory that the ``with`` block fills.
 

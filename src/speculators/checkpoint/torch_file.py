@@ -141,7 +141,7 @@ def read_torch_file(path: Path) -> dict[str, TensorInfo]:
 
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing or is no file: check the path.")
+        raise CheckpointError(f"{path} is missing or is not a file: check the path.")
     try:
         with path.open("rb") as file:
             refuse_other_files(file, path, OTHER_FILES)

@@ -42,7 +42,7 @@ _NO_TOKEN = (
 # What can go wrong, by the names that hub_errors gives to an error.
 _SENTENCES = {
     "HFValidationError": (
-        "{repo!r} is no Hub id, so nothing can be uploaded there: give one such as"
+        "{repo!r} is not a Hub id, so nothing can be uploaded there: give one such as"
         " 'organization/name'"
     ),
     "LocalTokenNotFoundError": _NO_TOKEN,
@@ -226,7 +226,7 @@ def _find_kept(api: "HfApi", there: "ModelInfo", directory: Path) -> set[str]:
         }
     if CONVERTED.file in texts and f'"{CONVERTED.key}"' not in texts[CONVERTED.file]:
         raise HubError(
-            f"{there.id} holds a model that is no converted draft, so nothing was uploaded: "
+            f"{there.id} holds a model that is not a converted draft, so nothing was uploaded: "
             "choose another repository."
         )
     if README not in texts or is_stamped(texts[README]):

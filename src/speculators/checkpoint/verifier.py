@@ -118,8 +118,8 @@ def open_verifier(base_model: str | Path, *, cache_dir: str | Path | None = None
     named = isinstance(architectures, list) and all(isinstance(it, str) for it in architectures)
     if not all(isinstance(size, int) for size in sizes.values()) or not architectures or not named:
         raise VerifierError(
-            f"{config_file} does not tell hidden_size, vocab_size and architectures, "
-            "so it is no verifier's."
+            f"{config_file} does not give hidden_size, vocab_size and architectures, "
+            "so it is not a verifier's config."
         )
     return Verifier(
         name=(

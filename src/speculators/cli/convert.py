@@ -1,26 +1,19 @@
 """`speculators convert`: research checkpoints into the speculators format."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from loguru import logger
 
 from speculators.cli.shared import CacheDir
+from speculators.errors import OutputError
 
 __all__ = ["app"]
 
 app = typer.Typer(
     help="Convert a research checkpoint to the speculators format.", no_args_is_help=True
 )
-
-
-class Dtype(str, Enum):
-    """What tensors can be rounded to."""
-
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
 
 
 @app.callback()
@@ -38,7 +31,7 @@ def eagle(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Argument(metavar="OUTPUT", help="The directory to make.")
+        Path | None, typer.Argument(metavar="OUTPUT", help="The directory to create.")
     ] = None,
     base_model: Annotated[
         str | None,
@@ -51,7 +44,7 @@ def eagle(
         Path | None,
         typer.Option(
             help="Instead of INPUT, OUTPUT and BASE_MODEL: a YAML or JSON file with a list of "
-            "conversions; what is done already is left as it is.",
+            "conversions; those that are done already are skipped.",
             show_default=False,
         ),
     ] = None,
@@ -62,20 +55,20 @@ def eagle(
         bool,
         typer.Option(
             "--layernorms",
-            help="Insist that the draft has extra layernorms (they are found by themselves).",
+            help="Fail unless the draft has extra layernorms; they are detected in any case.",
         ),
     ] = False,
     fusion_bias: Annotated[
         bool,
         typer.Option(
-            "--fusion-bias", help="Insist that the draft has fc.bias (it is found by itself)."
+            "--fusion-bias", help="Fail unless the draft has fc.bias; it is detected in any case."
         ),
     ] = False,
     validate: Annotated[
         bool,
         typer.Option(
             "--validate/--no-validate",
-            help="Prove that the result holds and computes what the draft does.",
+            help="Prove that the result has the draft's tensors and computes what they compute.",
         ),
     ] = True,
     cache_dir: CacheDir = None,
@@ -85,11 +78,11 @@ def eagle(
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace OUTPUT if a converted checkpoint is there."),
+        typer.Option("--overwrite", help="Replace OUTPUT if it is a converted checkpoint."),
     ] = False,
     dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Round the tensors to this type; each keeps its own if not given."),
+        Literal["float16", "bfloat16", "float32"] | None,
+        typer.Option(help="Round all tensors to this type. By default each keeps its own."),
     ] = None,
     push_to_hub: Annotated[
         str | None,
@@ -105,7 +98,7 @@ def eagle(
     report: Annotated[
         Path | None,
         typer.Option(
-            help="With --push-to-hub: what `speculators evaluate` wrote, for the model card.",
+            help="With --push-to-hub: a report of `speculators evaluate`, for the model card.",
             show_default=False,
         ),
     ] = None,
@@ -115,8 +108,8 @@ def eagle(
 ) -> None:
     """Convert an EAGLE-1, EAGLE-2 or HASS draft.
 
-    OUTPUT gets config.json, model.safetensors, and conversion.json, which tells
-    what they were made of. It appears complete and proven, or not at all.
+    OUTPUT gets config.json, model.safetensors, and conversion.json, which
+    records what they were made of. It appears complete and proven, or not at all.
 
     For example:
 
@@ -153,9 +146,9 @@ def eagle(
             "give INPUT, OUTPUT and BASE_MODEL, all three of them, or --manifest alone."
         )
     if jobs > 1:
-        raise typer.BadParameter("--jobs is of use with --manifest only.")
+        raise typer.BadParameter("--jobs only works with --manifest.")
     if push_to_hub is None and (private or report):
-        raise typer.BadParameter("--private and --report are of use with --push-to-hub only.")
+        raise typer.BadParameter("--private and --report only work with --push-to-hub.")
     if push_to_hub is not None and not validate:
         raise typer.BadParameter("what is published has to be validated: leave --no-validate out.")
 
@@ -163,9 +156,14 @@ def eagle(
     from speculators.convert.eagle import EagleConverter
 
     converter = EagleConverter()
+    if push_to_hub is not None:
+        from speculators.publish.draft import check_publishing, publish_draft
+
+        check_publishing(push_to_hub, report)
     if dry_run:
         from speculators.cli.plan_view import print_plan
 
+        _warn_of_what_is_in_the_way(output, overwrite=overwrite)
         print_plan(
             converter.plan(
                 source,
@@ -178,10 +176,6 @@ def eagle(
             )
         )
         return
-    if push_to_hub is not None:
-        from speculators.publish.draft import check_publishing, publish_draft
-
-        check_publishing(push_to_hub, report)
     with progress_bar() as progress:
         converter.convert(
             source,
@@ -200,9 +194,19 @@ def eagle(
         publish_draft(output, push_to_hub, private=private, report=report)
 
 
+def _warn_of_what_is_in_the_way(output: Path, *, overwrite: bool) -> None:
+    """Say on a dry run what would be an error otherwise; the plan is of use all the same."""
+    from speculators.checkpoint.staging import check_output
+
+    try:
+        check_output(output.expanduser(), overwrite=overwrite)
+    except OutputError as error:
+        logger.warning(f"Without --dry-run this would fail: {error}")
+
+
 def _refuse_beside_manifest(given: dict[str, object]) -> None:
     for name, value in given.items():
         if value:
             raise typer.BadParameter(
-                f"with --manifest, {name} is told in the manifest, entry by entry."
+                f"with --manifest, {name} belongs in the manifest, entry by entry."
             )

@@ -12,11 +12,11 @@ def doctor(
         bool, typer.Option("--json", help="Print JSON, as docs/cli.md describes it.")
     ] = False,
 ) -> None:
-    """Say what is installed, whether it is what was tested, and what is missing.
+    """Check the installation: what is there, whether it fits, and what is missing.
 
     Looks at the versions of Python and of the packages, at vLLM and whether it
-    finds the plugin, and at the Hub's endpoint, token and cache. Uses no
-    network. The status is 1 if something is broken.
+    finds the plugin, and at the Hub's endpoint, token and cache, without using
+    the network. The status is 1 if something is broken.
 
     For example:
 

@@ -1,9 +1,8 @@
 """`speculators evaluate`: how well a draft drafts."""
 
 import re
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,34 +11,18 @@ from speculators.cli.shared import CacheDir
 __all__ = ["evaluate"]
 
 
-class Proposal(str, Enum):
-    """The format's proposal methods."""
-
-    GREEDY = "greedy"
-    SAMPLING = "sampling"
-    STATIC_TREE = "static_tree"
-    DYNAMIC_TREE = "dynamic_tree"
-
-
-class Dtype(str, Enum):
-    """The types that models run in."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
 def evaluate(
     directory: Annotated[
         str,
-        typer.Argument(metavar="DIR", help="The converted draft: a directory or a Hub id."),
+        typer.Argument(
+            metavar="DIR", help="The converted draft: a directory or a Hugging Face id."
+        ),
     ],
     verifier: Annotated[
         str | None,
         typer.Option(
-            help="The verifier: a directory or a Hub id. The one that the draft's config names, "
-            "if not given.",
+            help="The verifier: a directory or a Hugging Face id. By default the one that the "
+            "draft's config names.",
             show_default=False,
         ),
     ] = None,
@@ -47,72 +30,77 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE.jsonl",
-            help="Prompts, one a line, in MT-bench's style or with the key prompt or messages. "
-            "80 of our own, if not given.",
+            help="Prompts, one per line, in MT-bench's style or with the key prompt or messages. "
+            "By default 80 that speculators brings along.",
             show_default=False,
         ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Only the first so many prompts.", show_default=False),
+        typer.Option(min=1, help="Use only this many prompts, the first ones.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="The longest output, in tokens.")
     ] = 256,
     proposal: Annotated[
-        Proposal | None,
+        Literal["greedy", "sampling", "static_tree", "dynamic_tree"] | None,
         typer.Option(
-            help="How tokens are proposed. The config's default, if not given.", show_default=False
+            help="How to propose tokens. By default as the draft's config says.", show_default=False
         ),
     ] = None,
     num_draft_tokens: Annotated[
         str | None,
         typer.Option(
             metavar="K|A..B",
-            help="How many tokens are drafted for a verification step; 1..8 measures each of "
-            "these, and recommends one. The config's number, if not given.",
+            help="How many tokens to draft per verification step; a range such as 1..8 measures "
+            "each length and recommends one. By default as the draft's config says.",
             show_default=False,
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Of sampling; 0 is greedy decoding.")
+        float, typer.Option(min=0.0, help="For sampling; 0 means greedy decoding.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     acceptance_only: Annotated[
         bool,
         typer.Option(
             "--acceptance-only",
-            help="Leave plain decoding out: no speed-up, and outputs are not compared.",
+            help="Skip plain decoding: no speed-up is measured and no outputs are compared.",
         ),
     ] = False,
     dtype: Annotated[
-        Dtype, typer.Option(help="What both models run in; auto: what the verifier is stored in.")
-    ] = Dtype.AUTO,
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(
+            help="The type that both models run in; auto is the one the verifier is stored in."
+        ),
+    ] = "auto",
     device: Annotated[
         str | None,
         typer.Option(
-            help="By torch's name: cpu, cuda:1. An accelerator if there is one, if not given.",
+            help="A torch device, such as cpu or cuda:1. By default an accelerator, if any.",
             show_default=False,
         ),
     ] = None,
     cache_dir: CacheDir = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="A directory to make, for report.json and plots.", show_default=False),
+        typer.Option(help="A directory to create, for report.json and plots.", show_default=False),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output if a report is there.")
+        bool, typer.Option("--overwrite", help="With --output: replace it if it is a report.")
     ] = False,
 ) -> None:
     """Measure acceptance and speed of a converted draft, and compare with plain decoding.
 
-    Ctrl-C stops it, and what was measured until then is reported.
+    Ctrl-C stops it; what was measured so far is still reported.
 
     For example:
 
     speculators evaluate ./converted --num-draft-tokens 1..8 --output report
     """
     lengths = _draft_lengths(num_draft_tokens)
+    if overwrite and output is None:
+        raise typer.BadParameter("--overwrite only works with --output.")
 
     from speculators.checkpoint.staging import check_output
     from speculators.cli.report_view import print_report, progress_bar
@@ -136,10 +124,9 @@ def evaluate(
     from speculators.evaluate.subject import load_subject
 
     subject = load_subject(
-        directory, verifier=verifier, dtype=dtype.value, device=device, cache_dir=cache_dir
+        directory, verifier=verifier, dtype=dtype, device=device, cache_dir=cache_dir
     )
-    kind = None if proposal is None else proposal.value
-    proposals = [subject.draft.proposal_method(kind, length) for length in lengths]
+    proposals = [subject.draft.proposal_method(proposal, length) for length in lengths]
     evaluation = Evaluation(subject, selected, proposals, settings)
     try:
         with progress_bar(len(selected)) as advance:
@@ -148,9 +135,11 @@ def evaluate(
     finally:  # also when it was stopped, or failed: nothing measured is lost
         if evaluation.measured:
             report = evaluation.report()
-            print_report(report)
-            if output is not None:
-                save_report(report, output, overwrite=overwrite)
+            try:
+                print_report(report)
+            finally:  # even if nobody reads what is printed
+                if output is not None:
+                    save_report(report, output, overwrite=overwrite)
 
 
 def _draft_lengths(text: str | None) -> list[int] | list[None]:

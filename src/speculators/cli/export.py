@@ -15,11 +15,11 @@ def export(
         str,
         typer.Argument(metavar="DIR", help="A converted draft: a directory or a Hugging Face id."),
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to create.")],
     to: Annotated[
         Literal["eagle", "vllm", "sglang"],
         typer.Option(
-            help="Who is to read it: the research code, vLLM without the plugin, or SGLang."
+            help="Who will read it: the research code, vLLM without the plugin, or SGLang."
         ),
     ],
     cache_dir: CacheDir = None,

@@ -13,7 +13,8 @@ def inspect(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="PATH_OR_ID", help="The checkpoint: a directory or a Hugging Face id."
+            metavar="PATH_OR_ID",
+            help="The checkpoint: a directory, a file of weights in one, or a Hugging Face id.",
         ),
     ],
     as_json: Annotated[
@@ -27,9 +28,8 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is, on what evidence, and what can be done with it.
 
-    Reads config.json and the headers of the weight files; of a checkpoint on
-    the Hub, the weights are not downloaded. The status is 1 if the checkpoint
-    is of no kind that is known.
+    Reads config.json and the headers of the weight files, and downloads no
+    weights from the Hub. The status is 1 if the kind of checkpoint is not known.
 
     For example:
 

@@ -6,13 +6,16 @@ without colours, borders, or spaces at their ends. rich heeds NO_COLOR and FORCE
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Column, Table
 
-__all__ = ["labelled", "show", "table"]
+__all__ = ["bordered", "labelled", "show", "table"]
 
 UNLIMITED = 1 << 20
+
+BORDERLESS: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 2, 0, 0)}
 
 
 def show(*renderables: RenderableType) -> None:
@@ -34,15 +37,16 @@ def show(*renderables: RenderableType) -> None:
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     """Rows under heads; a cell that is too long for the window goes on below."""
     made = Table(
-        *(Column(head, overflow="fold") for head in heads),
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        padding=(0, 2, 0, 0),
+        *(Column(head, overflow="fold") for head in heads), header_style="bold", **BORDERLESS
     )
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def bordered(*columns: str | Column) -> Table:
+    """A table without rows as yet, which has borders on a terminal."""
+    return Table(*columns, **({} if Console().is_terminal else BORDERLESS))
 
 
 def labelled(lines: Iterable[tuple[str, Iterable[str]]]) -> Table:

@@ -12,10 +12,13 @@ __all__ = ["publish"]
 
 def publish(
     output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="A directory that `convert` made.")
+        Path, typer.Argument(metavar="OUTPUT", help="A directory that `convert` created.")
     ],
     repo: Annotated[
-        str, typer.Argument(metavar="REPO", help="Where to, as organization/name; made if needed.")
+        str,
+        typer.Argument(
+            metavar="REPO", help="The repository, as organization/name; created if needed."
+        ),
     ],
     private: Annotated[
         bool, typer.Option("--private", help="Keep the repository private.")
@@ -23,7 +26,7 @@ def publish(
     report: Annotated[
         Path | None,
         typer.Option(
-            help="What `speculators evaluate` wrote, for the model card.", show_default=False
+            help="A report of `speculators evaluate`, for the model card.", show_default=False
         ),
     ] = None,
     cache_dir: CacheDir = None,

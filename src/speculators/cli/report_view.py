@@ -1,13 +1,14 @@
 """How an evaluation's progress and its report are shown."""
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from speculators.cli.output import bordered, show
+from speculators.cli.shared import is_quiet
 from speculators.evaluate.metrics import acceptance_length, total
 from speculators.evaluate.report import PromptResult, ProposalResult, Report, Summary
 
@@ -18,7 +19,10 @@ DIFFERENCES_SHOWN = 10
 
 @contextmanager
 def progress_bar(prompts: int) -> Iterator[Callable[[PromptResult], None]]:
-    """A bar on a terminal's standard error, to be advanced by each prompt's result."""
+    """A bar on standard error, to be advanced by each prompt's result.
+
+    Where that is no terminal, and with --quiet, nothing is shown.
+    """
     console = Console(stderr=True)
     measured: list[PromptResult] = []
     with Progress(
@@ -28,7 +32,7 @@ def progress_bar(prompts: int) -> Iterator[Callable[[PromptResult], None]]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=is_quiet() or not console.is_terminal,
     ) as progress:
         task = progress.add_task("Measuring", total=prompts)
 
@@ -44,25 +48,27 @@ def progress_bar(prompts: int) -> Iterator[Callable[[PromptResult], None]]:
 
 def print_report(report: Report) -> None:
     """Print the figures: by draft length, by position, by category; and what differed."""
-    # Names are for reading and for grep: never cut short, and brackets in them are no markup.
-    console = Console(soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 1000)
-    console.print(_by_draft(report))
-    console.print(_by_position(report.longest))
-    console.print(_by_category(report))
-    for sentence in _sentences(report):
-        console.print(sentence)
+    longest, shown = report.longest, report.shown
+    show(
+        f"{report.draft}, drafting for {report.verifier}",
+        _by_draft(report.results),
+        f"Acceptance by position ({_named(longest)})",
+        _by_position(longest.overall),
+        f"By category ({_named(shown)})",
+        _by_category(shown),
+        *_sentences(report),
+    )
 
 
-def _by_draft(report: Report) -> Table:
-    table = Table(
+def _by_draft(results: Iterable[ProposalResult]) -> Table:
+    table = bordered(
         "proposal",
         *_numbers(
             "draft tokens", "acceptance length", "tokens/s", "plain tokens/s", "speed-up",
             "identical",
         ),
-        title=f"{report.draft}, drafting for {report.verifier}",
     )  # fmt: skip
-    for result in report.results:
+    for result in results:
         overall = result.overall
         table.add_row(
             result.proposal.proposal_type,
@@ -76,24 +82,21 @@ def _by_draft(report: Report) -> Table:
     return table
 
 
-def _by_position(result: ProposalResult) -> Table:
-    table = Table(
-        *_numbers("position", "accepted, of all steps", "of the steps that accepted all before"),
-        title=f"Acceptance by position ({_named(result)})",
+def _by_position(summary: Summary) -> Table:
+    table = bordered(
+        *_numbers("position", "accepted, of all steps", "of the steps that accepted all before")
     )
-    summary = result.overall
     rows = zip(summary.acceptance_rates, summary.conditional_acceptance_rates, strict=True)
     for position, (rate, conditional) in enumerate(rows, start=1):
         table.add_row(str(position), _number(rate), _number(conditional))
     return table
 
 
-def _by_category(report: Report) -> Table:
-    table = Table(
-        "category", *_numbers("prompts", "acceptance length", "tokens/s", "speed-up", "identical")
+def _by_category(result: ProposalResult) -> Table:
+    table = bordered(
+        "category",
+        *_numbers("prompts", "acceptance length", "tokens/s", "speed-up", "identical"),
     )
-    shown = report.shown
-    table.title = f"By category ({_named(shown)})"
 
     def add(name: str, summary: Summary, *, end_section: bool = False) -> None:
         table.add_row(
@@ -106,10 +109,10 @@ def _by_category(report: Report) -> Table:
             end_section=end_section,
         )
 
-    last = next(reversed(shown.categories))
-    for category, summary in shown.categories.items():
+    last = next(reversed(result.categories))
+    for category, summary in result.categories.items():
         add(category, summary, end_section=category == last)
-    add("overall", shown.overall)
+    add("overall", result.overall)
     return table
 
 
@@ -154,7 +157,7 @@ def _named(result: ProposalResult) -> str:
 
 
 def _numbers(*heads: str) -> list[Column]:
-    return [Column(head, justify="right") for head in heads]
+    return [Column(head, justify="right", overflow="fold") for head in heads]
 
 
 def _number(value: float | None, digits: int = 2) -> str:

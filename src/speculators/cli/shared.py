@@ -21,7 +21,11 @@ from speculators.errors import sentence
 __all__ = ["CacheDir", "is_quiet", "share_options"]
 
 CacheDir = Annotated[
-    Path | None, typer.Option(help="Where downloads are kept.", show_default=False)
+    Path | None,
+    typer.Option(
+        help="Where to keep downloads, instead of the Hugging Face cache.",
+        show_default=False,
+    ),
 ]
 """The option of every command that may read from the Hub."""
 

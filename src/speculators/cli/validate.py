@@ -12,7 +12,7 @@ __all__ = ["validate"]
 
 def validate(
     output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="A directory that `convert` made.")
+        Path, typer.Argument(metavar="OUTPUT", help="A directory that `convert` created.")
     ],
     source: Annotated[
         str | None,
@@ -25,14 +25,16 @@ def validate(
     cache_dir: CacheDir = None,
     revision: Annotated[
         str | None,
-        typer.Option(help="A branch, tag or commit of INPUT on the Hub.", show_default=False),
+        typer.Option(
+            help="With --source: a branch, tag or commit of INPUT on the Hub.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Check a converted checkpoint again, at any time; nothing is written.
 
-    Its files have to be those that its conversion.json tells of, and the draft
-    has to load and compute what its tensors say. With --source, everything is
-    proven that `convert` proves.
+    Its files must be those that its conversion.json records, and the draft must
+    load and compute what its tensors say. With --source, everything that
+    `convert` proves is proven again.
 
     For example:
 
@@ -40,6 +42,9 @@ def validate(
 
     speculators validate ./converted --source ./draft
     """
+    if revision is not None and source is None:
+        raise typer.BadParameter("--revision only works with --source.")
+
     from speculators.cli.progress import progress_bar
     from speculators.convert.eagle import EagleConverter
 

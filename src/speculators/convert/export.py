@@ -142,12 +142,12 @@ def export(
     """
     target = TARGETS[to]
     directory = Path(output).expanduser()
-    check_output(directory, overwrite=False)
+    check_output(directory, overwrite=False, kind=None)
     checkpoint = read_checkpoint(open_repository(source, revision=revision, cache_dir=cache_dir))
     plan = plan_export(checkpoint, target)
     for remark in plan.remarks:
         logger.warning(f"{checkpoint.name}: {remark}")
-    with staged_directory(directory) as staging:
+    with staged_directory(directory, kind=None) as staging:
         config = json.dumps(plan.config, indent=2, ensure_ascii=False)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
         write_safetensors_file(staging / "model.safetensors", plan.tensors)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.errors import EvaluationError, PromptsError, SpeculatorsError, VerifierError
 from speculators.evaluate.prompts import Prompt
 from speculators.models.converted import Converted, open_converted
 from speculators.models.eagle import EagleSpeculator
+from speculators.models.loading import without_progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,12 +110,12 @@ def load_subject(
     opened.check_fits(sizes.hidden_size, sizes.vocab_size)
     options: dict[str, Any] = {"cache_dir": cache_dir}
     tokenizer = _load("tokenizer", AutoTokenizer, opened, options)
-    transformers_logging.disable_progress_bar()  # it would show where there is no terminal too
-    model = _load("weights", AutoModelForCausalLM, opened, options | {"dtype": dtype})
-    model.to(place).eval()
-    draft = EagleSpeculator.from_pretrained(
-        converted.directory, verifier=model, dtype=model.dtype, cache_dir=cache_dir
-    )
+    with without_progress_bar():
+        model = _load("weights", AutoModelForCausalLM, opened, options | {"dtype": dtype})
+        model.to(place).eval()
+        draft = EagleSpeculator.from_pretrained(
+            converted.directory, verifier=model, dtype=model.dtype, cache_dir=cache_dir
+        )
     draft.to(place).eval()  # type: ignore[arg-type]
     return Subject(
         name=str(directory),

@@ -176,6 +176,11 @@ def _details_of_draft(checkpoint: Checkpoint) -> Details:
         "EAGLE-1's weights, and HASS trains the same module in another way"
         + (f"; the name {name} suggests HASS." if HASS.search(name) else ".")
     ]
+    if not checkpoint.tensors:
+        why_not = f"{checkpoint.name} has no weights that could be read, and they decide."
+        return Details(
+            checkpoint.config, ConversionFinding(possible=False, why_not=why_not), notes=notes
+        )
     short = {name: strip_prefix(name) for name in checkpoint.tensors}
     features = _features({name: LAYERNORM_MAPPINGS.get(it, it) for name, it in short.items()})
     try:
@@ -224,9 +229,9 @@ def _details_of_converted(checkpoint: Checkpoint) -> Details:
     return Details(
         sizes,
         ConversionFinding(possible=False, why_not=_why_not(checkpoint)),
-        _features(targets),
+        _features(targets) if targets else None,
         targets,
-        layout="current" if all(k == v for k, v in targets.items()) else "0.1.0 to 0.3.0",
+        layout=_layout(targets) if targets else None,
         verifier=verifier,
         notes=notes,
     )
@@ -256,6 +261,11 @@ def _source_of(record: Path, notes: list[str]) -> RepositoryRecord | None:
         notes.append(f"Where it comes from is not known: {error}")
         return None
     return RepositoryRecord(name=source.name, revision=source.revision)
+
+
+def _layout(targets: Mapping[str, str]) -> Literal["current", "0.1.0 to 0.3.0"]:
+    """Which version's names tensors have, of stored → current names."""
+    return "current" if all(k == v for k, v in targets.items()) else "0.1.0 to 0.3.0"
 
 
 def _features(names: Mapping[str, str]) -> dict[str, list[str]]:

@@ -91,6 +91,15 @@ UPLOAD_OPTIONS = {
 """What transformers calls the options of ``checkpoint.upload``."""
 
 
+BY_ENVIRONMENT = {
+    "token": "HF_TOKEN",
+    "local_files_only": "HF_HUB_OFFLINE",
+    "force_download": "another cache_dir",
+    "proxies": "HTTPS_PROXY",
+}
+"""Options of transformers that say how to download, and what says it here."""
+
+
 class EagleSpeculatorConfig(PreTrainedConfig):
     """The config of an ``EagleSpeculator``; its JSON is ``format.config.EagleConfig``.
 
@@ -275,7 +284,9 @@ class EagleSpeculator(PreTrainedModel):
             cache_dir: where downloads are kept.
             revision: a branch, tag or commit on the Hub.
             **kwargs: as for ``PreTrainedModel.from_pretrained``: ``dtype``, ``device_map``,
-                ``attn_implementation``, ...
+                ``attn_implementation``, ... How to download is for the Hub client's environment
+                to say (``HF_TOKEN``, ``HF_HUB_OFFLINE``): ``token`` and the like have no effect,
+                and a warning says so.
 
         Raises:
             FormatError: if it is not a converted draft, or its tensors are not complete.
@@ -283,6 +294,9 @@ class EagleSpeculator(PreTrainedModel):
             VerifierError: if the verifier does not fit.
 
         """
+        for option, instead in BY_ENVIRONMENT.items():
+            if kwargs.pop(option, None):
+                logger.warning(f"The argument {option} has no effect here: use {instead}")
         converted = open_converted(
             pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir
         )
@@ -300,7 +314,7 @@ class EagleSpeculator(PreTrainedModel):
         # Otherwise save_pretrained would undo the renaming, and write names of the older layout.
         model._weight_conversions = []  # type: ignore[assignment]
         if verifier is not None:
-            model.attach_verifier(verifier)
+            model.attach_verifier(verifier, cache_dir=cache_dir)
         else:
             model._borrow(converted.config.speculators_config.verifier.name_or_path, cache_dir)
         return model
@@ -416,7 +430,10 @@ class EagleSpeculator(PreTrainedModel):
         write_stamped(directory / README, card)
 
     def attach_verifier(
-        self, verifier: PreTrainedModel | str | os.PathLike[str]
+        self,
+        verifier: PreTrainedModel | str | os.PathLike[str],
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> PreTrainedModel:
         """Use a loaded verifier's head (and embedding, where the draft has none).
 
@@ -425,6 +442,7 @@ class EagleSpeculator(PreTrainedModel):
 
         Args:
             verifier: a model, or a directory or Hub id that one is loaded from.
+            cache_dir: where downloads are kept.
 
         Returns:
             The verifier.
@@ -436,10 +454,15 @@ class EagleSpeculator(PreTrainedModel):
         """
         if not isinstance(verifier, PreTrainedModel):
             self._check_fits(
-                open_verifier(Path(verifier) if isinstance(verifier, os.PathLike) else verifier)
+                open_verifier(
+                    Path(verifier) if isinstance(verifier, os.PathLike) else verifier,
+                    cache_dir=None if cache_dir is None else Path(cache_dir),
+                )
             )
             # Not by device_map, which takes a package more.
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(verifier, dtype="auto")
+            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                verifier, dtype="auto", cache_dir=cache_dir
+            )
             loaded.to(self.device)  # type: ignore[arg-type]
             verifier = loaded
         head = verifier.get_output_embeddings()

@@ -32,7 +32,7 @@ def read_report(path: Path) -> Report:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise EvaluationError(
-            f"{file} is no report of 'speculators evaluate': {key + ': ' if key else ''}"
+            f"{file} is not a report of 'speculators evaluate': {key + ': ' if key else ''}"
             f"{first['msg']}."
         ) from error
 

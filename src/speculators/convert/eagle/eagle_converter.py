@@ -18,7 +18,7 @@ from speculators.convert.eagle.provenance import (
     record_conversion,
 )
 from speculators.convert.eagle.written import plan_of_itself, verifier_of
-from speculators.errors import CheckpointError, ConversionError, OutputError
+from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
 from speculators.format.config import parse_config
 from speculators.format.conversion import CONVERSION_FILE
 from speculators.format.tensors import DTYPES
@@ -170,7 +170,7 @@ class EagleConverter:
         directory = Path(directory).expanduser()
         logger.info(f"Checking converted checkpoint: {directory}")
         if not directory.is_dir():
-            raise CheckpointError(f"{directory} is no directory; give a converted checkpoint.")
+            raise CheckpointError(f"{directory} is not a directory; give a converted checkpoint.")
         written = read_checkpoint(LocalDirectory(directory))
         config = parse_config(written.config, written.name)
         record = read_record(directory)
@@ -208,13 +208,15 @@ class EagleConverter:
     ) -> ConversionPlan:
         """Say what ``convert`` would do, without writing anything; see there for the arguments."""
         checkpoint = _read(input_path, revision, cache_dir)
-        return _plan(
+        plan = _plan(
             checkpoint,
             open_verifier(base_model, cache_dir=cache_dir),
             fusion_bias=fusion_bias,
             layernorms=layernorms,
             dtype=dtype,
         )
+        _refuse_draft_as_its_own_verifier(input_path, base_model)
+        return plan
 
 
 def _read(source: str | Path, revision: str | None, cache_dir: str | Path | None) -> Checkpoint:
@@ -270,6 +272,18 @@ def _refuse_to_replace_what_is_read(read: dict[str, str | Path], output: Path) -
 
 
 def _refuse_same_directory(input_path: str | Path, output: Path) -> None:
-    source = Path(input_path).expanduser()
-    if source.exists() and output.exists() and source.samefile(output):
+    if _are_same(Path(input_path).expanduser(), output):
         raise OutputError(f"{output} is the input too; choose another output.")
+
+
+def _refuse_draft_as_its_own_verifier(input_path: str | Path, base_model: str | Path) -> None:
+    source, verifier = Path(input_path).expanduser(), Path(base_model).expanduser()
+    if source == verifier or _are_same(source, verifier):
+        raise VerifierError(
+            f"{base_model} is given as the draft and as its verifier; give the language model that "
+            "the draft was trained for as BASE_MODEL."
+        )
+
+
+def _are_same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)

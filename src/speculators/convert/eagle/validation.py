@@ -1,8 +1,7 @@
 """Proof that a written directory holds and computes what its source does."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,19 +9,20 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from transformers.utils import logging as transformers_logging
 
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory
 from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo
+from speculators.checkpoint.verifier import Verifier
 from speculators.checkpoint.writer import contiguous_chunks
 from speculators.convert.eagle.plan import ConversionPlan
 from speculators.convert.eagle.reference import PlainDraft
-from speculators.convert.families import strip_prefix
-from speculators.errors import SpeculatorsError, ValidationError
+from speculators.convert.families import recognise, strip_prefix
+from speculators.errors import SpeculatorsError, ValidationError, VerifierError
 from speculators.format.tensors import DTYPES
 from speculators.models.eagle import EagleOutput, EagleSpeculator
+from speculators.models.loading import without_progress_bar
 from speculators.models.tensors import TORCH_DTYPES, read_tensor
 
 __all__ = ["TOLERANCE", "validate_conversion", "validate_model"]
@@ -54,6 +54,7 @@ def validate_conversion(
 
     Raises:
         ValidationError: if anything of this is not so.
+        VerifierError: if the verifier is a draft.
 
     """
     logger.info("Validating converted checkpoint...")
@@ -78,10 +79,11 @@ def validate_model(
 
     Raises:
         ValidationError: if anything of this is not so.
+        VerifierError: if the verifier is a draft.
 
     """
     try:
-        with _without_progress_bar():
+        with without_progress_bar():
             model = EagleSpeculator.from_pretrained(
                 directory, dtype=torch.float32, cache_dir=cache_dir
             )
@@ -104,18 +106,6 @@ def validate_model(
         check.run()
     logger.success("Forward pass successful")
     return check.unchecked
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Keep transformers' bar, which appears even where there is no terminal, out of the log."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _compare_configs(plan: ConversionPlan, directory: Path) -> None:
@@ -190,7 +180,7 @@ class _ForwardCheck:
         self.hidden_states = torch.randn(BATCH, LENGTH, hidden, generator=generator)
         if model.get_input_embeddings() is None:
             self._leave_unchecked(
-                "The verifier's embedding cannot be had: a random one is validated with"
+                "The verifier's embedding is not available: a random one takes its place"
             )
             stand_in = torch.randn(vocabulary, hidden, generator=generator)
             model.embed_tokens = nn.Embedding.from_pretrained(stand_in)
@@ -237,8 +227,9 @@ class _ForwardCheck:
         try:
             info = self.plan.verifier.head()
         except SpeculatorsError as error:
+            _refuse_draft_as_verifier(self.plan.verifier)
             self._leave_unchecked(
-                f"Logits were not validated, since the verifier's head is not here: {error}"
+                f"Logits were not validated, since the verifier's head is not available: {error}"
             )
             return
         head = read_tensor(info)
@@ -283,6 +274,22 @@ class _ForwardCheck:
             for target, info in plan.tensors.items()
             if target != "embed_tokens.weight"
         }
+
+
+def _refuse_draft_as_verifier(verifier: Verifier) -> None:
+    """Tell a verifier without a head from a draft, whose config looks like its verifier's."""
+    if verifier.repository.commit is not None:
+        return  # all of its weights would be downloaded for their names
+    try:
+        tensors = read_tensors(verifier.repository)
+    except SpeculatorsError:
+        return  # why there is no head to be had is told all the same
+    family = recognise({}, tensors).family
+    if family is not None and family.kind != "language-model":
+        raise VerifierError(
+            f"The verifier {verifier.name} holds {family.name}; give the language model that the "
+            "draft was trained for."
+        )
 
 
 def _as_planned(plan: ConversionPlan, tensor: Tensor) -> Tensor:
