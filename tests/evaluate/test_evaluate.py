@@ -595,6 +595,21 @@ def test_a_draft_whose_verifier_is_not_here(
     assert re.search(message, run.errors[0])
 
 
+def test_a_verifier_that_is_spread(
+    arguments: list[str], speculators: CommandLine, tmp_path: Path
+) -> None:
+    figures = []
+    for device in ("cpu", "auto"):
+        report = tmp_path / device
+        run = speculators(*arguments, "--device", device, "--output", report)
+        assert run.status == 0, run.stderr
+        said = json.loads((report / "report.json").read_text())
+        figures.append(
+            [said["results"][0]["overall"][key] for key in ("acceptance_length", "identical")]
+        )
+    assert figures[0] == figures[1]
+
+
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [

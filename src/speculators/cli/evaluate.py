@@ -77,7 +77,8 @@ def evaluate(
     device: Annotated[
         str | None,
         typer.Option(
-            help="A torch device, such as cpu or cuda:1. By default an accelerator, if any.",
+            help="A torch device, such as cpu or cuda:1; auto spreads the verifier over all "
+            "accelerators. By default one accelerator, if any.",
             show_default=False,
         ),
     ] = None,

@@ -160,7 +160,7 @@ class Evaluation:
         self, tokens: list[int], generation: GenerationConfig, proposal: ProposalMethod | None
     ) -> Output:
         verifier = self.subject.verifier
-        input_ids = torch.tensor([tokens], device=verifier.device)
+        input_ids = torch.tensor([tokens], device=self.subject.device)
         mask = torch.ones_like(input_ids)
         acceptance = Acceptance()
         start = perf_counter()
@@ -190,7 +190,7 @@ def first_difference(plain: Sequence[int], speculative: Sequence[int]) -> Differ
 
 
 def _environment(subject: Subject) -> Environment:
-    device = subject.verifier.device
+    device = subject.device
     return Environment(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),

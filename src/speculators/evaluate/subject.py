@@ -15,11 +15,15 @@ from speculators.evaluate.prompts import Prompt
 from speculators.models.converted import Converted, open_converted
 from speculators.models.eagle import EagleSpeculator
 from speculators.models.loading import without_progress_bar
+from speculators.models.placement import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Subject", "load_subject"]
+
+SPREAD = "auto"
+"""The device that means all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,11 @@ class Subject:
     verifier: PreTrainedModel
     verifier_name: str
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts go."""
+        return device_of(self.verifier.get_input_embeddings())
 
     @property
     def has_chat_template(self) -> bool:
@@ -93,7 +102,8 @@ def load_subject(
         directory: the draft: a converted directory, or a Hub id of one.
         verifier: a directory or a Hub id; the one that the draft's config names if not given.
         dtype: of both models, by torch's name; ``auto`` for what the verifier is stored in.
-        device: by torch's name; an accelerator's if there is one, else ``cpu``, if not given.
+        device: by torch's name; ``auto`` spreads the verifier over all accelerators, and over the
+            CPU's memory if need be; one accelerator if there is any, else ``cpu``, if not given.
         cache_dir: where downloads are kept.
 
     Raises:
@@ -103,20 +113,23 @@ def load_subject(
         EvaluationError: if there is no such device.
 
     """
-    place = _device(device)
+    place = None if device == SPREAD else _device(device)
     converted = open_converted(directory, cache_dir=cache_dir)
     opened = _open_verifier(converted, verifier, cache_dir)
     sizes = converted.config.transformer_layer_config
     opened.check_fits(sizes.hidden_size, sizes.vocab_size)
     options: dict[str, Any] = {"cache_dir": cache_dir}
     tokenizer = _load("tokenizer", AutoTokenizer, opened, options)
+    options |= {"dtype": dtype} if place is not None else {"dtype": dtype, "device_map": "auto"}
     with without_progress_bar():
-        model = _load("weights", AutoModelForCausalLM, opened, options | {"dtype": dtype})
-        model.to(place).eval()
+        model = _load("weights", AutoModelForCausalLM, opened, options)
+        if place is not None:
+            model.to(place)
         draft = EagleSpeculator.from_pretrained(
-            converted.directory, verifier=model, dtype=model.dtype, cache_dir=cache_dir
+            converted.directory, verifier=model.eval(), dtype=model.dtype, cache_dir=cache_dir
         )
-    draft.to(place).eval()  # type: ignore[arg-type]
+    # Where the head is, which makes logits of all that is drafted.
+    draft.to(device_of(model.get_output_embeddings())).eval()  # type: ignore[arg-type]
     return Subject(
         name=str(directory),
         draft=draft,
