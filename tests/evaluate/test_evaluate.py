@@ -32,11 +32,15 @@ from helpers import (
     tiny_llama,
     write_checkpoint,
 )
+from hub_server import HubServer, patch_hub
 from speculators.cli import report_view
 from speculators.convert.eagle import EagleConverter
+from speculators.decode import replay
 from speculators.errors import EvaluationError
+from speculators.evaluate.evaluation import Evaluation
 from speculators.evaluate.metrics import count_steps, total
-from speculators.evaluate.report import Report
+from speculators.evaluate.prompts import read_prompts
+from speculators.evaluate.report import PromptResult, Report, Settings
 from speculators.evaluate.subject import load_subject
 from speculators.format.config import PROPOSALS, ProposalMethod
 from speculators.models.eagle import EagleSpeculator
@@ -593,6 +597,58 @@ def test_a_draft_whose_verifier_is_not_here(
     run = speculators("evaluate", draft, "--prompts", prompts)
     assert run.status == 1
     assert re.search(message, run.errors[0])
+
+
+def test_a_draft_at_a_revision_of_the_hub(
+    pair: Pair,
+    arguments: list[str],
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    with HubServer() as server:
+        patch_hub(monkeypatch, server, tmp_path / "cache")
+        server.add_repo("org/draft", empty)
+        commit = server.add_repo("org/draft", pair.draft, revision="v1")
+        arguments[1] = "org/draft"
+        assert speculators(*arguments).status == 1
+        run = speculators(*arguments, "--revision", "v1")
+    assert run.status == 0, run.stderr
+    assert report_in(tmp_path / "report").draft_commit == commit
+
+
+def test_graphs_are_recorded_before_anything_is_measured(
+    pair: Pair, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def refuse(run: Callable[[], Any], device: torch.device) -> Any:
+        del run, device
+        events.append("record")
+        raise RuntimeError("It is enough to know when it was tried.")
+
+    def measure(*arguments: Any, **options: Any) -> PromptResult:
+        events.append("measure")
+        return really_measure(*arguments, **options)
+
+    really_measure = Evaluation._measure
+    monkeypatch.setattr(Evaluation, "_measure", measure)
+
+    monkeypatch.setitem(replay.RECORDERS, "cpu", refuse)
+    monkeypatch.setattr(replay, "FEWEST_SLOTS", 16)
+    settings = Settings(prompts_total=3, max_new_tokens=40)
+    evaluation = Evaluation(
+        load_subject(pair.draft),
+        read_prompts(prompts),
+        [ProposalMethod(speculative_tokens=2)],
+        settings,
+    )
+    list(evaluation.run())
+    assert events == [*["record"] * (len(events) - 3), *["measure"] * 3]
+    assert len(events) > 4
 
 
 def test_a_verifier_that_is_spread(

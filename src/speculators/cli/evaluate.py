@@ -83,6 +83,10 @@ def evaluate(
         ),
     ] = None,
     cache_dir: CacheDir = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="A directory to create, for report.json and plots.", show_default=False),
@@ -125,7 +129,12 @@ def evaluate(
     from speculators.evaluate.subject import load_subject
 
     subject = load_subject(
-        directory, verifier=verifier, dtype=dtype, device=device, cache_dir=cache_dir
+        directory,
+        verifier=verifier,
+        dtype=dtype,
+        device=device,
+        cache_dir=cache_dir,
+        revision=revision,
     )
     proposals = [subject.draft.proposal_method(proposal, length) for length in lengths]
     evaluation = Evaluation(subject, selected, proposals, settings)

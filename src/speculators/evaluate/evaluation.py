@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from speculators import __version__
 from speculators.decode import Generation
+from speculators.decode.replay import RECORDERS
 from speculators.evaluate.metrics import Acceptance, count_steps
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import (
@@ -101,6 +102,7 @@ class Evaluation:
             speculators_version=__version__,
             complete=len(self.measured) == len(self._encoded),
             draft=subject.name,
+            draft_commit=subject.commit,
             verifier=subject.verifier_name,
             chat_template=subject.has_chat_template,
             settings=self.settings,
@@ -111,10 +113,23 @@ class Evaluation:
         )
 
     def _warm_up(self) -> None:
-        _, tokens = self._encoded[0]
-        generation = self._generation(min(WARM_UP_TOKENS, self.settings.max_new_tokens))
+        """Do what is only done once: load kernels, and record CUDA graphs.
+
+        Graphs are recorded for each number of cache slots that a step may need: from those of the
+        shortest prompt to those of the longest prompt with its output. The longest comes first,
+        since the caches are moved when they grow, and the graphs over them are lost.
+        """
+        by_length = sorted((tokens for _, tokens in self._encoded), key=len)
+        shortest, longest = by_length[0], by_length[-1]
+        most = self.settings.max_new_tokens
+        once = [(longest, min(WARM_UP_TOKENS, most))]
+        all_slots = [(longest, most), (shortest, len(longest) - len(shortest) + most)]
         for contestant in self._contestants:
-            self._generate(tokens, generation, contestant)
+            recorded = contestant is not None and self.subject.device.type in RECORDERS
+            for tokens, new_tokens in all_slots if recorded else once:
+                generation = self._generation(new_tokens)
+                generation.eos_token_id = None
+                self._generate(tokens, generation, contestant)
 
     def _measure(self, prompt: Prompt, tokens: list[int], turn: int) -> PromptResult:
         generation = self._generation(self.settings.max_new_tokens)

@@ -172,6 +172,8 @@ class Report(Model):
     complete: bool
     """Whether every prompt was measured; not if the run was stopped."""
     draft: str
+    draft_commit: str | None = None
+    """Of a draft on the Hub; ``null`` for a directory."""
     verifier: str
     chat_template: bool
     """Whether the verifier's chat template was applied; otherwise prompts are plain text."""

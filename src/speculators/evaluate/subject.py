@@ -32,6 +32,7 @@ class Subject:
 
     Attributes:
         name: where the draft is.
+        commit: the draft's commit on the Hub; ``None`` for a directory.
         draft: with the verifier attached.
         verifier: the model that the draft drafts for.
         verifier_name: its Hub id or directory, as it was given.
@@ -40,6 +41,7 @@ class Subject:
     """
 
     name: str
+    commit: str | None
     draft: EagleSpeculator
     verifier: PreTrainedModel
     verifier_name: str
@@ -95,6 +97,7 @@ def load_subject(
     dtype: str = "auto",
     device: str | None = None,
     cache_dir: Path | None = None,
+    revision: str | None = None,
 ) -> Subject:
     """Load a converted draft, its verifier and the verifier's tokenizer.
 
@@ -105,6 +108,7 @@ def load_subject(
         device: by torch's name; ``auto`` spreads the verifier over all accelerators, and over the
             CPU's memory if need be; one accelerator if there is any, else ``cpu``, if not given.
         cache_dir: where downloads are kept.
+        revision: a branch, tag or commit of the draft on the Hub.
 
     Raises:
         FormatError: if it is not a converted draft.
@@ -114,7 +118,7 @@ def load_subject(
 
     """
     place = None if device == SPREAD else _device(device)
-    converted = open_converted(directory, cache_dir=cache_dir)
+    converted = open_converted(directory, revision=revision, cache_dir=cache_dir)
     opened = _open_verifier(converted, verifier, cache_dir)
     sizes = converted.config.transformer_layer_config
     opened.check_fits(sizes.hidden_size, sizes.vocab_size)
@@ -132,6 +136,7 @@ def load_subject(
     draft.to(device_of(model.get_output_embeddings())).eval()  # type: ignore[arg-type]
     return Subject(
         name=str(directory),
+        commit=converted.commit,
         draft=draft,
         verifier=model,
         verifier_name=opened.name if verifier is None else str(verifier),

@@ -1,7 +1,7 @@
 """A directory in the speculators format, checked without reading its tensors' data."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from speculators.checkpoint.reader import Checkpoint, read_config, read_tensors
@@ -23,12 +23,14 @@ class Converted:
         directory: where config.json and the weights lie.
         config: the checked config.
         own_embedding: whether the draft has an embedding of its own.
+        commit: the commit on the Hub that it comes from; ``None`` for a directory.
 
     """
 
     directory: Path
     config: EagleConfig
     own_embedding: bool
+    commit: str | None = None
 
 
 def open_converted(
@@ -57,7 +59,8 @@ def open_converted(
     config, config_file = read_config(repository)
     parse_config(config, repository.name)  # before the weights are fetched
     tensors = read_tensors(repository)
-    return check_converted(Checkpoint(repository.name, config, config_file, tensors))
+    checked = check_converted(Checkpoint(repository.name, config, config_file, tensors))
+    return replace(checked, commit=repository.commit)
 
 
 def check_converted(checkpoint: Checkpoint) -> Converted:
