@@ -66,7 +66,7 @@ class ConversionRecord(BaseModel):
     """Where the source's config, its tensors and the reference disagreed."""
     validated: bool
     """Whether the conversion validated its result. Only then are hashes recorded: without
-    validation, the kernel copied the bytes, and the files were never read."""
+    validation, the kernel copies the bytes, and no file is hashed."""
     unchecked: list[str]
     """What the validation could not check, and why."""
     files: dict[FileName, FileRecord]
