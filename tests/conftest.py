@@ -25,16 +25,16 @@ from speculators.cli import main
 from speculators.convert.eagle import EagleConverter
 
 transformers_logging.disable_progress_bar()
-torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+torch.set_num_threads(1)  # the matrices are tiny: more threads would only wait for each other
 
-# The same examples every time, however slow the machine is: what varies is for the fuzzer.
+# The same examples every time, however slow the machine is; random ones are up to the fuzzer.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
 def verifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """For each golden checkpoint a tiny Llama with the golden head and another embedding."""
+    """For each golden checkpoint, a tiny Llama with its head but another embedding."""
     root = tmp_path_factory.mktemp("verifiers")
     return {
         name: save_quietly(tiny_llama(golden_vectors(name)["lm_head.weight"]), root / name)
@@ -52,7 +52,7 @@ def verifier(verifiers: dict[str, Path]) -> Path:
 def converted(
     tmp_path_factory: pytest.TempPathFactory, verifiers: dict[str, Path]
 ) -> dict[str, Path]:
-    """Every golden checkpoint, converted with validation; not to be changed."""
+    """Every golden checkpoint, converted with validation; tests must not change these."""
     root = tmp_path_factory.mktemp("converted")
     return {
         name: EagleConverter().convert(GOLDEN / name, root / name, verifiers[name])

@@ -1,4 +1,4 @@
-"""The distribution of sampled sequences, worked out in full, and a test for draws from one."""
+"""The exact distribution of sampled sequences, and a test whether samples follow one."""
 
 import itertools
 from collections import Counter
@@ -29,7 +29,7 @@ def small_verifier() -> PreTrainedModel:
 
 
 def chi_square_is_likely(counts: Counter[Any], probabilities: dict[Any, float]) -> bool:
-    """Pearson's test at the level of 1e-4; outcomes that are expected rarely are put together.
+    """Pearson's chi-square test at the level of 1e-4; rare outcomes are pooled.
 
     The quantile is by Wilson and Hilferty (1931).
     """
@@ -51,7 +51,7 @@ def chi_square_is_likely(counts: Counter[Any], probabilities: dict[Any, float]) 
 
 
 def transform(scores: Tensor, before: list[int], settings: dict[str, Any]) -> Tensor:
-    """The distribution after the settings, written here from their definitions."""
+    """Probabilities from logits under sampling settings, written here from their definitions."""
     if "repetition_penalty" in settings:
         penalty = settings["repetition_penalty"]
         for token in set(before):

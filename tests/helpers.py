@@ -1,4 +1,4 @@
-"""What several tests need: golden vectors, checkpoints and verifiers on disk, the command line."""
+"""Shared by several tests: golden vectors, checkpoints and verifiers on disk, the command line."""
 
 import json
 import os
@@ -24,7 +24,7 @@ GOLDEN_NAMES = (
     "vicuna_default_bias",
 )
 PLAIN = "llama31_gqa_nobias"
-"""The golden checkpoint without any feature but an embedding: ten tensors."""
+"""The golden checkpoint whose only feature is an embedding: ten tensors."""
 
 WRITTEN = ["config.json", "conversion.json", "model.safetensors"]
 """The files of a converted checkpoint."""
@@ -62,13 +62,13 @@ def write_checkpoint(
     """Write a golden checkpoint with changes.
 
     Args:
-        directory: where to; it is made.
+        directory: the directory to create.
         name: the golden checkpoint.
         config: keys of config.json to set.
         without: keys of config.json to leave out.
         edit: changes the tensors in place.
         container: the weight file; one that ends in ``.bin`` is written by ``torch.save``.
-        wrap: what is saved in a ``.bin``, of the tensors.
+        wrap: makes what is saved in a ``.bin`` from the tensors.
 
     """
     directory.mkdir(parents=True)
@@ -117,7 +117,7 @@ def tiny_llama(
 
 
 def save_quietly(model: Any, directory: Path) -> Path:
-    """``save_pretrained`` of a model or config, for its files."""
+    """Save a model or config with ``save_pretrained``, without its output."""
     model.save_pretrained(directory)
     return directory
 
@@ -134,7 +134,7 @@ def config_of(directory: Path) -> dict[str, Any]:
 
 
 def entries(directory: Path) -> list[str]:
-    """Everything below a directory, hidden things too."""
+    """Everything below a directory, including hidden files."""
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
 
 
@@ -144,7 +144,7 @@ def largest_difference(found: Tensor, expected: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run of the command line gave."""
+    """The result of a run of the command line."""
 
     status: int
     stdout: str

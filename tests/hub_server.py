@@ -1,8 +1,8 @@
-"""A Hub on loopback: directories served as repositories, the way the Hugging Face Hub does.
+"""A Hub on loopback, which serves directories as repositories, as the Hugging Face Hub does.
 
-What is uploaded becomes a new commit of its repository, a directory of its own.
+An upload becomes a new commit of its repository, in a directory of its own.
 
-Only as much of the Hub as its real client needs, with faults on demand:
+It does only as much as the real client needs, with faults on demand:
 
     with HubServer() as server:
         server.add_repo("org/draft", directory)
@@ -51,14 +51,14 @@ MEMBER = "hf_memberOfEveryRepository"
 """A token that may read private and gated repositories, and write those of ``org``."""
 
 STRANGER = "hf_strangerToEveryRepository"
-"""A valid token that may not, and that may write nothing but the stranger's own repositories."""
+"""A valid token without these rights, which may write only the stranger's own repositories."""
 
 # What a new repository's .gitattributes puts into large-file storage.
 LFS_SUFFIXES = frozenset({".bin", ".ckpt", ".gguf", ".pt", ".pth", ".safetensors"})
 
 
 class Request(NamedTuple):
-    """A request as it arrived; ``file`` is the repository's file that it asks for."""
+    """A request as it arrived; ``file`` is the file of the repository that it asks for."""
 
     method: str
     path: str
@@ -69,7 +69,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Repo:
-    """A repository: which directory is which commit, and which names point to it."""
+    """A repository: the directory of each commit, and the names that point to commits."""
 
     private: bool
     gated: bool
@@ -79,7 +79,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What to do wrong, how often, for requests of one method for one file."""
+    """What to do wrong, and how often, for requests of one method for one file."""
 
     file: str
     method: str = "GET"
@@ -133,7 +133,7 @@ class HubServer(ThreadingHTTPServer):
         self._uploads.cleanup()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Let clients go away at any time."""
+        """Ignore clients that disconnect at any time."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -146,7 +146,7 @@ class HubServer(ThreadingHTTPServer):
         private: bool = False,
         gated: bool = False,
     ) -> str:
-        """Serve a directory as a repository, or as one more revision; gives the commit's hash."""
+        """Serve a directory as a repository, or as one more revision; return the commit's hash."""
         repo = self.repos.setdefault(repo_id, Repo(private, gated))
         listing = "".join(f"{name} {git_oid(directory / name)}\n" for name in files_of(directory))
         commit = hashlib.sha1(listing.encode()).hexdigest()
@@ -159,7 +159,7 @@ class HubServer(ThreadingHTTPServer):
         self.faults.append(Fault(file, method, **how))
 
     def take_fault(self, method: str, file: str) -> Fault:
-        """The fault to commit now, counted down; one without effect where there is none."""
+        """The fault to commit now, counted down; if there is none, one without effect."""
         with self._lock:
             for fault in self.faults:
                 if (fault.method, fault.file) == (method, file) and fault.times > 0:
@@ -168,7 +168,7 @@ class HubServer(ThreadingHTTPServer):
         return Fault(file)
 
     def new_commit(self, repo_id: str, revision: str) -> Path:
-        """A directory for the next commit of a branch, with what the branch holds now."""
+        """Create a directory for the next commit of a branch, with the branch's current files."""
         repo = self.repos[repo_id]
         directory = Path(tempfile.mkdtemp(dir=self._uploads.name))
         if revision in repo.refs:
@@ -253,7 +253,7 @@ class HubHandler(BaseHTTPRequestHandler):
     # What a request may see
 
     def user(self) -> str | None:
-        """Whose token came with the request."""
+        """The owner of the token that came with the request."""
         header = self.headers.get("Authorization")
         if header is None:
             return None
@@ -266,7 +266,7 @@ class HubHandler(BaseHTTPRequestHandler):
         user = self.user()
         repo = self.server.repos.get(repo_id)
         if repo is None or (repo.private and user != "member"):
-            if user is None:  # the Hub does not tell what exists to those who do not log in
+            if user is None:  # the Hub does not tell anonymous users what exists
                 raise Refusal(401, None, "Invalid username or password.")
             raise Refusal(404, "RepoNotFound", "Repository not found")
         return repo
@@ -348,7 +348,7 @@ class HubHandler(BaseHTTPRequestHandler):
     # The routes that write; their faults are those of "create", "preupload", ..., by method
 
     def writer(self, repo_id: str) -> str:
-        """Whose token came, if it may write this repository."""
+        """The owner of the token that came, if it may write this repository."""
         user = self.user()
         if user is None:
             raise Refusal(401, None, "Invalid username or password.")
@@ -481,7 +481,7 @@ class HubHandler(BaseHTTPRequestHandler):
     # Files, and what may be wrong with them
 
     def begin_fault(self, file: str) -> Fault:
-        """The fault of this request; those that hold whatever is asked are committed here."""
+        """Return the fault of this request; a delay or a status is committed here already."""
         fault = self.server.take_fault(self.command, file)
         if fault.delay:
             self.server.closing.wait(fault.delay)
@@ -550,9 +550,8 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
 def hub_environment(server: HubServer, cache: Path, **changes: str) -> dict[str, str]:
     """Environment variables that send the Hub's client to ``server``, on top of ``os.environ``.
 
-    Every variable that could lead elsewhere is set, to nothing where there is no value for it:
-    what the machine has (a token, a proxy, a cache) has no effect. ``changes`` come last, as
-    ``HF_TOKEN=MEMBER``.
+    Every variable that could lead elsewhere is set, if need be to an empty value, so the machine's
+    own token, proxy or cache has no effect. ``changes``, such as ``HF_TOKEN=MEMBER``, come last.
     """
     return {
         "HF_ENDPOINT": server.url,
@@ -581,9 +580,9 @@ def patch_hub(
 ) -> None:
     """Send the Hub's client of this process to ``server``, until ``monkeypatch`` is undone.
 
-    The client reads its environment when it is imported, which may be long ago. So its module
-    of constants is run once more, aside, under the new environment, and what differs is
-    carried over: the other modules look the constants up in the old module.
+    The client reads its environment on import, which has often happened already. So its module of
+    constants is executed once more, as a separate module under the new environment, and the
+    constants that differ are copied into the old one, where the other modules look them up.
     """
     from huggingface_hub import close_session, constants, hf_api
 
@@ -597,12 +596,12 @@ def patch_hub(
     for name, value in vars(fresh).items():
         if name.isupper() and value != getattr(constants, name):
             monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # taken at import, too
-    close_session()  # connections and proxies of before
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # read on import, too
+    close_session()  # drop earlier connections and proxies
 
 
 def skip_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Let the client's retries follow each other at once; gives the seconds it meant to wait."""
+    """Let the client retry without waiting; return the seconds that it would have waited."""
     from huggingface_hub import file_download
     from huggingface_hub.utils import _http
 

@@ -1,18 +1,18 @@
-"""The documentation's pages as the tests see them: fenced blocks, and what is said about each.
+"""The pages of the documentation as the tests see them: fenced blocks, and how to test each.
 
-A block of ``console`` or ``python`` runs, in the order of its page and in one directory, and has
-to print what it shows. A comment before it, which no reader sees, says otherwise:
+The ``console`` and ``python`` blocks of a page run in order, in one directory, and have to print
+what they show. A comment before a block, which readers do not see, makes an exception:
 
     <!-- not run: why -->          it is only shown
-    <!-- not compared: why -->     it runs and has to succeed, but prints something else each time
-    <!-- needs jq -->              it runs where this program is installed
+    <!-- not compared: why -->     it runs and has to succeed, but its output varies
+    <!-- needs jq -->              it runs only if this program is installed
     <!-- file: batch.yaml -->      it is written into this file instead (any language)
     <!-- from: src/a.py -->        it does not run: its lines are in this file of the repository
 
-In ``console`` a command follows ``$ ``, and goes on after a backslash or in lines that begin with
-``> ``. A command that shows no output has to succeed, whatever it prints; a line of three dots
-stands for lines that are left out, and times, seconds, commits and the loopback Hub's address for
-any other. In ``python`` comments behind a ``print`` are its output.
+In ``console`` a command follows ``$ ``, and continues after a backslash or in lines that begin with
+``> ``. A command without output has to succeed, whatever it prints. A line of three dots matches
+any lines; a time, a number of seconds, a commit or the loopback Hub's address matches any other.
+In ``python``, the comments after a ``print`` are its output.
 """
 
 import re
@@ -46,9 +46,9 @@ class Block:
 
     Attributes:
         where: page and line.
-        language: what stands behind the fence.
+        language: the word after the fence.
         text: what is between the fences, with a newline at its end.
-        remark: the word of the comment before it: ``not run``, ``not compared``, ``needs``,
+        remark: the keyword of the comment before it: ``not run``, ``not compared``, ``needs``,
             ``file``, ``from`` or nothing.
         about: the rest of that comment.
 
@@ -62,7 +62,7 @@ class Block:
 
     @property
     def sessions(self) -> Iterator[tuple[str, str]]:
-        """Commands of a ``console``, and what they are shown to print."""
+        """The commands of a ``console`` block, and the output shown for each."""
         if self.language != "console":
             return
         for command, shown in COMMAND.findall(self.text):
@@ -70,7 +70,7 @@ class Block:
 
     @property
     def printed(self) -> str:
-        """What a ``python`` is shown to print."""
+        """The output shown in a ``python`` block."""
         return "".join(
             line.removeprefix("# ")
             for comments in PRINTED.findall(self.text)
@@ -79,7 +79,7 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    """The fenced blocks of a page, which is named by its path in the repository."""
+    """The fenced blocks of a page, given by its path in the repository."""
     text = (ROOT / page).read_text(encoding="utf-8")
     found = []
     for match in FENCE.finditer(text):

@@ -1,6 +1,6 @@
 """The tests' own evaluation of an EAGLE draft, in float64, from its definition.
 
-RoPE is done here by turning complex numbers, unlike in the product and in transformers.
+RoPE is computed by rotating complex numbers, unlike in the product and in transformers.
 """
 
 import math
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def rope_frequencies(config: Mapping[str, Any], head_dim: int, length: int) -> Tensor:
-    """Angle per position of each pair of coordinates, by the papers' and reference's formulas."""
+    """The angle per position of each pair of coordinates, by the papers and the reference."""
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("type") or scaling.get("rope_type")
     theta = config.get("rope_theta", 10000.0)
     if kind in {"linear", "dynamic"}:
-        theta = 10000.0  # the reference passes no base on with these
+        theta = 10000.0  # with these, the reference does not pass on the base
     if kind == "dynamic" and length > config["max_position_embeddings"]:
         longer = scaling["factor"] * length / config["max_position_embeddings"]
         theta *= (longer - (scaling["factor"] - 1)) ** (head_dim / (head_dim - 2))
@@ -44,7 +44,7 @@ def _llama3(frequency: float, scaling: Mapping[str, Any]) -> float:
 def plain_norm(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str, x: Tensor
 ) -> Tensor:
-    """``x`` (..., hidden) after the norm of this name; as it is where a checkpoint has none."""
+    """Apply the norm of this name to ``x`` (..., hidden), if the checkpoint has it."""
     if f"{name}.weight" not in tensors:
         return x
     size: Tensor = (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()

@@ -1,6 +1,6 @@
-"""The tests' own speculative decoding, greedy: no cache, no masks, everything afresh each time.
+"""The tests' own greedy speculative decoding, without caches or masks.
 
-It shares nothing with the product but the weights: the draft is evaluated by ``plain_draft``, and
+It shares only the weights with the product: the draft is evaluated by ``plain_draft``, and
 trees are dictionaries of paths.
 """
 
@@ -14,11 +14,11 @@ from plain_draft import plain_draft
 from speculators.models.eagle import EagleSpeculator
 
 Path = tuple[int, ...]
-"""The tokens behind the root on the way to a node."""
+"""The tokens after the root on the way to a node."""
 
 
 class PlainDrafting:
-    """Log-probabilities of what the draft expects after a path of tokens.
+    """The draft's log-probabilities of the next token after a path.
 
     Args:
         model: the draft, of a Llama layer and with its verifier attached.
@@ -40,7 +40,7 @@ class PlainDrafting:
         self.fed_back: dict[Path, Tensor] = {}
 
     def __call__(self, path: Path) -> Tensor:
-        """After the root and this path."""
+        """The log-probabilities after the root and this path."""
         fed = [self.fed_back[path[:length]] for length in range(len(path))]
         states = torch.stack([*self.true_states, *fed])
         ids = torch.tensor([*self.tokens[1:], *path])
@@ -96,7 +96,7 @@ def plain_dynamic_tree(nodes: int, depth: int, top_k: int) -> Propose:
 def plain_speculation(
     model: EagleSpeculator, prompt: list[int], new_tokens: int, propose: Propose
 ) -> tuple[list[int], list[int], list[int]]:
-    """Tokens, and by step how many drafted tokens were accepted and how many in a row offered."""
+    """Tokens; for each step, how many drafted tokens were accepted, how many in a row offered."""
     verifier = model.verifier
     assert isinstance(verifier, PreTrainedModel)
 

@@ -1,4 +1,4 @@
-"""The JSON schemas in docs/, which are the code's: ``python tests/schemas.py`` writes them anew."""
+"""The JSON schemas in docs/, made from the code: ``python tests/schemas.py`` writes them."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ from speculators.inspection.installation import Diagnosis
 DOCS = Path(__file__).parents[1] / "docs"
 
 READ: dict[str, type[BaseModel]] = {"config": EagleConfig, "conversion": ConversionRecord}
-"""What is read: a key with a default may be left out."""
+"""Files that are read: a key with a default may be missing."""
 
 PRINTED: dict[str, type[BaseModel]] = {
     "doctor": Diagnosis,
     "evaluation": Report,
     "inspect": Finding,
 }
-"""What is only written: every key is there."""
+"""Files that are only written: every key is there."""
 
 
 def schema_file(name: str) -> Path:

@@ -1,16 +1,16 @@
-"""Conversions that are stopped at every moment, or meet: what is left, and what the next run does.
+"""Conversions that are stopped at any moment, or run at once: what is left, what the next run does.
 
-Run as a process of its own, which loads neither torch nor pytest, so that it can fork hundreds of
-conversions in seconds:
+This runs as a process of its own, without torch and pytest, so it can fork hundreds of conversions
+in seconds:
 
     python stopped_conversions.py stop SIGNAL SCENARIO SOURCE VERIFIER DIRECTORY
     python stopped_conversions.py meet ROUNDS SCENARIO SOURCE VERIFIER DIRECTORY
 
-SCENARIO is a key of ``SCENARIOS``. ``stop``: the conversion sends itself SIGNAL, first at its
-first moment, then at its second, until it lives to its end. A moment is before and after each
-call that changes files, and within each copy, as copies go by small steps here. For each moment
-an ``Outcome`` is printed, as a line of JSON. ``meet``: two conversions to one output are let go
-at once; for each round a ``Meeting`` is printed.
+SCENARIO is a key of ``SCENARIOS``. ``stop``: the conversion sends itself SIGNAL, in the first run
+at its first moment, in the next run at its second, and so on until a run completes. There is a
+moment before and after each call that changes files, and several in each copy, which is made in
+small steps here. For each moment an ``Outcome`` is printed as a line of JSON. ``meet``: two
+conversions to one output start at the same time; for each round a ``Meeting`` is printed.
 """
 
 import contextlib
@@ -41,17 +41,17 @@ AUDITED = {
     "shutil.rmtree",
     "tempfile.mkdtemp",
 }
-"""What the interpreter tells of just before it is done (PEP 578)."""
+"""Audit events, which the interpreter raises just before a call is made (PEP 578)."""
 
 WRAPPED = ("copy_file_range", "fsync", "pread", "write")
 STEP = 65536
-"""The most bytes that a copy moves in one call here."""
+"""The most bytes that one call of a copy moves here."""
 MARK = "moment: "
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is at the output before, and whether the file system can swap two directories."""
+    """What is at the output at first, and whether the file system can swap two directories."""
 
     replaces: bool
     swaps: bool = True
@@ -66,16 +66,16 @@ SCENARIOS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a conversion that was stopped at a moment left.
+    """What a conversion that was stopped at one moment left behind.
 
     Attributes:
-        event: what was about to happen, or had just happened; empty if it lived to its end.
-        status: how the process ended, as ``os.waitstatus_to_exitcode`` tells it.
-        errors: its log's lines of level ERROR.
-        output: "before", "first" (the complete one), "missing" (where there was one) or "mixed".
+        event: what was about to happen, or had just happened; empty if it completed.
+        status: how the process ended, by ``os.waitstatus_to_exitcode``.
+        errors: the lines of level ERROR in its log.
+        output: "before", "first" (the complete one), "missing" (if there was one) or "mixed".
         siblings: how many temporary directories are left.
-        put_back: where the output was missing: what it is after a run without --overwrite.
-        next_status: of one more run, with --overwrite if something is there.
+        put_back: if the output was missing, what it is after a run without --overwrite.
+        next_status: the status of one more run, with --overwrite if something is there.
         next_output: what the output is then.
         next_siblings: how many temporary directories are left then.
 
@@ -94,7 +94,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Meeting:
-    """What two conversions to one output left; the second one rounds the tensors."""
+    """What two conversions to one output left behind; the second one rounds the tensors."""
 
     statuses: list[int]
     errors: list[list[str]]
@@ -119,7 +119,7 @@ class Moments:
             if event in AUDITED:
                 self.pass_by(f"before {event} {arguments[0]!r}")
 
-        os.fsync = lambda _: None  # type: ignore[assignment]  # the power stays on
+        os.fsync = lambda _: None  # type: ignore[assignment]  # only a power failure needs it
         for name in WRAPPED:
             setattr(os, name, self._wrap(name, getattr(os, name)))
         sys.addaudithook(audit)
@@ -144,7 +144,7 @@ class Fork:
     stderr: int
 
     def end(self) -> tuple[int, list[str]]:
-        """Wait for it; its status, and what it wrote."""
+        """Wait for the process; return its status, and what it wrote."""
         with os.fdopen(self.stderr) as pipe:
             lines = pipe.read().splitlines()
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), lines
@@ -184,13 +184,13 @@ def run_here(arguments: list[str]) -> int:
 
 
 class Conversions:
-    """Conversions of one source, and what they may leave."""
+    """Runs conversions of one source, and tells what they leave behind."""
 
     def __init__(self, scenario: Scenario, source: str, verifier: str, directory: Path) -> None:
         self.scenario, self.source, self.verifier = scenario, source, verifier
         self.directory = directory
         self.old, first, second = (directory / name for name in ("old", "first", "second"))
-        # In this process, so that what is imported on the way is there in all forks.
+        # Once in this process, so that all forks have what it imports.
         for output, options in ((self.old, ()), (first, ()), (second, ("--dtype", "bfloat16"))):
             assert run_here(self.command(output, *options)) == 0
         (self.old / "notes.txt").write_text("of the old one")

@@ -34,7 +34,7 @@ MAY_IMPORT = {
         "errors",
     },
 }
-"""By package: which others it may import. The version in ``speculators`` is for all."""
+"""Package → the others that it may import. All may import the version from ``speculators``."""
 
 
 def module_name(file: Path) -> str:
@@ -46,7 +46,7 @@ FILES = {module_name(file): file for file in sorted(ROOT.rglob("*.py"))}
 
 
 def imports(module: str, *, top_level: bool = False) -> set[str]:
-    """The modules of ours that a module imports, within functions too unless ``top_level``."""
+    """The modules of speculators that a module imports, also in functions unless ``top_level``."""
     tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
     nodes = list(tree.body) if top_level else list(ast.walk(tree))
     found: set[str] = set()
@@ -84,7 +84,7 @@ def test_the_package_itself_imports_nothing() -> None:
 
 
 def test_there_are_no_cycles() -> None:
-    """Not between modules, counting what is imported at their top."""
+    """There are no cycles between modules either, by their imports at the top."""
     left = {module: imports(module, top_level=True) & FILES.keys() - {module} for module in FILES}
     while left:
         free = {module for module, needs in left.items() if not needs & left.keys()}

@@ -1,4 +1,4 @@
-"""The real drafts in examples/, with their real verifier: what they draft is what it says."""
+"""The real drafts in examples/ and their real verifier: they draft what it generates."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from speculators.models.eagle import EagleSpeculator
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
-"""Made by ``make test`` before the tests run."""
+"""``make test`` creates this before the tests run."""
 
 DRAFTS = sorted(path.parent.name for path in EXAMPLES.glob("*/config.json"))
 
@@ -34,7 +34,7 @@ def verifier() -> Any:
 
 @pytest.fixture(scope="module")
 def answers(verifier: Any) -> list[tuple[Tensor, Tensor]]:
-    """The verifier's greedy answers: the whole conversation's ids, and its hidden states."""
+    """The verifier's greedy answers: ids and hidden states of the whole conversations."""
     tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
     conversations = []
     for prompt in PROMPTS:
@@ -64,7 +64,7 @@ def draft(
 
 
 def agreement(draft: EagleSpeculator, answers: list[tuple[Tensor, Tensor]], shift: int) -> float:
-    """Share of the last 60 tokens that the draft guesses, its tokens ``shift`` after the states."""
+    """The share of the last 60 tokens that the draft guesses, with tokens shifted by ``shift``."""
     right = []
     for ids, states in answers:
         length = ids.shape[1] - 2
@@ -82,14 +82,14 @@ def test_there_are_drafts_of_several_families() -> None:
 def test_a_draft_guesses_what_its_verifier_says(
     draft: EagleSpeculator, answers: list[tuple[Tensor, Tensor]]
 ) -> None:
-    """Trained drafts guess most tokens; with tokens and states out of step they guess few."""
+    """Trained drafts guess most tokens, but few if tokens and hidden states are misaligned."""
     right = agreement(draft, answers, shift=1)
     assert right > 0.4
     assert agreement(draft, answers, shift=0) < right / 2
 
 
 def test_the_published_draft_brings_no_embedding(tmp_path: Path, speculators: CommandLine) -> None:
-    """As EAGLE-1 checkpoints are found: the nine tensors, and the verifier's embedding is used."""
+    """Like many EAGLE-1 checkpoints, it has nine tensors, and uses the verifier's embedding."""
     run = speculators(
         "convert", "eagle", EXAMPLES / "smollm2-135m-eagle1", tmp_path / "out", VERIFIER
     )

@@ -1,4 +1,4 @@
-"""What a user waits for needs no torch: help, a dry run, a conversion without validation."""
+"""What has to be fast needs no torch: help, a dry run, a conversion without validation."""
 
 import json
 import pkgutil
@@ -13,7 +13,7 @@ from helpers import entries, write_checkpoint
 
 HEAVY = ("torch", "transformers", "numpy")
 OF_VLLM = {"speculators.integrations.vllm.draft", "speculators.integrations.vllm.plain"}
-"""Models for vLLM, of its classes: imported by vLLM alone."""
+"""Models made of vLLM's classes, which only vLLM imports."""
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(speculators.__path__, "speculators.")
@@ -22,7 +22,7 @@ MODULES = sorted(
 
 
 def loaded_after(code: str, *arguments: str, cwd: Path | None = None) -> tuple[int, set[str]]:
-    """Run code in a fresh process; its exit status, and which of ``HEAVY`` it loaded."""
+    """Run code in a new process; return its exit status, and which of ``HEAVY`` it loaded."""
     script = (
         "import atexit, json, sys\n"
         f"atexit.register(lambda: print('\\n' + json.dumps([m for m in {HEAVY} "
@@ -141,7 +141,7 @@ LIGHT = [
     }
     and module
     not in {
-        # The proof of a conversion is about a model.
+        # Validation needs the model.
         "speculators.convert.eagle.reference",
         "speculators.convert.eagle.validation",
     }
@@ -150,9 +150,9 @@ LIGHT = [
 
 @pytest.fixture(scope="module")
 def imported_alone() -> dict[str, list[str]]:
-    """By module: what of ``HEAVY`` importing it loads, each in a forked process of its own.
+    """Module → what of ``HEAVY`` is loaded by importing it in a forked process of its own.
 
-    For the modules outside ``LIGHT`` torch and transformers are there before, to save time.
+    For the modules outside ``LIGHT``, torch and transformers are loaded beforehand, to save time.
     """
     script = """
 import importlib, json, os, sys

@@ -1,4 +1,4 @@
-"""A bar for what takes long, on a terminal alone."""
+"""A progress bar for slow steps, only on a terminal."""
 
 import os
 import pty
@@ -29,7 +29,7 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def run_on_a_terminal(script: str, *arguments: str | Path) -> tuple[int, str]:
-    """Run a script whose stderr is a terminal; its status, and what the terminal got."""
+    """Run a script whose stderr is a terminal; return its status, and what the terminal got."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
@@ -59,7 +59,7 @@ def test_a_long_step_shows_bytes_and_speed_and_goes(tmp_path: Path, verifier: Pa
     assert status == 0
     plain = CONTROL.sub("", shown)
     assert re.search(r"Writing .*\d+(\.\d)?/\d+\.\d kB .*[kM]B/s", plain)
-    # The bar is wiped away before the log goes on.
+    # The bar is erased before the log continues.
     *_, bar, saved = [line for line in shown.replace("\r", "\n").split("\n") if line]
     assert "Saved to: " in saved
     assert "\x1b[2K" in bar or "\x1b[2K" in saved
@@ -106,7 +106,7 @@ os.copy_file_range = five_times
 
 
 def test_in_a_pipe_there_is_no_bar(tmp_path: Path, verifier: Path) -> None:
-    """Whatever else asks for colours."""
+    """Not even if colours are forced."""
     arguments = ("convert", "eagle", GOLDEN / PLAIN, tmp_path / "out", verifier, "--no-validate")
     run = subprocess.run(
         [sys.executable, "-c", SLOW + AT_ONCE + MAIN, *map(str, arguments)],

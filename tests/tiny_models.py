@@ -1,4 +1,4 @@
-"""Tiny verifiers of several architectures, and drafts for them that are often right."""
+"""Tiny verifiers of several architectures, and drafts that often predict them correctly."""
 
 from typing import Any
 
@@ -52,10 +52,10 @@ def tiny_verifier(name: str = "llama", *, context: float = 0.02, **config: Any) 
     """A random verifier.
 
     Args:
-        name: of ``VERIFIERS``.
+        name: a key of ``VERIFIERS``.
         context: how much its layers add to the embedding of the last token. With 0 they add
-            nothing, and the next token depends on the last one only.
-        **config: more of its config.
+            nothing, so the next token depends only on the last one.
+        **config: further keys of its config.
 
     """
     model_class, config_class, more = VERIFIERS[name]
@@ -81,11 +81,11 @@ def random_draft(verifier: PreTrainedModel, *, layernorms: bool = False) -> Eagl
 
 
 def knowing_draft(verifier: PreTrainedModel, doubt: float = 0.02) -> EagleSpeculator:
-    """A draft that hands on the embedding, as a verifier does whose layers add little.
+    """A draft that passes on the embedding, like a verifier whose layers add little.
 
     Args:
-        verifier: a tiny one.
-        doubt: how much of what a random draft computes is left.
+        verifier: a tiny verifier.
+        doubt: the scale of what its randomly initialised layer adds.
 
     """
     draft = random_draft(verifier)
@@ -101,7 +101,7 @@ def knowing_draft(verifier: PreTrainedModel, doubt: float = 0.02) -> EagleSpecul
 
 
 def _scale_outputs(module: nn.Module, factor: float) -> None:
-    """Scale what layers add to their inputs."""
+    """Scale what the layers add to their inputs."""
     for name, parameter in module.named_parameters():
         if "o_proj" in name or "down_proj" in name:
             parameter.mul_(factor)

@@ -1,4 +1,4 @@
-"""Checkpoints of every variant, as published ones are laid out, made of the trained examples."""
+"""Checkpoints of every variant in the published layout, made from the trained examples."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 Tensors = dict[str, Tensor]
 
 NORMS = ("embed", "hidden", "lm_head")
-"""The extra norms, by the first part of their names."""
+"""The extra norms: the first parts of their names."""
 
 
 def read(directory: Path) -> tuple[dict[str, object], Tensors]:
@@ -40,7 +40,7 @@ def noise(*shape: int, seed: int) -> Tensor:
 
 
 def eagle1(directory: Path) -> Path:
-    """The trained EAGLE-1 draft: nothing but the fusion and the layer."""
+    """The trained EAGLE-1 draft: only ``fc`` and the layer."""
     return write(directory, *read(EXAMPLES / "smollm2-135m-eagle1"))
 
 
@@ -77,7 +77,7 @@ VARIANTS: dict[str, Callable[[Path], Path]] = {
 
 
 def in_the_older_layout(converted: Path, directory: Path) -> Path:
-    """A converted draft by the names that speculators 0.1.0 to 0.3.0 wrote."""
+    """A converted draft with the names that speculators 0.1.0 to 0.3.0 wrote."""
     older = {
         "fc.": "fusion_fc.",
         "hidden_layernorm.": "transformer.input_layernorm.",
@@ -97,7 +97,7 @@ HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 128, 256, 4, 2
 
 
 def tiny_verifier(directory: Path) -> Path:
-    """An untrained verifier with the same tokens, that starts quickly and can be split in two."""
+    """An untrained verifier with the same vocabulary that starts fast and can be split in two."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=49152,
@@ -117,8 +117,8 @@ def tiny_verifier(directory: Path) -> Path:
 def tiny_draft(directory: Path) -> Path:
     """A draft for ``tiny_verifier`` with every feature.
 
-    It hands on the hidden state with some noise, which now and then is right, since an untrained
-    verifier says the same again and again.
+    It passes on the hidden state with some noise. It is sometimes right, since an untrained
+    verifier repeats itself.
     """
     rows = {"q": HIDDEN, "k": HIDDEN * KV_HEADS // HEADS, "v": HIDDEN * KV_HEADS // HEADS}
     small = {

@@ -1,10 +1,10 @@
-"""Run vLLM in a process of its own: a job comes as JSON by standard input.
+"""Run vLLM in a process of its own: a job arrives as JSON on standard input.
 
     {"engines": {name: {...}, ...}, "prompts": [[token, ...], ...], "max_tokens": 32}
 
-An engine is what ``LLM`` takes. One after the other is started, answers, and goes. What came out
-goes to the file that is named, as JSON by the engine's name: the tokens of each answer, and what
-was drafted and accepted; or why the engine did not start.
+An engine is given by the arguments of ``LLM``. One after another starts, answers, and stops. The
+result is written to the file that is named, as JSON by the engine's name: the tokens of each
+answer, and how many tokens were drafted and accepted; or why the engine did not start.
 """
 
 import gc

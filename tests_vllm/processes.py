@@ -18,14 +18,14 @@ from drafts import ROOT, VERIFIER
 
 MAX_TOKENS = 32
 LENGTH = 3
-"""Of drafts."""
+"""The number of drafted tokens per step."""
 
 START_SECONDS = 300
-"""How long vLLM may take to start on a busy machine."""
+"""The time that vLLM may take to start on a busy machine, in seconds."""
 
 ENGINE: dict[str, Any] = {
     "model": str(VERIFIER),
-    # In bfloat16 rounding decides between tokens that are nearly as likely.
+    # In bfloat16, rounding would decide between tokens that are almost equally likely.
     "dtype": "float32",
     "max_model_len": 256,
     "max_num_seqs": 16,
@@ -34,14 +34,14 @@ ENGINE: dict[str, Any] = {
     "enforce_eager": True,
     "disable_log_stats": False,
 }
-"""Small enough for two cores; ``LLM``'s arguments."""
+"""Arguments of ``LLM`` for an engine that is small enough for two cores."""
 
 ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
 }
-# Then it binds no threads to cores, and two of them would wait for each other on a busy machine.
+# vLLM binds no threads to cores here, and two would wait for each other on a busy machine.
 IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 ONE_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 WITHOUT_PLUGINS = {"VLLM_PLUGINS": ""}
@@ -49,22 +49,22 @@ WITHOUT_PLUGINS = {"VLLM_PLUGINS": ""}
 
 @dataclass(frozen=True)
 class Answers:
-    """What vLLM said, and how its draft did."""
+    """What vLLM generated, and how well its draft did."""
 
     tokens: list[list[int]]
     drafts: int
     accepted: list[int]
-    """By position."""
+    """How many tokens were accepted at each position."""
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens for one pass of the verifier: the accepted ones, and the verifier's own."""
+        """The tokens per pass of the verifier: the accepted ones, and the verifier's own."""
         return 1 + sum(self.accepted) / self.drafts
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What the engines of a process came to, by their names."""
+    """The outcomes of a process's engines, by their names."""
 
     answers: dict[str, Answers]
     refused: dict[str, str]
@@ -83,13 +83,13 @@ def run(
     engines: Mapping[str, Mapping[str, Any]],
     environment: Mapping[str, str] | None = None,
 ) -> Outcomes:
-    """Let engines start, answer and stop, one after the other in one process.
+    """Start engines one after another in one process, and let each answer and stop.
 
     Args:
-        result: a file to use.
-        prompts: tokens.
-        engines: what ``LLM`` takes, by name.
-        environment: what to set for the process.
+        result: the file to write the result to.
+        prompts: the tokens of each prompt.
+        engines: name → arguments of ``LLM``.
+        environment: environment variables to set for the process.
 
     """
     job = {"engines": engines, "prompts": prompts, "max_tokens": MAX_TOKENS}
@@ -123,7 +123,7 @@ class Server:
         return answer
 
     def stream(self, path: str, **body: Any) -> Iterator[dict[str, Any]]:
-        """The pieces of a streamed answer."""
+        """The chunks of a streamed answer."""
         with self._open(path, body | {"stream": True}) as response:
             for line in response:
                 data = line.decode().removeprefix("data: ").strip()
@@ -131,7 +131,7 @@ class Server:
                     yield json.loads(data)
 
     def metric(self, name: str) -> float:
-        """A counter of /metrics."""
+        """The value of a counter of /metrics."""
         with urllib.request.urlopen(f"{self.address}/metrics", timeout=60) as response:
             lines = response.read().decode().splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{"))
@@ -172,7 +172,7 @@ def serve(log: Path, model: Path, *options: str) -> Iterator[Server]:
         _wait_until_ready(server, process, log)
         yield server
     finally:
-        # Its whole group: the engine and its workers are processes of their own.
+        # Stop the whole group: the engine and its workers are processes of their own.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         try:

@@ -1,7 +1,8 @@
-"""What a chain of drafted tokens would have been accepted, by the draft as our own model.
+"""How much of a chain of drafted tokens would have been accepted, computed with our own model.
 
-No engine and no loop of ours is in it: the answers are known, so every step of greedy speculation
-follows from the verifier's hidden states over a whole answer and the draft's forward pass.
+Neither an engine nor our decoding loop takes part: the answers are known, so every step of greedy
+speculation follows from the verifier's hidden states over a whole answer and the draft's forward
+pass.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from speculators.models.eagle import EagleSpeculator
 
 @dataclass
 class Simulation:
-    """How many chains were drafted, and how many of them were right up to each position."""
+    """The number of chains drafted, and how many of them were right up to each position."""
 
     drafts: int
     accepted: list[int]
@@ -33,7 +34,7 @@ def simulate(
     answers: list[list[int]],
     length: int,
 ) -> Simulation:
-    """Draft ``length`` tokens after every token that the verifier settles itself."""
+    """Draft ``length`` tokens after every token that comes from the verifier itself."""
     found = Simulation(0, [0] * length)
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = torch.tensor([prompt + answer])

@@ -1,4 +1,4 @@
-"""Converted drafts in the real engine."""
+"""Converted drafts, served by the real vLLM."""
 
 import json
 import os
@@ -43,7 +43,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
-    """Those that `speculators evaluate` takes, as tokens."""
+    """The prompts of `speculators evaluate`, as tokens."""
     tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
     chats = [
         [message.model_dump() for message in prompt.messages]
@@ -65,7 +65,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def converted(
     tmp_path_factory: pytest.TempPathFactory, published: dict[str, Path]
 ) -> dict[str, Path]:
-    """The same, converted."""
+    """The published drafts, converted."""
     root = tmp_path_factory.mktemp("converted")
     return {
         name: EagleConverter().convert(directory, root / name, VERIFIER)
@@ -86,7 +86,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def damaged(
     tmp_path_factory: pytest.TempPathFactory, converted: dict[str, Path]
 ) -> dict[str, Path]:
-    """Converted drafts that something happened to."""
+    """Converted drafts that were damaged afterwards."""
     root = tmp_path_factory.mktemp("damaged")
     found = {name: root / name for name in ("incomplete", "truncated", "misconfigured")}
     for directory in found.values():
@@ -116,7 +116,7 @@ def outcomes(
     damaged: dict[str, Path],
     tiny: tuple[Path, Path],
 ) -> Outcomes:
-    """What vLLM with the plugin makes of all of them."""
+    """What vLLM with the plugin does with each of them: its answers, or why it did not start."""
     tiny_verifier, tiny_draft = tiny
     engines = {
         "without": ENGINE,
@@ -136,7 +136,7 @@ def test_speculation_changes_nothing_that_is_said(outcomes: Outcomes, variant: s
     answers = outcomes.answers[variant]
     assert answers.tokens == outcomes.answers["without"].tokens
     assert len(answers.tokens) == PROMPTS
-    assert answers.acceptance_length > 1.8  # it was the draft that drafted
+    assert answers.acceptance_length > 1.8  # the draft really drafted
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -184,7 +184,7 @@ def test_as_much_is_accepted_as_evaluate_says(
 def test_one_draft_in_two_ways(
     tmp_path: Path, prompts: list[list[int]], outcomes: Outcomes, tiny: tuple[Path, Path]
 ) -> None:
-    """As it is, eagerly, by one worker; and in the older layout, compiled, by two."""
+    """Serve it as it is, eagerly, with one worker; and in the older layout, compiled, with two."""
     verifier, draft = tiny
     older = drafts.in_the_older_layout(draft, tmp_path / "older")
     compiled = engine(older, model=str(verifier), tensor_parallel_size=2, enforce_eager=False)
@@ -199,7 +199,7 @@ def test_an_exported_draft_is_served_without_the_plugin(
 ) -> None:
     variants = ("eagle1", "attention_biases")
     engines = {
-        # Otherwise the tests above would show nothing.
+        # Otherwise the tests above would prove nothing.
         "converted": engine(converted["eagle1"]),
         **{it: engine(export(converted[it], tmp_path / it, "vllm")) for it in variants},
     }
@@ -255,7 +255,7 @@ def test_a_draft_that_was_not_converted_is_told_at_start(
 def server(
     tmp_path_factory: pytest.TempPathFactory, converted: dict[str, Path]
 ) -> Iterator[Server]:
-    """`vllm serve DIR`: the verifier is the one that the draft's config names."""
+    """`vllm serve DIR`, with the verifier that the draft's config names."""
     log = tmp_path_factory.mktemp("server") / "log"
     number = json.dumps({"num_speculative_tokens": LENGTH})
     with serve(log, converted["hass"], f"--speculative-config={number}") as running:
@@ -302,7 +302,7 @@ def test_the_server_answers_chats_in_a_stream(server: Server, outcomes: Outcomes
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path, published: dict[str, Path]) -> None:
-    """In the engine's process, whose log is the server's."""
+    """The engine's process says it, and its log is part of the server's."""
     draft = {"method": "eagle", "model": str(published["hass"]), "num_speculative_tokens": LENGTH}
     option = f"--speculative-config={json.dumps(draft)}"
     with (

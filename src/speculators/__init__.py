@@ -4,7 +4,7 @@ __all__ = ["__version__"]
 
 
 def __getattr__(name: str) -> str:
-    """Look ``__version__`` up when it is asked for: doing so takes longer than all else here."""
+    """Look up ``__version__`` only on access: it takes longer than the rest of the import."""
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib.metadata import version

@@ -29,19 +29,19 @@ class SpeculatorsError(Exception):
 
 
 class CheckpointError(SpeculatorsError, ValueError):
-    """A file of a checkpoint is missing, damaged, or of a kind that is not read."""
+    """A file of a checkpoint is missing, damaged, or of an unsupported kind."""
 
 
 class NoWeightsError(CheckpointError):
-    """A checkpoint has none of the files that weights are looked for in."""
+    """A checkpoint has no weight files, or their headers cannot be read without the weights."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A pickle asks for something other than rebuilding tensors; nothing of it was run."""
+    """A pickle asks for more than rebuilding tensors; nothing in it was run."""
 
 
 class ConversionError(SpeculatorsError, ValueError):
-    """No conversion plan can be made: the tensors, the config and the flags do not agree."""
+    """A checkpoint cannot be converted or exported with these tensors, config and flags."""
 
 
 class VerifierError(SpeculatorsError, ValueError):
@@ -53,27 +53,27 @@ class FormatError(SpeculatorsError, ValueError):
 
 
 class GenerationError(SpeculatorsError, ValueError):
-    """Speculation cannot give what the verifier alone would give with these settings."""
+    """With these settings, speculation cannot produce what the verifier alone would."""
 
 
 class ManifestError(SpeculatorsError, ValueError):
-    """A batch's manifest cannot be read, or asks for what cannot be done."""
+    """A batch's manifest cannot be read, or asks for something impossible."""
 
 
 class OutputError(SpeculatorsError, OSError):
-    """The output cannot be written where it was asked for."""
+    """The output cannot be written at the requested path."""
 
 
 class EvaluationError(SpeculatorsError, ValueError):
-    """A draft cannot be measured in the way that was asked for."""
+    """A draft cannot be evaluated as requested, or a report cannot be read."""
 
 
 class PromptsError(SpeculatorsError, ValueError):
-    """A file of prompts is missing, empty, or has a line that is no prompt."""
+    """A file of prompts is missing, empty, or has a line that is not a prompt."""
 
 
 class HubError(SpeculatorsError, OSError):
-    """A file cannot be had from the Hugging Face Hub."""
+    """Fetching from or uploading to the Hugging Face Hub failed."""
 
 
 class ValidationError(SpeculatorsError, ValueError):
@@ -81,15 +81,15 @@ class ValidationError(SpeculatorsError, ValueError):
 
 
 def printable(text: str) -> str:
-    """``text`` from a file as a message can show it: short, and without control characters."""
+    """Make text from a file safe to show in a message: short, without control characters."""
     return ascii(text[:100])[1:-1] + ("..." if len(text) > 100 else "")
 
 
 def sentence(error: Exception) -> str:
-    """What to tell a user of an error; of one that was not foreseen, what to do about it."""
+    """The sentence that reports an error to the user; for an unforeseen one, also what to do."""
     if isinstance(error, SpeculatorsError):
         return str(error)
-    if isinstance(error, OSError):  # a disk or a file system that fails where nothing expects it
+    if isinstance(error, OSError):  # a disk or file system failed where nothing handles it
         return f"{error}."
     first, *_ = [*str(error).splitlines(), ""]
     return (

@@ -1,4 +1,4 @@
-"""The manifest of a batch: what it means, and every way to get it wrong."""
+"""The manifest of a batch: how it is read, and the error for every way to get it wrong."""
 
 import json
 from pathlib import Path

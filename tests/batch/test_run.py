@@ -28,7 +28,7 @@ from hub_server import HubServer, hub_environment
 
 @pytest.fixture
 def write_manifest(tmp_path: Path, verifier: Path) -> Callable[..., Path]:
-    """Writes a manifest of entries that are not validated, so that they need no torch."""
+    """Write a manifest of entries that are not validated, and so need no torch."""
 
     def write(*changes: dict[str, Any]) -> Path:
         basis = {"input": str(GOLDEN / PLAIN), "base_model": str(verifier), "validate": False}
@@ -40,7 +40,7 @@ def write_manifest(tmp_path: Path, verifier: Path) -> Callable[..., Path]:
 
 
 def rows(run: Run) -> list[list[str]]:
-    """The table's rows, without seconds."""
+    """The rows of the table of outcomes, without the column of seconds."""
     table = run.stdout.split("\n\n", maxsplit=1)[0].splitlines()
     assert table[0].split() == ["entry", "output", "outcome", "seconds", "error", "or", "URL"]
     cells = [re.split(r"\s{2,}", line) for line in table[1:]]
@@ -71,7 +71,7 @@ def test_a_failure_does_not_stop_the_rest(
     assert entries(tmp_path / "out") == sorted(
         ["one", "two", *(f"{name}/{file}" for name in ("one", "two") for file in WRITTEN)]
     )
-    # Each line of the log says whose it is.
+    # Each line of the log names its entry.
     assert run.messages[0] == "3 of 3 are to be done"
     assert f"[1/3 one] Saved to: {tmp_path / 'out/one'}" in run.messages
     assert f"[2/3 bad] {failed[3]}" in run.errors
@@ -222,7 +222,7 @@ def test_stopping_clears_up(
     whom: Callable[[int, int], None],
     status: int,
 ) -> None:
-    """While one validates (its verifier's weights do not come) and one has not begun."""
+    """Stop while one entry validates (its verifier's weights never arrive) and one is waiting."""
     server, environment = hub
     server.add_repo("org/verifier", verifier)
     server.fail("model.safetensors", delay=300)

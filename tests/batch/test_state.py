@@ -1,4 +1,4 @@
-"""Which conversions of a batch are done: what has to be as conversion.json tells it."""
+"""Which conversions of a batch count as done: what must agree with conversion.json."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def done(tmp_path: Path, source: Path, verifier: Path) -> Conversion:
 
 
 def reason(conversion: Conversion) -> str:
-    """Why the output is not what the conversion makes."""
+    """The reason why the output does not count as the conversion's."""
     with pytest.raises(OutputError) as caught:
         is_done(conversion)
     text = str(caught.value)
@@ -156,7 +156,7 @@ def test_a_file_at_the_output_is_in_the_way(done: Conversion) -> None:
 def test_an_input_that_has_changed(done: Conversion, source: Path) -> None:
     file = source / "config.json"
     later = time.time() + 60
-    os.utime(file, (later, later))  # whether it was changed cannot be told without a hash
+    os.utime(file, (later, later))  # without a hash, nothing shows whether it was changed
     assert reason(done) == f"{file} is newer"
     file.write_text(file.read_text() + "\n")
     assert reason(done) == f"{file} has changed since"
@@ -219,7 +219,7 @@ def test_a_hub_that_does_not_answer(
     conversion = entry(input="org/draft", output=tmp_path / "out", base_model=str(verifier))
     convert(conversion)
     server.fail("config.json", "HEAD", status=403)
-    assert is_done(conversion)  # by what the cache knows of the branch
+    assert is_done(conversion)  # by the commit that the cache has for the branch
     assert is_done(conversion, cache_dir=tmp_path / "empty")
     assert log[-1].startswith("WARNING ")
     assert log[-1].endswith(f" {conversion.output} is taken for up to date.")

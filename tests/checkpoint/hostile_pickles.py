@@ -62,9 +62,9 @@ SIZES = (b"K\x00", tuple_of(b"K\x04"), tuple_of(b"K\x01"))
 
 class Hostile(NamedTuple):
     refused: str
-    """What the error names."""
+    """What the error has to name."""
     make: Callable[[str], bytes]
-    """From the sentinel to the pickle, with its STOP."""
+    """Makes the pickle, including its STOP, for a sentinel."""
     works: bool = False
     """Whether Python's pickle runs the payload."""
 

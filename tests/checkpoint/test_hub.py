@@ -31,7 +31,7 @@ def server() -> Iterator[HubServer]:
 
 @pytest.fixture
 def draft(tmp_path: Path) -> Path:
-    """A directory with what an EAGLE repository holds, and more."""
+    """A directory with the files of an EAGLE repository, and others."""
     directory = tmp_path / "draft"
     (directory / "original").mkdir(parents=True)
     (directory / "config.json").write_text('{"num_hidden_layers": 1}')
@@ -53,7 +53,7 @@ def _patched(monkeypatch: pytest.MonkeyPatch, server: HubServer, draft: Path, ca
 
 
 def sentence(repository: HubRepository, filename: str = "config.json") -> str:
-    """The message of the error that asking for a file raises; also, that it is a sentence."""
+    """The message of the error that asking for a file raises, which must be one sentence."""
     with pytest.raises(HubError) as caught:
         repository.file(filename)
     text = str(caught.value)
@@ -200,7 +200,7 @@ def test_the_client_is_imported_only_when_a_file_is_asked_for() -> None:
 
 
 def test_in_a_process_of_its_own(server: HubServer, draft: Path, cache: Path) -> None:
-    """The environment variables, as the client itself reads them; and a silent stderr."""
+    """The client itself reads the environment variables, and stderr stays empty."""
     server.add_repo("org/private", draft, private=True)
     code = (
         "from speculators.checkpoint.hub import HubRepository\n"
@@ -338,7 +338,7 @@ def test_ids_that_are_none(server: HubServer, repo_id: str) -> None:
 
 
 def test_a_name_that_leads_out_of_the_repository(server: HubServer) -> None:
-    """As a damaged or malicious index of shards may have it."""
+    """A damaged or malicious index of shards may contain such a name."""
     assert "../../config.json" in sentence(HubRepository("org/draft"), "../../config.json")
     assert not server.requests
 
@@ -472,7 +472,7 @@ def test_a_wrong_hash(server: HubServer, cache: Path) -> None:
 
 
 def test_an_etag_that_is_no_hash(server: HubServer) -> None:
-    """A mirror may send whatever it likes."""
+    """A mirror may send any ETag."""
     server.fail("model.safetensors", "HEAD", etag="5f-1a2b", times=1)
     assert HubRepository("org/draft").file("model.safetensors") is not None
 

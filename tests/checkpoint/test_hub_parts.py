@@ -70,7 +70,7 @@ def assert_holds(part: Path, *names: str) -> None:
 
 
 def ranges(server: HubServer) -> list[int]:
-    """How many bytes each request asked for, 0 where it asked for all."""
+    """The number of bytes that each request asked for; 0 if it asked for the whole file."""
     found = []
     for request in server.requests:
         if request.method == "GET" and request.path.startswith("/cdn"):
@@ -296,7 +296,7 @@ def test_a_disk_that_is_full(monkeypatch: pytest.MonkeyPatch, cache: Path) -> No
 
 
 def test_the_clients_own_tools_do_not_mind(cache: Path) -> None:
-    """The cache of the Hub stays one that the client can scan, with a cache of ours beside it."""
+    """The client can still scan the Hub's cache, with our parts in the assets cache beside it."""
     fetch(HEAD, cache_dir=cache / "mine")
     HubRepository("org/verifier", cache_dir=cache / "mine").file("config.json")
     info = huggingface_hub.scan_cache_dir(cache / "mine")

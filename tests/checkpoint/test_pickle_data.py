@@ -1,4 +1,4 @@
-"""Pickles are read as data: what they hold comes out, what they ask for is refused by name."""
+"""Pickles are read as data: their values are returned, their calls are refused by name."""
 
 import contextlib
 import copyreg
@@ -50,7 +50,7 @@ def read(data: bytes, admitted: Globals = PYTHON_GLOBALS, **options: Any) -> obj
 
 
 def plain(value: object) -> object:
-    """What was read, with Python's own dicts."""
+    """What was read, with ``Items`` as dicts."""
     if isinstance(value, Items):
         return {key: plain(item) for key, item in value.pairs}
     if isinstance(value, list | tuple):
@@ -156,7 +156,7 @@ def test_the_hostile_pickles_do_work(case: str, tmp_path: Path) -> None:
 
 
 def test_the_registry_of_extensions_is_not_asked(tmp_path: Path) -> None:
-    """Where a module has given a global a number, a pickle may name it by that."""
+    """A pickle may name a global by the number under which a module has registered it."""
     sentinel = tmp_path / "sentinel"
     data = whole(b"\x82\xf0" + tuple_of(command(str(sentinel))) + b"R")
     copyreg.add_extension("os", "system", 0xF0)

@@ -1,4 +1,4 @@
-"""Directories of weights in every container, single files, and indexes with tricks."""
+"""Directories of weights in every file format, single files, and malicious indexes."""
 
 import json
 import os
@@ -231,7 +231,7 @@ def test_only_the_shards_with_them_are_opened(directory: Path) -> None:
 
 
 def test_of_a_shard_with_more_than_the_index_names_the_wanted_is_read(directory: Path) -> None:
-    """Of a verifier, whose other tensors nobody here asks for."""
+    """This matters for a verifier, of which only a few tensors are needed."""
     index = write_sharded(directory)
     content = json.loads(index.read_text())
     del content["weight_map"]["fc.bias"]

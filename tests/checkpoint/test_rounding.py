@@ -24,7 +24,7 @@ def tensor_of(data: bytes, kind: str) -> Tensor:
 
 
 def check_as_torch(source: str, target: str, data: bytes) -> None:
-    """Where nothing overflows: the same bits, and NaN for NaN (whose bits torch leaves open)."""
+    """Check values that do not overflow: the same bits, or NaN (whose bits torch leaves open)."""
     before = tensor_of(data, source)
     expected = before.to(TORCH_DTYPES[target])
     kept = before.isinf() | ~expected.isinf()
@@ -41,7 +41,7 @@ def check_as_torch(source: str, target: str, data: bytes) -> None:
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_every_16_bit_pattern(source: str, target: str) -> None:
-    """As numbers of 16 bits, and as the upper and lower halves of float32."""
+    """Each pattern is a 16-bit number, and the upper and the lower half of a float32."""
     patterns = np.arange(1 << 16, dtype="<u2")
     if source != "F32":
         check_as_torch(source, target, patterns.tobytes())
@@ -63,7 +63,7 @@ def test_random_float32(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["F16", "BF16"])
 def test_halves_go_to_the_even_neighbour(target: str) -> None:
-    """Independently of torch: half-way between two neighbours, and next to it."""
+    """Check half-way between two neighbours, and next to it, without relying on torch."""
     one = torch.ones((), dtype=TORCH_DTYPES[target])
     step = torch.finfo(TORCH_DTYPES[target]).eps
     for n in range(6):
@@ -80,7 +80,7 @@ def test_halves_go_to_the_even_neighbour(target: str) -> None:
 
 @pytest.mark.parametrize("target", FLOATS)
 def test_nan_and_infinity_stay_what_they_are(target: str) -> None:
-    # The last NaN has its payload in the lower half alone.
+    # The last NaN has its payload only in the lower half.
     bits = np.array([0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001], dtype="<u4")
     values = tensor_of(round_to(target, "F32", bits.tobytes()), target)
     assert values[:2].tolist() == [float("inf"), float("-inf")]
@@ -112,7 +112,7 @@ def test_what_would_become_infinite_is_an_error(target: str, sign: int) -> None:
 
 
 def write(path: Path, tensor: Tensor, dtype: str | None, kind: str = "F32") -> bytes:
-    """Write a tensor that lies in a file of its own; give what is written after the header."""
+    """Write a tensor from a file of its own; return the bytes written after the header."""
     path.with_suffix(".raw").write_bytes(b"skipped!" + tensor.view(torch.uint8).numpy().tobytes())
     info = TensorInfo("w", kind, tuple(tensor.shape), path.with_suffix(".raw"), 8)
     write_safetensors_file(path, {"w": info}, dtype=dtype)

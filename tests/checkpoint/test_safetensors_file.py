@@ -71,7 +71,7 @@ def test_every_type_that_torch_writes(path: Path, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPE_BITS)
 def test_every_type_that_the_library_knows(path: Path, dtype: str) -> None:
-    """In eights, so that types of 4 and 6 bits fill bytes; the library checks the size, too."""
+    """Eight elements, so that types of 4 and 6 bits fill bytes; the library checks sizes, too."""
     size = DTYPE_BITS[dtype]
     file_of(path, {"a": entry(dtype, [2, 4], 0, size)}, bytes(range(size)))
     info = read_safetensors_file(path)["a"]
@@ -163,7 +163,7 @@ def test_what_is_encoded_is_read_by_us_and_by_the_library(
 
 
 def test_most_bytes_come_to_lie_on_the_same_place_of_a_page(path: Path) -> None:
-    """Which is what the kernel copies fastest; the library's own alignment is kept."""
+    """The kernel copies such bytes fastest; the alignment that the library uses is kept."""
     infos = {
         "small": TensorInfo("small", "U8", (5000,), path, 16),
         "large": TensorInfo("large", "F32", (1000, 1000), path, 12345 * 8),

@@ -53,7 +53,7 @@ def debug_lines() -> Iterator[list[str]]:
 
 
 def stored_bytes(info: TensorInfo) -> bytes:
-    """The tensor's elements in row-major order, gathered from the file by what ``info`` says."""
+    """The tensor's elements in row-major order, read from the file where ``info`` says."""
     size = DTYPE_BITS[info.dtype] // 8
     array: np.ndarray[Any, Any] = np.ndarray(
         info.shape,
@@ -104,7 +104,7 @@ DTYPES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_type(save: Callable[..., Path], dtype: torch.dtype) -> None:
     value = {"x": torch.arange(6).reshape(2, 3).to(dtype), "y": torch.ones(3).to(dtype)}
-    # Not what torch.load makes of it: it cannot read its own legacy files of the newer types.
+    # Not compared with torch.load, which cannot read its own legacy files of the newer dtypes.
     assert_as_loaded(save(value), value)
 
 
@@ -328,7 +328,7 @@ def test_other_files_get_their_own_sentence(tmp_path: Path, data: bytes, message
 
 
 def test_a_tar_archive_of_old(tmp_path: Path) -> None:
-    """Which torch.load opens without looking at its name, pickles and all."""
+    """torch.load opens one whatever its name is, and runs its pickles."""
     sentinel = tmp_path / "sentinel"
     payload = UNSAFE["os.system"].make(str(sentinel))
     path = tmp_path / "pytorch_model.bin"
@@ -344,7 +344,7 @@ def test_a_tar_archive_of_old(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_torchscript_archive(tmp_path: Path) -> None:
-    """A zip with a data.pkl and packed code, which torch.load hands to torch.jit."""
+    """A zip with a data.pkl and code, which torch.load hands to torch.jit."""
     path = tmp_path / "pytorch_model.bin"
     torch.jit.script(nn.Linear(2, 2)).save(str(path))
     with pytest.raises(CheckpointError, match="is a compressed or encrypted archive"):
@@ -639,7 +639,7 @@ def patched(path: Path, where: int, new: bytes) -> Path:
 
 
 def central(path: Path, entry: str) -> int:
-    """Where the central directory describes ``entry``."""
+    """The offset at which the central directory describes ``entry``."""
     return path.read_bytes().rindex(entry.encode()) - 46
 
 
@@ -703,7 +703,7 @@ def test_zip64_numbers_beyond_the_file_are_errors(tmp_path: Path, field: str, nu
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", state_pickle({"w": (0, (1,), (1,))}))
         archive.writestr("archive/data/0", bytes(8))
-        # What closing writes into the directory, as zip64 fields.
+        # Closing the archive writes these into the directory, as zip64 fields.
         for name_ in ["file_size", "compress_size"] if field == "both" else [field]:
             setattr(archive.infolist()[-1], name_, number)
     with pytest.raises(CheckpointError, match="is damaged"):
@@ -714,7 +714,7 @@ def test_a_directory_larger_than_any_is_not_read(tmp_path: Path) -> None:
     path = zipped(tmp_path, whole(b"}"))
     end = path.read_bytes()[-22:]
     (start,) = struct.unpack("<I", end[16:20])
-    # The file has a hole of a gigabyte, all of which it calls its directory.
+    # The file has a hole of a gigabyte, and claims that all of it is its directory.
     with path.open("r+b") as file:
         file.seek(start + (1 << 30))
         file.write(end[:12] + struct.pack("<IIH", 1 << 30, start, 0))

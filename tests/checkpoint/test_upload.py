@@ -146,7 +146,7 @@ def test_the_rest_of_the_client_reads_it(server: HubServer, draft: Path) -> None
 def test_a_card_that_somebody_wrote_is_kept(
     server: HubServer, draft: Path, tmp_path: Path, log: list[str], stamped: bool
 ) -> None:
-    """On the Hub; and the directory's, if it is there that somebody wrote."""
+    """The Hub's card is kept; the directory's is uploaded if somebody wrote that one."""
     edited = tmp_path / "edited"
     shutil.copytree(draft, edited)
     (edited / "README.md").write_text((draft / "README.md").read_text() + "and more\n")
@@ -258,7 +258,7 @@ def test_what_the_hub_makes_fail(
     status: int,
     expected: str,
 ) -> None:
-    """At any step: then the repository holds nothing of it."""
+    """Whichever step fails, the repository holds nothing of the upload."""
     skip_waits(monkeypatch)
     server.fail(where, method, status=status)
     assert sentence(draft).startswith(expected.format(url=server.url))

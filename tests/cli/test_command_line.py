@@ -1,4 +1,4 @@
-"""What is the same for every command: its help, its options, its log, how it ends."""
+"""What all commands have in common: help, shared options, log, exit status."""
 
 import os
 import pty
@@ -24,7 +24,7 @@ MAIN = "import sys; sys.argv[0] = 'speculators'; from speculators.cli import mai
 
 
 def commands(group: Any, *names: str) -> Iterator[tuple[str, ...]]:
-    """The words of every command, groups not counted."""
+    """The words of every command; groups are not commands."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, *names, name)
@@ -36,7 +36,7 @@ COMMANDS = list(commands(typer.main.get_command(app)))
 
 
 def on_a_terminal(*arguments: str | Path, **environment: str) -> str:
-    """What a process prints on a terminal, on both of its outputs."""
+    """What a process prints if stdout and stderr are a terminal."""
     master, slave = pty.openpty()
     unset = dict.fromkeys(("NO_COLOR", "FORCE_COLOR"), "")
     env = {k: v for k, v in os.environ.items() if k not in unset} | {"TERM": "xterm-256color"}
@@ -52,7 +52,7 @@ def on_a_terminal(*arguments: str | Path, **environment: str) -> str:
         try:
             while chunk := os.read(master, 4096):
                 shown += chunk
-        except OSError:  # Linux says so that the other end is closed
+        except OSError:  # this is how Linux says that the other end is closed
             pass
         process.wait()
     os.close(master)
@@ -119,7 +119,7 @@ def test_quiet_and_debug_exclude_each_other(
 
 
 def test_debug_is_an_option_and_no_word_that_stands_anywhere(tmp_path: Path) -> None:
-    """A directory of that name is not mistaken for it."""
+    """A directory called ``--debug`` is not mistaken for the option."""
     write_checkpoint(tmp_path / "--debug")
     (tmp_path / "--debug" / "config.json").unlink()
     run = run_process("inspect", "--", "--debug", cwd=tmp_path)

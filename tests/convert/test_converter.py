@@ -39,7 +39,7 @@ from speculators.models.eagle import EagleSpeculator
 convert = EagleConverter().convert
 
 CHANGE = re.compile(r"([=~+-]) ([\w.]+): ")
-"""What a dry run says of a key of config.json."""
+"""Matches what a dry run says about a key of config.json."""
 
 
 def without_embedding(tensors: Tensors) -> None:
@@ -69,7 +69,7 @@ def test_the_log_of_a_conversion_to_the_letter(
 
 
 def test_the_log_of_a_process_is_the_same(tmp_path: Path, verifier: Path) -> None:
-    """Nothing that transformers or torch print comes between."""
+    """Nothing that transformers or torch print gets into it."""
     run = run_process("convert", "eagle", GOLDEN / PLAIN, "out", verifier, cwd=tmp_path)
     assert run.status == 0, run.stderr
     assert run.stdout == ""
@@ -279,7 +279,7 @@ def test_eos_ids_come_as_they_are(tmp_path: Path, verifier: Path, ids: object) -
 def test_of_other_ids_in_a_list_the_first_is_taken_and_told(
     tmp_path: Path, verifier: Path, log: list[str], key: str
 ) -> None:
-    """The configs of transformers have room for one."""
+    """The configs of transformers hold only one."""
     out = convert(
         write_checkpoint(tmp_path / "source", config={key: [5, 6]}), tmp_path / "out", verifier
     )
@@ -575,10 +575,10 @@ def test_a_head_size_of_its_own_comes_from_the_tensors(tmp_path: Path, verifier:
 def test_a_dry_run_names_every_tensor_and_writes_nothing(
     tmp_path: Path, verifiers: dict[str, Path], speculators: CommandLine
 ) -> None:
-    """Names are whole even where the output goes into a pipe."""
+    """Names are not cut off, even if the output goes into a pipe."""
     name, head = "ttt_layernorms", "model.lm_head.weight"
     source = write_checkpoint(
-        tmp_path / "source [b]",  # brackets mean something to rich
+        tmp_path / "source [b]",  # rich would read brackets as markup
         name=name,
         edit=lambda tensors: tensors.update({head: torch.zeros(320, 64)}),
     )
@@ -701,7 +701,7 @@ def test_what_appears_at_the_output_meanwhile_is_not_overwritten(
 def test_validation_finds_a_wrong_result(
     tmp_path: Path, verifier: Path, monkeypatch: pytest.MonkeyPatch, what: str, words: str
 ) -> None:
-    """The product is broken on purpose: what it wrote, or the model that it loads."""
+    """The test breaks what was written, or the model that is loaded."""
     import speculators.convert.eagle.eagle_converter as converter
     import speculators.models.eagle as model
 

@@ -1,4 +1,4 @@
-"""--dtype: the tensors rounded, the config after them, and the proof within what rounding does."""
+"""--dtype: tensors are rounded, the config follows, and validation allows for the rounding."""
 
 import re
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_every_tensor_is_rounded_as_torch_does(
 def test_what_the_log_says_of_rounding_is_so(
     tmp_path: Path, verifier: Path, log: list[str]
 ) -> None:
-    """On other inputs the output differs about as much."""
+    """On other inputs, the output differs by about as much as the log says."""
     out = convert(GOLDEN / PLAIN, tmp_path / "out", verifier, dtype="bfloat16")
     told = next(line for line in log if "by up to" in line)
     g = golden_vectors(PLAIN)
@@ -131,7 +131,7 @@ def test_other_dtypes_are_refused(
 def test_validation_finds_numbers_that_are_not_the_nearest(
     tmp_path: Path, verifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut off instead of rounded: off by one in the last bit, for half of the numbers."""
+    """Truncate instead of rounding: half of the numbers are off by one in the last bit."""
 
     def cut_off(values: Any) -> bytes:
         return bytes((values.view("<u4") >> 16).astype("<u2").tobytes())

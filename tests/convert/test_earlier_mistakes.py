@@ -1,4 +1,4 @@
-"""What an earlier converter got wrong, and what happens here: a test for each."""
+"""Mistakes of an earlier converter, with a test for each that shows that it is not made here."""
 
 import json
 import math
@@ -222,7 +222,7 @@ def test_a_state_dict_wrapper_is_opened(tmp_path: Path, verifier: Path, legacy: 
 
 
 def test_the_drafts_own_embedding_is_kept_and_used(converted: dict[str, Path]) -> None:
-    """The verifier has another one, and the golden logits come from the draft's own."""
+    """The verifier has another embedding, and the golden logits were computed with the draft's."""
     own = source_tensors()["embed_tokens.weight"]
     assert torch.equal(stored_tensors(converted[PLAIN])["embed_tokens.weight"], own)
     model = EagleSpeculator.from_pretrained(converted[PLAIN])
@@ -297,7 +297,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())
 def test_the_draft_runs_with_its_own_rope(tmp_path: Path, rope: dict[str, Any]) -> None:
-    """Over 2048 positions, with a verifier whose RoPE is another."""
+    """Compare over 2048 positions, with a verifier that has another RoPE."""
     scaled = {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}
     verifier = save_quietly(tiny_llama(rope_parameters=scaled), tmp_path / "verifier")
     config = {"max_position_embeddings": 2048, **rope}
@@ -312,7 +312,7 @@ def test_the_draft_runs_with_its_own_rope(tmp_path: Path, rope: dict[str, Any]) 
     expected = plain_draft(source_tensors(), known, ids, states)
     with torch.inference_mode():
         found = model(ids[None], states[None]).last_hidden_state[0]
-    # Angles up to 2048 in float32 are off by 2048 * 2**-24, which the weights carry on.
+    # Angles up to 2048 are off by 2048 * 2**-24 in float32, and the error propagates.
     assert largest_difference(found, expected) < 5e-3
     assert (found.double() - expected).abs().mean() < TOLERANCE
     wrong = plain_draft(
@@ -431,7 +431,7 @@ def test_a_truncated_file_is_told_in_a_sentence(
 
 
 class Malicious:
-    """A pickle of it asks to create a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -451,7 +451,7 @@ def test_a_malicious_pickle_is_not_run(tmp_path: Path, verifier: Path, legacy: b
         _use_new_zipfile_serialization=not legacy,
     )
     torch.load(file, weights_only=False)
-    assert canary.exists()  # the pickle works where it is run
+    assert canary.exists()  # the pickle does harm if it is run
     canary.unlink()
     with pytest.raises(UnsafeCheckpointError):
         convert(source, tmp_path / "out", verifier)

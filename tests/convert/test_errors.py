@@ -1,4 +1,4 @@
-"""Errors leave the command line as one sentence, and leave nothing behind."""
+"""Errors are reported as one sentence, and leave nothing behind."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ from helpers import (
 
 @dataclass(frozen=True)
 class Setting:
-    """What the command gets; a case below spoils something of it."""
+    """What the command is given; each case below spoils a part of it."""
 
     source: Path
     output: Path
@@ -125,7 +125,7 @@ def a_whole_model(setting: Setting) -> None:
 
 
 def unreadable_config(setting: Setting) -> None:
-    """A file that is there and whose reading fails, even for root."""
+    """A file that exists but cannot be read, even by root."""
     setting.config.unlink()
     setting.config.symlink_to("/proc/self/mem")
 
@@ -525,7 +525,7 @@ def test_usage_errors_have_status_2(
 
 
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, setting: Setting) -> None:
-    """Ctrl-C while validating; the process waits there for it."""
+    """Press Ctrl-C during validation, where the process waits for it."""
     script = (
         "import speculators.convert.eagle.validation as validation, time\n"
         "def wait(*_, **__):\n"

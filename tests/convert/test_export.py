@@ -1,4 +1,4 @@
-"""The way back: what other software reads, byte for byte."""
+"""Export: what other software reads, with the tensors byte for byte."""
 
 import json
 import typing
@@ -58,7 +58,7 @@ def test_the_research_layout_has_the_tensors_of_the_original(
 def test_the_research_layout_has_the_config_of_the_original(
     tmp_path: Path, converted: dict[str, Path], name: str
 ) -> None:
-    """Every key that the original has, but for those that only transformers writes."""
+    """Compare every key of the original, except those that only transformers writes."""
     export(converted[name], tmp_path / "out", "eagle")
     original, found = source_config(name), config_of(tmp_path / "out")
     for key in original.keys() - {"transformers_version", "use_cache"}:
@@ -243,7 +243,7 @@ def test_nothing_is_written_over(tmp_path: Path, converted: dict[str, Path], obs
     else:
         output.write_text("mine")
     before = entries(tmp_path)
-    with pytest.raises(OutputError, match=r"exists(?!.*--overwrite)"):  # which is no option here
+    with pytest.raises(OutputError, match=r"exists(?!.*--overwrite)"):  # not an option here
         export(converted[PLAIN], output, "eagle")
     assert entries(tmp_path) == before
 

@@ -30,7 +30,7 @@ def load(converted: dict[str, Path], name: str, attention: str = "sdpa") -> Eagl
 
 
 def run(model: EagleSpeculator, *args: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
-    """The hidden output and the logits."""
+    """Return the hidden output and the logits."""
     with torch.inference_mode():
         output = model(*args, **kwargs)
     assert isinstance(output, EagleOutput)
@@ -96,7 +96,7 @@ def test_a_tuple_on_request(converted: dict[str, Path], name: str) -> None:
 def test_left_padded_rows_of_one_batch_compute_as_if_alone(
     converted: dict[str, Path], name: str, attention: str, filler: float
 ) -> None:
-    """What precedes decides alone, so the start of a golden sequence has the golden output."""
+    """Attention is causal, so a prefix of a golden sequence has a prefix of the golden output."""
     g = golden_vectors(name)
     ids, states, lengths = g["input_ids"], g["hidden_states"], (24, 11, 1, 17)
     batch_ids = torch.full((len(lengths), 24), 7)
@@ -123,7 +123,7 @@ def test_left_padded_rows_of_one_batch_compute_as_if_alone(
 def test_the_golden_mask_hides_the_padding(
     converted: dict[str, Path], name: str, attention: str
 ) -> None:
-    """The golden outputs are those without the mask: with it, the second row starts later."""
+    """The golden outputs were computed without a mask; with it, the second row starts later."""
     g = golden_vectors(name)
     padding = int((g["attention_mask"][1] == 0).sum())
     assert padding > 0
@@ -145,7 +145,7 @@ def test_the_golden_mask_hides_the_padding(
 
 @every_golden
 def test_our_own_plain_evaluation_agrees_with_the_reference(name: str) -> None:
-    """The formula that other tests lean on is held to the golden vectors too."""
+    """Other tests rely on this evaluation, so it is compared with the golden vectors, too."""
     g = golden_vectors(name)
     for row in range(2):
         hidden = plain_draft(
@@ -217,7 +217,7 @@ def test_no_cache_unless_asked_for(converted: dict[str, Path], name: str) -> Non
 
 @every_golden
 def test_given_position_ids_are_used(converted: dict[str, Path], name: str) -> None:
-    """RoPE is relative: a common shift changes nothing, another distance does."""
+    """RoPE is relative: shifting all positions changes nothing, changing distances does."""
     g = golden_vectors(name)
     model = load(converted, name)
     positions = torch.arange(24)[None].expand(2, -1)
@@ -262,8 +262,8 @@ def test_bfloat16_stays_within_its_rounding(
 ) -> None:
     """Bfloat16 keeps 8 bits: each rounding errs by up to 2**-9 of a value.
 
-    Some ten roundings lie between input and output and their errors are independent; 2**-5 of
-    the largest value leaves room for their sum, and a wrong computation is off by about 1.
+    There are some ten roundings between input and output, with independent errors. 2**-5 of the
+    largest value leaves room for their sum, and a wrong computation is off by about 1.
     """
     g = golden_vectors(name)
     model = EagleSpeculator.from_pretrained(

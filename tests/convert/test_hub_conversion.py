@@ -1,4 +1,4 @@
-"""Whole conversions with the draft and the verifier on a Hub, by the command line."""
+"""Whole conversions on the command line, with the draft and the verifier on a Hub."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def server(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubServer]:
 
 @pytest.fixture
 def draft(tmp_path: Path) -> Path:
-    """What a repository of a draft holds, and more."""
+    """A directory with the files of a draft's repository, and others."""
     directory = write_checkpoint(tmp_path / "draft")
     (directory / "README.md").write_text("# A draft")
     (directory / "pytorch_model.bin").write_bytes(b"not even a pickle")
@@ -66,7 +66,7 @@ def _served(server: HubServer, draft: Path, big_verifier: Path) -> None:
 
 
 def fetched(server: HubServer, repo_id: str) -> list[str]:
-    """What was asked for of one repository: files, or bytes of them."""
+    """The files, or ranges of their bytes, that were requested from one repository."""
     return [
         f"{request.file} {request.range or ''}".strip()
         for request in server.requests

@@ -1,4 +1,4 @@
-"""Whatever happens, the output is as before or complete, and the next run clears up."""
+"""Whatever happens, the output is unchanged or complete, and the next run cleans up."""
 
 import fcntl
 import json
@@ -49,7 +49,7 @@ def test_killed_at_any_moment(tmp_path: Path, verifier: Path, scenario: str) -> 
     assert (lived.status, lived.output, lived.siblings) == (0, "first", 0)
     for outcome in killed:
         if scenario == "overwrite without swap" and outcome.output == "missing":
-            # Between two renames, the old one stands by; any next run puts it back.
+            # Between two renames, ``old`` holds the previous output; the next run puts it back.
             assert outcome.put_back == "before"
             assert outcome.event.startswith("before os.rename")
         else:
@@ -73,7 +73,7 @@ def test_killed_at_any_moment(tmp_path: Path, verifier: Path, scenario: str) -> 
 def test_told_to_stop_at_any_moment(
     tmp_path: Path, verifier: Path, number: str, status: int, scenario: str
 ) -> None:
-    """Nothing is left, but for a stop while the sibling is being locked or removed."""
+    """Nothing is left, unless it is stopped while the sibling is being locked or removed."""
     *stopped, _ = forked(tmp_path, verifier, "stop", number, scenario)
     assert len(stopped) >= 50
     assert {outcome.status for outcome in stopped} == {status}
@@ -125,7 +125,7 @@ def test_a_run_that_goes_on_keeps_its_temporary_directory(tmp_path: Path, verifi
 def test_what_appears_in_the_last_moment_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool, overwrite: bool
 ) -> None:
-    """After the last look, and before the rename."""
+    """It appears after the last check, and before the rename."""
     output = tmp_path / "out"
     publish = staging._publish
 
@@ -240,7 +240,7 @@ def test_a_disk_that_is_full(
 def test_where_a_disk_is_mounted_nothing_else_can_be(
     tmp_path: Path, small_disk: Path, verifier: Path, speculators: CommandLine, option: str
 ) -> None:
-    """A container's volume, say: it is told before anything is written beside it."""
+    """A mount point, such as a container's volume, is refused before anything is written."""
     run = speculators("convert", "eagle", GOLDEN / PLAIN, small_disk, verifier, option)
     assert run.status == 1
     [error] = run.errors
@@ -268,7 +268,7 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path, verifier: Path, limit: int
 
 
 def failing(call: Callable[..., Any], after: int) -> Callable[..., Any]:
-    """``call``, which fails from the n-th time on."""
+    """Make ``call`` fail from the n-th time on."""
     left = [after]
 
     def fail(*arguments: Any, **options: Any) -> Any:
@@ -292,7 +292,7 @@ def test_a_source_that_cannot_be_read_half_way(
 ) -> None:
     arguments = ("convert", "eagle", GOLDEN / PLAIN, tmp_path / "out", verifier, *options)
     monkeypatch.setattr(os, "copy_file_range", failing(os.copy_file_range, after))
-    # Where the kernel's copying fails, reading is tried, and tells what is wrong.
+    # If the kernel cannot copy, reading is tried, and shows what is wrong.
     monkeypatch.setattr(os, "pread", failing(os.pread, after if options else 0))
     run = speculators(*arguments, "--no-validate")
     assert run.status == 1
@@ -320,7 +320,7 @@ def test_a_disk_that_cannot_be_written_half_way(
 def test_a_source_that_is_cut_off_while_it_is_copied(
     tmp_path: Path, verifier: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None
 ) -> None:
-    """By another process, after its header was read."""
+    """Another process truncates it after its header was read."""
     from speculators.convert.eagle import eagle_converter
 
     source = write_checkpoint(tmp_path / "source")

@@ -1,4 +1,4 @@
-"""conversion.json tells what a converted checkpoint was made of; `validate` checks it again."""
+"""conversion.json records what a converted checkpoint was made from; `validate` checks it."""
 
 import hashlib
 import json
@@ -198,7 +198,7 @@ def test_every_conversion_is_valid(
 ) -> None:
     validate(converted[name], GOLDEN / name if with_source else None)
     assert any(line.startswith("SUCCESS Valid: ") for line in log)
-    # The warnings of a conversion are said again where it is planned again.
+    # The warnings of a conversion are logged again when it is planned again.
     expected = 1 if with_source and name == "rope_linear" else 0
     assert len([line for line in log if line.startswith("WARNING")]) == expected
 
@@ -260,7 +260,7 @@ def both(*spoils: Callable[[Path], object]) -> Callable[[Path], object]:
 NO_RECORD = without("conversion.json")
 BAD_RECORD = {"source": {"name": "x", "files": {"../x": {"bytes": 1}}}}
 
-# What is done to the output; the error without the source, and with it. None: it is not found.
+# What is done to the output; the error without the source, and with it (None: not detected).
 SPOILT: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
     "a bit of the weights": (
         flip("model.safetensors"),
@@ -395,7 +395,7 @@ def test_where_the_verifier_is_gone_the_rest_is_checked(
 def test_how_to_speculate_may_be_changed(
     tmp_path: Path, converted: dict[str, Path], speculators: CommandLine
 ) -> None:
-    """By hand: the files are then others, but the draft is still the source's."""
+    """Editing it changes config.json, but the draft is still the source's."""
     out = tmp_path / "out"
     shutil.copytree(converted[PLAIN], out)
     how = config_of(out)["speculators_config"]
@@ -418,7 +418,7 @@ def test_other_files_beside_are_no_concern(tmp_path: Path, converted: dict[str, 
 def test_the_older_layout_is_checked_too(
     tmp_path: Path, converted: dict[str, Path], name: str
 ) -> None:
-    """That of speculators 0.1.0 to 0.3.0, which had no conversion.json."""
+    """speculators 0.1.0 to 0.3.0 wrote no conversion.json."""
     out = tmp_path / "out"
     shutil.copytree(converted[name], out)
     NO_RECORD(out)

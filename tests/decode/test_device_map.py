@@ -1,6 +1,6 @@
 """Verifiers and drafts that ``device_map`` has spread over devices, or offloaded.
 
-The tests for one GPU and for two are skipped where there are not so many.
+The tests that need one GPU or two are skipped on machines with fewer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ PROPOSALS: dict[str, ProposalMethod | str] = {
 }
 every_proposal = pytest.mark.parametrize("proposal", PROPOSALS.values(), ids=PROPOSALS.keys())
 
-# Of a verifier that has its first weight on the meta device transformers does not know where it is.
+# If a verifier's first weight is on the meta device, transformers cannot tell its device.
 pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate")
 
 one_gpu = pytest.mark.skipif(torch.cuda.device_count() < 1, reason="there is no GPU")
@@ -86,7 +86,7 @@ DRAFTS: dict[str, Map] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def exact() -> Iterator[None]:
-    """Float32 is float32, and nothing is drawn on the terminal."""
+    """Compute in full float32, without TF32, and draw nothing on the terminal."""
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     transformers_logging.disable_progress_bar()
@@ -96,7 +96,7 @@ def exact() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with verifiers and drafts for them, by the verifier's name."""
+    """A directory with verifiers and their drafts, by the verifier's name."""
     root = tmp_path_factory.mktemp("models")
     for name, config in (
         ("llama", {}),
@@ -117,7 +117,7 @@ def loaded(
     draft: Map | None = None,
     attach: bool = True,
 ) -> EagleSpeculator:
-    """A draft on a device or spread, with its verifier that is spread."""
+    """A draft, on one device or spread, with its verifier, which is spread."""
     verifier = AutoModelForCausalLM.from_pretrained(
         models / name, device_map=device_map, offload_folder=models / "offloaded"
     )
@@ -135,7 +135,7 @@ def verifier_of(draft: EagleSpeculator) -> Any:
 
 
 def inputs_of(draft: EagleSpeculator, lengths: tuple[int, ...] = (8,)) -> dict[str, Any]:
-    """Prompts, where a user of the spread verifier would put them."""
+    """Prompts, on the device where a user of the spread verifier would put them."""
     there = {tensor.device for tensor in verifier_of(draft).parameters() if not tensor.is_meta}
     device = min(there, key=str, default=torch.device("cpu"))
     if gpus := [one for one in there if one.type == "cuda"]:
@@ -157,7 +157,7 @@ def generated(draft: EagleSpeculator, inputs: dict[str, Any], **settings: Any) -
 
 
 def check(draft: EagleSpeculator, whole: EagleSpeculator, **settings: Any) -> None:
-    """A spread pair gives what the verifier alone gives, by the steps of a pair on one device."""
+    """A spread pair generates what its verifier does, in the steps of a pair on one device."""
     inputs = inputs_of(draft)
     result = generated(draft, inputs, **settings)
     own = verifier_of(draft).generate(**inputs, do_sample=False, max_new_tokens=24)
@@ -168,7 +168,7 @@ def check(draft: EagleSpeculator, whole: EagleSpeculator, **settings: Any) -> No
 
 
 def check_batch(draft: EagleSpeculator, proposal: str) -> None:
-    """Of prompts that also end at different lengths."""
+    """Like ``check``, for a batch whose answers end at different lengths."""
     inputs = inputs_of(draft, (3, 9, 6))
     verifier = verifier_of(draft)
     settings = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": [5, 11, 17]}
@@ -235,7 +235,7 @@ def test_a_draft_takes_an_offloaded_embedding(models: Path) -> None:
 
 
 def test_an_offloaded_draft_borrows_the_head(models: Path, tmp_path: Path) -> None:
-    """What it reads from the verifier's files is where the draft computes."""
+    """The head read from the verifier's files is on the device where the draft computes."""
     whole = loaded(models, {"": "cpu"})
     config = dict(whole.config.speculators_config or {})
     config["verifier"] = {"name_or_path": str(models / "llama"), "architectures": []}
@@ -337,7 +337,7 @@ def test_a_draft_over_two_gpus(models: Path) -> None:
 @two_gpus
 @pytest.mark.parametrize("where", [0, 1])
 def test_sampling_over_two_gpus(models: Path, where: int) -> None:
-    """With one token to draw from it must be the best one, whichever was proposed."""
+    """With top_k = 1 the result must be the best token, whichever was proposed."""
     draft = loaded(models, TWO_GPUS["in halves"], draft={"": where})
     inputs = inputs_of(draft)
     own = verifier_of(draft).generate(**inputs, do_sample=False, max_new_tokens=24)

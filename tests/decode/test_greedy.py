@@ -1,4 +1,4 @@
-"""Greedy speculation gives what the verifier's own generate gives, in fewer of its passes."""
+"""Greedy speculation generates what the verifier's own generate does, in fewer passes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -164,7 +164,7 @@ def test_every_length_is_kept_to(
 
 
 class EndsAt(StoppingCriteria):
-    """A criterion of one's own: ends after a pair of tokens that adds up to a multiple of 5."""
+    """A custom criterion: stop after two tokens whose sum is a multiple of 5."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return input_ids[:, -2:].sum(1) % 5 == 0
@@ -185,7 +185,7 @@ def test_a_stopping_criterion_of_ones_own(
 
 
 class Heard(BaseStreamer):
-    """Remembers what a streamer is told."""
+    """A streamer that records what it receives."""
 
     def __init__(self) -> None:
         self.told: list[list[int]] = []
@@ -215,7 +215,7 @@ def test_a_streamer_hears_the_same(
 
 
 def batch(lengths: Sequence[int]) -> dict[str, Tensor]:
-    """Prompts of these lengths, padded at the left."""
+    """Prompts of these lengths, padded on the left."""
     longest = max(lengths)
     ids = torch.stack(
         [
@@ -359,8 +359,8 @@ def test_eager_attention(proposal: ProposalMethod | str) -> None:
 def test_dtypes_may_differ(
     dtypes: tuple[torch.dtype, torch.dtype], proposal: ProposalMethod | str
 ) -> None:
-    """Rounding differs with the shape of a matrix, so tokens are compared with float32's verifier
-    only; others must be its choices on their own prefixes, within rounding."""
+    """Rounding differs with the shape of a matrix, so tokens are not compared with plain decoding:
+    each must be the verifier's choice after the tokens before it, within rounding."""
     verifier = tiny_verifier()
     draft = knowing_draft(verifier)
     draft.to(dtypes[0])  # type: ignore[arg-type]
@@ -397,7 +397,7 @@ def test_nothing_is_left_behind(verifier: PreTrainedModel, draft: EagleSpeculato
 
 @pytest.mark.parametrize("name", [n for n in GOLDEN_NAMES if n != "ttt_layernorms"])
 def test_the_dynamic_tree_is_the_references(converted: dict[str, Any], name: str) -> None:
-    """The golden tree: ``total_tokens=26, depth=5, top_k=4``, the first count with the root."""
+    """The golden tree has ``total_tokens=26`` (which counts the root), ``depth=5, top_k=4``."""
     from speculators.decode.cache import BlockCache
     from speculators.decode.drafting import drafter_of
     from speculators.decode.sampling import warp_of

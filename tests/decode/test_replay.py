@@ -1,7 +1,7 @@
-"""Steps that are recorded once and replayed give what steps that are run give.
+"""Steps that are recorded once and replayed give the same results as steps that are run.
 
-On a machine with a GPU they are recorded as CUDA graphs there. Elsewhere a stand-in runs the
-function again and writes its results to where they were at first, which is all that a graph does.
+On a machine with a GPU they are recorded there as CUDA graphs. Elsewhere a stand-in for a graph
+runs the function again, and writes the results into the tensors of the first run, as a graph does.
 """
 
 import copy
@@ -44,10 +44,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Again:
-    """What a CUDA graph does, by running the function again.
+    """A stand-in for a CUDA graph, which runs the function again.
 
     Attributes:
-        recording: whether one is being made.
+        recording: whether a recording is being made.
 
     """
 
@@ -64,7 +64,7 @@ class Again:
             Again.recording = False
 
     def replay(self) -> None:
-        """Run, and write the results to where those of the first run are."""
+        """Run the function, and write its results into those of the first run."""
         copy_tensors(self._run(), self.result)
 
 
@@ -83,12 +83,12 @@ def copy_tensors(source: Any, to: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Few slots at first, so that there soon must be more; and something that records."""
+    """Start with few slots, so that they soon have to grow; on a CPU, record with ``Again``."""
     monkeypatch.setattr(replay, "FEWEST_SLOTS", 32)
     monkeypatch.setattr(replay, "AHEAD", 8)
     if DEVICE.type == "cpu":
         monkeypatch.setitem(replay.RECORDERS, "cpu", Again)
-        # A function that runs again later needs the verifier's hidden states as it did at first.
+        # A function that runs again later needs the same hidden states of the verifier as before.
         monkeypatch.setattr(VerifierPass, "__exit__", lambda *_: None)
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -97,7 +97,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def pair(name: str = "llama") -> tuple[PreTrainedModel, EagleSpeculator]:
-    """A verifier and a draft that knows it."""
+    """A verifier, and a draft that is often right."""
     verifier = tiny_verifier(name)
     draft = knowing_draft(verifier)
     verifier.to(DEVICE)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def recordings(draft: EagleSpeculator) -> int:
 
 
 def check_same(draft: EagleSpeculator, ids: Tensor, **settings: Any) -> None:
-    """Replayed and run: the same tokens by the same steps; and the verifier's own."""
+    """Replaying and running give the same tokens in the same steps, and those of the verifier."""
     run = generated(draft, ids, cuda_graphs=False, **settings)
     replayed = generated(draft, ids, **settings)
     assert replayed.sequences.tolist() == run.sequences.tolist()
@@ -134,12 +134,12 @@ def check_same(draft: EagleSpeculator, ids: Tensor, **settings: Any) -> None:
         assert replayed.sequences.tolist() == own.tolist()
 
 
-# MoE layers choose their experts on the host in some releases of transformers.
+# In some releases of transformers, MoE layers choose their experts on the host.
 @pytest.mark.parametrize("name", [name for name in VERIFIERS if name != "mixtral"])
 @every_proposal
 def test_replayed_steps_are_the_steps(name: str, proposal: ProposalMethod | str) -> None:
     _, draft = pair(name)
-    # The prompts and what follows them take less and more than the slots of one recording.
+    # Prompts with their outputs need fewer, and more, slots than one recording has.
     for length, new in ((1, 8), (9, 70), (5, 12), (50, 20)):
         check_same(draft, ids_of(length, seed=length), proposal=proposal, max_new_tokens=new)
         assert recordings(draft) > 0
@@ -217,7 +217,7 @@ def test_recordings_of_drawn_chains_are_used_again_with_the_same_settings() -> N
     for setting in settings:
         check_same(draft, ids_of(6), **DRAWN, **setting)
     assert recordings(draft) == made
-    # What is not drawn is proposed in the same way whatever the settings are.
+    # Proposals that are not sampled do not depend on the settings.
     for setting in settings:
         check_same(draft, ids_of(6), **(DRAWN | {"proposal": "greedy"}), **setting)
     assert recordings(draft) == made + 1
@@ -271,7 +271,7 @@ def test_a_setting_that_needs_the_host_is_run(
     monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     _, draft = pair()
-    if DEVICE.type == "cpu":  # elsewhere it does wait
+    if DEVICE.type == "cpu":  # on a GPU it does synchronize
         warp = EtaLogitsWarper.__call__
 
         def wait(*arguments: Any) -> Any:
@@ -311,7 +311,7 @@ def test_with_an_inference_mode_and_without() -> None:
 
 
 class Nested(BaseStreamer):
-    """Generates with the same draft while it is generating."""
+    """A streamer that generates with the same draft while that is generating."""
 
     def __init__(self, draft: EagleSpeculator) -> None:
         self.draft = draft
@@ -337,7 +337,7 @@ def test_generations_at_the_same_time_keep_out_of_each_others_way() -> None:
     def work(seed: int) -> None:
         found[seed] = generated(draft, ids_of(6, seed=seed)).sequences.tolist()
 
-    if DEVICE.type == "cpu":  # a recording forbids other threads much of CUDA
+    if DEVICE.type == "cpu":  # while one thread records, others may not use much of CUDA
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
         for thread in threads:
             thread.start()
@@ -415,10 +415,10 @@ def test_caches_are_freed_at_once(cuda_graphs: bool, monkeypatch: pytest.MonkeyP
         made.append(weakref.ref(self))
 
     if DEVICE.type == "cpu":
-        monkeypatch.undo()  # of what lets functions run again
+        monkeypatch.undo()  # ``Again`` keeps the function, and with it the cache
         monkeypatch.setitem(replay.RECORDERS, "cpu", Once)
     monkeypatch.setattr(BlockCache, "__init__", noted)
-    gc.disable()  # it would free them too, but who knows when
+    gc.disable()  # it would free them, too, but at some unknown time
     try:
         _, draft = pair()
         draft.generate(
@@ -441,7 +441,7 @@ def test_a_draft_that_is_dropped_leaves_nothing_behind() -> None:
         check_same(draft, ids_of(6), eta_cutoff=0.01, **DRAWN)
         assert recordings(draft) > 0
 
-    use()  # what libraries keep for good
+    use()  # what libraries keep allocated for good
     gc.collect()
     before = torch.cuda.memory_allocated()
     use()

@@ -100,7 +100,7 @@ def test_the_test_would_see_another_distribution(verifier: PreTrainedModel) -> N
 
 
 def test_one_prompt_at_a_time_too(verifier: PreTrainedModel) -> None:
-    """A batch of one takes other ways through the cache than a large one."""
+    """A batch of one takes other code paths through the cache than a larger one."""
     draft = knowing_draft(verifier)
     torch.manual_seed(0)
     for name in ("sampling", "dynamic_tree"):
@@ -184,7 +184,7 @@ def test_warps_are_equal_if_they_do_the_same() -> None:
 
 
 class Alternating(TemperatureLogitsWarper):
-    """Odd tokens come after even ones only, and even ones after odd ones."""
+    """Allow odd tokens only after even ones, and even ones only after odd ones."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         parity = input_ids[:, -1:] % 2

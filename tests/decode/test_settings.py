@@ -1,4 +1,4 @@
-"""What speculation refuses, and the ways of proposing that the format describes."""
+"""What speculation refuses, and the proposal methods that the format describes."""
 
 import json
 import string
@@ -165,10 +165,10 @@ def other_verifier(name: str, **config: Any) -> PreTrainedModel:
 
 
 OTHERS: dict[str, dict[str, Any]] = {
-    # Positions are learned, and end with the output.
+    # Positions are learned, and there are just enough for the prompt and the output.
     "gpt2": {"max_position_embeddings": 32},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    # Layers of two kinds, and a function of the logits behind the head.
+    # Layers of two kinds, and a function that changes the logits after the head.
     "gemma2": {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0},
 }
 
@@ -207,7 +207,7 @@ def test_verifiers_that_speculation_could_spoil(
 
 
 def test_an_attention_that_takes_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As flash attention, which is not there to be tested: chains do without masks."""
+    """Stands for flash attention, which cannot be tested here: chains work without masks."""
     monkeypatch.setattr("speculators.decode.verification.MASKABLE", ("eager",))
     verifier = tiny_verifier()
     draft = knowing_draft(verifier)
@@ -330,7 +330,7 @@ def test_proposals_are_written_and_read(
 
 
 def test_decoding_needs_no_model_of_ours(verifier: PreTrainedModel, draft: EagleSpeculator) -> None:
-    """Whatever has ``draft`` and ``logits`` can be decoded with."""
+    """Any object with ``draft`` and ``logits`` will do."""
 
     bare = SimpleNamespace(
         device=draft.device, dtype=draft.dtype, draft=draft.draft, logits=draft.logits

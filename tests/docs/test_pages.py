@@ -1,4 +1,4 @@
-"""What the documentation shows is what happens: see ``pages``."""
+"""The commands and code of the documentation give the output that it shows; see ``pages``."""
 
 import contextlib
 import io
@@ -32,10 +32,10 @@ VARYING = {
     r"127\.0\.0\.1:\d+": "HOST",
     r"(?<=  )\d+\.\d\b": "SECONDS",
 }
-"""What differs from run to run, and stands for any other of its kind."""
+"""What differs from run to run: one such value matches any other."""
 
 FOUND_BY_HOME = ("HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PATH")
-"""Left out of the environment: a page shows what a user sees, who sets HF_HOME at most."""
+"""Removed from the environment: pages show what a user sees who sets at most HF_HOME."""
 
 OPERATORS = frozenset({";", "|", "||", "&&", ">"})
 
@@ -44,7 +44,7 @@ ALL = [block for page in PAGES for block in blocks(page)]
 
 @pytest.fixture(scope="module")
 def hub(verifier: Path) -> Iterator[HubServer]:
-    """A Hub that has what the pages name, in small."""
+    """A Hub with small versions of the repositories that the pages name."""
     with HubServer() as server:
         server.add_repo("yuhuili/EAGLE-LLaMA3.1-Instruct-8B", GOLDEN / PLAIN)
         server.add_repo("meta-llama/Llama-3.1-8B-Instruct", verifier)
@@ -55,7 +55,7 @@ def hub(verifier: Path) -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def real_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``make demo`` leaves."""
+    """What ``make demo`` creates."""
     output = tmp_path_factory.mktemp("demo") / "converted"
     source = ROOT / "examples" / "smollm2-135m-hass"
     return EagleConverter().convert(source, output, VERIFIER, validate=False)
@@ -69,7 +69,7 @@ def directory(
     hub: HubServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """Where a page's blocks run: what they name is there, and `speculators` is on the path."""
+    """Where a page's blocks run: with the files that they name, and `speculators` on the path."""
     here = tmp_path / "here"
     for name, target in {
         "verifier": verifier,
@@ -105,7 +105,7 @@ def directory(
 
 
 class Hostile:
-    """Runs a command where it is unpickled by pickle."""
+    """Runs a command when pickle loads it."""
 
     def __reduce__(self) -> Any:
         return os.system, ("touch owned",)
@@ -186,7 +186,7 @@ def masked(text: str) -> str:
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Every call of `speculators` in a console, run or not: where, and its arguments."""
+    """Every call of `speculators` in a console, run or not: its place, and its arguments."""
     for block in ALL:
         for command, _ in block.sessions:
             for line in command.replace("\\\n", " ").splitlines():

@@ -1,4 +1,4 @@
-"""The schemas in docs/ are those of the code, and pages tell every key."""
+"""The schemas in docs/ are those of the code, and the pages explain every key."""
 
 import json
 import re

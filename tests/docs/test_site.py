@@ -1,4 +1,4 @@
-"""The site is built without a warning: links, anchors and the navigation lead somewhere."""
+"""The site builds without a warning: links, anchors and the navigation are not broken."""
 
 import posixpath
 import re
@@ -39,7 +39,7 @@ def test_pages_ask_no_other_server_for_anything(site: Path) -> None:
 
 
 def test_links_lead_to_files_of_the_site(site: Path) -> None:
-    """Those to files that are no pages, too, which zensical does not look at."""
+    """Including links to files that are not pages, which zensical does not check."""
     for page in site.glob("*.html"):
         for link in re.findall(r'href="([^"#?:]+)[^":]*"', page.read_text(encoding="utf-8")):
             if page.name != "404.html":

@@ -74,7 +74,7 @@ class Pair:
 
 
 def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> FastTokenizer:
-    """Bytes, and some pairs of them; made on the fly."""
+    """A tokenizer of bytes and some pairs of them, made on the fly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -92,7 +92,7 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> FastTokenizer:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Not to be changed."""
+    """A pair that tests must not change."""
     root = tmp_path_factory.mktemp("pair")
     model = tiny_llama(
         golden_vectors(PLAIN)["lm_head.weight"],
@@ -108,7 +108,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def often_right(tensors: Tensors) -> None:
-    """Pass embeddings on nearly as they are, as does a verifier of small random weights."""
+    """Pass embeddings on almost unchanged, like a verifier with small random weights."""
     seen = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0))
     tensors["fc.weight"] = torch.cat((torch.eye(HIDDEN), 0.002 * seen), dim=1)
     for name in ("layers.0.self_attn.o_proj.weight", "layers.0.mlp.down_proj.weight"):
@@ -124,7 +124,7 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def arguments(pair: Pair, prompts: Path, tmp_path: Path) -> list[str]:
-    """A small evaluation into ``report``."""
+    """The arguments of a small evaluation that writes ``report``."""
     options = {"prompts": prompts, "max-new-tokens": NEW_TOKENS, "output": tmp_path / "report"}
     return ["evaluate", str(pair.draft), *(f"--{key}={value}" for key, value in options.items())]
 
@@ -134,7 +134,7 @@ def report_in(directory: Path) -> Report:
 
 
 def steps_by_definition(pair: Pair, text: str, length: int) -> tuple[list[int], list[int]]:
-    """Accepted and offered tokens of a greedy chain, without caches and from the whole prefix."""
+    """Accepted and offered tokens of a greedy chain, without caches, from the whole prefix."""
     verifier = AutoModelForCausalLM.from_pretrained(pair.verifier)
     draft = EagleSpeculator.from_pretrained(pair.draft, verifier=verifier)
     tokenizer = AutoTokenizer.from_pretrained(pair.verifier)
@@ -151,7 +151,7 @@ def steps_by_definition(pair: Pair, text: str, length: int) -> tuple[list[int], 
             tokens = torch.cat((tokens, next_token(verifier(tokens).logits)), 1)
         accepted, offered = [], []
         known = len(prompt) + 1
-        while known < end:  # the last step's tokens may lie behind it
+        while known < end:  # the last step may go beyond the end
             ids = tokens[:, :known]
             hidden = verifier(ids[:, :-1], output_hidden_states=True).hidden_states[-1]
             for _ in range(length):
@@ -229,7 +229,7 @@ def test_plain_and_speculative_decoding_take_turns_after_a_warm_up(
         return speculative_generate(*args, proposal=proposal, **kwargs)
 
     def generating(*args: Any, **kwargs: Any) -> Any:
-        if "custom_generate" not in kwargs:  # by which speculation gets its things prepared
+        if "custom_generate" not in kwargs:  # speculation passes it, to prepare its inputs
             calls.append("plain")
         return generate(*args, **kwargs)
 

@@ -27,7 +27,7 @@ def counted(steps: list[tuple[int, int]]) -> Acceptance:
 
 
 def test_a_generation_counted_by_hand() -> None:
-    """Five steps of three drafted tokens, but the last one, which was offered one."""
+    """Five steps that draft three tokens each, except for the last, which drafts one."""
     counts = count_steps(accepted=[3, 0, 1, 3, 1], offered=[3, 3, 3, 3, 1])
     assert counts == Acceptance(steps=5, offered=(5, 4, 4), reached=(5, 3, 2), accepted=(4, 2, 2))
     assert acceptance_length(counts) == (4 + 1 + 2 + 4 + 2) / 5

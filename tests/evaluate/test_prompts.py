@@ -1,4 +1,4 @@
-"""Files of prompts: our own, MT-bench's style, and what is wrong with one."""
+"""Files of prompts: our own, those in MT-bench's style, and invalid ones."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The real drafts in examples/, converted and evaluated: what conversion must keep."""
+"""The real drafts in examples/, converted and evaluated: their acceptance must not change."""
 
 import json
 from pathlib import Path
@@ -17,13 +17,13 @@ from speculators.evaluate.report import Report
 
 ROOT = Path(__file__).parents[2]
 VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
-"""Made by ``make test`` before the tests run."""
+"""``make test`` creates this before the tests run."""
 
 PROMPTS, COMPARED, DRAFT_TOKENS, NEW_TOKENS = 4, 2, 3, 24
 
 
 def published_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint as it was published, read by torch or safetensors."""
+    """The tensors of a checkpoint as published, read by torch or safetensors."""
     weights = directory / "pytorch_model.bin"
     if weights.exists():
         tensors: dict[str, Tensor] = torch.load(weights, weights_only=True)
@@ -35,9 +35,9 @@ def published_tensors(directory: Path) -> dict[str, Tensor]:
 def plain_acceptance(
     verifier: Any, tensors: dict[str, Tensor], config: dict[str, Any], prompt: list[int]
 ) -> list[int]:
-    """By verification step, how many drafted tokens are accepted: everything afresh each time.
+    """The number of drafted tokens accepted in each verification step, without any cache.
 
-    It shares nothing with the product: the published tensors are evaluated by ``plain_draft``.
+    It shares no code with the product: the published tensors are evaluated by ``plain_draft``.
     """
     head = verifier.lm_head.weight
     tensors = tensors | {"embed_tokens.weight": verifier.model.embed_tokens.weight}

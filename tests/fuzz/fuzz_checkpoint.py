@@ -1,12 +1,12 @@
-"""Coverage-guided fuzzing of what reads files from elsewhere, with atheris.
+"""Coverage-guided fuzzing, with atheris, of the readers of untrusted files.
 
     python -m pip install atheris        # in an environment of its own, or with --target
     python tests/fuzz/fuzz_checkpoint.py TARGET -max_total_time=300
 
-TARGET is one of ``TARGETS``; what follows are options of libFuzzer. Whatever bytes come, a reader
-returns tensors that lie within the file, or raises a CheckpointError in one printable sentence,
-soon, and with little memory. What breaks this is kept by libFuzzer as crash-* in the working
-directory, and belongs into a test beside the reader's others.
+TARGET is one of ``TARGETS``; libFuzzer's options follow it. For any input, a reader has to return
+tensors that lie within the file, or raise a CheckpointError with one printable sentence, in little
+time and memory. libFuzzer keeps an input that breaks this as crash-* in the working directory; it
+belongs in a new test beside the reader's others.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ FOLDER = (MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())) / "fuzz-ch
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """Let pass what a reader may raise, if it is one printable sentence."""
+    """Suppress the errors that a reader may raise, if they are one printable sentence."""
     try:
         yield
     except CheckpointError as error:
@@ -94,7 +94,7 @@ def write(name: str, data: bytes) -> Path:
 
 
 def likely_header(provider: atheris.FuzzedDataProvider) -> bytes:
-    """Make a header of well-formed entries, whose numbers may be anything."""
+    """Make a header of well-formed entries with arbitrary numbers."""
     header = {}
     end = 0
     for _ in range(provider.ConsumeIntInRange(0, 6)):
@@ -123,7 +123,7 @@ def fuzz_header(data: bytes) -> None:
 
 
 def read_with_the_library(path: Path) -> dict[str, tuple[str, list[int]]] | None:
-    """Give names, types and shapes as the safetensors library finds them, if it does."""
+    """Return names, types and shapes as the safetensors library reads them, if it can."""
     try:
         with safetensors.safe_open(path, "np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -133,10 +133,10 @@ def read_with_the_library(path: Path) -> dict[str, tuple[str, list[int]]] | None
 
 
 def check_the_library_agrees(path: Path, read: Mapping[str, TensorInfo] | None) -> None:
-    """Check that the safetensors library finds the same in a file; ``None`` for nothing."""
+    """Check that the safetensors library finds the same in a file, or ``None`` if it refuses it."""
     found = read_with_the_library(path)
     if read is not None:
-        # To it, "-0" is no whole number, and half of a character no text.
+        # It refuses "-0" as a whole number, and a lone surrogate in a text.
         data = path.read_bytes()
         assert found is not None or b"-0" in data or b"\\u" in data, "only the library refuses"
         assert found in (
@@ -151,10 +151,10 @@ def check_the_library_agrees(path: Path, read: Mapping[str, TensorInfo] | None) 
 
 
 def only_we_refuse(name: str, entry: list[object] | dict[str, object]) -> bool:
-    """Tell whether an entry is odd in a way that the library does not mind.
+    """Tell whether an entry is odd in a way that only the library accepts.
 
-    It takes entries in lists, with keys that it does not know, names that cannot be shown, any
-    number of axes, and sizes of 64 bits.
+    The library accepts entries in lists, with keys that it does not know, names that cannot be
+    shown, any number of axes, and sizes of 64 bits.
     """
     return (
         not isinstance(entry, dict)
@@ -168,7 +168,7 @@ def only_we_refuse(name: str, entry: list[object] | dict[str, object]) -> bool:
 
 
 def fuzz_pickle(data: bytes) -> None:
-    """Fuzz a pickle as such."""
+    """Fuzz a bare pickle."""
     with refusals():
         read_pickle(io.BytesIO(data), name="x", size=len(data), admitted=PYTHON_GLOBALS)
 
@@ -198,7 +198,7 @@ def fuzz_index(data: bytes) -> None:
 
 
 def one_tensor(name: str) -> bytes:
-    """Give a safetensors file with a tensor of two bytes."""
+    """Make a safetensors file with a tensor of two bytes."""
     header = json.dumps({name: {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}).encode()
     return struct.pack("<Q", len(header)) + header + b"12"
 
@@ -225,7 +225,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "torch": (fuzz_torch, [form + data for form in (b"z", b"l", b" ") for data in SMALL_PICKLES]),
     "index": (fuzz_index, [json.dumps({"metadata": {}, "weight_map": SHARDS}).encode()]),
 }
-"""What is fuzzed, and what to begin with."""
+"""Name → the function to fuzz, and the inputs to start with."""
 
 WORDS = [
     *("dtype", "shape", "data_offsets", "__metadata__", "weight_map", *DTYPE_BITS),
@@ -239,7 +239,7 @@ def main() -> None:
     target, *options = sys.argv[1:]
     fuzz, seeds = TARGETS[target]
     logger.remove()
-    shutil.rmtree(FOLDER, ignore_errors=True)  # of the last run: libFuzzer ends without a word
+    shutil.rmtree(FOLDER, ignore_errors=True)  # of the last run: libFuzzer never cleans up
     corpus = FOLDER / "corpus"
     corpus.mkdir(parents=True)
     for number, seed in enumerate(seeds):

@@ -1,4 +1,4 @@
-"""`speculators doctor`, on installations that are made up of packages' metadata alone."""
+"""`speculators doctor`, on simulated installations, which consist of package metadata only."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from speculators.inspection.installation import PLUGIN_GROUP, Diagnosis
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of packages that come before all others."""
+    """A directory of packages that takes precedence over all others."""
     directory = tmp_path / "site"
     directory.mkdir()
     monkeypatch.syspath_prepend(str(directory))
@@ -32,7 +32,7 @@ def _patched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def install(site: Path, name: str, version: str, *lines: str, plugin: str | None = None) -> None:
-    """Put the metadata of a package into ``site``."""
+    """Write the metadata of a package into ``site``."""
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     head = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *lines]
@@ -116,7 +116,7 @@ def test_another_python(site: Path, speculators: CommandLine) -> None:
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of ours that says which vLLM it knows."""
+    """A plugin module that says which vLLM releases it supports."""
     module = ModuleType("speculators.a_plugin")
     module.SUPPORTED_RELEASES = ("0.32", "0.33")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -171,7 +171,7 @@ def test_without_vllm_nothing_is_broken(site: Path, plugin: str, speculators: Co
 
 
 def environment_of(tmp_path: Path, **changes: str) -> dict[str, str]:
-    """Of a process: the client reads it once, when it is imported."""
+    """The environment for a new process: the client reads it only on import."""
     with HubServer() as server:
         return hub_environment(server, tmp_path / "cache", **changes)
 

@@ -1,4 +1,4 @@
-"""`speculators inspect`: what it finds in every kind of checkpoint, and how it says so."""
+"""`speculators inspect`: what it finds in every kind of checkpoint, and how it prints that."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def finding(run: CommandLine, *arguments: str | Path) -> dict[str, Any]:
 
 
 def replaced(**tensors: torch.Tensor) -> Callable[[Tensors], None]:
-    """Names are given with ``__`` for dots."""
+    """An edit that replaces all tensors; names are given with ``__`` for dots."""
 
     def edit(there: Tensors) -> None:
         there.clear()
@@ -59,7 +59,7 @@ def added(name: str, tensor: torch.Tensor) -> Callable[[Tensors], None]:
 def test_the_json_of_every_golden_checkpoint(
     monkeypatch: pytest.MonkeyPatch, speculators: CommandLine, name: str
 ) -> None:
-    """They are made anew by `cd tests/golden; speculators inspect NAME --json`."""
+    """Update the expected files with `cd tests/golden; speculators inspect NAME --json`."""
     monkeypatch.chdir(GOLDEN)
     assert finding(speculators, name) == json.loads((EXPECTED / f"{name}.json").read_text())
 
@@ -327,7 +327,7 @@ def test_a_draft_that_lacks_something_is_still_a_draft(
 def test_without_weights_the_config_suggests_a_kind(
     tmp_path: Path, speculators: CommandLine
 ) -> None:
-    """Medusa's heads are published as medusa_lm_head.pt, a name of their own."""
+    """Medusa heads are published as medusa_lm_head.pt, which is not a name that is looked for."""
     source = write_checkpoint(tmp_path / "source", config={"medusa_num_heads": 5})
     (source / "model.safetensors").unlink()
     found = finding(speculators, source)

@@ -1,4 +1,4 @@
-"""`speculators inspect` of a Hub id: the headers are fetched, and never the weights."""
+"""`speculators inspect` of a Hub id: headers are fetched, weights never."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from hub_server import HubServer, hub_environment, patch_hub
 from speculators.checkpoint.hub import HubRepository
 
 LARGE = 3 << 20
-"""Elements of a tensor that makes a checkpoint much larger than its headers."""
+"""The elements of a tensor that makes a checkpoint much larger than its headers."""
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def _patched(monkeypatch: pytest.MonkeyPatch, server: HubServer, cache: Path) ->
 
 
 def larger(tensors: Tensors) -> None:
-    """12 MB of it in one more tensor, which makes it a checkpoint that is not converted."""
+    """Add a tensor of 12 MB to a checkpoint, which therefore cannot be converted."""
     tensors["layers.0.mlp.extra"] = torch.zeros(LARGE)
 
 
 def bytes_asked_for(server: HubServer) -> int:
-    """By all requests for weights; one without a range asks for more than is allowed."""
+    """The bytes requested by all requests for weights; one without a range counts as too much."""
     asked = 0
     for request in server.requests:
         if request.method == "GET" and "/cdn" in request.path:
@@ -87,14 +87,14 @@ def test_the_weights_are_not_fetched(
     assert found == told(speculators, source)
     assert found["bytes"] > 12_000_000
     assert 0 < bytes_asked_for(server) < 200_000
-    # The client keeps empty files in mind of what is not there.
+    # The client caches an empty file for each file that does not exist.
     assert max(path.stat().st_size for path in cache.rglob("*") if path.is_file()) < 10_000
 
 
 def test_a_zip_with_many_entries(
     tmp_path: Path, server: HubServer, speculators: CommandLine
 ) -> None:
-    """Its directory and its pickle are longer than what is read at first."""
+    """Its directory and its pickle are longer than the bytes that are read first."""
 
     def many(tensors: Tensors) -> None:
         for index in range(1500):
@@ -218,7 +218,7 @@ def test_a_damaged_zip(
     (source / "pytorch_model.bin").write_bytes(data)
     server.add_repo("org/draft", source)
     here, there = speculators("inspect", source), speculators("inspect", "org/draft")
-    if at:  # else it is a zip to neither, and only a download would tell what it is
+    if at:  # otherwise no reader takes it for a zip, and only a download would tell what it is
         assert here.status == there.status == 1
         assert there.errors == [it.replace(str(source), "org/draft") for it in here.errors]
 

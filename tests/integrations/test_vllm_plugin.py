@@ -1,4 +1,4 @@
-"""The plugin where vLLM is not what it knows, and the config that it makes of ours.
+"""The plugin in versions of vLLM that it does not support, and the config that it gives to vLLM.
 
 What it does in the real engine is tested by `make test-vllm`.
 """
@@ -34,7 +34,7 @@ class Registry:
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Stands in for vLLM: as much of it as the plugin touches."""
+    """Stands in for vLLM, as far as the plugin uses it."""
     modules = {
         name: ModuleType(name)
         for module in (ALGORITHMS, REGISTRY)
@@ -65,13 +65,13 @@ def test_vllm_finds_the_plugin() -> None:
 @pytest.mark.usefixtures("vllm")
 def test_a_known_release_is_taught(caplog: pytest.LogCaptureFixture) -> None:
     register()
-    register()  # as vLLM may
+    register()  # vLLM may do so, too
     assert registered() == ({"eagle3": "their own", "eagle": update_eagle}, MODELS)
     assert not caplog.records
 
 
 def test_what_is_registered_is_there() -> None:
-    """Without importing it, which only vLLM can."""
+    """Check this without importing it, which works only within vLLM."""
     for model in MODELS.values():
         module, _, name = model.partition(":")
         file = Path(sys.modules[register.__module__].__file__ or "").with_name(
@@ -113,7 +113,7 @@ def test_it_is_harmless_without_vllm(
 
 
 def vllm_s_config(config: dict[str, Any]) -> dict[str, Any]:
-    """As vLLM does it: the layer's config goes in, and is changed in place."""
+    """Do as vLLM does: pass the layer's config, which is changed in place."""
     layer: dict[str, Any] = config.get("transformer_layer_config", {})
     update_eagle(config, layer)
     return layer

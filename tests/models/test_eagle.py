@@ -179,7 +179,7 @@ def test_device_map(
 def test_a_verifier_is_attached_by_path_without_device_map(
     model: EagleSpeculator, verifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That would need a package that is not among the dependencies."""
+    """``device_map`` would need a package that is not among the dependencies."""
     monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", bool)
     model.attach_verifier(verifier)
     assert is_golden(model)
@@ -437,7 +437,7 @@ def test_a_damaged_directory_is_refused(
 
 
 def legacy_name(name: str) -> str:
-    """What those versions called a tensor of a research checkpoint."""
+    """The name that those versions gave to a tensor of a research checkpoint."""
     names = {
         "embed_layernorm.weight": "embedding_layernorm.weight",
         "hidden_layernorm.weight": "transformer.input_layernorm.weight",
@@ -531,7 +531,7 @@ def test_the_older_layout_is_saved_in_the_new_one(tmp_path: Path, name: str) -> 
 
 
 def test_defaults_that_older_versions_left_out_are_llamas(tmp_path: Path) -> None:
-    """The vicuna checkpoint's eps and theta are Llama's defaults, and so not in the file."""
+    """The vicuna checkpoint's eps and theta are Llama's defaults, so they are not in the file."""
     directory = write_legacy(tmp_path, "vicuna_default_bias")
     layer = config_of(directory)["transformer_layer_config"]
     assert not {"rms_norm_eps", "rope_theta", "hidden_act", "num_key_value_heads"} & layer.keys()

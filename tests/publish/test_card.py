@@ -1,4 +1,4 @@
-"""The model card: what it says, against what the files hold."""
+"""The model card: what it says agrees with the files."""
 
 import json
 import re

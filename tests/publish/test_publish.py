@@ -43,7 +43,7 @@ from speculators.publish.figures import evaluation_section, read_report
 
 ROOT = Path(__file__).parents[2]
 REAL_VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
-"""Made by ``make test`` before the tests run."""
+"""``make test`` creates this before the tests run."""
 
 PUBLISHED = sorted([".gitattributes", "README.md", *WRITTEN])
 
@@ -57,7 +57,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verifier: Path) -> I
 
 
 def write_report(directory: Path, draft: str, *, complete: bool = True) -> Path:
-    """Write the report of two prompts, of 20 tokens each in 5 steps that accept 3 of 3."""
+    """Write the report of two prompts: 20 tokens each, in 5 steps that accept 3 of 3."""
     prompts = [
         PromptResult(
             id=str(number),
@@ -100,7 +100,7 @@ FIGURES = "| greedy | 3 | 4.00 | 20.0 | 10.0 | 2.00 | 2/2 |"
 
 
 def metadata_of(card: str) -> dict[str, Any]:
-    """As the Hub's client understands it."""
+    """The metadata of a card, as the Hub's client reads it."""
     data: Any = ModelCard(card).data
     metadata: dict[str, Any] = data.to_dict()
     return metadata
@@ -256,7 +256,7 @@ def test_who_may_not_write_is_told(
     speculators: CommandLine,
     token: str,
 ) -> None:
-    """Without a token before anything is converted."""
+    """A missing token is reported before anything is converted."""
     patch_hub(monkeypatch, server, tmp_path / "cache", HF_TOKEN=token)
     run = speculators(
         "convert", "eagle", GOLDEN / PLAIN, tmp_path / "out", "org/verifier",
@@ -418,7 +418,7 @@ def test_push_to_hub(tmp_path: Path, server: HubServer, draft: EagleSpeculator) 
 def test_what_the_conversion_told_is_not_told_of_a_saved_model(
     server: HubServer, draft: EagleSpeculator, tmp_path: Path
 ) -> None:
-    """Its files are others."""
+    """The files of a saved model are not those of the conversion."""
     server.add_repo("org/draft", tmp_path / "converted")
     saved = tmp_path / "saved"
     shutil.copytree(tmp_path / "converted", saved)
@@ -450,7 +450,7 @@ def test_save_pretrained_pushes_too(
 def test_the_code_of_the_card_runs(
     tmp_path: Path, server: HubServer, speculators: CommandLine
 ) -> None:
-    """With a real draft and its verifier, in a process that knows the Hub only."""
+    """Run it with a real draft and its verifier, in a process that has only the Hub."""
     server.add_repo("org/smollm2", REAL_VERIFIER)
     run = speculators(
         "convert", "eagle", ROOT / "examples" / "smollm2-135m-eagle1", tmp_path / "out",

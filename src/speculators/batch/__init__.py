@@ -1,1 +1,1 @@
-"""Many conversions in one run: their manifest, which of them are done, and the run itself."""
+"""Many conversions in one run: the manifest, which of them are done already, the run itself."""

@@ -37,7 +37,7 @@ class Conversion(BaseModel):
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Round the tensors to this type; each keeps its own if not given."""
     overwrite: bool = False
-    """Replace what is at the output if it is a converted checkpoint, but not this one."""
+    """Replace what is at the output if it is another converted checkpoint."""
     push_to_hub: str | None = None
     """Publish the output at this id of the Hub."""
     private: bool = False
@@ -54,7 +54,7 @@ class Conversion(BaseModel):
         return self
 
     def relative_to(self, directory: Path) -> "Conversion":
-        """The same, with its relative paths taken from ``directory``, and absolute."""
+        """Return a copy whose relative paths are resolved against ``directory``."""
         return self.model_copy(
             update={
                 "input": _located(self.input, directory),
@@ -70,14 +70,14 @@ ENTRIES = TypeAdapter(list[Conversion])
 
 
 def read_manifest(file: Path) -> list[Conversion]:
-    """Read a manifest, in JSON if it is named ``*.json``, else in YAML.
+    """Read a manifest: JSON if it is named ``*.json``, else YAML.
 
-    Relative paths in it are relative to the directory that it lies in. What is neither there nor
-    looks like a path is a Hugging Face id.
+    Relative paths in it are relative to its directory. An input or verifier that neither exists
+    there nor looks like a path is a Hugging Face id.
 
     Raises:
-        ManifestError: if it cannot be read, is not a list of conversions, or two of them get in
-            each other's way; the message names the entry, counted from 1.
+        ManifestError: if it cannot be read, is not a list of conversions, or two of them conflict;
+            the message names the entry, counted from 1.
 
     """
     entries = _parse(file)
@@ -139,7 +139,7 @@ def _refuse_twice(keys: list[str]) -> None:
 
 
 def _problem(error: PydanticValidationError) -> str:
-    """Say what is wrong with the first wrong entry."""
+    """Say what is wrong with the first invalid entry."""
     first = error.errors()[0]
     index, *rest = first["loc"]
     entry, key = f"entry {int(index) + 1}", ".".join(map(str, rest))
@@ -156,7 +156,7 @@ def _problem(error: PydanticValidationError) -> str:
 
 
 def _collisions(conversions: list[Conversion]) -> Iterator[str]:
-    """Say which entries write where another one writes, reads or publishes."""
+    """Say which entries write or publish where another one does, or write what one reads."""
     publishers: dict[str, int] = {}
     writers: dict[Path, int] = {}
     for number, conversion in enumerate(conversions, start=1):
@@ -184,12 +184,12 @@ def _collisions(conversions: list[Conversion]) -> Iterator[str]:
 
 
 def _absolute(path: Path, directory: Path) -> Path:
-    """Without ``..``, but with a link at its end kept."""
+    """Make a path absolute, without ``..``; a symlink at its end is not followed."""
     whole = directory / path.expanduser()
     return whole.resolve() if whole.name == ".." else whole.parent.resolve() / whole.name
 
 
 def _located(source: str, directory: Path) -> str:
-    """A path as an absolute one, a Hugging Face id as it is."""
+    """Make a path absolute; leave a Hugging Face id as it is."""
     path = _absolute(Path(source), directory)
     return str(path) if path.exists() or looks_like_a_path(source) else source

@@ -1,8 +1,8 @@
-"""Running a batch: some conversions at a time, each in a process of its own.
+"""Run a batch: several conversions at a time, each in a process of its own.
 
-A process, since loading a model changes settings of all of torch, and so that one that runs out
-of memory takes no other one along. The processes never hear of Ctrl-C themselves: the one that
-started them tells them to stop, and waits until they have cleared up.
+Processes, since loading a model changes global settings of torch, and so that one that runs out of
+memory does not take down the others. They do not receive Ctrl-C themselves: the parent tells them
+to stop, and waits until they have cleaned up.
 """
 
 import os
@@ -40,7 +40,7 @@ SECONDS_TO_CLEAR_UP = 30
 
 
 class State(str, Enum):
-    """What has become of an entry."""
+    """How far an entry is, or how it ended."""
 
     TO_DO = "to do"
     DONE_BEFORE = "done before"
@@ -51,11 +51,11 @@ class State(str, Enum):
 
 @dataclass(slots=True)
 class Outcome:
-    """An entry, and what has become of it.
+    """An entry and its outcome.
 
     Attributes:
         conversion: the entry.
-        state: how far it is.
+        state: how far it is, or how it ended.
         seconds: how long it took.
         error: the sentence that says why it failed.
         url: where it was published.
@@ -70,14 +70,14 @@ class Outcome:
 
 
 class LogLine(NamedTuple):
-    """What a process logs."""
+    """A line that a process logs."""
 
     level: str
     text: str
 
 
 class Done(NamedTuple):
-    """The last thing that a process says."""
+    """The last message of a process: how the entry ended."""
 
     error: str | None = None
     url: str | None = None
@@ -85,14 +85,14 @@ class Done(NamedTuple):
 
 @dataclass(slots=True)
 class Job:
-    """A process at work.
+    """A process at work on an entry.
 
     Attributes:
-        name: of the entry, for the log.
-        outcome: of the entry; stopped, until the process says otherwise.
-        success: what the outcome is if nothing fails.
+        name: the name of the entry, for the log.
+        outcome: the outcome of the entry, ``STOPPED`` until the process reports another.
+        success: the state of the outcome if nothing fails.
         process: the process.
-        began: when, by the monotonic clock.
+        began: when it started, by the monotonic clock in seconds.
 
     """
 
@@ -104,18 +104,17 @@ class Job:
 
 
 class Batch:
-    """Conversions to be run.
+    """Conversions to run.
 
-    In a script of your own, run it under ``if __name__ == "__main__":``, as everything that
-    starts processes.
+    It starts processes, so a script has to call ``run`` under ``if __name__ == "__main__":``.
 
     Args:
-        conversions: what ``read_manifest`` gives.
+        conversions: what ``read_manifest`` returns.
         jobs: how many run at a time.
-        cache_dir: where downloads are kept; the Hub client's own place if not given.
+        cache_dir: where downloads are kept; the Hub client's default cache if not given.
 
     Attributes:
-        outcomes: one for each conversion, in their order, true at any time.
+        outcomes: one for each conversion, in their order; up to date at any time.
 
     """
 
@@ -127,7 +126,7 @@ class Batch:
         self.cache_dir = cache_dir
 
     def find_done(self) -> None:
-        """Mark what is done already, and what cannot be done since its output is in the way."""
+        """Mark entries that are done already, and those that would fail for certain."""
         for number, outcome in enumerate(self.outcomes, start=1):
             conversion = outcome.conversion
             try:
@@ -140,13 +139,13 @@ class Batch:
                 logger.error(f"[{self._name(number)}] {outcome.error}")
 
     def run(self) -> None:
-        """Convert what is not done, and publish what is to be published.
+        """Convert the entries that are not done, and publish those that are to be published.
 
-        A failure does not keep the others from being done. What was published before is published
-        again, which sends nothing that the Hub has already.
+        The failure of one does not stop the others. What was published before is published again,
+        which sends nothing that the Hub has already.
 
-        Whatever ends it, Ctrl-C too, no process is left when it returns or raises, and no output
-        is half made.
+        However it ends, even by Ctrl-C, no process is left when it returns or raises, and no output
+        is half-written.
         """
         self.find_done()
         waiting = deque(
@@ -199,7 +198,7 @@ def _start(
 
 
 def _hear(connection: Connection, job: Job) -> bool:
-    """Take what a process reports next; returns whether there was anything."""
+    """Handle the next report of a process; return whether there was one."""
     try:
         report: LogLine | Done = connection.recv()
     except (EOFError, OSError):
@@ -233,21 +232,21 @@ def _how_it_ended(exitcode: int) -> str:
 
 
 def _stop(running: dict[Connection, Job]) -> None:
-    """Let processes clear up and end."""
+    """Make processes clean up and end."""
     for job in running.values():
         job.process.terminate()
     for connection, job in running.items():
         while connection.poll(SECONDS_TO_CLEAR_UP) and _hear(connection, job):
             pass
-        job.process.kill()  # if it has not heard
+        job.process.kill()  # if it did not react
         job.process.join()
         job.outcome.seconds = time.monotonic() - job.began
 
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Start a process meanwhile: it holds back Ctrl-C and SIGTERM too, from its beginning on."""
-    resource_tracker.ensure_running()  # it would let them through again when it is started
+    """Block Ctrl-C and SIGTERM, also in a process that is started meanwhile, from its start on."""
+    resource_tracker.ensure_running()  # if it were started later, that would unblock them
     held_back = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -255,7 +254,7 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
 
 
-# In the process
+# In the child process
 
 
 def _work(
@@ -265,17 +264,17 @@ def _work(
     threads: int,
     reports: Connection,
 ) -> None:
-    """Convert and publish, and report everything that is logged, and the end."""
+    """Convert and publish; report everything that is logged, and the outcome."""
     signal.signal(signal.SIGTERM, _leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read when torch is imported
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # bars of several would overwrite each other
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # those of several would overwrite each other
 
     def report(message: "Message") -> None:
         reports.send(LogLine(message.record["level"].name, message.rstrip("\n")))
 
     logger.remove()
-    # Where nobody listens any more, sending fails: then it is time to clear up and end.
+    # If the parent is gone, sending fails: then it is time to clean up and end.
     logger.add(report, level="DEBUG", format="{message}", catch=False)
     try:
         if not done_before:
@@ -304,7 +303,7 @@ def _convert(conversion: Conversion, cache_dir: Path | None) -> None:
 def _publish(conversion: Conversion) -> str:
     assert conversion.push_to_hub
     if record := read_record(conversion.output):
-        check_files(record, conversion.output)  # it may have lain there for long
+        check_files(record, conversion.output)  # it may have been there for long
     return publish_draft(
         conversion.output,
         conversion.push_to_hub,

@@ -1,4 +1,4 @@
-"""Whether a conversion is done already, told by what is at its output."""
+"""Whether a conversion is done already, judged by what is at its output."""
 
 import re
 from collections.abc import Iterator
@@ -29,13 +29,13 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 def is_done(conversion: Conversion, *, cache_dir: Path | None = None) -> bool:
     """Whether the output is what the conversion would make.
 
-    It is if its conversion.json tells of the same input, verifier, dtype and flags, its files
-    have the sizes told there, and the input is as it was: on this machine, no file of it has
-    changed; on the Hub, the revision is the commit told there. Where the Hub cannot be asked,
-    that is taken for granted, with a warning.
+    It is if its conversion.json records the same input, verifier and dtype, it satisfies the flags,
+    its files have the recorded sizes, and the input is unchanged: on this machine, none of its
+    files has changed; on the Hub, the revision is still the recorded commit. If the Hub cannot be
+    reached, the latter is assumed, with a warning.
 
     Raises:
-        OutputError: if something else is at the output, and may not be replaced.
+        OutputError: if something else is at the output and may not be replaced.
 
     """
     output = conversion.output
@@ -57,7 +57,7 @@ def is_done(conversion: Conversion, *, cache_dir: Path | None = None) -> bool:
 
 
 def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str]:
-    """Say what is at the output that the conversion would not have made, as clauses."""
+    """Say how the output differs from what the conversion would make, as clauses."""
     output = conversion.output
     try:
         record = read_record(output)
@@ -94,7 +94,7 @@ def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str
 
 
 def _changes_here(record: ConversionRecord, output: Path) -> Iterator[str]:
-    """Say which files of an input on this machine are not as they were."""
+    """Say which files of an input on this machine have changed since the conversion."""
     converted_at = (output / CONVERSION_FILE).stat().st_mtime_ns
     source = Path(record.source.name)
     directory = source.parent if source.is_file() else source
@@ -109,7 +109,7 @@ def _changes_here(record: ConversionRecord, output: Path) -> Iterator[str]:
 def _changes_on_hub(
     conversion: Conversion, source: RepositoryRecord, cache_dir: Path | None
 ) -> Iterator[str]:
-    """Say whether the revision of an input on the Hub is another commit now."""
+    """Say if the revision of an input on the Hub is another commit now."""
     commit = conversion.revision or ""
     if not COMMIT.fullmatch(commit):
         repository = open_repository(

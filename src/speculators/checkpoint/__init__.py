@@ -1,1 +1,1 @@
-"""Directories of tensors, without torch: where files come from, what is in them, writing."""
+"""Checkpoint files, without torch: finding them, reading their tensor tables, writing them."""

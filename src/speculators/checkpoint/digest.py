@@ -8,7 +8,7 @@ from pathlib import Path
 __all__ = ["sha256_of_file", "sha256_of_files"]
 
 CHUNK_BYTES = 1 << 20
-# One reads and hashes at about the speed of a fast disk; more only compete for it.
+# One thread hashes at about the speed of a fast disk; more than two only compete for it.
 THREADS = 2
 
 

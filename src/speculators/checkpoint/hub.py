@@ -1,12 +1,12 @@
 """A repository on the Hugging Face Hub, read one file at a time.
 
 The Hub's own client does the work, with its cache, its retries and its environment
-(``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ...). What is added here:
-all files of a repository come from one commit, the weights are checked against the
-hash that the Hub announced, single tensors are fetched of a safetensors file, and each way
-to fail is one sentence.
+(``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ...). Added here: all files of a
+repository come from one commit, downloaded weights are checked against the hash that the Hub
+announced, single tensors can be fetched from a safetensors file, and every failure is reported in
+one sentence.
 
-The client is imported only when a file is asked for: importing it takes long.
+The client is imported only when a file is requested, since importing it is slow.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ _NO_SPACE = (
     " cache with --cache-dir or HF_HOME"
 )
 
-# What can go wrong, by the names that hub_errors gives to an error.
+# What can go wrong: a name that ``hub_errors.kinds_of`` gives an error → the message.
 _SENTENCES = {
     "HFValidationError": (
         "{repo!r} is neither an existing directory or file nor a Hub id: check the path, or give"
@@ -123,26 +123,26 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 HEADER_GUESS = 128 << 10
-"""How much is read of a safetensors file at first: few headers are longer."""
+"""Bytes of a safetensors file that are read first; few headers are longer."""
 
 WAITS = (1, 2, 4)
-"""Seconds before another try, where the client itself makes none."""
+"""Seconds before each retry, where the client itself does not retry."""
 
 
 class HubRepository:
     """A model repository on the Hugging Face Hub; implements ``Repository``.
 
-    Nothing is fetched until a file is asked for, and then that file only.
+    Nothing is fetched until a file is requested, and then only that file.
 
     Args:
         repo_id: ``organization/name``, or ``name`` for one of the Hub's oldest.
-        revision: a branch, a tag or a full commit hash; the Hub's ``main`` where ``None``.
-        cache_dir: where downloads are kept; the Hub's own cache where ``None``.
+        revision: a branch, a tag or a full commit hash; ``main`` if ``None``.
+        cache_dir: where downloads are kept; the Hub client's default cache if ``None``.
 
     Attributes:
         name: ``repo_id``, as given.
         weights: see ``Repository``.
-        commit: the hash of the commit that the files come from; ``None`` before the first one.
+        commit: the hash of the commit that the files come from; ``None`` before the first file.
 
     """
 
@@ -156,20 +156,20 @@ class HubRepository:
         self.commit: str | None = None
 
     def file(self, filename: str) -> Path | None:
-        """Give the path of ``filename`` in the local cache, downloaded if it is not there.
+        """Return the path of ``filename`` in the local cache, downloading it if needed.
 
-        After the first file, all others are taken from the same commit, even if the branch
-        moves on. In offline mode, what the cache of a known repository lacks counts as not
-        being in the repository.
+        After the first file, all others come from the same commit, even if the branch moves on. In
+        offline mode, a file that the cache of a known repository lacks counts as missing from the
+        repository.
 
         Args:
             filename: its path within the repository, with ``/`` between folders.
 
         Returns:
-            The path, or ``None`` where the repository has no such file.
+            The path, or ``None`` if the repository has no such file.
 
         Raises:
-            HubError: The file cannot be had; the message says why and what to do.
+            HubError: The file cannot be fetched; the message says why and what to do.
 
         """
         return self._get(filename)
@@ -185,7 +185,7 @@ class HubRepository:
     def location(self, filename: str) -> Path | None:
         """Where ``filename`` is in the local cache, or would be; downloads nothing.
 
-        ``None`` where the repository has no such file.
+        ``None`` if the repository has no such file.
 
         Raises:
             HubError: The Hub does not answer, as for ``file``.
@@ -194,19 +194,19 @@ class HubRepository:
         return self._get(filename, dry_run=True)
 
     def read(self, filename: str, start: int, size: int) -> tuple[bytes, int] | None:
-        """Read a range of a file's bytes from the Hub; nothing of it is kept.
+        """Read a range of a file's bytes from the Hub; nothing is cached.
 
         Args:
             filename: a file that ``location`` found.
             start: the first byte.
-            size: how many; fewer come where the file ends before.
+            size: how many; fewer are returned if the file ends before.
 
         Returns:
-            The bytes, and the size of the whole file; ``None`` where the server sends whole files
-            only.
+            The bytes, and the size of the whole file; ``None`` if the server sends whole files
+            only, or the file is empty.
 
         Raises:
-            HubError: The bytes cannot be had; the message says why and what to do.
+            HubError: The bytes cannot be fetched; the message says why and what to do.
 
         """
         from huggingface_hub import hf_hub_url
@@ -215,23 +215,23 @@ class HubRepository:
             return _read_range(hf_hub_url(self.name, filename, revision=self.commit), start, size)
 
     def part(self, filename: str, tensors: Collection[str]) -> Path | None:
-        """Give a safetensors file with those of ``tensors`` that ``filename`` holds.
+        """Return a safetensors file with those of ``tensors`` that ``filename`` holds.
 
-        Their bytes are fetched alone, and kept beside the Hub's cache: the output head is a
-        fraction of a verifier. Where the server does not send ranges of bytes, and where the
-        whole file is in the cache, it is the whole file. Nothing tells the hash of a part, so
-        only its size is checked.
+        Only their bytes are fetched, since an output head is a fraction of a verifier, and kept
+        beside the Hub's cache. If the server does not support ranges of bytes, or the whole file is
+        cached already, the whole file is returned. The Hub announces no hash for a part, so only
+        its size is checked.
 
         Args:
             filename: a safetensors file of the repository.
-            tensors: the names that are wanted; those that it does not hold do not matter.
+            tensors: the names that are wanted; those that the file does not hold are ignored.
 
         Returns:
-            The path, or ``None`` where the repository has no such file.
+            The path, or ``None`` if the repository has no such file.
 
         Raises:
             CheckpointError: the file's header is damaged.
-            HubError: the part cannot be had; the message says why and what to do.
+            HubError: the part cannot be fetched; the message says why and what to do.
 
         """
         part = self._part_file(filename, tensors) if self.commit else None
@@ -245,7 +245,7 @@ class HubRepository:
         return self.file(filename)
 
     def _part_file(self, filename: str, tensors: Collection[str]) -> Path:
-        """Where a part is kept: in the folder that the client has for what is made of files."""
+        """Where a part is kept: in the assets cache, the client's folder for derived files."""
         from huggingface_hub import constants
 
         assert self.commit is not None
@@ -255,7 +255,7 @@ class HubRepository:
         return folder / f"{Path(filename).stem}-{digest[:16]}.safetensors"
 
     def _fetch_part(self, filename: str, names: Collection[str], part: Path) -> bool:
-        """Make ``part``; returns whether the server sends ranges of bytes."""
+        """Create ``part``; return whether the server supports ranges of bytes."""
         from huggingface_hub import hf_hub_url
 
         found = self.read(filename, 0, HEADER_GUESS)
@@ -337,7 +337,7 @@ T = TypeVar("T")
 
 
 def _retried(action: Callable[[], T], *kinds: str) -> T:
-    """Do ``action``, and again after a while if it fails in a way that may pass."""
+    """Run ``action``, and retry it after a pause if it fails with one of ``kinds``."""
     for seconds in WAITS:
         try:
             return action()
@@ -349,7 +349,7 @@ def _retried(action: Callable[[], T], *kinds: str) -> T:
 
 
 def _range(start: int, size: int) -> dict[str, str]:
-    """Headers of a request for ``size`` bytes, as they are stored."""
+    """Headers of a request for ``size`` bytes, without compression."""
     from huggingface_hub.utils import build_hf_headers
 
     wanted = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
@@ -367,9 +367,9 @@ def _read_range(url: str, start: int, size: int) -> tuple[bytes, int] | None:
             url,
             headers=_range(start, size),
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            retry_on_exceptions=(),  # its own way fails once an answer has begun
+            retry_on_exceptions=(),  # the client's own retry fails once a response has begun
         ) as response:
-            if response.status_code == 416:  # of an empty file there is no range
+            if response.status_code == 416:  # an empty file has no ranges
                 return None
             hf_raise_for_status(response)
             came = response.headers.get("Content-Range", "")
@@ -402,7 +402,7 @@ def _fetch_tensor(url: str, info: TensorInfo, file: BinaryIO) -> None:
 
 
 def _write_part(part: Path, tensors: Mapping[str, TensorInfo], url: str) -> None:
-    """Fetch tensors of the safetensors file at ``url`` into one of their own."""
+    """Fetch tensors of the safetensors file at ``url`` into a file of their own."""
     from huggingface_hub.utils import WeakFileLock
 
     incomplete = part.with_suffix(".incomplete")
@@ -421,11 +421,11 @@ def _write_part(part: Path, tensors: Mapping[str, TensorInfo], url: str) -> None
 
 
 class _DamagedDownloadError(Exception):
-    """The bytes that came are not those that the Hub announced."""
+    """The bytes that arrived are not those that the Hub announced."""
 
 
 def _download(wanted: dict[str, Any]) -> Path:
-    """Get a file, and check it if it was not in the cache before."""
+    """Download a file, and check it unless it was cached already."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(**wanted)
@@ -438,9 +438,9 @@ def _download(wanted: dict[str, Any]) -> Path:
 def _check_hash(path: Path) -> None:
     """Check a fresh download, which the client does not, and delete it if it is damaged.
 
-    A cached file is a link to ``blobs/<ETag>``, and the ETag of a file in large-file storage
-    is its SHA-256. (That of other files is a git hash, but some mirrors send another one;
-    and a cache without links does not keep it: nothing is checked then.)
+    A cached file is a symlink to ``blobs/<ETag>``, and the ETag of a file in large-file storage is
+    its SHA-256. Nothing is checked if the ETag is not a SHA-256 (other files have a git hash, and
+    mirrors may send anything), nor in a cache without symlinks, which does not keep it.
     """
     if not path.is_symlink():
         return

@@ -1,8 +1,8 @@
-"""What went wrong with the Hub, in sentences.
+"""Errors of the Hub's client, as sentences.
 
-Errors are told apart by the names of their classes, not by type: they come from the Hub's client
-and from its HTTP library, which is httpx under huggingface_hub 1 and httpx2 under 2, and none of
-them is imported with this module.
+Errors are told apart by the names of their classes, not by type: they come from the client and from
+its HTTP library (httpx under huggingface_hub 1, httpx2 under 2), neither of which is imported with
+this module.
 """
 
 import errno
@@ -15,7 +15,7 @@ from speculators.errors import HubError
 
 __all__ = ["kinds_of", "raise_told"]
 
-# "Nor is the file in the local cache", and "Error while uploading".
+# What the client wraps around the cause: "not in the local cache", and "Error while uploading".
 _WRAPPERS = {"LocalEntryNotFoundError", "RuntimeError"}
 # The client's words for a file of the wrong size.
 _SIZES = re.compile(r"^Consistency check failed.* of size (\d+) but has size (\d+).*", re.DOTALL)
@@ -28,10 +28,10 @@ def raise_told(error: Exception, sentences: Mapping[str, str], **words: object) 
 
     Args:
         error: what the Hub's client raised.
-        sentences: by a name that ``kinds_of`` gives, a sentence without its full stop, with
-            ``{endpoint}``, ``{kind}`` and ``{reason}``, and ``words``, in braces; the sentence for
-            ``Exception`` is there in any case.
-        **words: what else the sentences hold.
+        sentences: a name that ``kinds_of`` gives → a sentence without its full stop, with the
+            placeholders ``{endpoint}``, ``{kind}``, ``{reason}`` and those of ``words``. There
+            must be one for ``Exception``.
+        **words: the values of further placeholders.
 
     """
     from huggingface_hub import constants
@@ -43,12 +43,12 @@ def raise_told(error: Exception, sentences: Mapping[str, str], **words: object) 
         reason=_reason(error),
         **words,
     )
-    # A traceback would show the cause's own text.
+    # A traceback would show the cause's own text, with the secret in it.
     raise HubError(message) from (None if _SECRET.search(str(error)) else error)
 
 
 def kinds_of(error: BaseException) -> Iterator[str]:
-    """Name what an error is, the most specific first; the last are the names of its bases."""
+    """Yield names for an error, the most specific first; the last are those of its base classes."""
     error = _root(error)
     if isinstance(error, OSError) and error.errno:
         yield errno.errorcode.get(error.errno, "errno")
@@ -68,14 +68,14 @@ def kinds_of(error: BaseException) -> Iterator[str]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """Find the failed request behind what the client says of it."""
+    """Find the original error behind the client's wrappers."""
     while type(error).__name__ in _WRAPPERS and error.__cause__:
         error = error.__cause__
     return error
 
 
 def _reason(error: BaseException) -> str:
-    """Quote an error, cut to what fits into a sentence."""
+    """Quote an error, shortened to fit into a sentence, and without secrets."""
     error = _root(error)
     response = getattr(error, "response", None)
     if response is not None:

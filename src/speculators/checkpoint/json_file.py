@@ -1,4 +1,4 @@
-"""JSON objects from elsewhere: configs, indexes, the headers of weight files."""
+"""JSON objects from untrusted files: configs, indexes, the headers of weight files."""
 
 import json
 from collections import Counter
@@ -11,8 +11,8 @@ from speculators.errors import CheckpointError, printable
 
 __all__ = ["MAX_JSON_BYTES", "parse_json", "read_json"]
 
-# Some 150 bytes tell of a tensor, and the largest models have 150,000 of them in their index.
-# What is parsed may take twenty times as much memory, if it is made to.
+# An index has some 150 bytes per tensor, and the largest models have 150,000 tensors. A hostile
+# file may take twenty times its size in memory once it is parsed.
 MAX_JSON_BYTES = 32 << 20
 
 
@@ -20,12 +20,12 @@ def parse_json(raw: bytes) -> tuple[dict[str, Any], str | None]:
     """Parse a JSON object in UTF-8.
 
     Returns:
-        The object, and a key that stands twice in it or in an object within it, of which the
-        last one counts; ``None`` where there is no such key.
+        The object, and a key that occurs twice in it or in a nested object (the last one counts);
+        ``None`` if there is no such key.
 
     Raises:
-        ValueError: if it is none. The message goes on from the name of what was parsed:
-            "is not valid JSON (...)".
+        ValueError: if it is not a JSON object. The message continues a sentence that begins with
+            the name of what was parsed: "is not valid JSON (...)".
 
     """
     twice: list[str] = []
@@ -51,11 +51,12 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
 
     Args:
         path: the file.
-        unique: whether a key that stands twice is an error; it is only worth a warning in a
-            config, where the last one counts for transformers too.
+        unique: whether a duplicate key is an error. In a config it is only worth a warning:
+            transformers, too, takes the last one.
 
     Raises:
-        CheckpointError: if it holds anything else.
+        CheckpointError: if it holds anything else, is too large, or has a duplicate key that is an
+            error.
 
     """
     if path.stat().st_size > MAX_JSON_BYTES:

@@ -1,4 +1,4 @@
-"""What is often found where a file of weights should be."""
+"""Files that are often found where weights should be."""
 
 import re
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ OTHER_FILES = {
     ),
     rb"GGUF": "is a GGUF file: give the checkpoint that it was made of.",
 }
-"""How they begin, and what to tell the user."""
+"""Pattern of a file's first bytes → what to tell the user."""
 
 
 def refuse_other_files(file: IO[bytes], path: Path, more: Mapping[bytes, str]) -> None:
@@ -34,11 +34,11 @@ def refuse_other_files(file: IO[bytes], path: Path, more: Mapping[bytes, str]) -
 
     Args:
         file: the file, just opened.
-        path: what to call it.
-        more: patterns and sentences beside ``OTHER_FILES``.
+        path: its path, for messages.
+        more: further patterns and sentences, as in ``OTHER_FILES``.
 
     Raises:
-        CheckpointError: if it is something else than weights.
+        CheckpointError: if it matches one of them, so it does not hold weights.
 
     """
     head = file.read(HEAD_BYTES)

@@ -1,13 +1,13 @@
-"""Pickles read as data: what a pickle says, without doing what it asks.
+"""Pickles, read as data: nothing that a pickle asks for is run.
 
-A pickle is a program for a small stack machine, and two of its opcodes import and call
-anything at all. The machine here has the same stack, but what it may do is two tables:
-``OPCODES``, the opcodes that writers of tensors use, and the globals that the caller
-admits. A global is never imported; its name stands for a value or a function of our own.
-Whatever is in neither table is refused by name before its argument is even read.
+A pickle is a program for a small stack machine, and two of its opcodes import and call anything at
+all. The machine here has the same stack, but two tables limit what it may do: ``OPCODES``, the
+opcodes that are used to write tensors, and the globals that the caller admits. A global is never
+imported; its name stands for a value, or for a replacement of the function. Whatever is in neither
+table is refused by name before its argument is even read.
 
-The meaning of each opcode is that of Python's ``pickletools``, whose readers of
-arguments are used here but for the names of globals.
+Each opcode means what Python's ``pickletools`` says, whose argument readers are used here, except
+for the names of globals.
 """
 
 import pickletools
@@ -30,52 +30,52 @@ __all__ = [
     "read_pickle",
 ]
 
-# A tensor takes some 30 opcodes and 200 bytes, so these bounds are far above real files, and
-# what a hostile one can waste is about a second and some hundred megabytes.
+# A tensor takes some 30 opcodes and 200 bytes, so these limits are far above real files; a hostile
+# file can waste about a second and a few hundred megabytes.
 MAX_BYTES = 16 << 20
 MAX_OPCODES = 500_000
 MAX_LINE = 1024
 MAX_ARGUMENTS = 16
 
-# What a malformed pickle can raise in the readers of arguments, the handlers and the builders.
+# What argument readers, handlers and builders can raise on a malformed pickle.
 MALFORMED = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 
 
 class _TooLargeError(ValueError):
-    """The pickle is beyond any that describes tensors."""
+    """The pickle is larger than any that describes tensors."""
 
 
 class Refused(Exception):  # noqa: N818 - not an error yet: `read_pickle` makes it one
-    """Raised by handlers, builders and persistent ids: what the pickle asked for in vain."""
+    """Raised by handlers, builders and ``persistent``; says what the pickle asked for in vain."""
 
 
 @dataclass(eq=False, repr=False, slots=True)
 class Items:
-    """A dict, as its pairs in order.
+    """A dict, as a list of its pairs in order.
 
-    Keys stay as they are, because hashing, comparing or printing a nested value of a
-    hostile pickle can take exponential time or exhaust the C stack.
+    It is no real dict, because hashing, comparing or printing a nested value of a hostile pickle
+    can take exponential time or exhaust the C stack.
     """
 
     pairs: list[tuple[object, object]] = field(default_factory=list)
 
 
 class OrderedItems(Items):
-    """A dict of a class that also takes attributes, such as OrderedDict's ``_metadata``."""
+    """A dict whose class can have attributes, such as an OrderedDict with ``_metadata``."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Ignored:
-    """A value that no tensor needs, of which only the kind is kept."""
+    """A value that no tensor needs; only its kind is kept."""
 
     kind: str
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Builder:
-    """Our function in place of one that a pickle may name and call."""
+    """The function that replaces one that a pickle may name and call."""
 
     build: Callable[..., object]
 
@@ -93,15 +93,15 @@ def read_pickle(
 ) -> object:
     """Read one pickle from ``file``, up to and including its STOP.
 
-    Lists, tuples, strings and numbers come out as such, dicts as ``Items``, and what a
-    global named as whatever ``admitted`` has for it.
+    Lists, tuples, strings and numbers are returned as such, dicts as ``Items``, and a global as
+    whatever ``admitted`` has for it.
 
     Args:
         file: where to read, from its current position.
-        name: what to call the file in messages.
-        size: how many bytes the pickle has at most.
-        admitted: (module, name) of each global that may be named, and what it stands for.
-        persistent: makes a value of a persistent id; without it they are refused.
+        name: the name of the file in messages.
+        size: the largest size that the pickle may have, in bytes.
+        admitted: (module, name) of each global that may be named → what it stands for.
+        persistent: turns a persistent id into a value; if not given, such ids are refused.
 
     Raises:
         UnsafeCheckpointError: it asks for an opcode or a global that is not admitted.
@@ -133,7 +133,7 @@ def read_pickle(
 
 
 class _Source:
-    """A file as the readers of arguments need it, of which a pickle has ``size`` bytes."""
+    """The file interface that argument readers need, over a pickle of at most ``size`` bytes."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file = file
@@ -141,7 +141,7 @@ class _Source:
         self.used = 0
 
     def read(self, size: int) -> bytes:
-        # The length is the pickle's own claim: it is checked before memory is set aside for it.
+        # The length is the pickle's own claim: check it before memory is allocated for it.
         if self.used + size > MAX_BYTES:
             raise _TooLargeError
         if self.used + size > self._size:
@@ -157,7 +157,7 @@ class _Source:
         return line
 
     def read_name(self) -> str:
-        # As `pickle` does; `pickletools` would resolve escapes, and take \x6fs for os.
+        # As `pickle` does; `pickletools` would decode escapes, and read \x6fs as os.
         line = self.readline()
         if not line.endswith(b"\n"):
             raise ValueError("a name ends with its line")
@@ -204,7 +204,7 @@ def _run(machine: _Machine, source: _Source) -> object:
 
 
 def _nothing(_machine: _Machine, _argument: Any) -> None:
-    """PROTO and FRAME tell how the pickle was written; what is read does not depend on it."""
+    """PROTO and FRAME say how the pickle was written, which makes no difference to reading it."""
 
 
 def _push(machine: _Machine, value: Any) -> None:
@@ -384,4 +384,4 @@ PYTHON_GLOBALS: dict[tuple[str, str], object] = {
         )
     },
 }
-"""What training scripts leave beside weights, and the dicts that hold them."""
+"""Globals of values that training scripts leave beside weights, and of dicts that hold weights."""

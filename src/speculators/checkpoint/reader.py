@@ -1,4 +1,4 @@
-"""From a repository's files to its config and its table of tensors, without reading their data."""
+"""Read the config and the table of tensors of a repository, but not the tensors' data."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ MAX_FILENAME = 255
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A way of keeping tensors in files.
+    """A file format for tensors.
 
     Attributes:
-        filename: what the file is called where it is the only one.
-        suffixes: how files of it end, whatever they are called.
-        in_parts: whether single tensors can be had of it, see ``Repository.part``.
-        read: gives the tensors that a file holds.
+        filename: the name of the file if it is the only one.
+        suffixes: the suffixes of files in this format.
+        in_parts: whether single tensors can be fetched from a file, see ``Repository.part``.
+        read: lists the tensors that a file holds.
 
     """
 
@@ -39,7 +39,7 @@ class Container:
 
 
 INDEX = ".index.json"
-"""How the name of a file ends that tells over which files tensors are spread."""
+"""The suffix of a file that says which tensors are in which shard."""
 
 CONTAINERS = (
     Container("model.safetensors", (".safetensors",), True, read_safetensors_file),
@@ -50,12 +50,12 @@ WEIGHTS = {
     for container in CONTAINERS
     for filename in (container.filename, container.filename + INDEX)
 }
-"""What files of weights are called, in the order of preference: the first one found is read."""
+"""Name of a weight file or index → its format, in order of preference: the first found is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A config and a table of tensors, as they were found."""
+    """A config and a table of tensors, as they were read."""
 
     name: str
     """What the user called it: a path or a Hub id."""
@@ -65,7 +65,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
 
     commit: str | None = None
-    """That the files come from, if they are the Hub's."""
+    """The commit that the files come from, if they come from the Hub."""
 
 
 def read_checkpoint(repository: Repository) -> Checkpoint:
@@ -73,7 +73,7 @@ def read_checkpoint(repository: Repository) -> Checkpoint:
 
     Raises:
         CheckpointError: if either is missing or damaged.
-        HubError: if a file cannot be had from the Hub.
+        HubError: if a file cannot be fetched from the Hub.
 
     """
     _weights_of(repository)
@@ -83,11 +83,11 @@ def read_checkpoint(repository: Repository) -> Checkpoint:
 
 
 def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:
-    """Read a repository's config.json; also returns its local path.
+    """Read a repository's config.json; also return its local path.
 
     Raises:
-        CheckpointError: if it is missing or no JSON object.
-        HubError: if it cannot be had from the Hub.
+        CheckpointError: if it is missing or not a JSON object.
+        HubError: if it cannot be fetched from the Hub.
 
     """
     path = repository.file("config.json")
@@ -107,12 +107,12 @@ def read_tensors(
 
     Args:
         repository: where the files are.
-        only: the names that matter: of several weight files, those without any of them are
-            left alone (and not downloaded). All, if not given.
+        only: the names of the tensors that are needed; all if not given. Shards that hold none of
+            them are neither read nor downloaded. The result may hold more tensors.
 
     Raises:
         CheckpointError: if there are no weights, or they are damaged.
-        HubError: if a file cannot be had from the Hub.
+        HubError: if a file cannot be fetched from the Hub.
 
     """
     weights = _weights_of(repository)
@@ -136,7 +136,7 @@ def read_tensors(
 
 
 def _weights_of(repository: Repository) -> dict[str, Container]:
-    """The files of weights that a repository may have: ``WEIGHTS``, or the one that was named."""
+    """The weight files to look for: ``WEIGHTS``, or the one that the user named."""
     named = repository.weights
     if named is None:
         return WEIGHTS
@@ -202,7 +202,7 @@ def _read_shards(
 
 
 def _shard_name(index: Path, name: str, shard: object) -> str:
-    """A file beside the index: a map from elsewhere must not lead out of its directory."""
+    """Check that a shard is a file beside the index, which must not lead out of its directory."""
     check_name(name, index)
     if (
         not isinstance(shard, str)
@@ -219,10 +219,10 @@ def _shard_name(index: Path, name: str, shard: object) -> str:
 
 
 def _check_stays(shard: Path, index: Path) -> None:
-    """Check that a shard which is a link does not lead out of its directory either.
+    """Check that a shard that is a symlink does not lead out of its directory either.
 
-    In a cache of the Hub files are links, and so they are where an older client was told to
-    put them elsewhere: into the folder ``blobs`` of their repository.
+    Symlinks into a Hub cache, to the folder ``blobs`` of a repository, are allowed: files in the
+    cache are such symlinks, and older clients put them into other directories, too, on request.
     """
     target = shard.resolve()
     in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")

@@ -1,9 +1,9 @@
-"""The headers of weights on the Hub, without the weights.
+"""The headers of weight files on the Hub, without the weights.
 
-Of each file of weights the few bytes are fetched that tell what is in it: the start of a
-safetensors file; of a zip that ``torch.save`` wrote, its directory, the header of each entry,
-and its pickle. They are put at their places in a stand-in: a file as long as the original one,
-with holes where the tensors are. So the same readers, with all their checks, read it.
+Only the few bytes of a weight file that say what is in it are fetched: the start of a safetensors
+file; the directory, the header of each entry and the pickle of a zip that ``torch.save`` wrote.
+They are put at their offsets in a stand-in, a sparse file that is as long as the original, with
+holes where the tensors are. So the usual readers can read it, with all their checks.
 """
 
 import re
@@ -26,16 +26,16 @@ __all__ = ["headers_only"]
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt)")
 
 FIRST_BYTES = 64 << 10
-"""How much is read of a file at first: few headers are longer."""
+"""Bytes of a file that are read first; few headers are longer."""
 
 LAST_BYTES = (64 << 10, 512 << 10, 4 << 20)
-"""How much is read of the end of a zip, until its directory is in it."""
+"""Bytes that are read of the end of a zip, one after another until they hold its directory."""
 
 ENTRY_BYTES = 512
-"""How much is read of a zip's entry: its header and its name."""
+"""Bytes that are read of an entry of a zip, for its header and its name."""
 
 READ_ENTRIES = ("data.pkl", "byteorder")
-"""The entries of a zip that are no tensors' bytes, and are needed."""
+"""The entries of a zip whose content is needed; the others hold the tensors' bytes."""
 
 MAX_PICKLE_BYTES = 64 << 20
 
@@ -44,13 +44,13 @@ REQUESTS_AT_ONCE = 8
 
 @contextmanager
 def headers_only(repository: Repository) -> Iterator[Repository]:
-    """Give a repository of which, if it is on the Hub, no weights are downloaded.
+    """Yield the same repository but, if it is on the Hub, without downloading its weights.
 
-    Its files of weights have the headers and the size of the original ones, and no data; those
-    that are in the cache already are taken from there. They are gone when the context ends.
+    Its weight files have the headers and the sizes of the originals, but no data; files that are
+    cached already are used as they are. The stand-ins are deleted when the context ends.
 
     Raises:
-        NoWeightsError: later, by ``file``: a header cannot be had without the weights.
+        NoWeightsError: later, by ``file``, if a header cannot be read without the weights.
 
     """
     if not isinstance(repository, HubRepository):
@@ -60,7 +60,7 @@ def headers_only(repository: Repository) -> Iterator[Repository]:
         try:
             yield _HeadersOnly(repository, Path(folder))
         except CheckpointError as error:
-            # What a reader says of a stand-in is true of the original.
+            # What a reader says about a stand-in is true of the original, so name that.
             message = str(error).replace(folder, repository.name)
             raise type(error)(message) from error
 
@@ -101,7 +101,7 @@ class _HeadersOnly:
 
 
 class _StandIn:
-    """A file that gets the headers of one on the Hub, and its size."""
+    """A local file that gets the headers and the size of one on the Hub."""
 
     def __init__(self, hub: HubRepository, filename: str, file: IO[bytes]) -> None:
         self.hub = hub
@@ -109,7 +109,7 @@ class _StandIn:
         self.file = file
 
     def fill(self) -> None:
-        """Fetch what the reader of the file will read; what is odd is left for it to tell."""
+        """Fetch what the reader of the file will read; damage is left for it to report."""
         found = self.hub.read(self.filename, 0, FIRST_BYTES)
         if found is None:
             raise self._too_dear("its server sends whole files only")
@@ -146,7 +146,7 @@ class _StandIn:
                 self._fetch(start, min(info.file_size, MAX_PICKLE_BYTES))
 
     def _fetch(self, start: int, size: int) -> None:
-        """Fetch a range, but for what came at first."""
+        """Fetch a range, except for what is in the first bytes, which are there already."""
         begin, end = max(start, FIRST_BYTES), start + size
         if begin < end:
             self._put(begin, self._read(begin, end - begin))

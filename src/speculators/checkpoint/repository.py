@@ -1,7 +1,7 @@
 """Where a checkpoint's files come from: a local directory, or a repository on the Hub.
 
-Both answer one question, "where is the file of this name?", so that readers ask only
-for the files they need and a Hub repository is never downloaded whole.
+Both answer one question, "where is the file of this name?". Readers ask only for the files they
+need, so a Hub repository is never downloaded whole.
 """
 
 from collections.abc import Collection
@@ -22,19 +22,19 @@ class Repository(Protocol):
     """What the user called it: a path or a Hub id."""
 
     weights: str | None
-    """The file of weights, or the index of several, that the user named; else ``None``."""
+    """The weight file, or index of several, that the user named; else ``None``."""
 
     @property
     def commit(self) -> str | None:
-        """Of a Hub repository: the commit that its files come from, once there was one."""
+        """The commit that files come from; ``None`` for a directory, and before the first file."""
 
     def file(self, filename: str) -> Path | None:
-        """A local path of ``filename``, or ``None`` where the repository has no such file."""
+        """The local path of ``filename``, or ``None`` if the repository has no such file."""
 
     def part(self, filename: str, tensors: Collection[str]) -> Path | None:
-        """A local safetensors file with what the one called ``filename`` holds of ``tensors``.
+        """A local file with those of ``tensors`` that the safetensors file ``filename`` holds.
 
-        It may hold more. ``None`` where the repository has no such file.
+        It may hold more. ``None`` if the repository has no such file.
         """
 
     def holds(self, filename: str) -> bool:
@@ -42,7 +42,7 @@ class Repository(Protocol):
 
 
 class LocalDirectory:
-    """A directory on this machine, or one file of weights in it and what lies beside that."""
+    """A local directory, or one weight file with the files beside it."""
 
     def __init__(self, path: Path, weights: str | None = None) -> None:
         self.path = path
@@ -71,18 +71,19 @@ def open_repository(
     cache_dir: str | Path | None = None,
     one_file: bool = False,
 ) -> Repository:
-    """Tell whether ``source`` is a directory here or a Hub id, and open it.
+    """Open ``source``, which is a local directory or a Hub id.
 
-    A ``revision`` of what is here means nothing; a warning says so.
+    A ``revision`` of a local directory is ignored, with a warning.
 
     Args:
         source: a path, or a Hub id.
         revision: a branch, tag or commit, on the Hub.
-        cache_dir: where downloads are kept; the Hub client's own place if not given.
-        one_file: whether ``source`` may also be a file of weights in its directory.
+        cache_dir: where downloads are kept; the Hub client's default cache if not given.
+        one_file: whether ``source`` may also be a weight file, read with the files beside it.
 
     Raises:
-        CheckpointError: if it looks like a path, and there is nothing, or nothing of the kind.
+        CheckpointError: if it looks like a path but does not exist, or is a file but has to be a
+            directory.
 
     """
     path = Path(source).expanduser()
@@ -103,5 +104,8 @@ def open_repository(
 
 
 def looks_like_a_path(source: str) -> bool:
-    """A Hub id is ``name`` or ``organisation/name``, without a leading dot, slash or tilde."""
+    """Whether ``source`` cannot be a Hub id.
+
+    A Hub id is ``name`` or ``organisation/name``, without a leading dot, slash or tilde.
+    """
     return source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1

@@ -1,8 +1,7 @@
-"""Floating-point numbers of one type as another, without torch.
+"""Rounding of floating-point numbers to another dtype, without torch.
 
-Everything goes through float32, which holds every number of the other types. From there, each
-number becomes the nearest one of the new type, and of two equally near ones that with an even
-last bit (IEEE 754-2019, section 4.3.1), as in torch. NaN stays NaN.
+Everything goes through float32, which holds every number of the other dtypes. From there, numbers
+are rounded to nearest, ties to even (IEEE 754-2019, section 4.3.1), as torch does. NaN stays NaN.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ __all__ = ["FLOATS", "FloatType", "round_to"]
 
 @dataclass(frozen=True, slots=True)
 class FloatType:
-    """A type of floating-point numbers: what people call it, and its largest finite number."""
+    """A floating-point dtype: its usual name, and its largest finite number."""
 
     name: str
     largest: float
@@ -31,16 +30,16 @@ FLOATS = {
     "F16": FloatType("float16", 65504.0),
     "BF16": FloatType("bfloat16", float.fromhex("0x1.fep+127")),
 }
-"""By their names in the safetensors format."""
+"""The dtypes, by their names in the safetensors format."""
 
 
 def round_to(target: str, source: str, data: bytes) -> bytes:
-    """Round numbers to another type.
+    """Round numbers to another dtype.
 
     Args:
-        target: what they become, a key of ``FLOATS``.
-        source: what they are, likewise.
-        data: the numbers, little-endian, one after the other.
+        target: the dtype to round to, a key of ``FLOATS``.
+        source: the dtype of ``data``, likewise.
+        data: the numbers, little-endian and contiguous.
 
     Raises:
         OverflowError: if a finite number would become infinite; its argument is that number.
@@ -78,21 +77,22 @@ def _read_bfloat16(data: bytes) -> "Values":
 def _round_to_float16(values: "Values") -> bytes:
     import numpy as np
 
-    with np.errstate(all="ignore"):  # what overflows is found afterwards
+    with np.errstate(all="ignore"):  # overflow is detected afterwards
         return values.astype("<f2").tobytes()
 
 
 def _round_to_bfloat16(values: "Values") -> bytes:
-    """Round the lower half of each float32 into the upper one.
+    """Round each float32 to its upper 16 bits.
 
-    Adding just under half of the last bit that is kept carries into it if the rest is over half;
-    adding that bit itself too makes the carry happen at exactly half where the bit is odd.
+    Adding just under half a unit of the last kept bit carries into that bit if the dropped part is
+    over half a unit. Adding the last kept bit, too, makes exactly half a unit carry if that bit is
+    odd: ties go to even.
     """
     import numpy as np
 
     bits = values.view("<u4")
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    quiet = bits >> 16 | 0x40  # a NaN's payload may lie in the lower half alone
+    quiet = bits >> 16 | 0x40  # a NaN's payload may be in the dropped half alone
     return np.where(np.isnan(values), quiet, rounded).astype("<u2").tobytes()
 
 

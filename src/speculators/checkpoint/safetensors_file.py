@@ -1,7 +1,7 @@
-"""The safetensors container: eight bytes of length, a JSON header, the tensors' bytes.
+"""The safetensors format: eight bytes of header length, a JSON header, the tensors' bytes.
 
-Only headers are read and written here; the bytes of tensors stay where they are.
-The layout is the one that the safetensors project documents in its README, "Format".
+Only headers are read and encoded here, never the tensors' bytes. The safetensors project documents
+the layout in its README, "Format".
 """
 
 import json
@@ -28,7 +28,7 @@ PIPE_BYTES = 16 * PAGE_BYTES  # what Linux copies from file to file at a time
 OTHER_FILES = {
     rb"PK\x03\x04|\x80\x02\x8a\x0a": "is a file that torch.save wrote: rename it to end in .bin.",
 }
-"""What else is found in place of such a file."""
+"""More of ``other_files.OTHER_FILES``."""
 
 
 def read_safetensors_file(path: Path) -> dict[str, TensorInfo]:
@@ -38,8 +38,8 @@ def read_safetensors_file(path: Path) -> dict[str, TensorInfo]:
         The tensors by name, in the header's order.
 
     Raises:
-        CheckpointError: if the header is damaged, or the tensors it tells of do not lie one
-            after the other in exactly the bytes that the file has.
+        CheckpointError: if the header is damaged, or its tensors do not fill the rest of the file
+            exactly, without gaps or overlaps.
 
     """
     size = path.stat().st_size
@@ -53,15 +53,15 @@ def read_safetensors_file(path: Path) -> dict[str, TensorInfo]:
 
 
 def find_data(prefix: bytes, size: int, path: Path) -> int:
-    """Tell where the tensors' data begin, by the first ``PREFIX_BYTES`` of a file.
+    """Return the offset of the tensors' data, from the first ``PREFIX_BYTES`` of a file.
 
     Args:
         prefix: those bytes.
-        size: the whole file's, in bytes.
-        path: what to call the file in messages.
+        size: the size of the whole file, in bytes.
+        path: the file, for messages; it is not opened.
 
     Raises:
-        CheckpointError: if the header that comes before the data would not fit into the file.
+        CheckpointError: if the header would not fit into the file, or is larger than any real one.
 
     """
     if len(prefix) < PREFIX_BYTES:
@@ -84,11 +84,11 @@ def find_data(prefix: bytes, size: int, path: Path) -> int:
 
 
 def parse_header(header: bytes, size: int, path: Path) -> dict[str, TensorInfo]:
-    """Read the header of a safetensors file: what lies between its prefix and its data.
+    """Parse the header of a safetensors file, which is between its prefix and its data.
 
     Args:
-        header: its bytes.
-        size: the whole file's, in bytes.
+        header: the bytes of the header.
+        size: the size of the whole file, in bytes.
         path: the file; it is not opened.
 
     Returns, Raises: as ``read_safetensors_file``.
@@ -130,12 +130,12 @@ def parse_header(header: bytes, size: int, path: Path) -> dict[str, TensorInfo]:
 
 
 def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """Encode the start of a safetensors file that holds ``tensors`` one after the other.
+    """Encode the prefix and the header of a safetensors file that holds ``tensors``.
 
-    The data of the tensors has to follow in the mapping's order, without gaps. The header is
-    padded so that most of the bytes come to lie on the same place of a page as in the file that
-    they are copied from, and in pages that the kernel copies together: either makes it a fifth
-    faster (measured on Linux 6.18 with ext4).
+    The data of the tensors has to follow in the mapping's order, without gaps. The header is padded
+    so that most of the data keeps its offset within a page, and within the run of pages that the
+    kernel copies at a time, from the file that it is copied from: each of the two makes copying a
+    fifth faster (measured on Linux 6.18 with ext4).
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
@@ -171,7 +171,7 @@ def _check_entry(
                     "a newer version of speculators may know it."
                 )
             with suppress(TypeError, ValueError):
-                # The product must be no larger even without sizes of 0, as the library has it.
+                # As in the safetensors library, the product must not overflow even without zeros.
                 check_sizes((math.prod(filter(None, check_sizes(tuple(shape)))),))
                 return dtype, tuple(shape), check_sizes(tuple(span))
     raise CheckpointError(

@@ -1,15 +1,15 @@
 """A directory that appears complete or not at all.
 
-Everything is written into a sibling of the output, whose name tells what it is:
+Everything is written into a sibling of the output, with a name that can be recognised:
 
-    .NAME.speculators-XXXXXXXX/lock    locked for as long as the run lives that made it
+    .NAME.speculators-XXXXXXXX/lock    locked while the run that made it is alive
     .NAME.speculators-XXXXXXXX/new     what becomes the output
-    .NAME.speculators-XXXXXXXX/old     what was the output, while it makes way
+    .NAME.speculators-XXXXXXXX/old     the previous output, while it is being replaced
 
-``new`` is synced and takes the output's place in one step. Where a file system cannot swap two
-directories in one step, replacing takes two, and the old one stands by in between. A run that was
-killed leaves at most such a sibling: the next run to the same output puts the old one back if
-nothing is at the output, and removes the sibling.
+``new`` is synced and takes the output's place in one step. On a file system that cannot swap two
+directories in one step, replacing takes two, and ``old`` keeps the previous output in between. A
+run that is killed leaves at most such a sibling: the next run to the same output puts the previous
+output back if there is none, and removes the sibling.
 """
 
 import ctypes
@@ -41,15 +41,15 @@ ADVICE = {
     errno.ENOTEMPTY: "something else was put there meanwhile: choose another output",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose another output",
 }
-"""What to do about an error, by its number."""
+"""errno → what to do about the error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of directory that speculators makes, and how one is known.
+    """A kind of directory that speculators makes, and how to recognise one.
 
     Attributes:
-        name: with its article, for messages.
+        name: its name with an article, for messages.
         file: a JSON file in it.
         key: a key that only speculators writes there.
 
@@ -64,13 +64,13 @@ CONVERTED = Kind("a converted checkpoint", "config.json", "speculators_model_typ
 
 
 def check_output(output: Path, *, overwrite: bool, kind: Kind | None = CONVERTED) -> None:
-    """Check that a directory may be made at ``output``.
+    """Check that a directory may be created at ``output``.
 
-    An empty directory may always be replaced; anything else only with ``overwrite``, and only
-    if it is of the same ``kind``. What is of no kind that can be known is never replaced.
+    An empty directory may always be replaced; any other only with ``overwrite``, and only if it is
+    of the same ``kind``. Without a ``kind``, no other is ever replaced.
 
     Raises:
-        OutputError: if not.
+        OutputError: if it may not.
 
     """
     if not output.exists() and not output.is_symlink():
@@ -102,12 +102,12 @@ def check_output(output: Path, *, overwrite: bool, kind: Kind | None = CONVERTED
 def staged_directory(
     output: Path, *, overwrite: bool = False, kind: Kind | None = CONVERTED
 ) -> Iterator[Path]:
-    """Make ``output`` from a temporary directory that the ``with`` block fills.
+    """Create ``output`` from a temporary directory that the ``with`` block fills.
 
     If the block raises, the temporary directory is removed and ``output`` stays as it was.
 
     Raises:
-        OutputError: if something is in the way, or the disk does not take it.
+        OutputError: if something is in the way, or writing fails.
 
     """
     new_parents = [parent for parent in output.parents if not parent.exists()]
@@ -150,7 +150,7 @@ def _make_locked_sibling(output: Path) -> tuple[Path, int]:
             lock = _open_lock(sibling)
         except FileNotFoundError:
             continue  # another run took it for a leftover
-        # Some network file systems lock nothing: there, leftovers are nobody's to remove.
+        # Some network file systems have no locks: there, leftovers are never removed.
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         if os.fstat(lock).st_nlink:
@@ -159,7 +159,7 @@ def _make_locked_sibling(output: Path) -> tuple[Path, int]:
 
 
 def _remove_leftovers(output: Path) -> None:
-    """Clear away after runs that were killed, whose siblings no living process has locked."""
+    """Clean up after runs that were killed: remove siblings that no living process has locked."""
     for leftover in output.parent.glob(f"{glob.escape(_prefix(output))}*"):
         try:
             lock = _open_lock(leftover)
@@ -182,17 +182,17 @@ def _open_lock(sibling: Path) -> int:
 
 
 def _discard(sibling: Path, output: Path) -> None:
-    """Remove a sibling, after putting back what was the output if nothing has taken its place."""
+    """Remove a sibling; put the previous output back first if nothing has taken its place."""
     old = sibling / OLD
     if old.exists() and not output.exists():
         old.rename(output)
         logger.warning(f"{output} is as it was: the run that was to replace it was stopped")
-    # After replacing, what was the output lies where the new one did.
+    # After a replacement, the previous output is where the new one was, and goes with the sibling.
     shutil.rmtree(sibling, ignore_errors=True)
 
 
 def _remove_empty(directories: list[Path]) -> None:
-    """Remove directories, the innermost first, until one holds something."""
+    """Remove directories, the innermost first, until one is not empty."""
     for directory in directories:
         try:
             directory.rmdir()
@@ -201,10 +201,10 @@ def _remove_empty(directories: list[Path]) -> None:
 
 
 def _publish(sibling: Path, output: Path, *, overwrite: bool) -> None:
-    """Give ``output`` its new content.
+    """Move the new directory to ``output``.
 
-    A directory that is renamed takes the place of nothing but an empty one, so what another
-    process has put there meanwhile is not lost.
+    Renaming a directory replaces at most an empty one, so what another process has put there
+    meanwhile is not lost.
     """
     new = sibling / NEW
     if overwrite and output.exists():
@@ -213,7 +213,7 @@ def _publish(sibling: Path, output: Path, *, overwrite: bool) -> None:
         old = sibling / OLD
         output.rename(old)
         new.rename(output)
-        old.rename(new)  # what is half removed must not be put back
+        old.rename(new)  # a half-removed directory must not be put back
     else:
         new.rename(output)
 
@@ -222,7 +222,7 @@ def _exchange(one: Path, other: Path) -> bool:
     """Swap two directories in one step, so that neither is ever missing.
 
     Returns:
-        Whether it was done: not every file system can.
+        Whether it was done; not every file system can.
 
     """
     libc = ctypes.CDLL(None, use_errno=True)
@@ -251,7 +251,7 @@ def _sync_directory(directory: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.EBADF}:  # some file systems sync files alone
+        if error.errno not in {errno.EINVAL, errno.EBADF}:  # not every file system can sync one
             raise
     finally:
         os.close(descriptor)

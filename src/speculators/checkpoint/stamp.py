@@ -11,24 +11,24 @@ _LAST_LINE = re.compile(re.escape(_STAMP).replace(r"\{\}", "([0-9a-f]{64})"))
 
 
 def is_stamped(text: str) -> bool:
-    """Whether a text is, to the letter, one that speculators wrote."""
+    """Whether a text is exactly as speculators wrote it."""
     lines = text.splitlines(keepends=True) or [""]
     stamp = _LAST_LINE.fullmatch(lines[-1])
     return stamp is not None and stamp[1] == _sha256("".join(lines[:-1]))
 
 
 def write_stamped(file: Path, text: str) -> bool:
-    """Write a text in Markdown or HTML with a stamp, unless a text without one is there.
+    """Write Markdown or HTML with a stamp, unless the file exists without a valid stamp.
 
     Args:
-        file: where to.
-        text: what to write, ending with a line's end.
+        file: the file to write.
+        text: what to write, ending with a newline.
 
     Returns:
         Whether it was written.
 
     Raises:
-        OSError: if the disk does not take it.
+        OSError: if writing fails.
 
     """
     if file.exists() and not is_stamped(file.read_text(encoding="utf-8", errors="replace")):

@@ -1,4 +1,4 @@
-"""What is known of a stored tensor without reading its data."""
+"""What is known about a stored tensor without reading its data."""
 
 import math
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class TensorInfo:
 
 
 def describe_shape(shape: tuple[int, ...]) -> str:
-    """A shape as people read it in messages: ``(4096, 8192)``, ``(4096)``, ``()``."""
+    """A shape as messages show it: ``(4096, 8192)``, ``(4096)``, ``()``."""
     return "(" + ", ".join(map(str, shape)) + ")"
 
 
@@ -81,7 +81,7 @@ def check_name(name: str, path: Path) -> None:
     """Check that a tensor's name can be written into a header and shown in a message.
 
     Raises:
-        CheckpointError: if not.
+        CheckpointError: if it cannot.
 
     """
     if not name.isprintable() or len(name) > MAX_NAME:
@@ -92,11 +92,11 @@ def check_name(name: str, path: Path) -> None:
 
 
 def check_sizes(values: object) -> tuple[int, ...]:
-    """Check that sizes or distances, as a file tells them, are what tensors can have.
+    """Check that sizes, strides or offsets from a file are possible ones; return them.
 
     Raises:
-        TypeError: if they are no short tuple.
-        ValueError: if they are no whole numbers of 63 bits.
+        TypeError: if they are not a short tuple.
+        ValueError: if they are not whole numbers from 0 to below ``MAX_SIZE``.
 
     """
     if not isinstance(values, tuple) or len(values) > MAX_AXES:

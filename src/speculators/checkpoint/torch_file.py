@@ -1,9 +1,9 @@
-"""The tensors of a file that ``torch.save`` wrote, found without torch and without reading them.
+"""Where the tensors of a file that ``torch.save`` wrote are, without torch or reading their data.
 
-Such a file is a pickle that describes tensors, and the raw bytes of their storages: entries
-of a zip archive (since PyTorch 1.6), or one after another behind the pickle (the legacy
-form). The pickle is read as data (see ``pickle_data``), so what comes out is where each
-tensor's bytes lie, in constant memory and without running anything.
+Such a file is a pickle that describes tensors, and the raw bytes of their storages: entries of a
+zip archive (since PyTorch 1.6), or one after another behind the pickle (the legacy form). The
+pickle is read as data (see ``pickle_data``), so finding each tensor's bytes takes constant memory
+and runs nothing.
 
 Layout facts: ``_save`` and ``_legacy_save`` in PyTorch's ``torch/serialization.py``, and the
 rebuild functions in ``torch/_utils.py``.
@@ -49,11 +49,11 @@ LEGACY_PROTOCOL = 1001
 OTHER_FILES = {
     rb'(?s:.{8})\{"': "is a safetensors file: rename it to end in .safetensors.",
 }
-"""What else is found in place of such a file."""
+"""More of ``other_files.OTHER_FILES``."""
 
 
 class _Dtype(NamedTuple):
-    """A type of elements: PyTorch's name, safetensors' name, size in bytes, class of storage."""
+    """A dtype: PyTorch's name, safetensors' name, size in bytes, storage class."""
 
     name: str
     stored: str | None
@@ -81,7 +81,7 @@ _DTYPES = [
     _Dtype("uint32", "U32", 4),
     _Dtype("uint64", "U64", 8),
     _Dtype("uint8", "U8", 1, "ByteStorage"),
-    # These may only lie beside the weights.
+    # safetensors has no names for these: they may only occur beside the weights.
     _Dtype("complex128", None, 16, "ComplexDoubleStorage"),
     _Dtype("complex32", None, 4),
     _Dtype("float4_e2m1fn_x2", None, 1),
@@ -104,7 +104,7 @@ class _Storage:
 
 @dataclass(frozen=True, eq=False, repr=False, slots=True)
 class _Tensor:
-    """A tensor as its pickle describes it: what is an ``object`` is not checked yet."""
+    """A tensor as its pickle describes it; fields of type ``object`` are not checked yet."""
 
     storage: _Storage
     dtype: _Dtype
@@ -115,7 +115,7 @@ class _Tensor:
 
 
 class _Span(NamedTuple):
-    """Where bytes lie in the file."""
+    """Where bytes are in the file."""
 
     start: int
     size: int
@@ -131,13 +131,13 @@ class _Content(NamedTuple):
 def read_torch_file(path: Path) -> dict[str, TensorInfo]:
     """List the tensors of a file that ``torch.save`` wrote, in its order.
 
-    A dict of tensors under one of ``WRAPPERS`` is opened. What else lies beside tensors (an
-    optimizer's state, epoch numbers) is left out and named in a debug line of the log.
+    A dict of tensors under one of ``WRAPPERS`` is unwrapped. What else is beside the tensors
+    (optimizer state, epoch numbers) is left out and named in a debug line of the log.
 
     Raises:
         UnsafeCheckpointError: its pickle asks for more than tensors and plain values.
-        CheckpointError: the file cannot be read, is damaged, is something else than a dict of
-            tensors, or has a tensor that safetensors files cannot hold.
+        CheckpointError: the file cannot be read, is damaged, is not a dict of tensors, or has a
+            tensor that safetensors files cannot hold.
 
     """
     if not path.is_file():
@@ -163,7 +163,7 @@ def _rebuild_v2(
     offset: object,
     shape: object,
     strides: object,
-    *rest: object,  # requires_grad, hooks, metadata: as many as there were at the time
+    *rest: object,  # requires_grad, hooks, metadata: older versions wrote fewer
 ) -> _Tensor:
     if not isinstance(storage, _Storage):
         raise TypeError("a tensor views a storage")
@@ -171,7 +171,7 @@ def _rebuild_v2(
 
 
 def _rebuild_v3(*arguments: object) -> _Tensor:
-    # For types that have no class of storage: the type itself follows the hooks.
+    # For dtypes without a storage class: the dtype itself follows the hooks.
     *as_v2, dtype = arguments[:7]
     if not isinstance(dtype, _Dtype):
         raise TypeError("a tensor has a type")
@@ -212,7 +212,7 @@ class _Storages(dict[str, _Storage]):
 
 
 class _CautiousReader(io.BufferedReader):
-    """A file that sets no memory aside because a damaged length asks for it."""
+    """A file that does not allocate memory just because a damaged length asks for it."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > MAX_ZIP_DIRECTORY:
@@ -245,11 +245,11 @@ def _read_zip(file: IO[bytes], path: Path) -> _Content:
 
 
 def _zip_entries(file: IO[bytes], path: Path) -> dict[str, _Span]:
-    """Where each entry's bytes lie, by the entries' own headers.
+    """Where each entry's bytes are, according to the entries' own headers.
 
-    Readers of zip archives disagree about odd ones, so only those with one reading are taken:
-    what the directory lists is what the file holds, once each and side by side. Checksums
-    are not looked at, because ``torch.save`` can be told to leave them out.
+    Zip readers disagree about odd archives, so only those with one reading are accepted: the
+    directory lists what the file holds, each entry once and without overlaps. Checksums are not
+    verified, because ``torch.save`` can be told to leave them out.
     """
     try:
         with _CautiousReader(io.FileIO(path)) as reader, zipfile.ZipFile(reader) as archive:
@@ -264,7 +264,7 @@ def _zip_entries(file: IO[bytes], path: Path) -> dict[str, _Span]:
                 f"{path} is a compressed or encrypted archive, whose tensors cannot be copied as "
                 "they are: load it and save it again with torch.save."
             )
-        # The first entry begins the file: whatever lay before it would be hidden.
+        # The first entry must begin the file: anything before it would be hidden.
         if info.header_offset < end or bool(info.header_offset) != bool(entries):
             raise _damaged(path, "its zip entries overlap, or something lies before them")
         if info.header_offset > size or info.file_size != info.compress_size:
@@ -330,7 +330,7 @@ def _big_endian(path: Path) -> CheckpointError:
 
 
 def _find_tensors(value: object, path: Path) -> dict[str, _Tensor]:
-    """Take the one dict of tensors in ``value``: itself, or one under one of ``WRAPPERS``."""
+    """Find the one dict of tensors in ``value``: itself, or one under keys of ``WRAPPERS``."""
     left_out: list[object] = []
     for depth in reversed(range(MAX_WRAPPERS + 1)):
         wrapped = _wrapped(value, depth)
@@ -365,7 +365,7 @@ def _find_tensors(value: object, path: Path) -> dict[str, _Tensor]:
 
 
 def _wrapped(value: object, depth: int) -> dict[str, object]:
-    """List what holds tensors under ``value``'s keys of wrappers, at most ``depth`` deep."""
+    """Key of ``WRAPPERS`` → what ``value`` has there, if that holds tensors, at most that deep."""
     inner = {key: item for key, item in _pairs(value) if isinstance(key, str) and key in WRAPPERS}
     return {
         key: item
@@ -387,7 +387,7 @@ def _shown(key: object) -> str:
 
 
 def _tensor_info(name: str, tensor: _Tensor, spans: dict[str, _Span], path: Path) -> TensorInfo:
-    """Check what the pickle says of a tensor against the bytes that the file has for it."""
+    """Check what the pickle says about a tensor against the bytes that the file has for it."""
     check_name(name, path)
     which = f"{path} is not readable, for its tensor {printable(name)}"
     storage, dtype = tensor.storage, tensor.dtype
@@ -408,7 +408,7 @@ def _tensor_info(name: str, tensor: _Tensor, spans: dict[str, _Span], path: Path
         needed = offset + sum(steps) + 1 if all(shape) else 0
         span = spans[storage.key]
         fits = needed * dtype.size <= span.size == storage.nbytes
-        # Strides of zero let a small storage claim any size.
+        # With strides of zero, a small storage could pass for a tensor of any size.
         fits &= math.prod(shape) * dtype.size < MAX_SIZE
     except (LookupError, TypeError, ValueError):
         fits = False
@@ -428,7 +428,7 @@ def _tensor_info(name: str, tensor: _Tensor, spans: dict[str, _Span], path: Path
 
 
 def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the elements lie one after another; along an axis of one, any stride does."""
+    """Whether the elements are contiguous in row-major order; axes of size 1 have any stride."""
     stride = 1
     for size, actual in zip(reversed(shape), reversed(strides), strict=True):
         if size > 1 and actual != stride:

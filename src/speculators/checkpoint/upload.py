@@ -1,8 +1,8 @@
-"""A directory of a converted draft, uploaded to the Hugging Face Hub in one commit.
+"""Upload a converted draft to the Hugging Face Hub, in one commit.
 
-The Hub's own client does the work. What is added here: a repository that holds something else
-is left alone, what people have written there is not replaced, what was to be private does not
-become public, and each way to fail is one sentence.
+The Hub's own client does the work. Added here: a repository that holds something else is left
+alone, a model card that somebody wrote is not replaced, what is meant to be private does not become
+public, and every failure is reported in one sentence.
 """
 
 import sys
@@ -32,14 +32,14 @@ SAVED = ("config.json", README, "model*.safetensors", "model*.index.json")
 """The files of a draft."""
 
 FILES = (*SAVED, "conversion.json", "report.json")
-"""Those of a draft that was converted, and measured."""
+"""The files of a draft that was converted, and perhaps evaluated."""
 
 _NO_TOKEN = (
     "Uploading to {repo} takes an access token: log in with 'hf auth login', or set HF_TOKEN to a"
     " token with the role 'write'"
 )
 
-# What can go wrong, by the names that hub_errors gives to an error.
+# What can go wrong: a name that ``hub_errors.kinds_of`` gives an error → the message.
 _SENTENCES = {
     "HFValidationError": (
         "{repo!r} is not a Hub id, so nothing can be uploaded there: give one such as"
@@ -84,11 +84,11 @@ def check_upload(repo_id: str, *, token: bool | str | None = None) -> None:
     """Check what can be checked before there is anything to upload, without the network.
 
     Args:
-        repo_id: ``organization/name``, or ``name`` for one of the token's owner.
-        token: an access token; the one that the Hub's client knows if not given.
+        repo_id: ``organization/name``, or ``name`` for a repository of the token's owner.
+        token: an access token; the one that the Hub's client finds if not given.
 
     Raises:
-        HubError: if the id is none, there is no access token, or offline mode is on.
+        HubError: if the id is invalid, there is no access token, or offline mode is on.
 
     """
     from huggingface_hub import constants, get_token
@@ -117,28 +117,29 @@ def upload(
 ) -> str:
     """Upload the files of a converted draft, in one commit: all of them, or none.
 
-    Whatever else lies in the directory is not uploaded. A file that the repository has already is
-    not sent again, and one of an earlier draft that is not part of this one is deleted there. A
-    model card that speculators wrote does not replace one that somebody wrote or edited.
+    Other files in the directory are not uploaded. A file that the repository already has is not
+    sent again, and a file of an earlier draft that this one lacks is deleted there. A model card
+    that speculators wrote does not replace one that somebody wrote or edited.
 
     Args:
         directory: the draft.
-        repo_id: ``organization/name``, or ``name`` for one of the token's owner; it is made if it
-            is not there.
-        message: the first line of the commit's message, if it is not to be our own.
-        description: the rest of it.
-        private: whether a new repository is private; the Hub's default if not given.
-        token: an access token; the one that the Hub's client knows if not given.
-        revision: the branch, made if it is not there; ``main`` if not given.
-        create_pr: open a pull request instead of writing the branch.
-        files: which files of the directory are the draft's, as patterns.
+        repo_id: ``organization/name``, or ``name`` for a repository of the token's owner; it is
+            created if needed.
+        message: the first line of the commit message; a standard one if not given.
+        description: the rest of the commit message.
+        private: whether a new repository is private (the Hub's default if not given); with
+            ``True``, an existing public one is refused.
+        token: an access token; the one that the Hub's client finds if not given.
+        revision: the branch, created if needed; ``main`` if not given.
+        create_pr: open a pull request instead of committing to the branch.
+        files: patterns of the files that belong to the draft.
 
     Returns:
         The URL of the commit or pull request.
 
     Raises:
-        HubError: if it cannot be done. Nothing was changed then but that, perhaps, an empty
-            repository or branch was made.
+        HubError: if it fails. Then nothing has changed, except that an empty repository or branch
+            may have been created.
 
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -179,7 +180,7 @@ def upload(
 
 @contextmanager
 def _told(repo_id: str) -> Iterator[None]:
-    """Let the client work, and tell what it raises in a sentence."""
+    """Run the client quietly, and turn what it raises into a sentence."""
     try:
         with _client_kept_quiet():
             yield
@@ -189,7 +190,7 @@ def _told(repo_id: str) -> Iterator[None]:
 
 @contextmanager
 def _client_kept_quiet() -> Iterator[None]:
-    """Keep the client from drawing bars in a log, and from remarks beside ours."""
+    """Keep the client from drawing bars into a log, and from logging warnings of its own."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -210,10 +211,10 @@ def _client_kept_quiet() -> Iterator[None]:
 
 
 def _find_kept(api: "HfApi", there: "ModelInfo", directory: Path) -> set[str]:
-    """Find which files are not to be replaced by ours: a card that somebody wrote or edited.
+    """Find which files on the Hub to keep: a model card that somebody wrote or edited.
 
     Raises:
-        HubError: if the repository holds something else than a converted draft.
+        HubError: if the repository holds something other than a converted draft.
 
     """
     names = {CONVERTED.file, README} & {file.rfilename for file in there.siblings or ()}

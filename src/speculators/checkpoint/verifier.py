@@ -19,13 +19,13 @@ EMBEDDING_NAMES = ("model.embed_tokens.weight", "language_model.model.embed_toke
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
-    """What a draft needs to know of its verifier.
+    """What a draft needs to know about its verifier.
 
     Attributes:
-        name: the Hub id, or the directory's absolute path, so that it holds from anywhere.
+        name: the Hub id, or the absolute path of the directory.
         architectures: from its config.json.
-        hidden_size: of its last hidden states.
-        vocab_size: rows of its head.
+        hidden_size: the size of its last hidden states.
+        vocab_size: the number of rows of its head.
         tied: whether the head is the embedding.
         repository: where its files are.
 
@@ -56,13 +56,13 @@ class Verifier:
                 )
 
     def head(self) -> TensorInfo:
-        """The matrix that makes logits of hidden states, (vocabulary, hidden).
+        """The output head, which maps hidden states to logits: (vocabulary, hidden).
 
-        Only the weight file that holds it is fetched.
+        Nothing more is fetched than the weight file that holds it.
 
         Raises:
-            VerifierError: if there is none, or its shape is wrong.
-            CheckpointError, HubError: if the weights cannot be read or had.
+            VerifierError: if there is none, or its shape or dtype is wrong.
+            CheckpointError, HubError: if the weights cannot be read or fetched.
 
         """
         return self._matrix("output head", EMBEDDING_NAMES if self.tied else HEAD_NAMES)
@@ -97,8 +97,8 @@ def open_verifier(base_model: str | Path, *, cache_dir: str | Path | None = None
     """Read a verifier's config.json; its weights are not touched.
 
     Raises:
-        VerifierError: if it is not the config of a causal language model.
-        CheckpointError, HubError: if there is no config, or it cannot be had.
+        VerifierError: if there is no config, or it is not that of a language model.
+        HubError: if it cannot be fetched from the Hub.
 
     """
     try:

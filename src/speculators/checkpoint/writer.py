@@ -1,7 +1,7 @@
-"""Writing tensors into a safetensors file by moving their bytes, whatever their size.
+"""Write safetensors files by copying the tensors' bytes, in constant memory.
 
-Contiguous tensors are copied by the kernel and never enter this process's memory; those that are
-not, and those that get another dtype, pass through it a few megabytes at a time.
+Contiguous tensors are copied by the kernel and never enter this process's memory; others, and those
+that get another dtype, pass through it a few megabytes at a time.
 """
 
 import mmap
@@ -20,8 +20,8 @@ from speculators.errors import CheckpointError, ConversionError
 __all__ = ["contiguous_chunks", "write_safetensors_file"]
 
 CHUNK_BYTES = 8 << 20
-ROUNDED_BYTES = 1 << 19  # arithmetic is quickest within the processor's cache
-COPY_BYTES = 1 << 28  # small enough for a progress bar to move and Ctrl-C to be heard
+ROUNDED_BYTES = 1 << 19  # arithmetic is fastest within the processor's cache
+COPY_BYTES = 1 << 28  # small enough for a progress bar to move and Ctrl-C to take effect
 
 
 def write_safetensors_file(
@@ -31,15 +31,15 @@ def write_safetensors_file(
     dtype: str | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write a new safetensors file with the tensors that ``tensors`` point at.
+    """Write a new safetensors file with copies of tensors.
 
     Args:
-        path: the file to make; it must not exist.
-        tensors: what to write, by the name it gets; the widest dtypes come first in the file,
-            then by name, as the safetensors library does it, so that every tensor is aligned.
-        dtype: what to round all tensors to, a key of ``rounding.FLOATS``, as their own ones
-            have to be then. Each keeps its own if not given.
-        progress: is told of the bytes written.
+        path: the file to create; it must not exist.
+        tensors: name in the new file → the tensor to copy. Like the safetensors library, this sorts
+            by dtype, the widest first, and then by name, so that every tensor is aligned.
+        dtype: the dtype to round all tensors to, a key of ``rounding.FLOATS``; their own dtypes
+            have to be keys, too. Each keeps its own if not given.
+        progress: reports the bytes written.
 
     Raises:
         CheckpointError: if a source file cannot be read, or ends before its tensor does.
@@ -68,7 +68,7 @@ def contiguous_chunks(info: TensorInfo, chunk_bytes: int = CHUNK_BYTES) -> Itera
 
     Args:
         info: the tensor.
-        chunk_bytes: about how long the pieces are; a multiple of 8.
+        chunk_bytes: the approximate size of a piece; a multiple of 8.
 
     Raises:
         CheckpointError: if the file cannot be read, or ends before the tensor does.
@@ -102,7 +102,7 @@ def contiguous_chunks(info: TensorInfo, chunk_bytes: int = CHUNK_BYTES) -> Itera
         rows_per_chunk = max(1, chunk_bytes // (rows[0].size * item))
         for start in range(0, len(rows), rows_per_chunk):
             yield rows[start : start + rows_per_chunk].tobytes()
-        # The map cannot be closed while arrays look into it.
+        # The mmap cannot be closed while arrays view it.
         del view, rows
 
 
@@ -132,10 +132,10 @@ def _copy(info: TensorInfo, target: int, advance: Callable[[int], None]) -> None
 
 
 def _copy_some(info: TensorInfo, source: int, done: int, target: int) -> int:
-    """Copy some bytes of a tensor, after those that are done; returns how many."""
+    """Copy some bytes of a tensor, after the first ``done``; return how many."""
     offset, left = info.offset + done, info.nbytes - done
-    # Where the kernel cannot copy between these two files, or something fails, copying by hand
-    # does it, or tells which of the two it is.
+    # If the kernel cannot copy between these two files, copying by hand does. If it was an error,
+    # copying by hand shows whether the reading or the writing fails.
     if hasattr(os, "copy_file_range"):
         with suppress(OSError):
             size = min(left, COPY_BYTES)
@@ -147,7 +147,7 @@ def _copy_some(info: TensorInfo, source: int, done: int, target: int) -> int:
 
 
 def _read(info: TensorInfo, source: int, offset: int, size: int) -> bytes:
-    """Read exactly so many bytes of a tensor's file."""
+    """Read exactly ``size`` bytes of a tensor's file."""
     parts = []
     while size:
         try:

@@ -1,4 +1,4 @@
-"""The command line: one module a command, parsing and printing only."""
+"""The command line: one module per command, which only parses and prints."""
 
 from speculators.cli.app import main
 

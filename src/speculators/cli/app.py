@@ -51,6 +51,6 @@ share_options(app)  # after the last command is added
 
 
 def main() -> None:
-    """Run the command line; exits with a status that ``shared`` lists."""
+    """Run the command line, and exit with one of the statuses that ``shared`` lists."""
     stop_on_sigterm()
     app()

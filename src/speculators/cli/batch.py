@@ -14,7 +14,7 @@ __all__ = ["run_batch"]
 
 
 def run_batch(manifest: Path, *, jobs: int, cache_dir: Path | None, dry_run: bool) -> None:
-    """Run a manifest, or with ``dry_run`` only look what is to do; exit with 1 if any failed."""
+    """Run a manifest, or with ``dry_run`` only find what is done; exit with 1 if any failed."""
     batch = Batch(read_manifest(manifest), jobs=jobs, cache_dir=cache_dir)
     try:
         if dry_run:
@@ -28,7 +28,7 @@ def run_batch(manifest: Path, *, jobs: int, cache_dir: Path | None, dry_run: boo
 
 
 def _print(outcomes: Sequence[Outcome]) -> None:
-    """Print a line for each entry, and how many there are of each kind."""
+    """Print a line for each entry, and how many entries are in each state."""
     counts = Counter(outcome.state for outcome in outcomes)
     rows = (
         (
@@ -48,6 +48,6 @@ def _print(outcomes: Sequence[Outcome]) -> None:
 
 
 def _shown(output: Path) -> str:
-    """As one would write it here."""
+    """A path relative to the working directory if it is within that, else as it is."""
     here = Path.cwd()
     return str(output.relative_to(here) if here in output.parents else output)

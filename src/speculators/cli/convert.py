@@ -195,7 +195,7 @@ def eagle(
 
 
 def _warn_of_what_is_in_the_way(output: Path, *, overwrite: bool) -> None:
-    """Say on a dry run what would be an error otherwise; the plan is of use all the same."""
+    """Warn on a dry run of what would otherwise be an error: the plan is useful all the same."""
     from speculators.checkpoint.staging import check_output
 
     try:

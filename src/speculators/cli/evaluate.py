@@ -153,7 +153,7 @@ def evaluate(
 
 
 def _draft_lengths(text: str | None) -> list[int] | list[None]:
-    """``4`` is [4], ``1..8`` is [1, ..., 8]; [None] is what the proposal method says."""
+    """Parse ``4`` to [4] and ``1..8`` to [1, ..., 8]; [None] is the proposal method's default."""
     if text is None:
         return [None]
     found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text.strip())

@@ -1,7 +1,7 @@
 """How results are printed: for people on a terminal, for programs in a pipe.
 
-In a pipe nothing depends on the width of a window: lines are as long as they need to be,
-without colours, borders, or spaces at their ends. rich heeds NO_COLOR and FORCE_COLOR.
+In a pipe nothing depends on the width of a window: lines are as long as they need to be, without
+colours, borders, or trailing spaces. rich heeds NO_COLOR and FORCE_COLOR.
 """
 
 import sys
@@ -35,7 +35,7 @@ def show(*renderables: RenderableType) -> None:
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    """Rows under heads; a cell that is too long for the window goes on below."""
+    """A table with heads; cells that are too long for the window wrap."""
     made = Table(
         *(Column(head, overflow="fold") for head in heads), header_style="bold", **BORDERLESS
     )
@@ -45,12 +45,12 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
 
 
 def bordered(*columns: str | Column) -> Table:
-    """A table without rows as yet, which has borders on a terminal."""
+    """A table without rows yet, with borders on a terminal."""
     return Table(*columns, **({} if Console().is_terminal else BORDERLESS))
 
 
 def labelled(lines: Iterable[tuple[str, Iterable[str]]]) -> Table:
-    """Labels at the left, and at the right of each its sentences, below one another."""
+    """Labels on the left, and to the right of each its sentences, one per line."""
     made = Table.grid(Column(style="bold"), Column(overflow="fold"), padding=(0, 2, 0, 0))
     for label, sentences in lines:
         for index, sentence in enumerate(sentences):

@@ -1,4 +1,4 @@
-"""A bar for what takes long, on a terminal alone."""
+"""A progress bar for slow steps, only on a terminal."""
 
 import sys
 import threading
@@ -20,10 +20,10 @@ SECONDS_WITHOUT_BAR = 1.0
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Give what shows a step's bytes, of how many, and how many a second.
+    """Yield a ``Progress`` that shows bars with the bytes done, their total, and the speed.
 
-    A bar appears for a step that takes over a second, and goes when the step is done. Where the
-    log does not go to a terminal, and with --quiet, nothing is shown.
+    A bar appears for a step that takes over a second, and disappears when the step is done. Nothing
+    is shown with --quiet, or if standard error is not a terminal.
     """
     if is_quiet() or not sys.stderr.isatty():
         yield silent
@@ -42,7 +42,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 class _Step:
-    """One step and, once it takes long, its bar."""
+    """A step and, once it has taken ``SECONDS_WITHOUT_BAR``, its bar."""
 
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total, self.done = name, total, 0

@@ -19,9 +19,9 @@ DIFFERENCES_SHOWN = 10
 
 @contextmanager
 def progress_bar(prompts: int) -> Iterator[Callable[[PromptResult], None]]:
-    """A bar on standard error, to be advanced by each prompt's result.
+    """A bar on standard error, advanced by each prompt's result.
 
-    Where that is no terminal, and with --quiet, nothing is shown.
+    Nothing is shown with --quiet, or if standard error is not a terminal.
     """
     console = Console(stderr=True)
     measured: list[PromptResult] = []
@@ -47,7 +47,7 @@ def progress_bar(prompts: int) -> Iterator[Callable[[PromptResult], None]]:
 
 
 def print_report(report: Report) -> None:
-    """Print the figures: by draft length, by position, by category; and what differed."""
+    """Print the figures by draft length, position and category, and which outputs differed."""
     longest, shown = report.longest, report.shown
     show(
         f"{report.draft}, drafting for {report.verifier}",

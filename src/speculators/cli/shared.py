@@ -1,7 +1,7 @@
-"""What every command shares: --quiet and --debug, the log, and how errors leave it.
+"""What all commands share: --quiet and --debug, the log, and how errors are reported.
 
-Exit statuses: 0, done; 1, an error, told in one sentence; 2, the command line was not
-understood; 130, interrupted by Ctrl-C; 143, stopped by SIGTERM.
+Exit statuses: 0, done; 1, an error, reported in one sentence; 2, wrong usage; 130, interrupted by
+Ctrl-C; 143, stopped by SIGTERM.
 """
 
 import functools
@@ -36,10 +36,10 @@ QUIET_ENVIRONMENT = {
     "HF_HUB_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-"""What keeps the libraries quiet, which read it when they are imported."""
+"""What keeps the libraries quiet; they read it when they are imported."""
 
 LEFT_TO_TYPER = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
-"""How a command ends early, asks for other arguments, or finds the reader of its output gone."""
+"""Raised when a command ends early, rejects its arguments, or finds its output pipe closed."""
 
 _quiet = ContextVar("quiet", default=False)
 
@@ -57,7 +57,7 @@ SHARED_OPTIONS = tuple(
 
 
 def share_options(app: typer.Typer) -> None:
-    """Give --quiet and --debug to every command of ``app`` and of its groups, and obey them."""
+    """Add --quiet and --debug to every command of ``app`` and of its groups."""
     for info in app.registered_commands:
         if info.callback is not None:
             info.callback = _sharing(info.callback)
@@ -67,12 +67,12 @@ def share_options(app: typer.Typer) -> None:
 
 
 def is_quiet() -> bool:
-    """Whether the command that runs was told --quiet: then it shows no progress either."""
+    """Whether the running command was given --quiet: then it shows no progress either."""
     return _quiet.get()
 
 
 def _sharing(command: Callable[..., Any]) -> Callable[..., None]:
-    """Wrap a command: typer takes its options from the signature."""
+    """Wrap a command, with the shared options in its signature, where typer looks for them."""
 
     @functools.wraps(command)
     def run(*arguments: Any, quiet: bool, debug: bool, **options: Any) -> None:
@@ -104,7 +104,7 @@ def _sharing(command: Callable[..., Any]) -> Callable[..., None]:
 
 def _start_log(level: str) -> None:
     logger.remove()
-    # loguru does not heed these by itself; None leaves it to what the log goes to.
+    # loguru does not heed these by itself; with None, it depends on what the log goes to.
     wanted = {"NO_COLOR": False, "FORCE_COLOR": True}
     colorize = next((colour for name, colour in wanted.items() if os.environ.get(name)), None)
     logger.add(sys.stderr, level=level, format=FORMAT, colorize=colorize)

@@ -1,4 +1,4 @@
-"""Being told to stop: by a service manager, a container, a batch system."""
+"""Stopping on SIGTERM, which service managers, containers and batch systems send."""
 
 import signal
 from types import FrameType
@@ -9,7 +9,7 @@ __all__ = ["stop_on_sigterm"]
 
 
 def stop_on_sigterm() -> None:
-    """Let SIGTERM end the process as Ctrl-C does, after clearing up, with the status 143."""
+    """Let SIGTERM end the process like Ctrl-C: after cleaning up, but with the status 143."""
     signal.signal(signal.SIGTERM, _stop)
 
 

@@ -1,8 +1,9 @@
-"""The way back: from the speculators format to the layouts that other software reads.
+"""Export: from the speculators format to the layouts that other software reads.
 
-What a target can hold is a table, after vLLM 0.32 (``model_executor/models/llama_eagle.py``),
-SGLang 0.5 (``srt/models/llama_eagle.py``, ``qwen2_eagle.py``, ``srt/speculative``) and the
-reference implementation (SafeAILab/EAGLE, ``eagle/model/cnets1.py``).
+A table says what each target can express, according to vLLM 0.32
+(``model_executor/models/llama_eagle.py``), SGLang 0.5 (``srt/models/llama_eagle.py``,
+``qwen2_eagle.py``, ``srt/speculative``) and the reference implementation (SafeAILab/EAGLE,
+``eagle/model/cnets1.py``).
 """
 
 import json
@@ -34,12 +35,12 @@ class Target:
 
     Attributes:
         reader: who reads it, for messages.
-        layers: by the ``model_type`` of the draft's layer: the keys of config.json that tell the
-            reader which model to build.
+        layers: ``model_type`` of the draft's layer → the keys of config.json that tell the reader
+            which model to build.
         lacks: the features that it cannot express.
-        activation: the one that it can compute; any, if ``None``.
-        needs_fusion_bias: whether ``fc`` always has a bias, zero where it was not trained.
-        remarks: by feature: a sentence for the log on what becomes of it.
+        activation: the only one that it computes; ``None`` if it computes any.
+        needs_fusion_bias: whether ``fc`` must have a bias; a draft without one gets zeros.
+        remarks: feature → a sentence for the log on what becomes of it.
 
     """
 
@@ -55,7 +56,7 @@ def _layer(model_type: str, architecture: str, **keys: Any) -> dict[str, Any]:
     return {"model_type": model_type, "architectures": [architecture], **keys}
 
 
-# Both engines take ``bias`` for biases on q, k, v and o, where the reference means fc's.
+# Both engines read ``bias`` as biases on q, k, v and o; the reference means the bias of fc.
 TARGETS = {
     "eagle": Target(
         reader="the EAGLE and HASS research code",
@@ -87,12 +88,12 @@ TARGETS = {
         },
     ),
 }
-"""What can be exported to, by the name that the command line uses."""
+"""The targets of an export, by their names on the command line."""
 
 RESEARCH_NAMES = {name: research for research, name in LAYERNORM_MAPPINGS.items()}
 
 ZEROS = Path("/dev/zero")
-"""Where a tensor of zeros has its bytes."""
+"""The file that an all-zero tensor takes its bytes from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,8 @@ class ExportPlan:
     """What an export will write.
 
     Attributes:
-        config: the config.json to be.
-        tensors: name → the tensor whose bytes it gets.
+        config: the config.json to write.
+        tensors: name → the tensor that its bytes come from.
         remarks: sentences for the log.
 
     """
@@ -121,11 +122,11 @@ def export(
 ) -> Path:
     """Write a converted draft in the layout of another reader.
 
-    The tensors' bytes are the same; the directory appears complete or not at all.
+    The tensors' bytes are copied unchanged. The directory appears complete or not at all.
 
     Args:
         source: a converted directory, or a Hugging Face id of one.
-        output: the directory to make; it must not exist.
+        output: the directory to create; it must not exist.
         to: a key of ``TARGETS``.
         revision: a branch, tag or commit of ``source`` on the Hub.
         cache_dir: where downloads are kept.
@@ -134,7 +135,7 @@ def export(
         The path of the directory.
 
     Raises:
-        CheckpointError, HubError: the source cannot be read or had.
+        CheckpointError, HubError: the source cannot be read or fetched.
         FormatError: it is not in the speculators format.
         ConversionError: it has a feature that the target cannot express.
         OutputError: the output exists or cannot be written.
@@ -160,7 +161,7 @@ def plan_export(checkpoint: Checkpoint, target: Target) -> ExportPlan:
 
     Args:
         checkpoint: a converted draft's config and table of tensors.
-        target: who is to read it.
+        target: the layout to export to.
 
     Raises:
         FormatError: if the draft is not in the speculators format.
@@ -191,7 +192,7 @@ def plan_export(checkpoint: Checkpoint, target: Target) -> ExportPlan:
 
 
 def _research_config(config: EagleConfig, target: Target) -> dict[str, Any]:
-    """The draft's config as research code writes it: a flat one, as of a language model."""
+    """The draft's config as research code writes it: flat, like a language model's."""
     layer = config.transformer_layer_config
     values = layer.model_dump()
     if layer.rope_scaling is not None:

@@ -1,6 +1,6 @@
-"""What checkpoints look like: one table that tells the families apart, by their tensors.
+"""Families of checkpoints, told apart by their tensors with one table.
 
-By it the converter refuses what it cannot convert, and ``inspect`` says what a checkpoint is.
+The converter uses it to refuse what it cannot convert, and ``inspect`` to say what a checkpoint is.
 A new family is a new row.
 """
 
@@ -15,7 +15,7 @@ from speculators.format.tensors import required_tensors
 __all__ = ["FAMILIES", "Family", "Near", "Recognition", "listed", "recognise", "strip_prefix"]
 
 PREFIXES = ("model.",)
-"""What some training codes put before every name."""
+"""Prefixes that some training code puts before every name."""
 
 NEVER = r"(?!)"
 
@@ -23,24 +23,24 @@ QUANTIZED = re.compile(
     r"(?P<module>.+)\.(qweight|qzeros|g_idx|weight_scale(_inv)?|weight_packed|input_scale|scales?"
     r"|SCB|absmax|quant_map|weight\..+)"
 )
-"""What quantization puts in the place of a module's ``weight``, or beside it."""
+"""Names of the tensors that quantization stores in place of a module's ``weight``, or beside it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A kind of checkpoint, and what shows it.
+    """A kind of checkpoint, and how to recognise it.
 
     Attributes:
         kind: its name for programs.
-        name: its name for people, as it follows "holds".
-        marks: a pattern of tensor names, any of which shows the family.
-        fc_inputs: how many hidden sizes ``fc`` takes; that alone shows the family, too.
+        name: its name in messages, as it follows "holds".
+        marks: a pattern of tensor names; one match is enough to show the family.
+        fc_inputs: the input width of ``fc``, in hidden sizes; this, too, is enough on its own.
         lacks: a tensor that it never has.
-        hints: key of config.json → a pattern of its value. They are told where they hold; where
-            there are no tensors to judge by, all of them together suggest the family.
-        decisive: whether the hints show the family whatever the tensors are.
-        parts: tensors that every one has: what an unknown checkpoint is compared with.
-        advice: what to do instead of converting it; ``None`` for what is converted.
+        hints: key of config.json → a pattern of its value. Hints that match are added to the
+            evidence; without tensors to judge by, the family is assumed if all of them match.
+        decisive: whether the hints alone decide, whatever the tensors are.
+        parts: tensors that every such checkpoint has; an unknown checkpoint is compared with them.
+        advice: what to do instead of converting it; ``None`` for a family that is converted.
 
     """
 
@@ -119,7 +119,7 @@ FAMILIES = (
         parts=tuple(required_tensors(())),
     ),
 )
-"""All that is known; a checkpoint is of the first family that it shows."""
+"""All known families; a checkpoint belongs to the first one that it matches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +128,9 @@ class Near:
 
     Attributes:
         family: the family.
-        found: parts of it that are there → the names that they have there.
-        missing: parts of it that are not there.
-        excluded: the tensor that is there, and that the family never has.
+        found: part of the family that the checkpoint has → its name in the checkpoint.
+        missing: parts of the family that the checkpoint lacks.
+        excluded: a tensor that the checkpoint has, and the family never has; else ``None``.
 
     """
 
@@ -156,7 +156,7 @@ class Recognition:
     """What a checkpoint is, and on what evidence.
 
     Attributes:
-        family: ``None`` if it is of no known one.
+        family: ``None`` if it is of no known family.
         evidence: what shows the family, each a clause that follows "since".
         quantized: what shows that the weights are quantized, likewise; empty if nothing does.
         near: for an unknown checkpoint, the families that it resembles, the nearest first.
@@ -173,8 +173,8 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> R
     """Say what a checkpoint is.
 
     Args:
-        config: its config.json; a hint, except for ``speculators_model_type``.
-        tensors: by their stored names. Without any the config alone is judged.
+        config: its config.json; only a hint, except for ``speculators_model_type``.
+        tensors: its tensors, by their stored names; if empty, the config alone decides.
 
     """
     stored = {strip_prefix(name): info for name, info in tensors.items()}
@@ -182,7 +182,7 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> R
     quantization = [f"it has {listed(quantized)}"] if quantized else []
     if config.get("quantization_config"):
         quantization.append("config.json has a quantization_config")
-    # A quantized module is judged by the name that its weight had.
+    # Judge a quantized module by the name that its weight had before.
     whole = {QUANTIZED.sub(r"\g<module>.weight", name): info for name, info in stored.items()}
 
     for family in FAMILIES:
@@ -200,7 +200,7 @@ def strip_prefix(name: str) -> str:
 
 
 def listed(names: Collection[str], at_most: int = 4) -> str:
-    """The first names in order, and how many more there are."""
+    """The first names in sorted order, and how many more there are."""
     shown = sorted(names)[:at_most]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
@@ -209,7 +209,7 @@ def listed(names: Collection[str], at_most: int = 4) -> str:
 def _evidence(
     family: Family, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> list[str]:
-    """What shows that a checkpoint is of a family; nothing if it is not."""
+    """What shows that a checkpoint belongs to a family; empty if it does not."""
     hints = _hints(family, config)
     if family.decisive or not tensors:
         return hints if len(hints) == len(family.hints) > 0 else []
@@ -228,7 +228,7 @@ def _evidence(
 
 
 def _inputs(fc: TensorInfo) -> float:
-    """How many times its outputs ``fc`` takes; 0 if it is no such matrix."""
+    """The ratio of inputs to outputs of ``fc``; 0 if it is not a matrix."""
     return fc.shape[1] / fc.shape[0] if len(fc.shape) == 2 and fc.shape[0] else 0
 
 
@@ -244,7 +244,7 @@ def _hints(family: Family, config: Mapping[str, Any]) -> list[str]:
 
 
 def _nearest(tensors: Mapping[str, TensorInfo]) -> tuple[Near, ...]:
-    """The families of which some parts are there, if under longer names."""
+    """The families some of whose parts are there, perhaps under longer names."""
     near: list[Near] = []
     for family in FAMILIES:
         found = {
@@ -258,5 +258,5 @@ def _nearest(tensors: Mapping[str, TensorInfo]) -> tuple[Near, ...]:
             excluded = family.lacks if family.lacks in tensors else None
             near.append(Near(family, found, missing, excluded))
     near.sort(key=lambda it: len(it.missing) / len(it.family.parts))
-    # One of which only a few tensors are there is worth a word if there is no nearer one.
+    # A family with most of its parts missing is worth mentioning only if it is the nearest.
     return tuple(it for it in near if it is near[0] or len(it.found) >= len(it.missing))

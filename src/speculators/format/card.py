@@ -76,7 +76,7 @@ Converted by speculators {version} from {source}. Its tensors are those of the s
 
 
 def names_hub_id(name: str) -> bool:
-    """Whether a verifier or source is named by a Hugging Face id, not by a path."""
+    """Whether the name of a verifier or source is a Hugging Face id rather than a path."""
     return HUB_ID.fullmatch(name) is not None
 
 
@@ -92,19 +92,19 @@ def model_card(
 ) -> str:
     """Write the model card of a converted draft.
 
-    It says what the files say, and no more: no licence, no training data, no opinion.
+    The card states only what the files state: no licence, no training data, no opinion.
 
     Args:
-        name: the Hugging Face id or path by which the draft is to be had.
-        config: the draft's.
-        parameters: how many numbers its tensors hold.
-        features: those of ``tensors.FEATURES`` that its tensors have.
+        name: the Hugging Face id or path that the draft is loaded from.
+        config: the draft's config.
+        parameters: the number of parameters of all its tensors.
+        features: the keys of ``tensors.FEATURES`` that its tensors show.
         record: its conversion.json, if it has one.
         evaluation: a section about how well it drafts, in Markdown.
-        tags: for the Hub, beside our own.
+        tags: more tags for the Hub, besides ``TAGS``.
 
     Returns:
-        Markdown with metadata in YAML at its beginning.
+        Markdown that begins with metadata in YAML.
 
     """
     from huggingface_hub import ModelCardData
@@ -172,5 +172,5 @@ def _source(source: RepositoryRecord) -> str:
 
 
 def _shown(name: str) -> str:
-    """A Hugging Face id as it is; of a path, which is nobody else's, its last part."""
+    """A Hugging Face id unchanged; of a path, which means nothing elsewhere, its last part."""
     return name if names_hub_id(name) else PurePath(name).name

@@ -1,8 +1,8 @@
 """The config.json of a converted checkpoint, as pydantic models.
 
-The keys are those that speculators has written since 0.1.0, so that its readers understand
-them. ``transformer_layer_config`` is a transformers config as a dictionary; what the draft
-computes with is typed here, any other key is carried along untouched.
+The keys are those that speculators has written since 0.1.0, so existing readers understand
+them. ``transformer_layer_config`` is a transformers config as a dictionary: the keys that the draft
+computes with are typed here, and any other key is kept unchanged.
 """
 
 from typing import Any, Literal
@@ -29,10 +29,11 @@ PROPOSALS: dict[str, dict[str, int]] = {
     "static_tree": {"speculative_tokens": 25},
     "dynamic_tree": {"speculative_tokens": 59, "tree_depth": 7, "tree_top_k": 10},
 }
-"""The types of proposals: the sizes that each has, and what they are unless a method says more.
+"""Proposal type → the sizes that it has, and their defaults.
 
-A chain of the draft's best tokens; a chain of tokens drawn from the draft's distribution; the one
-tree of EAGLE-1; the tree that EAGLE-2 grows for each step, in the size its reference has.
+In order: a chain of the draft's best tokens; a chain of tokens sampled from the draft's
+distribution; the fixed tree of EAGLE-1; the tree that EAGLE-2 grows at each step, in its
+reference's size.
 """
 
 SIZES = frozenset(name for sizes in PROPOSALS.values() for name in sizes)
@@ -67,7 +68,7 @@ class ProposalMethod(Model):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, data: Any) -> Any:
-        """Give the sizes that are not said the values that they have for the type."""
+        """Fill in missing sizes with the defaults of the proposal type."""
         if not isinstance(data, dict):
             return data
         said = {key: value for key, value in data.items() if key not in SIZES or value is not None}
@@ -86,9 +87,9 @@ class VerifierReference(BaseModel, use_attribute_docstrings=True):
     """The model that the draft was trained for."""
 
     name_or_path: str | None = None
-    """A directory or a Hub id; ``None`` where it is not told."""
+    """A directory or a Hub id; ``None`` if unknown."""
     architectures: list[str]
-    """The verifier's own, from its config.json: ``["LlamaForCausalLM"]``."""
+    """The verifier's, from its config.json, such as ``["LlamaForCausalLM"]``."""
 
 
 class SpeculatorsConfig(Model):
@@ -134,13 +135,13 @@ class LayerConfig(Model):
 
     @property
     def rope_type(self) -> str:
-        """How RoPE is scaled, ``default`` for not at all; older files call the key ``type``."""
+        """The type of RoPE scaling, ``default`` for none; older files call the key ``type``."""
         scaling = self.rope_scaling or {}
         kind: str = scaling.get("rope_type") or scaling.get("type") or "default"
         return kind
 
     def dimensions(self) -> dict[str, int]:
-        """The sizes that tensors' shapes are made of, by the names that ``tensors`` uses."""
+        """The sizes that tensor shapes consist of, by the names in ``TensorSpec.dimensions``."""
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         return {
             "vocabulary": self.vocab_size,
@@ -158,11 +159,11 @@ class EagleConfig(Model):
     architectures: list[str]
     """``EagleSpeculator``, then the class of the decoder layer."""
     speculators_model_type: Literal["eagle"] = "eagle"
-    """What tells a reader that this is the format."""
+    """Marks the file as being in this format."""
     speculators_version: str
     """The version that wrote it."""
     torch_dtype: str | None = None
-    """The dtype of the tensors, by torch's name; kept out of files of 0.1.0 to 0.3.0."""
+    """The dtype of the tensors, by torch's name; missing in files of 0.1.0 to 0.3.0."""
     transformer_layer_architecture: str
     """The class of the decoder layer, in transformers."""
     transformer_layer_config: LayerConfig
@@ -174,7 +175,7 @@ class EagleConfig(Model):
 
     @property
     def features(self) -> frozenset[str]:
-        """The features of ``tensors.TENSORS`` that this config asks for."""
+        """The keys of ``tensors.FEATURES`` that this config declares (never ``embedding``)."""
         present = {
             "fusion_bias": self.fusion_bias,
             "layernorms": self.layernorms,
@@ -192,7 +193,7 @@ def parse_config(config: dict[str, Any], where: str) -> EagleConfig:
 
     Raises:
         FormatError: if it is not in the format; the message names the first wrong key, or how
-            to convert the checkpoint if it is no speculators directory at all.
+            to convert the checkpoint if it is not a speculators directory at all.
 
     """
     model_type = config.get("speculators_model_type")

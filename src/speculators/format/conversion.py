@@ -22,7 +22,7 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[^/]+$")]
 
 
 class FileRecord(BaseModel, use_attribute_docstrings=True):
-    """A file by its content."""
+    """A file, identified by its content."""
 
     bytes: int = Field(ge=0)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
@@ -42,35 +42,35 @@ class SourceRecord(RepositoryRecord):
     """The checkpoint that was converted."""
 
     files: dict[FileName, FileRecord]
-    """Its config.json and the files that its tensors lie in."""
+    """Its config.json and the files that hold its tensors."""
 
 
 class ConversionRecord(BaseModel):
-    """The whole conversion.json; a key that this version does not know is kept."""
+    """The whole conversion.json; keys that this version does not know are kept."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
     speculators_version: str
-    """Of the tool that converted."""
+    """The version of speculators that made the conversion."""
     source: SourceRecord
     verifier: RepositoryRecord
     dtype: str | None = None
-    """What the tensors were rounded to, by torch's name; ``None`` if each is as it was."""
+    """What the tensors were rounded to, by torch's name; ``None`` if each kept its dtype."""
     tensors: dict[str, str]
     """Name here → name in the source."""
     left_out: dict[str, str]
-    """Name in the source → why the tensor is not here."""
+    """Name in the source → why the tensor was left out."""
     config_left_out: dict[str, str]
-    """Key of the source's config.json → why it is not in this one."""
+    """Key of the source's config.json → why it was left out."""
     notes: list[str]
-    """Where the source's config, its tensors and the reference did not say the same."""
+    """Where the source's config, its tensors and the reference disagreed."""
     validated: bool
-    """Whether the conversion proved its result. Only then did it read the files whole: without
-    that, the kernel copied them, and their hashes are not known."""
+    """Whether the conversion validated its result. Only then are hashes recorded: without
+    validation, the kernel copies the bytes, and no file is hashed."""
     unchecked: list[str]
-    """What could not be proven then, and why."""
+    """What the validation could not check, and why."""
     files: dict[FileName, FileRecord]
-    """What was written, but for conversion.json itself."""
+    """The files that were written, except conversion.json itself."""
 
 
 def parse_conversion(record: dict[str, Any], where: str) -> ConversionRecord:

@@ -1,4 +1,4 @@
-"""The tensors of a converted EAGLE checkpoint: names, shapes, and what brings them along."""
+"""The tensors of a converted EAGLE checkpoint: names, shapes, and the features they belong to."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 __all__ = ["DTYPES", "FEATURES", "TENSORS", "TensorSpec", "features_of", "required_tensors"]
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Dtypes that a draft may have, as safetensors and as torch call them."""
+"""The dtypes that a draft may have: safetensors' name → torch's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class TensorSpec:
 
     Attributes:
         name: its name in model.safetensors.
-        dimensions: its shape, by the names of ``LayerConfig.dimensions``.
+        dimensions: its shape, as keys of ``LayerConfig.dimensions()``.
         feature: the feature that it belongs to, or ``None`` if every draft has it.
 
     """
@@ -35,7 +35,7 @@ FEATURES = {
     "attention_bias": "biases on q, k and v",
     "layernorms": "extra layernorms",
 }
-"""What a draft may have or not, and how to call it."""
+"""Optional feature of a draft → what messages call it."""
 
 TENSORS = (
     TensorSpec("embed_tokens.weight", ("vocabulary", "hidden"), "embedding"),
@@ -59,10 +59,10 @@ TENSORS = (
 
 
 def features_of(names: Collection[str]) -> frozenset[str]:
-    """The features that tensors of these names show: one tensor of a feature is enough."""
+    """The features that these tensor names show; one tensor of a feature is enough."""
     return frozenset(spec.feature for spec in TENSORS if spec.feature and spec.name in names)
 
 
 def required_tensors(features: Collection[str]) -> dict[str, TensorSpec]:
-    """The tensors, by name, that a draft with these features has to have."""
+    """The tensors, by name, that a draft with these features must have."""
     return {spec.name: spec for spec in TENSORS if spec.feature is None or spec.feature in features}

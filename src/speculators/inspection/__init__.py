@@ -1,1 +1,1 @@
-"""Looking without changing anything: what a checkpoint is, and whether the installation works."""
+"""Read-only checks: what a checkpoint is, and whether the installation works."""

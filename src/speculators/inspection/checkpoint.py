@@ -1,4 +1,4 @@
-"""What a checkpoint is, and what can be done with it, by its config and its table of tensors."""
+"""What a checkpoint is and what can be done with it, judged by its config and tensor table."""
 
 import re
 import shlex
@@ -40,10 +40,10 @@ SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-"""The sizes that are told, by config.json's names for them."""
+"""The sizes that are reported, by their keys in config.json."""
 
 UNUSUAL = ("fusion_bias", "attention_bias", "layernorms")
-"""The features that are named with the kind."""
+"""The features that are worth naming in the title."""
 
 HASS = re.compile(r"(?<![a-z])hass(?![a-z])", re.IGNORECASE)
 
@@ -56,17 +56,17 @@ def inspect_checkpoint(
 ) -> Finding:
     """Say what a checkpoint is, on what evidence, and what can be done with it.
 
-    Only its config.json and the headers of its weight files are read; from the Hub no more than
-    those is fetched.
+    Only its config.json, its conversion.json and the headers of its weight files are read; from the
+    Hub, no more than that is fetched.
 
     Args:
         source: a directory, a file of weights in one, or a Hugging Face id.
         revision: a branch, tag or commit on the Hub.
-        cache_dir: where downloads are kept; the Hub client's own place if not given.
+        cache_dir: where downloads are kept; the Hub client's default cache if not given.
 
     Raises:
-        CheckpointError: if either is damaged, or there is no config.json.
-        HubError: if a file cannot be had from the Hub.
+        CheckpointError: if config.json or a header is damaged, or there is no config.json.
+        HubError: if a file cannot be fetched from the Hub.
 
     """
     repository = open_repository(source, revision=revision, cache_dir=cache_dir, one_file=True)
@@ -82,7 +82,7 @@ def _inspect(repository: Repository) -> Finding:
     except NoWeightsError as error:
         tensors = {}
         notes.append(f"{error} What it is, is judged by its config.json alone.")
-    if repository.commit:  # on the Hub, where files have other names than in a cache
+    if repository.commit:  # name files as on the Hub, not as in the cache
         home = Path(repository.name)
         tensors = {n: replace(info, file=home / info.file.name) for n, info in tensors.items()}
         config_file = home / config_file.name
@@ -138,17 +138,17 @@ def _inspect(repository: Repository) -> Finding:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What is told of a checkpoint beyond its kind.
+    """What is reported about a checkpoint beyond its kind.
 
     Attributes:
-        sizes: a mapping that has those of ``SIZES``.
-        conversion: see there.
+        sizes: a mapping with the keys of ``SIZES``, among others.
+        conversion: see ``ConversionFinding``.
         features: see ``Finding``.
         targets: stored name → name in the format.
         left_out: stored name → why a conversion leaves the tensor out.
         layout: which version's names a converted draft's tensors have.
-        verifier: which one a converted draft names.
-        notes: what cannot be told, and what is wrong.
+        verifier: the verifier that a converted draft names.
+        notes: what cannot be determined, and what is wrong.
 
     """
 
@@ -163,7 +163,7 @@ class Details:
 
 
 def _details(checkpoint: Checkpoint) -> Details:
-    """Of what is neither converted nor can be."""
+    """Details of a checkpoint that is neither converted nor convertible."""
     nested = checkpoint.config.get("text_config")
     sizes = nested if isinstance(nested, dict) and nested else checkpoint.config
     return Details(sizes, ConversionFinding(possible=False, why_not=_why_not(checkpoint)))
@@ -241,11 +241,11 @@ DETAILS: dict[str, Callable[[Checkpoint], Details]] = {
     "eagle": _details_of_draft,
     "speculators": _details_of_converted,
 }
-"""By kind; ``_details`` for the others."""
+"""Kind → what finds its details; ``_details`` for all others."""
 
 
 def _why_not(checkpoint: Checkpoint) -> str:
-    """Why a checkpoint of a kind that is not converted is not."""
+    """Why a checkpoint cannot be converted."""
     try:
         plan_draft(checkpoint, LAYERNORM_MAPPINGS)
     except ConversionError as error:
@@ -254,7 +254,7 @@ def _why_not(checkpoint: Checkpoint) -> str:
 
 
 def _source_of(record: Path, notes: list[str]) -> RepositoryRecord | None:
-    """What a conversion.json says that a draft was made of."""
+    """The source that a conversion.json records."""
     try:
         source = parse_conversion(read_json(record), record.name).source
     except (CheckpointError, FormatError) as error:
@@ -264,12 +264,12 @@ def _source_of(record: Path, notes: list[str]) -> RepositoryRecord | None:
 
 
 def _layout(targets: Mapping[str, str]) -> Literal["current", "0.1.0 to 0.3.0"]:
-    """Which version's names tensors have, of stored → current names."""
+    """Which versions' names tensors have, given stored → current names."""
     return "current" if all(k == v for k, v in targets.items()) else "0.1.0 to 0.3.0"
 
 
 def _features(names: Mapping[str, str]) -> dict[str, list[str]]:
-    """By feature: the stored names of the tensors that show it, of stored → format's names."""
+    """Feature → stored names of the tensors that show it, given stored → current names."""
     stored = {name: where for where, name in names.items()}
     features: dict[str, list[str]] = {feature: [] for feature in FEATURES}
     for spec in TENSORS:
@@ -279,7 +279,7 @@ def _features(names: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _verifier(kind: str, sizes: Mapping[str, int], name: str | None) -> VerifierFinding | None:
-    """What a draft fits, or what fits a model, where that is told."""
+    """What a draft fits, or what fits a model; ``None`` if unknown."""
     if kind not in {"eagle", "speculators", "language-model"}:
         return None
     try:

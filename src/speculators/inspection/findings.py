@@ -30,7 +30,7 @@ class TensorFinding(_Part):
     file: str
     """The file of the checkpoint that holds it."""
     target: str | None = None
-    """What it is called in the speculators format; null if it does not get there."""
+    """What it is called in the speculators format; null if it is not converted."""
     left_out: str | None = None
     """Why a conversion leaves it out."""
 
@@ -40,13 +40,13 @@ class NearFinding(_Part):
 
     kind: str
     difference: str
-    """In words."""
+    """How this checkpoint differs from it, in words."""
     found: dict[str, str]
     """Tensors of that kind that are there → the names that they have there."""
     missing: list[str]
-    """Tensors that every checkpoint of that kind has, and this one has not."""
+    """Tensors that every checkpoint of that kind has, and this one lacks."""
     excluded: str | None
-    """A tensor that is there, and that no checkpoint of that kind has."""
+    """A tensor that this checkpoint has, and none of that kind has."""
 
 
 class VerifierFinding(_Part):
@@ -66,11 +66,11 @@ class ConversionFinding(_Part):
     command: str | None = None
     """The command that converts it; OUTPUT and BASE_MODEL are to be filled in."""
     layer_config: dict[str, Any] | None = None
-    """The transformer_layer_config to be."""
+    """The transformer_layer_config that it would write."""
     config_left_out: dict[str, str] = Field(default_factory=dict)
-    """Key of config.json → why it does not reach the new one."""
+    """Key of config.json → why it is left out."""
     odd: list[str] = Field(default_factory=list)
-    """Where config, tensors and reference do not say the same."""
+    """Where config, tensors and reference disagree."""
 
 
 class Finding(_Part):
@@ -85,21 +85,21 @@ class Finding(_Part):
     title: str
     """The kind in words, with the features."""
     evidence: list[str]
-    """What shows it."""
+    """What shows the kind."""
     quantized: list[str]
     """What shows that the weights are quantized; empty if nothing does."""
     near: list[NearFinding]
     """For an unknown checkpoint: the kinds that it resembles, the nearest first."""
     notes: list[str]
-    """What cannot be told, and what is wrong."""
+    """What cannot be determined, and what is wrong."""
     converted_from: RepositoryRecord | None = None
-    """For kind speculators: what its conversion.json says that it was made of."""
+    """For kind speculators: the source that its conversion.json records."""
     layout: Literal["current", "0.1.0 to 0.3.0"] | None = None
-    """For kind speculators: which version's names its tensors have."""
+    """For kind speculators: which versions' names its tensors have."""
     features: dict[str, list[str]] | None = None
-    """For a draft of EAGLE's kind: what it may have or not → the tensors that show it, if any."""
+    """For an EAGLE draft: optional feature → the tensors that show it, if any."""
     sizes: dict[str, int]
-    """Sizes by the names that config.json has for them."""
+    """Sizes, by their keys in config.json."""
     parameters: int
     """Elements of all tensors."""
     bytes: int

@@ -24,28 +24,28 @@ __all__ = ["Check", "Diagnosis", "diagnose"]
 PLUGIN_GROUP = "vllm.general_plugins"
 
 VLLM = re.compile(r"vllm(-cpu.*)?")
-"""The names of packages that hold vLLM."""
+"""The names of packages that provide vLLM."""
 
 CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+(?=@)")
-"""A user's name and password in a URL."""
+"""The user name and password in a URL."""
 
 LITTLE_SPACE = 10 * 10**9
 """Bytes; a verifier of eight billion parameters takes 16 GB, its head alone 1 GB."""
 
 
 class Check(BaseModel):
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     name: str
     status: Literal["ok", "absent", "warning", "broken"]
-    """absent: it is not there, and need not be. broken: something will not work."""
+    """absent: it is not there, but is optional. broken: something will not work."""
     found: str | None = None
     expected: str | None = None
-    """The versions that speculators is made for, where that is bounded."""
+    """The versions that speculators supports, if they are limited."""
     advice: str | None = None
-    """What to do, unless it is well."""
+    """What to do, if there is anything to do."""
 
 
 class Diagnosis(BaseModel):
@@ -60,7 +60,7 @@ class Diagnosis(BaseModel):
 
 
 def diagnose() -> Diagnosis:
-    """Look at everything that can be told without importing torch or using the network."""
+    """Check everything that can be checked without importing torch or using the network."""
     checks = [check for look in (_python, _packages, _vllm, _hub) for check in look()]
     return Diagnosis(ok=all(check.status != "broken" for check in checks), checks=checks)
 
@@ -132,7 +132,7 @@ def _vllm() -> Iterator[Check]:
 
 
 def _known_releases(plugins: Collection[metadata.EntryPoint]) -> tuple[tuple[str, ...], str | None]:
-    """The releases of vLLM that the plugin knows; or none, and why it cannot be loaded."""
+    """The vLLM releases that the plugin supports; or none, and why it cannot be loaded."""
     releases: tuple[str, ...] = ()
     for plugin in plugins:
         try:
@@ -143,7 +143,7 @@ def _known_releases(plugins: Collection[metadata.EntryPoint]) -> tuple[tuple[str
 
 
 def _hub() -> Iterator[Check]:
-    if find_spec("huggingface_hub") is None:  # which is told among the packages
+    if find_spec("huggingface_hub") is None:  # which is reported among the packages
         return
     from huggingface_hub import constants, get_token
 

@@ -1,4 +1,4 @@
-"""Publishing a directory that `convert` made."""
+"""Publish a directory that `convert` created."""
 
 from math import prod
 from pathlib import Path
@@ -26,8 +26,8 @@ def check_publishing(repo_id: str, report: Path | None) -> None:
     """Check what can be checked before there is a draft to publish, without the network.
 
     Raises:
-        HubError: if the id is none, there is no access token, or offline mode is on.
-        EvaluationError: if the report is none.
+        HubError: if the id is invalid, there is no access token, or offline mode is on.
+        EvaluationError: if the report cannot be read or is not one.
 
     """
     check_upload(repo_id)
@@ -40,23 +40,23 @@ def publish_draft(
 ) -> str:
     """Upload a converted draft to the Hub, with a model card.
 
-    The card is written into the directory, unless one is there that somebody wrote or edited.
-    The report is copied there too, so that the next card knows of it. That the draft is sound is
-    for the caller to check before.
+    The card is written into the directory, unless one is there that somebody wrote or edited. The
+    report is copied there, too, for later cards. Whether the draft is sound is not checked: that is
+    up to the caller.
 
     Args:
-        directory: what ``EagleConverter.convert`` made.
-        repo_id: where to; the repository is made if it is not there.
-        private: whether a new repository is private; one that is public then is refused.
+        directory: what ``EagleConverter.convert`` created.
+        repo_id: the id of the repository, which is created if needed.
+        private: whether a new repository is private; if so, an existing public one is refused.
         report: what `speculators evaluate` wrote, for the card.
 
     Returns:
         The URL of the commit.
 
     Raises:
-        FormatError, CheckpointError: if it is no converted draft.
-        EvaluationError: if the report is none.
-        HubError: if it cannot be uploaded; the directory is complete all the same.
+        FormatError, CheckpointError: if it is not a converted draft.
+        EvaluationError: if the report cannot be read or is not one.
+        HubError: if the upload fails; the directory is complete all the same.
 
     """
     if report is not None:

@@ -15,10 +15,10 @@ def read_report(path: Path) -> Report:
     """Read the report that `speculators evaluate` wrote.
 
     Args:
-        path: the directory that it made, or the report.json in it.
+        path: the directory that it created, or the report.json in it.
 
     Raises:
-        EvaluationError: if it is none.
+        EvaluationError: if it cannot be read or is not a report.
 
     """
     file = path / REPORT_FILE if path.is_dir() else path
@@ -38,7 +38,7 @@ def read_report(path: Path) -> Report:
 
 
 def evaluation_section(report: Report) -> str:
-    """Say in Markdown what was measured, and how."""
+    """Describe in Markdown what was measured, and how."""
     return "\n".join([" ".join(_how(report)), "", *_table(report.results)]) + "\n"
 
 

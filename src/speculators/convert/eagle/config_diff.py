@@ -9,7 +9,7 @@ from speculators.convert.eagle.plan import ConversionPlan
 __all__ = ["ConfigChange", "config_diff"]
 
 NESTED = ("transformer_layer_config", "speculators_config")
-"""Keys of the new config.json whose own keys are told one by one."""
+"""Keys of the new config.json whose nested keys are listed one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class ConfigChange:
         before: its value there.
         target: the key in the new config, with dots between levels; ``None`` if left out.
         after: its value there.
-        why: the reason, where there is more to say.
+        why: the reason, if there is one to give.
 
     """
 
@@ -35,9 +35,9 @@ class ConfigChange:
 
 
 def config_diff(plan: ConversionPlan) -> list[ConfigChange]:
-    """Compare the source's config with the one to be, in the order of the source's keys.
+    """Compare the source's config with the planned one, in the order of the source's keys.
 
-    A value of null is the same as no key.
+    A null value counts as a missing key.
     """
     after = _flat(plan.config.model_dump(exclude_none=True))
     changes = []

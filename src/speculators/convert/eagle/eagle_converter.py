@@ -1,4 +1,4 @@
-"""Converting an EAGLE checkpoint: read, plan, write, validate, and only then publish."""
+"""Convert an EAGLE checkpoint: read, plan, write, validate, and only then move into place."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ LAYERNORM_MAPPINGS = {
 class EagleConverter:
     """Converts EAGLE-1, EAGLE-2 and HASS checkpoints to the speculators format.
 
-    A converter keeps no state: one can convert many checkpoints.
+    A converter keeps no state, so one can convert many checkpoints.
 
     Examples:
         >>> from speculators.convert.eagle import EagleConverter
@@ -64,26 +64,25 @@ class EagleConverter:
     ) -> Path:
         """Convert a checkpoint into a directory with config.json and model.safetensors.
 
-        A third file, conversion.json, tells what they were made of.
+        A third file, conversion.json, records what they were made from.
 
-        The directory appears when it is complete and, unless ``validate`` is off, proven: until
-        then, and if anything fails, ``output_path`` is left as it was.
+        The directory appears only when it is complete and, unless ``validate`` is off, validated.
+        Until then, and if anything fails, ``output_path`` is left as it was.
 
         Args:
             input_path: a directory, a file of weights beside a config.json, or a Hugging Face id.
-            output_path: the directory to make.
+            output_path: the directory to create.
             base_model: the verifier that the draft was trained for: a directory or a Hugging
-                Face id. Its config is read; its weights only to validate.
-            fusion_bias: say that the checkpoint has ``fc.bias``. It is found by itself; saying so
-                makes it an error if it has not.
-            layernorms: say that the checkpoint has the extra layernorms; likewise.
+                Face id. Its config is read, and its weights only for validation.
+            fusion_bias: fail unless the checkpoint has ``fc.bias``; it is detected in any case.
+            layernorms: fail unless the checkpoint has the extra layernorms; likewise.
             validate: prove the result before it appears, see ``validate_conversion``.
-            cache_dir: where downloads are kept; the Hub client's own place if not given.
+            cache_dir: where downloads are kept; the Hub client's default cache if not given.
             revision: a branch, tag or commit of ``input_path`` on the Hub.
             overwrite: replace ``output_path`` if a converted checkpoint is there.
             dtype: round the tensors to ``"float16"``, ``"bfloat16"`` or ``"float32"``; each keeps
                 its own dtype if not given.
-            progress: is told of the bytes that are written, compared and hashed.
+            progress: reports the bytes written, compared and hashed.
 
         Returns:
             The path of the directory.
@@ -93,7 +92,7 @@ class EagleConverter:
             ConversionError: it is not such a checkpoint, contradicts the flags, or has values
                 that ``dtype`` cannot hold.
             VerifierError: the verifier cannot be read or does not fit.
-            HubError: a file cannot be had from the Hub.
+            HubError: a file cannot be fetched from the Hub.
             OutputError: the output exists or cannot be written.
             ValidationError: the result does not hold or compute what the source does.
 
@@ -146,22 +145,23 @@ class EagleConverter:
     ) -> None:
         """Check a converted checkpoint again, at any time; nothing is written.
 
-        Its files are those that its conversion.json tells of; the model loads; on seeded random
-        inputs its output is finite, causal, and what a plain evaluation of its tensors gives; its
-        logits are those of the verifier's head. What cannot be checked, since the verifier or
-        conversion.json is not there, is told by a warning.
+        Its files must be those that its conversion.json records, and the model must load. On seeded
+        random inputs, its output must be finite, causal, and equal to a plain evaluation of its
+        tensors, and its logits must be those of the verifier's head. A warning names what cannot be
+        checked because the verifier or conversion.json is missing.
 
         Args:
             directory: the converted checkpoint.
             source: what it was converted from, a directory or a Hugging Face id. The conversion
                 is planned again, and everything that ``convert`` proves is proven again.
-            cache_dir: where downloads are kept; the Hub client's own place if not given.
+            cache_dir: where downloads are kept; the Hub client's default cache if not given.
             revision: a branch, tag or commit of ``source`` on the Hub.
-            progress: is told of the bytes that are compared and hashed.
+            progress: reports the bytes compared and hashed.
 
         Raises:
-            CheckpointError, HubError: the directory or the source is damaged or cannot be had.
+            CheckpointError, HubError: the directory or the source cannot be read or fetched.
             ConversionError: the source is not such a checkpoint.
+            VerifierError: the verifier is a draft, or does not fit the source.
             FormatError: the directory is not a converted checkpoint.
             ValidationError: it is not what was written, or does not hold or compute what its
                 source does.
@@ -206,7 +206,7 @@ class EagleConverter:
         revision: str | None = None,
         dtype: str | None = None,
     ) -> ConversionPlan:
-        """Say what ``convert`` would do, without writing anything; see there for the arguments."""
+        """Plan what ``convert`` would do, without writing anything; see there for the arguments."""
         checkpoint = _read(input_path, revision, cache_dir)
         plan = _plan(
             checkpoint,

@@ -1,4 +1,4 @@
-"""From a research checkpoint's config.json to the config of the draft's decoder layer."""
+"""The config of the draft's decoder layer, derived from a research checkpoint's config.json."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from speculators.format.config import LayerConfig
 __all__ = ["LayerPlan", "plan_layer"]
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-"""What no default can stand in for."""
+"""Required keys, which have no sensible default."""
 
 CARRIED_OVER: dict[str, Any] = {
     "num_key_value_heads": None,
@@ -27,10 +27,10 @@ CARRIED_OVER: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""What reaches the layer as it stands, with the reference's default (EAGLE, configs.py)."""
+"""Key that is carried over as it is → the reference's default (EAGLE, configs.py)."""
 
 READ = {"head_dim", "rope_parameters", "rope_scaling", "rope_theta"}
-"""What reaches the layer after a closer look."""
+"""Keys that are interpreted, not copied."""
 
 HANDLED_ELSEWHERE = {
     "architectures": "the draft's own are written",
@@ -49,7 +49,7 @@ LAYER_OF_FEATURES: dict[bool, dict[str, Any]] = {
     False: {"model_type": "llama", "attention_bias": False, "mlp_bias": False},
     True: {"model_type": "qwen2", "use_sliding_window": False},
 }
-"""The transformers layer that computes what the draft does, by whether q, k and v have biases."""
+"""Whether q, k and v have biases → the transformers layer that computes what the draft does."""
 
 REFERENCE_ROPE_BASE = 10000.0
 
@@ -64,21 +64,21 @@ SCALING_PARAMETERS = {
     ),
     "yarn": ("factor",),
 }
-"""The types of RoPE scaling that are taken, and the numbers that each needs."""
+"""Supported type of RoPE scaling → the numbers that it needs."""
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-"""The activations that are taken, by transformers' names; the reference has silu alone."""
+"""The supported activations, by transformers' names; the reference has only silu."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """The layer's config, and what a reader of the log should know about it."""
+    """The layer's config, and what the log should say about it."""
 
     config: LayerConfig
     odd: list[str] = field(default_factory=list)
-    """Where the config says one thing and the tensors, or the reference, another."""
+    """Where the config disagrees with the tensors or the reference."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Keys of the source config that do not reach the layer, and why."""
+    """Key of the source's config → why it is left out."""
 
 
 def plan_layer(
@@ -87,12 +87,13 @@ def plan_layer(
     """Derive the config of the draft's layer.
 
     Args:
-        checkpoint: for its config, and the name of its file in messages.
-        tensors: the checkpoint's tensors by the names of the format.
-        features: what the tensors show.
+        checkpoint: the source, of which the config is read.
+        tensors: the checkpoint's tensors, by their names in the format.
+        features: the features that the tensors show.
 
     Raises:
-        ConversionError: if sizes are missing or make no sense.
+        ConversionError: if the config lacks a size, or has a value that is not supported or does
+            not fit the tensors.
 
     """
     source, where = checkpoint.config, checkpoint.config_file
@@ -145,7 +146,7 @@ def plan_layer(
 def _rope(source: Mapping[str, Any], where: str, odd: list[str]) -> dict[str, Any]:
     """RoPE's base and scaling, as the reference computes them (EAGLE, cnets1.py, `_init_rope`).
 
-    The reference passes ``rope_theta`` on only where there is no scaling.
+    The reference passes ``rope_theta`` on only if there is no scaling.
     """
     key = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
     found = source.get(key) or {}
@@ -185,7 +186,7 @@ def _head_dim(
     checkpoint: Checkpoint,
     odd: list[str],
 ) -> int:
-    """The size of a head: from q_proj, since the reference and published configs disagree on it."""
+    """The head size, from q_proj, since the reference and published configs disagree on it."""
     query = tensors["layers.0.self_attn.q_proj.weight"]
     if len(query.shape) != 2 or query.shape[0] % config.num_attention_heads:
         raise ConversionError(

@@ -1,4 +1,4 @@
-"""The plan of a conversion: a value that says everything, made before anything is written."""
+"""The plan of a conversion: a plain value, complete before anything is written."""
 
 import re
 from collections.abc import Collection
@@ -29,22 +29,22 @@ OMISSIONS = {
     r"lm_head\.weight": "logits come from the verifier's own head",
     r"layers\.0\.self_attn\.rotary_emb\.inv_freq": "it is computed from the config",
 }
-"""Tensors that a checkpoint may have and the format leaves out, and why."""
+"""Pattern of tensors that a checkpoint may have, but the format leaves out → why."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """What will become of a draft, whatever its verifier is.
+    """What a conversion makes of a draft, whatever its verifier is.
 
     Attributes:
         source: the checkpoint.
-        layer: the config of its decoder layer to be.
-        features: those of ``format.tensors.FEATURES`` that the tensors show.
-        dtype: torch's name for the tensors' own.
-        tensors: target name → the source tensor whose bytes it gets.
-        left_out: source name → why the tensor is not taken along.
-        config_left_out: key of the source's config → why it does not reach the new one.
-        odd: sentences for the log: where config, tensors and reference do not say the same.
+        layer: the config of its decoder layer, as the format has it.
+        features: the keys of ``format.tensors.FEATURES`` that the tensors show.
+        dtype: the dtype of the tensors, by torch's name; ``float32`` if they differ.
+        tensors: target name → the source tensor that its bytes come from.
+        left_out: source name → why the tensor is left out.
+        config_left_out: key of the source's config → why it is left out.
+        odd: sentences for the log: where config, tensors and reference disagree.
 
     """
 
@@ -65,13 +65,13 @@ class ConversionPlan:
     Attributes:
         source: the checkpoint.
         verifier: the model that it was trained for.
-        config: the config.json to be.
-        tensors: target name → the source tensor whose bytes it gets.
-        left_out: source name → why the tensor is not taken along.
-        config_left_out: key of the source's config → why it does not reach the new one.
-        odd: sentences for the log: where config, tensors and reference do not say the same.
-        rounded_to: the type that all tensors get, a key of ``DTYPES``; ``None`` if each keeps its
-            own.
+        config: the config.json to write.
+        tensors: target name → the source tensor that its bytes come from.
+        left_out: source name → why the tensor is left out.
+        config_left_out: key of the source's config → why it is left out.
+        odd: sentences for the log: where config, tensors and reference disagree.
+        rounded_to: the dtype that all tensors are rounded to, a key of ``DTYPES``; ``None`` if each
+            keeps its own.
 
     """
 
@@ -86,7 +86,7 @@ class ConversionPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, as they are written."""
+        """The size of all tensors as written, in bytes."""
         return sum(
             info.elements * DTYPE_BITS[self.rounded_to or info.dtype] // 8
             for info in self.tensors.values()
@@ -108,11 +108,10 @@ def plan_conversion(
         checkpoint: its config and table of tensors.
         verifier: the model that it was trained for.
         renames: source name → target name, where they differ.
-        fusion_bias: the caller says that there is ``fc.bias``: an error if there is not. The
-            tensors decide in any case.
-        layernorms: the caller says that there are extra layernorms; likewise.
-        rounded_to: the type that all tensors get, a key of ``DTYPES``; each keeps its own if not
-            given.
+        fusion_bias: fail unless there is ``fc.bias``. The tensors decide in any case.
+        layernorms: fail unless there are extra layernorms; likewise.
+        rounded_to: the dtype to round all tensors to, a key of ``DTYPES``; each keeps its own if
+            not given.
 
     Raises:
         ConversionError: if the tensors are not those of such a checkpoint, or contradict the
@@ -269,7 +268,7 @@ def _check_dtypes(tensors: Collection[TensorInfo]) -> None:
 
 def _dtype_of(tensors: Collection[TensorInfo]) -> str:
     found = {info.dtype for info in tensors}
-    return DTYPES[found.pop()] if len(found) == 1 else "float32"  # which holds both others
+    return DTYPES[found.pop()] if len(found) == 1 else "float32"  # which holds the values of both
 
 
 def _check_shapes(

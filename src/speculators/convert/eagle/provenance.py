@@ -1,9 +1,8 @@
-"""What a converted checkpoint was made of: writing its conversion.json, and checking by it.
+"""What a converted checkpoint was made from: writing its conversion.json, and checking against it.
 
-The files' hashes are recorded by a conversion that validates, which reads every byte anyway. One
-that does not leaves the bytes to the kernel, at the speed of a plain copy; hashing them would
-take longer than copying them, so it records sizes, and that it does not know the hashes. What came
-from the Hub is told by its commit in either case.
+A conversion that validates reads every byte anyway, and records the hashes of all files. One that
+does not validate lets the kernel copy the bytes; hashing them would take longer than the copy, so
+only sizes are recorded. For a source on the Hub, its commit is recorded in either case.
 """
 
 from collections.abc import Collection
@@ -37,14 +36,14 @@ def record_conversion(
     unchecked: list[str] | None,
     progress: Progress = silent,
 ) -> ConversionRecord:
-    """Say what ``directory`` was made of.
+    """Record what ``directory`` was made from.
 
     Args:
-        plan: of its conversion.
+        plan: the plan of its conversion.
         directory: what was written; all files in it are recorded.
-        unchecked: what could not be checked when it was proven to be what the plan says; ``None``
-            if it was not, and then its files are not hashed.
-        progress: is told of the bytes hashed.
+        unchecked: what its validation could not check; ``None`` if it was not validated, in which
+            case no file is hashed.
+        progress: reports the bytes hashed.
 
     Raises:
         OSError: if a file cannot be read.
@@ -78,7 +77,7 @@ def read_record(directory: Path) -> ConversionRecord | None:
     """Read a directory's conversion.json; ``None`` if it has none.
 
     Raises:
-        CheckpointError: if it is no JSON object.
+        CheckpointError: if it is not a JSON object.
         FormatError: if it breaks the format.
 
     """
@@ -90,7 +89,7 @@ def check_files(record: ConversionRecord, directory: Path, progress: Progress = 
     """Check that the files of a converted checkpoint are those that were written.
 
     Raises:
-        ValidationError: if one is missing or another one.
+        ValidationError: if one is missing or differs.
 
     """
     paths = [directory / name for name in record.files]
@@ -111,7 +110,7 @@ def check_files(record: ConversionRecord, directory: Path, progress: Progress = 
 def changed_source_files(
     record: ConversionRecord, source: Checkpoint, progress: Progress = silent
 ) -> list[str]:
-    """The files of a source that are not, or not as they were, in the record of a conversion."""
+    """The files of a source that the record of a conversion lacks, or has with other content."""
     paths = _source_files(source)
     known = [path for path in paths if path.name in record.source.files]
     new = [path.name for path in paths if path.name not in record.source.files]
@@ -121,7 +120,7 @@ def changed_source_files(
 def _changed(
     records: dict[str, FileRecord], paths: Collection[Path], progress: Progress
 ) -> list[str]:
-    """The names of the files that are not as they are recorded; sizes are looked at first."""
+    """The names of the files that differ from their records; sizes are compared first."""
     sizes = _describe(paths, hashed=False, progress=progress)
     if other := [path.name for path in paths if sizes[path].bytes != records[path.name].bytes]:
         return other

@@ -1,8 +1,8 @@
 """An EAGLE draft in plain tensor operations, to check the model against.
 
-It is written after the reference implementation (SafeAILab/EAGLE, eagle/model/cnets1.py) and, for
-the extra layernorms, the training code of that variant; it shares nothing with ``models.eagle``
-and reads a research checkpoint's own tensors by their own names.
+It follows the reference implementation (SafeAILab/EAGLE, eagle/model/cnets1.py) and, for the extra
+layernorms, the training code of that variant. It shares no code with ``models.eagle``, and reads
+the tensors of a research checkpoint by their original names.
 """
 
 import math
@@ -24,7 +24,7 @@ class PlainDraft:
 
     Args:
         tensors: the source's tensors in float32, by their names in the source.
-        config: sizes, epsilon and RoPE.
+        config: its sizes, epsilon of the norms, and RoPE.
 
     """
 
@@ -33,7 +33,7 @@ class PlainDraft:
         self.config = config
 
     def cannot_evaluate(self) -> str | None:
-        """Why the config is beyond this plain evaluation, or ``None``."""
+        """Why this class cannot compute a draft of this config; ``None`` if it can."""
         rope_type = (self.config.rope_scaling or {}).get("rope_type")
         if rope_type not in ROPE_TYPES:
             return f"RoPE scaling of type {rope_type} is not in it"
@@ -42,7 +42,7 @@ class PlainDraft:
         return None
 
     def __call__(self, embeddings: Tensor, hidden_states: Tensor) -> Tensor:
-        """The layer's output, which is fed back: (sequence, hidden), of two of that shape."""
+        """Compute the layer's output; arguments and output have the shape (sequence, hidden)."""
         fused = (
             self._norm("embed_layernorm", embeddings),
             self._norm("hidden_layernorm", hidden_states),
@@ -56,7 +56,7 @@ class PlainDraft:
         )
 
     def before_head(self, x: Tensor) -> Tensor:
-        """What the verifier's head is applied to."""
+        """The input of the verifier's head, from the layer's output."""
         return self._norm("lm_head_layernorm", x)
 
     def _attention(self, x: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ class PlainDraft:
     def _frequencies(self, head_dim: int) -> Tensor:
         """RoPE's frequencies (Su et al. 2021, section 3.4.2), scaled as the config says.
 
-        Dynamic scaling changes nothing up to max_position_embeddings. Llama 3's keeps short
-        wavelengths, divides long ones by the factor, and goes over linearly in between
-        (meta-llama/llama-models, ``apply_scaling``).
+        Dynamic scaling changes nothing up to max_position_embeddings. Llama 3's keeps the
+        frequencies of short wavelengths, divides those of long ones by the factor, and interpolates
+        linearly in between (meta-llama/llama-models, ``apply_scaling``).
         """
         frequencies: Tensor = self.config.rope_theta ** (
             -torch.arange(0, head_dim, 2).float() / head_dim
@@ -102,7 +102,7 @@ class PlainDraft:
         return F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        """Root-mean-square norm (Zhang and Sennrich 2019); none where the source has none."""
+        """Root-mean-square norm (Zhang and Sennrich 2019); the identity if the source lacks it."""
         scale = self.tensors.get(f"{name}.weight")
         if scale is None:
             return x

@@ -28,13 +28,13 @@ from speculators.models.tensors import TORCH_DTYPES, read_tensor
 __all__ = ["TOLERANCE", "validate_conversion", "validate_model"]
 
 TOLERANCE = 1e-4
-"""Largest difference between model and plain evaluation, over the largest value (at least 1)."""
+"""Largest difference allowed from the plain evaluation, over its largest value (at least 1)."""
 
 SEED, BATCH, LENGTH = 20240126, 2, 24
 
 
 NOT_OF_THE_SOURCE = {"speculators_version", "speculators_config"}
-"""Keys of config.json that say who wrote it and how to speculate."""
+"""Keys of config.json that do not come from the source: who wrote it, and how to speculate."""
 
 
 def validate_conversion(
@@ -46,14 +46,15 @@ def validate_conversion(
 ) -> list[str]:
     """Prove that ``directory`` is what ``plan`` says.
 
-    The config is the plan's. The tensors' bytes equal the source's, or, where the plan rounds
-    them, the numbers that torch rounds the source's to. Then follows ``validate_model``.
+    The config must be the plan's. The tensors' bytes must equal the source's or, if the plan rounds
+    them, their values must be those that torch rounds the source's to. The rest is up to
+    ``validate_model``.
 
     Returns:
-        What could not be checked, in sentences, as ``validate_model`` does.
+        What could not be checked, in sentences; see ``validate_model``.
 
     Raises:
-        ValidationError: if anything of this is not so.
+        ValidationError: if any of this does not hold.
         VerifierError: if the verifier is a draft.
 
     """
@@ -66,19 +67,19 @@ def validate_conversion(
 def validate_model(
     plan: ConversionPlan, directory: Path, *, cache_dir: str | Path | None = None
 ) -> list[str]:
-    """Prove that ``directory`` computes what the tensors of ``plan`` do.
+    """Prove that the model in ``directory`` computes what the tensors of ``plan`` say.
 
-    The model loads through ``from_pretrained``, and its tensors are finite; on seeded random
-    inputs its output is finite, does not depend on what comes later, and equals a plain float32
-    evaluation of the plan's tensors (rounded, if the plan rounds them: the log tells what that
-    changes); its logits are those of the verifier's head.
+    The model must load through ``from_pretrained``, with finite tensors. On seeded random inputs,
+    its output must be finite and causal, and equal a plain float32 evaluation of the plan's tensors
+    (rounded if the plan rounds them; the log then says how much that changes). Its logits must be
+    those of the verifier's head.
 
     Returns:
-        What could not be checked, in sentences that are logged too: logits, for one, if the
-        verifier's weights cannot be had.
+        What could not be checked, in sentences that are also logged: for instance the logits, if
+        the verifier's weights are not available.
 
     Raises:
-        ValidationError: if anything of this is not so.
+        ValidationError: if any of this does not hold.
         VerifierError: if the verifier is a draft.
 
     """
@@ -142,7 +143,7 @@ def _compare_tensors(plan: ConversionPlan, directory: Path, progress: Progress) 
 
 
 def _same_numbers(info: TensorInfo, copy: TensorInfo, advance: Callable[[int], None]) -> bool:
-    """Whether ``copy``, which lies contiguously, holds a tensor's numbers, or these rounded."""
+    """Whether ``copy``, which is contiguous, has a tensor's values, rounded if dtypes differ."""
     with copy.file.open("rb") as file:
         file.seek(copy.offset)
         for chunk in contiguous_chunks(info):
@@ -160,11 +161,11 @@ def _same_numbers(info: TensorInfo, copy: TensorInfo, advance: Callable[[int], N
 
 
 class _ForwardCheck:
-    """What a draft computes on seeded random inputs, against what its tensors say.
+    """Compares what a draft computes on seeded random inputs with what its tensors say.
 
     Args:
-        plan: of the conversion; the tensors are those of its source.
-        model: what was loaded, in float32.
+        plan: the plan of the conversion; its tensors are the source's.
+        model: the loaded model, in float32.
 
     Attributes:
         unchecked: sentences on what could not be checked, and why.
@@ -277,13 +278,13 @@ class _ForwardCheck:
 
 
 def _refuse_draft_as_verifier(verifier: Verifier) -> None:
-    """Tell a verifier without a head from a draft, whose config looks like its verifier's."""
+    """Refuse a draft as the verifier: it has no head, but its config looks like its verifier's."""
     if verifier.repository.commit is not None:
-        return  # all of its weights would be downloaded for their names
+        return  # listing its tensors would download all of its weights
     try:
         tensors = read_tensors(verifier.repository)
     except SpeculatorsError:
-        return  # why there is no head to be had is told all the same
+        return  # the caller reports why there is no head
     family = recognise({}, tensors).family
     if family is not None and family.kind != "language-model":
         raise VerifierError(

@@ -1,4 +1,4 @@
-"""A converted checkpoint as the outcome of a plan, to check it again without its source."""
+"""The plan behind a converted checkpoint, to check it again without its source."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ __all__ = ["plan_of_itself", "verifier_of"]
 
 @dataclass(slots=True)
 class Unavailable:
-    """The ``Repository`` of a verifier that cannot be opened: asking for a file says why."""
+    """The ``Repository`` of a verifier that cannot be opened: every access raises the error."""
 
     name: str
     error: SpeculatorsError
@@ -37,7 +37,7 @@ class Unavailable:
 
 
 def verifier_of(config: EagleConfig, *, cache_dir: str | Path | None = None) -> Verifier:
-    """The verifier that a config names, or what the config alone says of it."""
+    """The verifier that a config names or, if it cannot be opened, what the config says of it."""
     reference, layer = config.speculators_config.verifier, config.transformer_layer_config
     try:
         if reference.name_or_path is None:
@@ -58,7 +58,7 @@ def verifier_of(config: EagleConfig, *, cache_dir: str | Path | None = None) -> 
 def plan_of_itself(
     written: Checkpoint, config: EagleConfig, verifier: Verifier, renames: Mapping[str, str]
 ) -> ConversionPlan:
-    """The plan whose outcome ``written`` is, with its own tensors in the place of the source's.
+    """The plan that results in ``written``, with its own tensors in place of the source's.
 
     Args:
         written: the converted checkpoint, in the layout of any version.
