@@ -1,12 +1,12 @@
 """Measure converting against `cp` of the same bytes, and against speculators 0.1.0.
 
-    python benchmarks/convert.py            an 8B draft, as `make bench` does it
+    python benchmarks/convert.py            an 8B draft, as in `make bench`
     python benchmarks/convert.py --size small --repeats 2 --without-earlier
 
-Every ratio is the median of ratios of neighbours: a copy, a conversion and one of a tiny
-checkpoint (the start-up) that ran one after the other, with the source in the page cache and
-nothing left to write. So a machine that is slow for a while slows all three. The raw seconds go
-into benchmarks/results/convert.json.
+A copy, a conversion and a conversion of a tiny checkpoint (the start-up time) run one after the
+other, with the source in the page cache and no writes pending, so that a temporary slowdown of the
+machine affects all three. Ratios are taken within each such round, and their median is reported.
+The raw seconds go into benchmarks/results/convert.json.
 """
 
 import argparse
@@ -36,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "convert.json"
 
 EARLIER = "speculators==0.1.0"
 EARLIER_NEEDS = ("torch==2.13.0", "typer==0.16.0", "click==8.1.8")
-"""What it runs with: it takes any typer, and does not start with those that came after it."""
+"""Versions that it runs with: it allows any typer, but does not start with later ones."""
 
 COMMAND = (sys.executable, "-c", "from speculators.cli import main; main()")
 TIMED_COMMAND = (
@@ -59,25 +59,25 @@ from speculators.cli import main
 main()
 """,
 )
-"""The command line with its fsync calls timed; the first argument is where to write their sum."""
+"""The command line with its fsync calls timed; its first argument is the file for their sum."""
 
 
 @dataclass
 class Run:
-    """What a process took."""
+    """Time and memory that a process took."""
 
     wall_s: float
     cpu_s: float
     peak_mb: float
     fsync_s: float = 0.0
-    """Of the wall time, or after it for `cp`, which does not sync."""
+    """Part of the wall time; for `cp`, which does not sync, time spent after it."""
     fsync_cpu_s: float = 0.0
-    """Of the CPU time; not measured for `cp`."""
+    """Part of the CPU time; not measured for `cp`."""
 
 
 @dataclass
 class Case:
-    """All runs of one container: what has the same place in the lists ran together."""
+    """All runs of one container; runs at the same index of the lists belong to one round."""
 
     container: str
     megabytes: float = 0.0
@@ -88,7 +88,7 @@ class Case:
     earlier_refused: str = ""
 
     def ratios(self, *, fsync: bool) -> list[float]:
-        """Seconds of converting, less the start-up, over those of copying."""
+        """Wall time of converting, minus the start-up, over that of copying."""
 
         def seconds(run: Run) -> float:
             return run.wall_s if fsync else run.wall_s - run.fsync_s
@@ -99,14 +99,14 @@ class Case:
         ]
 
     def cpu_ratios(self) -> list[float]:
-        """The same of CPU seconds, without fsync: what else runs hardly changes them."""
+        """The same ratios of CPU time, without fsync; other load hardly changes them."""
         return [
             (ours.cpu_s - ours.fsync_cpu_s - (tiny.cpu_s - tiny.fsync_cpu_s)) / copy.cpu_s
             for ours, tiny, copy in zip(self.convert, self.startup, self.cp, strict=True)
         ]
 
     def earlier_ratios(self) -> list[float]:
-        """Wall time of the earlier version over ours, start-up and fsync in both."""
+        """Wall time of the earlier version over ours, both with start-up and fsync."""
         return [
             theirs.wall_s / ours.wall_s
             for theirs, ours in zip(self.earlier, self.convert, strict=False)
@@ -114,11 +114,11 @@ class Case:
 
 
 class RunError(Exception):
-    """A measured process failed; the message is the end of what it said."""
+    """A measured process failed; the message is the end of its output."""
 
 
 def run(*command: str | Path) -> Run:
-    """Run a process, and measure it alone.
+    """Run a process, and measure its time and memory.
 
     Raises:
         RunError: if it fails.
@@ -138,7 +138,7 @@ def run(*command: str | Path) -> Run:
 
 
 def copy(source: Path, target: Path) -> Run:
-    """`cp -r`, and then the time to sync what it wrote."""
+    """Run `cp -r`, then time an fsync of what it wrote."""
     done = run("cp", "-r", source, target)
     start = time.perf_counter()
     for path in [*target.iterdir(), target, target.parent]:
@@ -150,7 +150,7 @@ def copy(source: Path, target: Path) -> Run:
 
 
 def convert(source: Path, target: Path, verifier: Path) -> Run:
-    """`speculators convert eagle --no-validate`, with the time of its fsync calls."""
+    """Run `speculators convert eagle --no-validate`, with its fsync calls timed."""
     report = target.with_name("fsync")
     arguments = ("convert", "eagle", source, target, verifier, "--no-validate")
     done = run(*TIMED_COMMAND, report, *arguments)
@@ -165,12 +165,12 @@ def make_tiny(folder: Path) -> None:
 
 
 def convert_tiny(folder: Path, target: Path) -> Run:
-    """Convert where there is next to nothing to copy."""
+    """Convert a checkpoint with next to nothing to copy."""
     return convert(folder / "tiny", target, folder / "tiny-verifier")
 
 
 def earlier_command() -> tuple[str | Path, ...]:
-    """Install the earlier version into an environment of its own, if it is not there.
+    """Install the earlier version into its own environment, if it is not there yet.
 
     Raises:
         RunError: if it cannot be installed.
@@ -191,7 +191,7 @@ def earlier_command() -> tuple[str | Path, ...]:
 
 
 def why(error: RunError) -> str:
-    """Tell the kind of an error and its first line, from a traceback."""
+    """The type and first line of an error, from a traceback."""
     lines = re.findall(r"^\w+Error: .*", str(error), re.MULTILINE)
     return str(lines[-1]).strip(" :") if lines else "it failed"
 
@@ -199,7 +199,7 @@ def why(error: RunError) -> str:
 def measure(
     case: Case, repeats: int, folder: Path, size: str, earlier: tuple[str | Path, ...]
 ) -> None:
-    """Run a case: copies and conversions in turns, and then the earlier version."""
+    """Run a case: copies and conversions in turns, then the earlier version."""
     source, target, verifier = folder / case.container, folder / "out", folder / "verifier"
     run(sys.executable, MAKER, source, "--container", case.container, "--size", size)
     case.megabytes = sum(path.stat().st_size for path in source.iterdir()) / 1e6
@@ -221,7 +221,7 @@ def measure(
             case.cp.append(once(lambda: copy(source, target)))
         print(f"{case.container}: cp {case.cp[-1]}, convert {case.convert[-1]}", flush=True)
     if earlier:
-        # It does not validate unless it is told a device for that.
+        # It validates only if it is given a device for that.
         options = ("--algorithm", "eagle", "--verifier", verifier, "--output-path", target)
         try:
             for _ in range(min(repeats, 3)):
@@ -233,7 +233,7 @@ def measure(
 
 
 def conditions() -> dict[str, Any]:
-    """Tell on what machine, and how busy it is."""
+    """The machine, the versions, and how busy the machine is."""
 
     def first(path: str, key: str) -> str:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -256,7 +256,7 @@ def conditions() -> dict[str, Any]:
 
 
 def summarise(cases: list[Case], helps: dict[str, list[Run]]) -> dict[str, Any]:
-    """Reduce the runs to the numbers that the targets are about."""
+    """Reduce the runs to the numbers that have targets."""
     tiny = [run for case in cases for run in case.startup]
     ours = helps["ours"]
     found: dict[str, Any] = {

@@ -4,14 +4,14 @@
     python benchmarks/decode.py DRAFT VERIFIER --proposal greedy:3 --proposal dynamic_tree
     python benchmarks/decode.py DRAFT VERIFIER --proposal sampling:3 --top-p 0.9
 
-For every prompt the verifier's own generate and each way of proposing run one after the other, in
-an order that turns with each prompt; a speed-up is the median over the prompts of the ratio of
-neighbours' seconds per token, so a machine that is slow for a while slows both. What is spent
-neither in the draft's nor in the verifier's forward passes is the overhead. The raw seconds go into
+For every prompt, the verifier's own generate and each proposal method run one after the other, in
+an order that rotates with each prompt. A speed-up is the median over the prompts of the ratio of
+their seconds per token, so that a temporary slowdown of the machine affects both. Time spent
+outside the forward passes of draft and verifier is the overhead. The raw seconds go into
 benchmarks/results/decode.json.
 
-Decoding is greedy, unless one of --temperature, --top-k and --top-p is given: then it samples, with
-what is not given doing nothing, and with the same seed for all ways.
+Decoding is greedy, unless --temperature, --top-k or --top-p is given: then tokens are sampled, with
+neutral values for those that are not given, and with the same seed for all methods.
 """
 
 import argparse
@@ -51,7 +51,7 @@ PROMPTS = (
 )
 DEFAULT_PROPOSALS = ("greedy:1", "greedy:2", "greedy:3", "greedy:5", "static_tree", "dynamic_tree")
 TARGET = 0.10
-"""The greatest share of the time that may be spent outside the forward passes."""
+"""The largest share of time that may be spent outside the forward passes."""
 
 
 @dataclass
@@ -65,16 +65,16 @@ class Run:
     steps: int = 0
     accepted: int = 0
     same: bool | None = None
-    """Whether the output is the verifier's own, which is only to be expected of greedy decoding."""
+    """Whether the output is the verifier's own; expected of greedy decoding only."""
 
     @property
     def s_per_token(self) -> float:
-        """What a token took."""
+        """Seconds per new token."""
         return self.total_s / self.tokens
 
     @property
     def overhead_s(self) -> float:
-        """What was spent in neither model."""
+        """Seconds spent in neither model."""
         return self.total_s - self.draft_s - self.verifier_s
 
 
@@ -87,7 +87,7 @@ class Clock:
 
     @contextmanager
     def watching(self, owner: object, method: str, kind: str) -> Any:
-        """Add up what calls of a method take."""
+        """Add up the time that calls of a method take."""
         called: Callable[..., Any] = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -106,7 +106,7 @@ class Clock:
 
 @dataclass
 class Case:
-    """A way of proposing, and its runs; the baseline of each is at the same place."""
+    """A proposal method and its runs; the baseline of each run has the same index."""
 
     name: str
     method: ProposalMethod
@@ -114,21 +114,21 @@ class Case:
 
 
 def now() -> float:
-    """Seconds, with all that was asked of a GPU done."""
+    """The time in seconds, once the GPU has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def parse_proposal(text: str) -> Case:
-    """``greedy:3`` → a chain of three tokens."""
+    """Parse a proposal method: ``greedy:3`` is a chain of three tokens."""
     name, _, tokens = text.partition(":")
     sizes = {"speculative_tokens": int(tokens)} if tokens else {}
     return Case(text, ProposalMethod.model_validate({"proposal_type": name, **sizes}))
 
 
 def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What ``generate`` is told about choosing tokens."""
+    """The arguments of ``generate`` that say how tokens are chosen."""
     neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     given = {name: value for name in neutral if (value := getattr(arguments, name)) is not None}
     return {"do_sample": True, **neutral, **given} if given else {"do_sample": False}
@@ -137,7 +137,7 @@ def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def run(
     model: EagleSpeculator, ids: Tensor, method: ProposalMethod | None, settings: dict[str, Any]
 ) -> tuple[Run, Tensor]:
-    """Generate with these settings, with the verifier alone if there is no method."""
+    """Generate with these settings, and with the verifier alone if there is no method."""
     verifier = model.verifier
     assert isinstance(verifier, PreTrainedModel)
     clock = Clock()
@@ -187,7 +187,7 @@ def summarise(case: Case, baseline: list[Run]) -> dict[str, Any]:
 
 
 def conditions(arguments: argparse.Namespace, model: EagleSpeculator) -> dict[str, Any]:
-    """Tell on what machine, how busy it is, and what is measured."""
+    """The machine, how busy it is, and what is measured."""
     cpu = Path("/proc/cpuinfo")
     names = [
         line.partition(":")[2].strip()
@@ -213,7 +213,7 @@ def conditions(arguments: argparse.Namespace, model: EagleSpeculator) -> dict[st
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What is asked for on the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("draft", type=Path, help="a converted draft")
     parser.add_argument("verifier", type=Path)
@@ -258,7 +258,7 @@ def main() -> None:
     settings = decoding | {"max_new_tokens": arguments.max_new_tokens}
     cases = [parse_proposal(text) for text in arguments.proposal or DEFAULT_PROPOSALS]
     baseline: list[Run] = []
-    for case in cases:  # what is only done once is not measured
+    for case in cases:  # warm up
         run(model, tokens_of(PROMPTS[0]), case.method, settings | {"max_new_tokens": 8})
     run(model, tokens_of(PROMPTS[0]), None, settings | {"max_new_tokens": 8})
     for index, prompt in enumerate(PROMPTS[: arguments.prompts]):

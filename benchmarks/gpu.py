@@ -33,14 +33,14 @@ SECONDS = {
     "static": 240,
     "acceptance": 1200,
 }
-"""The parts, and how long each may take; what it is in the midst of then is ended all the same."""
+"""The parts, and about how long each may take; it still finishes what it is measuring then."""
 DEFAULT_PARTS = ("decoding", "size", "loading", "correctness")
 
 Part = Callable[[Any, dict[str, Any], float], None]
 
 
 def parsed() -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -2,9 +2,10 @@
 
     python benchmarks/losslessness.py DRAFT VERIFIER
 
-All 80 prompts that `speculators evaluate` brings, greedily, in float32, in batches of unequal
-prompts padded at the left: the same batches through both. The counts, and where outputs first
-differ with how close the two best tokens were there, go into benchmarks/results/losslessness.json.
+Both decode all 80 prompts that come with `speculators evaluate` greedily, in float32, in the same
+batches of prompts of different lengths, padded at the left. The counts, and the position of each
+first difference with the gap between the two best tokens there, go into
+benchmarks/results/losslessness.json.
 """
 
 import argparse
@@ -24,7 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "losslessness.json"
 
 
 def first_difference(verifier: Any, plain: Tensor, ours: Tensor) -> dict[str, float] | None:
-    """Where two outputs part, and the verifier's lead of the best token over the second there."""
+    """Where two outputs first differ, and the verifier's gap between its best two tokens there."""
     length = min(len(plain), len(ours))
     differ = (plain[:length] != ours[:length]).nonzero()
     if not len(differ):

@@ -14,7 +14,7 @@ __all__ = ["CONTAINERS", "SIZES", "write_checkpoint", "write_verifier"]
 
 
 class Size(NamedTuple):
-    """The sizes of a draft, and so of its verifier."""
+    """The sizes of a draft, which are also its verifier's."""
 
     hidden: int
     intermediate: int
@@ -23,7 +23,7 @@ class Size(NamedTuple):
     vocabulary: int
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors of an EAGLE draft without biases, by name."""
+        """The shapes of the tensors of an EAGLE draft without biases, by name."""
         hidden, intermediate = self.hidden, self.intermediate
         key_value = hidden // self.heads * self.key_value_heads
         attention, mlp = "layers.0.self_attn", "layers.0.mlp"
@@ -41,7 +41,7 @@ class Size(NamedTuple):
         }
 
     def config(self) -> dict[str, Any]:
-        """What a draft's and a verifier's config.json have in common."""
+        """The part that is common to the config.json of a draft and of a verifier."""
         return {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
@@ -68,7 +68,7 @@ SIZES = {
 }
 
 CONTAINERS = ("safetensors", "bin", "sharded")
-"""model.safetensors, a pytorch_model.bin in the zip form, and safetensors in four files."""
+"""model.safetensors, pytorch_model.bin in the zip format, and safetensors in four shards."""
 
 SHARDS = 4
 
@@ -77,7 +77,7 @@ def write_checkpoint(directory: Path, container: str, size: str) -> None:
     """Write a checkpoint; the weights are the same in every container.
 
     Args:
-        directory: where to; it is made.
+        directory: the directory to create.
         container: one of ``CONTAINERS``.
         size: one of ``SIZES``.
 
@@ -108,7 +108,7 @@ def write_checkpoint(directory: Path, container: str, size: str) -> None:
 
 
 def write_verifier(directory: Path, size: str, **more: Any) -> None:
-    """Write a config.json alone, which is all that converting needs of a verifier."""
+    """Write only a config.json, which is all that conversion needs of a verifier."""
     directory.mkdir(parents=True)
     config = SIZES[size].config() | more
     (directory / "config.json").write_text(json.dumps(config, indent=2))

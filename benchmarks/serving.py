@@ -1,10 +1,10 @@
 """Compare vLLM with our plugin with vLLM's own EAGLE path, on the same plain EAGLE-1 draft.
 
-    .venv-vllm/bin/python benchmarks/serving.py            as `make bench-vllm` does it
+    .venv-vllm/bin/python benchmarks/serving.py            as in `make bench-vllm`
 
-Two engines are started, one without any plugin on the draft as `speculators export --to vllm`
-writes it, one with the plugin on the converted draft. They answer the same prompts in turns; the
-ratio of their speeds is taken within each turn, so that a machine that is slow for a while slows
+Two engines are started: one without any plugin, with the draft that `speculators export --to vllm`
+writes, and one with the plugin and the converted draft. They answer the same prompts in turns; the
+ratio of their speeds is taken within each turn, so that a temporary slowdown of the machine affects
 both. The raw seconds go into benchmarks/results/serving.json.
 """
 
@@ -34,15 +34,15 @@ PROMPTS = [f"Tell me about {thing}, {how}." for thing in THINGS for how in ("bri
 
 
 def answer_in_turns(draft: str) -> None:
-    """Be one of the engines: for every line of standard input, answer all prompts once.
+    """Run one of the engines: for every line of standard input, answer all prompts once.
 
-    Prints a line of JSON for each turn: seconds, tokens, and accepted tokens so far.
+    Prints a line of JSON for each turn, with seconds, tokens, and the accepted tokens so far.
     """
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         model=str(VERIFIER),
-        dtype="float32",  # so that rounding makes no difference to what is accepted
+        dtype="float32",  # so that rounding does not change which tokens are accepted
         max_model_len=256,
         max_num_seqs=len(PROMPTS),
         kv_cache_memory_bytes=128 << 20,
@@ -74,12 +74,12 @@ def answer_in_turns(draft: str) -> None:
 
 @dataclass
 class Engine:
-    """A process that answers when it is told to."""
+    """A process that answers on request."""
 
     process: subprocess.Popen[str]
 
     def turn(self) -> dict[str, float]:
-        """Let it answer all prompts once."""
+        """Have it answer all prompts once."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("go\n")
@@ -92,7 +92,7 @@ class Engine:
 
 
 def start(draft: Path, *, plugins: str | None, verbose: bool) -> Engine:
-    """Start an engine; it loads while others do."""
+    """Start an engine, without waiting for it to load."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

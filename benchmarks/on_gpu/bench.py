@@ -1,4 +1,4 @@
-"""What the parts share: the models, the prompts, the clock, and what is told of the machine."""
+"""What the parts share: models, prompts, timing, and a description of the machine."""
 
 import argparse
 import datetime
@@ -32,19 +32,19 @@ TREES = tuple(ProposalMethod(proposal_type=name) for name in ("static_tree", "dy
 
 
 class OutOfTimeError(Exception):
-    """A part has not enough time left to measure anything."""
+    """A part does not have enough time left to measure anything."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What the parts are given.
+    """The input of every part.
 
     Attributes:
         options: of the command line.
         device: where everything runs.
-        verifier: a directory of transformers.
-        drafts: the converted drafts, by their names.
-        save: writes what was measured so far.
+        verifier: a transformers directory.
+        drafts: the converted drafts, by name.
+        save: writes the results so far.
 
     """
 
@@ -56,12 +56,12 @@ class Bench:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What speed is measured in."""
+        """The dtype that speed is measured in."""
         dtype: torch.dtype = getattr(torch, self.options.dtype)
         return dtype
 
     def load_verifier(self, dtype: torch.dtype) -> Any:
-        """The verifier on the device; ``Any``, since generate's types are not told."""
+        """The verifier on the device; ``Any``, since ``generate`` has no usable types."""
         verifier: Any = AutoModelForCausalLM.from_pretrained(self.verifier, dtype=dtype)
         return verifier.to(self.device).eval()
 
@@ -75,7 +75,7 @@ class Bench:
         return draft
 
     def encoded(self, count: int) -> list[tuple[Prompt, Tensor]]:
-        """The first prompts, whose categories take turns, with their tokens, (1, length)."""
+        """The first prompts, whose categories rotate, with their tokens, (1, length)."""
         tokenizer: Any = AutoTokenizer.from_pretrained(self.verifier)
 
         def tokens_of(prompt: Prompt) -> Tensor:
@@ -92,15 +92,15 @@ class Bench:
 
 
 def prepare_verifier(options: argparse.Namespace, work: Path) -> Path:
-    """The verifier as a directory of transformers; weights of a GGUF file are dequantized.
+    """The verifier as a transformers directory; weights from a GGUF file are dequantized.
 
-    The directory is what the converter, the workers and the tokenizer can read.
+    The converter, the workers and the tokenizer all read such a directory.
     """
     if options.gguf is None:
         return Path(options.verifier)
     where = {"pretrained_model_name_or_path": options.verifier, "gguf_file": options.gguf}
     dequantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # A model that came from a GGUF file counts as quantized, and is not saved as one.
+    # transformers counts a model from a GGUF file as quantized, so a plain copy is saved instead.
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where))
     model.load_state_dict(dequantized.state_dict())
     directory = work / Path(options.gguf).stem
@@ -110,7 +110,7 @@ def prepare_verifier(options: argparse.Namespace, work: Path) -> Path:
 
 
 def convert_drafts(drafts: list[Path], verifier: Path, work: Path) -> dict[str, Path]:
-    """Convert drafts as published, by the last words of their folders' names."""
+    """Convert published drafts; each is named by the last word of its folder's name."""
     converted = {}
     for source in drafts:
         name = source.name.rpartition("-")[2]
@@ -123,14 +123,14 @@ def convert_drafts(drafts: list[Path], verifier: Path, work: Path) -> dict[str, 
 
 @dataclass(frozen=True)
 class Output:
-    """What one generation gave.
+    """The outcome of one generation.
 
     Attributes:
-        tokens: the new ones.
-        steps: passes of the verifier, without the one over the prompt.
+        tokens: the new tokens.
+        steps: verifier passes, without the prefill.
         accepted: drafted tokens that were accepted in them.
-        tried: drafted tokens that the verifier decided on: those accepted, and in each step the
-            first that was not, if there was one.
+        tried: drafted tokens that the verifier decided on: the accepted ones, and in each step the
+            first rejected one, if there was one.
 
     """
 
@@ -171,7 +171,7 @@ def speculate(
 
 
 def generate(verifier: Any, ids: Tensor, max_new_tokens: int, **settings: Any) -> Output:
-    """Generate greedily with transformers, one token in a step."""
+    """Generate greedily with transformers, one token per step."""
     sequences = verifier.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -184,9 +184,9 @@ def generate(verifier: Any, ids: Tensor, max_new_tokens: int, **settings: Any) -
 
 
 def look_up(verifier: Any, ids: Tensor, max_new_tokens: int, tokens: int) -> Output:
-    """Generate with transformers' prompt lookup; a hook counts the passes, which it does not tell.
+    """Generate with transformers' prompt lookup.
 
-    It does not tell either how many of the tokens were tried.
+    It does not report its passes, so a hook counts them; how many tokens were tried is unknown.
     """
     passes = 0
 
@@ -203,22 +203,22 @@ def look_up(verifier: Any, ids: Tensor, max_new_tokens: int, tokens: int) -> Out
 
 
 def recorded_alone(draft: EagleSpeculator, ids: Tensor, proposal: ProposalMethod) -> Any:
-    """The graphs of a proposal's step, made anew; ``None`` where there are none."""
+    """The graphs of a step with this proposal, recorded anew; ``None`` if there are none."""
     draft._workspace.clear()
     speculate(draft, ids, 4, proposal, eos_token_id=None)
     return newest_recording(draft)
 
 
 def newest_recording(draft: EagleSpeculator) -> Any:
-    """The graphs that were recorded last, of those that are kept; ``None`` if there are none."""
+    """The most recently used graphs; ``None`` if there are none."""
     return next(reversed(draft._workspace.recordings.values()), None)
 
 
 def compile_small(*models: nn.Module) -> None:
-    """Compile the norms and MLPs of Llamas, for as long as they live.
+    """Compile the norms and MLPs of Llama models in place.
 
-    They are half of a pass's kernels. Nothing in them depends on a cache, so that all layers share
-    what is compiled, and it takes seconds. (docs/generation.md shows users the same.)
+    They account for half of a pass's kernels. Nothing in them depends on a cache, so all layers
+    share the compiled code, and compiling takes seconds. (docs/generation.md shows users the same.)
     """
     for model in models:
         for module in model.modules():
@@ -227,7 +227,7 @@ def compile_small(*models: nn.Module) -> None:
 
 
 def part_ms(recording: Any, device: torch.device) -> dict[str, float]:
-    """Milliseconds of GPU time of a step's graphs."""
+    """GPU time of a step's graphs in milliseconds."""
     graphs = {
         "draft": recording.proposing,
         "verify": recording.verifying,
@@ -240,7 +240,7 @@ def part_ms(recording: Any, device: torch.device) -> dict[str, float]:
 
 
 def named(proposal: ProposalMethod) -> str:
-    """``greedy:3``, ``dynamic_tree``."""
+    """A name for a proposal: ``greedy:3``, ``dynamic_tree``."""
     kind = proposal.proposal_type
     return f"{kind}:{proposal.speculative_tokens}" if kind == "greedy" else kind
 
@@ -249,7 +249,7 @@ def named(proposal: ProposalMethod) -> str:
 
 
 def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """A call's result, and its seconds until the device has done all of it."""
+    """A call's result, and the seconds until the device has finished all of it."""
     synchronize(device)
     start = time.perf_counter()
     result = call()
@@ -258,7 +258,7 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 
 def device_ms(call: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of a call on the device: the median of three times some 50 ms of calls."""
+    """Milliseconds of a call on the device: the median of three runs of about 50 ms of calls."""
     for _ in range(2):
         call()
     _, seconds = timed(call, device)
@@ -285,20 +285,20 @@ def synchronize(device: torch.device) -> None:
 
 
 def in_turns(names: list[str], turn: int) -> Iterator[str]:
-    """All names, from another one on at each turn."""
+    """All names, rotated by one with each turn."""
     first = turn % len(names)
     yield from (*names[first:], *names[:first])
 
 
 def free(device: torch.device) -> None:
-    """Give back memory that nothing uses any more."""
+    """Release unused memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy on the device reads and writes."""
+    """Bytes per second that a large copy on the device reads plus writes."""
     nbytes = (2 << 30) if device.type == "cuda" else (64 << 20)
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
     to = torch.empty_like(source)
@@ -310,7 +310,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def conditions(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Tell on what machine, with what software and with which settings."""
+    """The machine, the software, and the settings of the measurement."""
     told: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

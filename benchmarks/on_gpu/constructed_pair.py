@@ -1,12 +1,12 @@
 """A verifier and a draft of any size, without training, whose acceptance is set by construction.
 
-The verifier's residual branches are scaled to nearly nothing, so that its last hidden state is
-the normed embedding of the last token. Row s(t) of its head is the embedding of t, for a
-permutation s of one cycle: its greedy next token is s(t), and a generation walks along the cycle.
-The draft's fusion passes the embedding and nearly nothing of the hidden state, and its layer adds
-nearly nothing, so that it proposes s(t) as well; but for a share of the tokens its own embedding
-is another token's, and its proposal there is wrong. All matrices are full and of random numbers:
-they take the time that trained ones of these shapes take.
+The verifier's residual branches are scaled to nearly zero, so that its last hidden state is the
+normed embedding of the last token. Row s(t) of its head is the embedding of t, where s is a
+permutation with a single cycle: its greedy next token is s(t), and a generation follows the cycle.
+The draft's fusion passes on the embedding and almost nothing of the hidden state, and its layer
+adds almost nothing, so that it proposes s(t) too. For a share of the tokens, though, its own
+embedding is another token's, and its proposal is wrong. All matrices are dense and random, so they
+take the same time as trained ones of these shapes.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from speculators.models.eagle import EagleSpeculator, EagleSpeculatorConfig
 
 NEARLY_NOTHING = 1e-4
-"""What a residual branch is scaled by: 64 of them then change a state by less than 1 %, which
-leaves it far nearer to its own row of the head than to any other."""
+"""The scale of residual branches: 64 of them then change a state by less than 1 %, which leaves it
+far nearer to its own row of the head than to any other."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama."""
+    """The sizes of a Llama model."""
 
     vocabulary: int
     hidden: int
@@ -36,7 +36,7 @@ class Shape:
 
     @property
     def layer(self) -> dict[str, Any]:
-        """What a config of transformers says of a layer."""
+        """The sizes as keys of a transformers config."""
         return {
             "vocab_size": self.vocabulary,
             "hidden_size": self.hidden,
@@ -57,19 +57,19 @@ SHAPES = {
     "8b": Shape(128256, 4096, 14336, 32, 8, 32),
     "tiny": Shape(2048, 128, 256, 4, 2, 2),
 }
-"""``8b`` is Llama-3.1-8B's; ``tiny`` is for trying the construction out."""
+"""``8b`` is that of Llama-3.1-8B; ``tiny`` is for trying out the construction."""
 
 
 @dataclass(frozen=True)
 class ConstructedPair:
-    """The models, and the token that follows each, (vocabulary)."""
+    """The models, and the token that follows each token, (vocabulary)."""
 
     verifier: Any
     draft: EagleSpeculator
     following: Tensor
 
     def walk(self, token: int, steps: int) -> list[int]:
-        """The tokens after one."""
+        """The tokens that follow a token."""
         following = self.following.tolist()
         tokens = []
         for _ in range(steps):
@@ -82,7 +82,7 @@ class ConstructedPair:
 def construct(
     shape: Shape, acceptance: float, device: torch.device, dtype: torch.dtype
 ) -> ConstructedPair:
-    """Make a pair whose draft is right at this share of the tokens."""
+    """Make a pair whose draft is right for this share of the tokens."""
     torch.manual_seed(0)
     verifier = random_verifier(shape, device, dtype)
     draft = random_draft(shape, device, dtype)
@@ -111,13 +111,13 @@ def construct(
 
 
 def hush(layer: Any) -> None:
-    """Scale what a layer adds to the residual stream to nearly nothing."""
+    """Scale what a layer adds to the residual stream to nearly zero."""
     for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
         projection.weight.mul_(NEARLY_NOTHING)
 
 
 def random_verifier(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    """A Llama as transformers initialises it, made on the device."""
+    """A Llama model as transformers initialises it, created on the device."""
     config = LlamaConfig(num_hidden_layers=shape.layers, **shape.layer)
     with torch.device(device):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -127,7 +127,7 @@ def random_verifier(shape: Shape, device: torch.device, dtype: torch.dtype) -> A
 def random_draft(
     shape: Shape, device: torch.device, dtype: torch.dtype, *, own_embedding: bool = True
 ) -> EagleSpeculator:
-    """A draft for it, likewise."""
+    """A draft for such a verifier, created on the device."""
     config = EagleSpeculatorConfig(
         transformer_layer_config={"model_type": "llama", **shape.layer},
         speculators_config={

@@ -1,4 +1,4 @@
-"""That what runs on the GPU is right: golden vectors, acceptance, losslessness."""
+"""Correctness on the GPU: golden vectors, acceptance, losslessness."""
 
 import json
 import math
@@ -35,11 +35,11 @@ from speculators.models.eagle import EagleSpeculator
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 GOLDEN_TOLERANCE = 1e-4
-"""Largest absolute difference in float32, as the tests have it on the CPU."""
+"""The largest absolute difference allowed in float32, the same as in the tests on the CPU."""
 GOLDEN_TREE = ProposalMethod(
     proposal_type="dynamic_tree", speculative_tokens=25, tree_depth=5, tree_top_k=4
 )
-"""``total_tokens=26, depth=5, top_k=4`` of the reference, which counts the root."""
+"""``total_tokens=26, depth=5, top_k=4`` in the reference, which counts the root."""
 
 CPU_ACCEPTANCE = ROOT / "benchmarks" / "results" / "gpu-cpu-acceptance.json"
 CHAIN = ProposalMethod(speculative_tokens=3)
@@ -47,14 +47,14 @@ ACCEPTANCE_PROMPTS, ACCEPTANCE_TOKENS, ACCEPTANCE_TOLERANCE = 32, 64, 0.05
 
 LOSSLESS_PROMPTS, LOSSLESS_TOKENS = 80, 128
 TIE = 2
-"""How many times the rounding two logits may lie apart in float32 to be a tie: both outputs were
-computed in bfloat16. The rounding is measured: by how much, in spacings of bfloat16 at the size of
-the larger logit, the lead of the best token over the second changes from float32 to bfloat16, in
-the 99th percentile of all positions."""
+"""Two logits are a tie if their gap in float32 is at most this many times the rounding: both
+outputs were computed in bfloat16. The rounding is measured: it is the 99th percentile over all
+positions of the change, from float32 to bfloat16, in the gap between the best and the second token,
+in spacings of bfloat16 at the size of the larger logit."""
 
 
 def correctness(bench: Bench, result: dict[str, Any], until: float) -> None:
-    """Measure all three; the plain generations run in processes of their own meanwhile."""
+    """Measure all three, while plain generations run in processes of their own."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     with plain_generations(bench) as plain:
@@ -74,7 +74,7 @@ def correctness(bench: Bench, result: dict[str, Any], until: float) -> None:
 
 
 def golden(bench: Bench) -> dict[str, Any]:
-    """By checkpoint: how far float32 outputs are from the reference's, and whether its tree is."""
+    """By checkpoint, how far float32 outputs are from the reference, and whether trees agree."""
     found = {}
     for source in sorted(path for path in GOLDEN.iterdir() if path.is_dir()):
         vectors = {
@@ -94,7 +94,7 @@ def golden(bench: Bench) -> dict[str, Any]:
 
 
 def golden_draft(source: Path, head: Tensor, work: Path) -> EagleSpeculator:
-    """A golden checkpoint, converted, with its head attached as a verifier's."""
+    """A golden checkpoint, converted, with its head attached as that of a verifier."""
     vocabulary, hidden = head.shape
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -117,7 +117,7 @@ def golden_draft(source: Path, head: Tensor, work: Path) -> EagleSpeculator:
 def compared(
     draft: EagleSpeculator, vectors: dict[str, Tensor]
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """The largest differences from the reference: absolute, and over its largest value."""
+    """The largest differences from the reference: absolute, and relative to its largest value."""
     for prefix in ("", "long_"):
         if f"{prefix}input_ids" not in vectors:
             continue
@@ -147,7 +147,7 @@ def same_tree(draft: EagleSpeculator, vectors: dict[str, Tensor]) -> bool:
 
 
 def acceptance(bench: Bench, result: dict[str, Any], until: float) -> None:
-    """The part that runs on a CPU too: acceptance lengths in float32."""
+    """Measure acceptance lengths in float32; this part runs on a CPU too."""
     result |= acceptance_settings(bench) | {"drafts": {}}
     verifier = bench.load_verifier(torch.float32)
     for name in bench.drafts:
@@ -159,7 +159,7 @@ def acceptance(bench: Bench, result: dict[str, Any], until: float) -> None:
 
 
 def acceptance_settings(bench: Bench) -> dict[str, Any]:
-    """On how many prompts, and how many new tokens of each."""
+    """The number of prompts, and of new tokens for each."""
     return {
         "prompts": bench.options.prompts or ACCEPTANCE_PROMPTS,
         "max_new_tokens": bench.options.max_new_tokens or ACCEPTANCE_TOKENS,
@@ -185,9 +185,9 @@ def acceptance_of(
 
 
 def acceptances(bench: Bench) -> dict[str, Any]:
-    """bfloat16 and float32 here beside float32 on a CPU, if that was measured.
+    """Compare bfloat16 and float32 here with float32 on a CPU, if that was measured.
 
-    The CPU's prompts and numbers of tokens are then taken, too.
+    The prompts and numbers of tokens are then the same as on the CPU.
     """
     measured: dict[str, Any] = {}
     if CPU_ACCEPTANCE.exists():
@@ -216,12 +216,12 @@ def acceptances(bench: Bench) -> dict[str, Any]:
 
 @dataclass
 class Plain:
-    """The verifier's own generations, as they come in.
+    """The verifier's own generations, as they are completed.
 
     Attributes:
         prompts: with their tokens.
-        outputs: an iterator over the number of a prompt and what was generated.
-        max_new_tokens: of each.
+        outputs: an iterator over the index of a prompt and the tokens generated for it.
+        max_new_tokens: for each.
 
     """
 
@@ -231,7 +231,7 @@ class Plain:
 
 
 WORKER: dict[str, Any] = {}
-"""What a worker process keeps: the verifier and the number of new tokens."""
+"""The state of a worker process: the verifier and the number of new tokens."""
 
 
 def start_worker(verifier: Path, dtype: torch.dtype, device: str, max_new_tokens: int) -> None:
@@ -244,7 +244,7 @@ def start_worker(verifier: Path, dtype: torch.dtype, device: str, max_new_tokens
 
 
 def generate_plainly(numbered: tuple[int, list[int]]) -> tuple[int, list[int]]:
-    """Generate for a prompt in a worker."""
+    """Generate for one prompt in a worker."""
     number, tokens = numbered
     verifier = WORKER["verifier"]
     ids = torch.tensor([tokens], device=verifier.device)
@@ -253,9 +253,9 @@ def generate_plainly(numbered: tuple[int, list[int]]) -> tuple[int, list[int]]:
 
 @contextmanager
 def plain_generations(bench: Bench) -> Iterator[Plain]:
-    """Begin generating with transformers, one prompt at a time in each of several processes.
+    """Start generating with transformers, one prompt at a time in each of several processes.
 
-    Processes, since the host takes so much longer for a token than the GPU that many can share it.
+    Several processes can share the GPU, since the host takes much longer per token than the GPU.
     """
     prompts = bench.encoded(min(bench.options.prompts or LOSSLESS_PROMPTS, LOSSLESS_PROMPTS))
     length = bench.options.max_new_tokens or LOSSLESS_TOKENS
@@ -267,7 +267,7 @@ def plain_generations(bench: Bench) -> Iterator[Plain]:
 
 
 def losslessness(bench: Bench, plain: Plain, until: float) -> dict[str, Any]:
-    """Compare with ours, and look into each first difference."""
+    """Compare with our outputs, and examine the first difference of each."""
     verifier = bench.load_verifier(bench.dtype)
     name = next(iter(bench.drafts))
     draft = bench.load_draft(name, verifier)
@@ -301,7 +301,7 @@ def losslessness(bench: Bench, plain: Plain, until: float) -> dict[str, Any]:
     change = torch.cat(changes).double()
     rounding = float(change.quantile(0.99))
     for one in differences:
-        # Where one output ends and the other goes on there is no gap.
+        # There is no gap where one output ends and the other continues.
         one["tie"] = one.get("gap_in_spacings", math.inf) <= TIE * rounding
     return {
         "draft": name,
@@ -325,20 +325,20 @@ def losslessness(bench: Bench, plain: Plain, until: float) -> dict[str, Any]:
 
 @torch.inference_mode()
 def logits_at(verifier: Any, ids: Tensor, tokens: list[int]) -> Tensor:
-    """The logits, (tokens, vocabulary) in float32, before each of the tokens after a prompt."""
+    """The logits, (tokens, vocabulary) in float32, that predict each of the tokens of an output."""
     whole = torch.cat((ids, torch.tensor([tokens], device=ids.device)), 1)
     logits: Tensor = verifier(whole[:, :-1], logits_to_keep=len(tokens)).logits[0]
     return logits.float()
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:
-    """Where two outputs part, if they do."""
+    """Where two outputs first differ, if they do."""
     pairs = enumerate(zip_longest(one, other))
     return next((at for at, (mine, yours) in pairs if mine != yours), None)
 
 
 def change_of_lead(exact: Tensor, rounded: Tensor) -> Tensor:
-    """How the lead of the best token over the second changes by bfloat16, in its spacings."""
+    """How bfloat16 changes the gap between the best and the second token, in its spacings."""
     best = exact.topk(2)
     leads = [logits.gather(1, best.indices) for logits in (exact, rounded)]
     change = leads[0].diff(dim=1)[:, 0] - leads[1].diff(dim=1)[:, 0]
@@ -349,7 +349,7 @@ def change_of_lead(exact: Tensor, rounded: Tensor) -> Tensor:
 def gap(exact: Tensor, rounded: Tensor, pair: list[int | None]) -> dict[str, Any]:
     """How close two tokens were, by logits in float32 and in bfloat16, (vocabulary).
 
-    Nothing is said where one output ends and the other goes on.
+    The result is empty where one output ends and the other continues.
     """
     if None in pair:
         return {}
@@ -366,7 +366,7 @@ def gap(exact: Tensor, rounded: Tensor, pair: list[int | None]) -> dict[str, Any
 
 
 def bfloat16_spacing(value: float) -> float:
-    """How far bfloat16's numbers lie apart around a value: it has eight significant bits."""
+    """The distance between bfloat16 numbers near a value: they have eight significant bits."""
     return math.ldexp(1.0, math.frexp(value)[1] - 8)
 
 

@@ -1,4 +1,4 @@
-"""Speed of the real pair: transformers' own ways of generating and ours take turns."""
+"""Speed of the real pair, in turns with transformers' own ways of generating."""
 
 import signal
 import time
@@ -32,10 +32,10 @@ from speculators.models.eagle import EagleSpeculator
 
 PLAIN = "transformers"
 LOOKED_UP = (3, 10)
-"""How many tokens transformers' prompt lookup proposes at most."""
+"""The most tokens that transformers' prompt lookup may propose."""
 
 USUAL = CHAINS[2]
-"""What all drafts propose."""
+"""The proposal that every draft is measured with."""
 
 PROMPTS, NEW_TOKENS, WARM_UP_TOKENS = 8, 128, 16
 
@@ -45,9 +45,9 @@ class Contestant:
     """A way of generating.
 
     Attributes:
-        run: from a prompt's tokens and the number of new tokens.
-        about: what it is, for the results.
-        draft: whose graphs it may record.
+        run: generates from a prompt's tokens, given the number of new tokens.
+        about: describes it in the results.
+        draft: the draft whose graphs it may record.
 
     """
 
@@ -56,12 +56,12 @@ class Contestant:
     draft: EagleSpeculator | None = None
 
     def recordings(self) -> set[Any]:
-        """The graphs that there are."""
+        """The graphs recorded so far."""
         return set(self.draft._workspace.recordings.values()) if self.draft else set()
 
 
 def contestants_of(bench: Bench, verifier: Any) -> dict[str, Contestant]:
-    """All ways of generating, by their names; only the first draft proposes in all ways."""
+    """All ways of generating, by name; only the first draft is run with every proposal method."""
     found = {PLAIN: Contestant(partial(generate, verifier), {"kind": "plain"})}
     for tokens in LOOKED_UP:
         found[f"{PLAIN}, prompt lookup {tokens}"] = Contestant(
@@ -83,7 +83,7 @@ def contestants_of(bench: Bench, verifier: Any) -> dict[str, Contestant]:
 def ours(
     name: str, draft: EagleSpeculator, proposal: ProposalMethod, *, cuda_graphs: bool = True
 ) -> Contestant:
-    """A draft with a way of proposing."""
+    """A draft with a proposal method."""
 
     def run(ids: Tensor, max_new_tokens: int) -> Output:
         return speculate(draft, ids, max_new_tokens, proposal, cuda_graphs=cuda_graphs)
@@ -101,10 +101,10 @@ def ours(
 def measure(
     bench: Bench, contestant: Contestant, ids: Tensor, max_new_tokens: int
 ) -> tuple[Output, float]:
-    """Generate once, and once more if that recorded graphs, which is done once for good.
+    """Generate once, and again if that recorded graphs, since recording is a one-time cost.
 
-    A few tokens come before, so that the clocks of host and GPU are those of this contestant's
-    work, not of the one's before it, which may have been another kind of work.
+    A few tokens are generated first, so that the clocks of host and GPU have settled on this
+    contestant's kind of work, not on that of the one before it.
     """
     contestant.run(ids, min(WARM_UP_TOKENS, max_new_tokens))
     for _ in range(4):
@@ -122,7 +122,7 @@ def one_round(
     max_new_tokens: int,
     turn: int,
 ) -> list[dict[str, Any]]:
-    """Let every contestant generate for a prompt, another one first at each turn."""
+    """Have every contestant generate for a prompt, in an order that rotates with each turn."""
     prompt, ids = asked
     outputs = {
         name: measure(bench, contestants[name], ids, max_new_tokens)
@@ -145,14 +145,14 @@ def one_round(
 
 
 def decoding(bench: Bench, result: dict[str, Any], until: float) -> None:
-    """Measure prompt by prompt, each contestant on each, until the time is over."""
+    """Measure every contestant prompt by prompt, until time is up."""
     count = bench.options.prompts or PROMPTS
     length = bench.options.max_new_tokens or NEW_TOKENS
     result["prompts"], result["max_new_tokens"], result["raw"] = count, length, []
     verifier = bench.load_verifier(bench.dtype)
     contestants = contestants_of(bench, verifier)
     prompts = bench.encoded(count)
-    # The longest first, so that no cache has to be moved, and its graphs made anew, later.
+    # The longest first, so that no cache has to grow later, which would drop its graphs.
     longest = max((ids for _, ids in prompts), key=lambda ids: ids.shape[1])
     for contestant in contestants.values():
         contestant.run(longest, length if contestant.draft else min(WARM_UP_TOKENS, length))
@@ -196,7 +196,7 @@ def summarise(contestants: dict[str, Contestant], raw: list[dict[str, Any]]) -> 
 
 
 def steps_of(bench: Bench, verifier: Any, ids: Tensor) -> dict[str, dict[str, float]]:
-    """GPU time of the parts of a step of the first draft; empty where nothing is recorded."""
+    """GPU time of the parts of a step of the first draft; empty if nothing is recorded."""
     draft = bench.load_draft(next(iter(bench.drafts)), verifier)
     found = {}
     for proposal in (*CHAINS, *TREES):
@@ -207,17 +207,17 @@ def steps_of(bench: Bench, verifier: Any, ids: Tensor) -> dict[str, dict[str, fl
 
 
 def static(bench: Bench, result: dict[str, Any], until: float) -> None:
-    """Generate with transformers' static cache, which it compiles for; ours in turns with it.
+    """Measure transformers' static cache, which it compiles for, in turns with speculation.
 
-    Ours as it is, and with norms and MLPs compiled. Compiling is told apart:
-    it is what the first generation takes more than the third one.
+    Speculation runs with plain models, and with norms and MLPs compiled. Compiling is reported
+    separately, as the extra time of the first generation over the third.
     """
     count = bench.options.prompts or PROMPTS
     length = bench.options.max_new_tokens or NEW_TOKENS
     result["prompts"], result["max_new_tokens"], result["raw"] = count, length, []
     result["first_s"] = {}
     name = next(iter(bench.drafts))
-    # Of its own each, so that nobody runs what was compiled for another.
+    # One for each contestant, so that none runs code that was compiled for another.
     verifiers = [bench.load_verifier(bench.dtype) for _ in range(3)]
     compiled = bench.load_draft(name, verifiers[2])
     compile_small(verifiers[2], compiled)
@@ -228,7 +228,7 @@ def static(bench: Bench, result: dict[str, Any], until: float) -> None:
         f"{name} {named(USUAL)}": ours(name, bench.load_draft(name, verifiers[1]), USUAL),
         f"{name} {named(USUAL)}, norms and MLPs compiled": ours(name, compiled, USUAL),
     }
-    # The longest first: the static cache keeps its size then.
+    # The longest first, so that the static cache keeps its size.
     prompts = sorted(bench.encoded(count), key=lambda one: -one[1].shape[1])
     with alarm(until - time.perf_counter()):
         for one, contestant in contestants.items():
@@ -246,7 +246,7 @@ def static(bench: Bench, result: dict[str, Any], until: float) -> None:
 
 @contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raise ``OutOfTimeError`` in here when so many seconds are over."""
+    """Raise ``OutOfTimeError`` in the block after this many seconds."""
 
     def ring(*_: Any) -> None:
         raise OutOfTimeError(f"{seconds:.0f} seconds were over.")

@@ -1,4 +1,4 @@
-"""Loading a draft of 8B size to the GPU, against the safetensors library reading the same file."""
+"""Loading a draft of 8B size to the GPU, against the safetensors library on the same file."""
 
 import tempfile
 import time
@@ -15,13 +15,13 @@ from speculators.models.eagle import EagleSpeculator
 
 ROUNDS = 5
 TARGET = 1.25
-"""The longest loading over the library's."""
+"""The longest loading time allowed, over the library's."""
 
 BASELINE = "load_file"
 
 
 def loading(bench: Bench, result: dict[str, Any], until: float) -> None:
-    """Measure a draft that takes its embedding from the verifier, and one with its own."""
+    """Measure a draft that uses the verifier's embedding, and one with its own."""
     shape = SHAPES[bench.options.shape]
     verifier = random_verifier(shape, bench.device, bench.dtype)
     result |= {"shape": bench.options.shape, "target": TARGET, "cases": {}}
@@ -37,7 +37,7 @@ def loading(bench: Bench, result: dict[str, Any], until: float) -> None:
 
 
 def compared(bench: Bench, directory: Path, verifier: Any, until: float) -> dict[str, Any]:
-    """Load in turns, the file in the page cache."""
+    """Load a draft in each way, in turns, with its file in the page cache."""
     file, device = directory / "model.safetensors", str(bench.device)
 
     def by_device_map() -> Any:
@@ -78,7 +78,7 @@ def compared(bench: Bench, directory: Path, verifier: Any, until: float) -> dict
 
 
 def reset_peak() -> int | None:
-    """Let Linux count this process's peak from now on; what it holds now, in bytes."""
+    """Reset this process's peak memory in Linux; returns its current memory, in bytes."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
@@ -87,7 +87,7 @@ def reset_peak() -> int | None:
 
 
 def peak_memory() -> int | None:
-    """The most that this process held, mapped files included, in bytes."""
+    """This process's peak memory since the reset, mapped files included, in bytes."""
     return status("VmHWM")
 
 

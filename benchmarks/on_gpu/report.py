@@ -1,4 +1,4 @@
-"""BENCHMARKS.md's tables, and its plots, of the results."""
+"""The tables and plots of BENCHMARKS.md, made from the results."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 __all__ = ["render"]
 
 MARKED = re.compile(r"(?<=<!-- made: )(?P<name>[a-z-]+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
-"""What stands between the markers of a table or plot."""
+"""The text between the markers of a table or plot."""
 
 BLUE, ORANGE, GREEN, GREY = "#3b6ea8", "#d1762b", "#4c8c4a", "#888888"
 SIZE = (7.0, 4.2)
-"""Inches, at 150 dots each."""
+"""In inches, at 150 dots per inch."""
 
 Results = dict[str, Any]
 
 
 def render(results: Results, root: Path) -> None:
-    """Put the tables into BENCHMARKS.md, and the plots beside the results.
+    """Write the tables into BENCHMARKS.md, and the plots next to the results.
 
     Args:
-        results: of any parts; what is not there is said to be not measured.
-        root: of the repository.
+        results: of any parts; missing ones are shown as not measured.
+        root: the root of the repository.
 
     """
     page = root / "BENCHMARKS.md"
@@ -48,7 +48,7 @@ def render(results: Results, root: Path) -> None:
 
 
 def draw(results: Results, name: str, directory: Path) -> bool:
-    """Draw a plot, if what it shows was measured; whether it was."""
+    """Draw a plot if its data was measured; returns whether it was."""
     plot = PLOTS[name]
     if not results.get(plot.part, {}).get("contestants"):
         return False
@@ -63,7 +63,7 @@ def draw(results: Results, name: str, directory: Path) -> bool:
 
 
 def table_of(results: Results, part: str | None, make: Callable[[Results], str]) -> str:
-    """A table, or why there is none."""
+    """A table, or the reason why there is none."""
     if part is None:
         return make(results)
     if part not in results:
@@ -75,19 +75,19 @@ def table_of(results: Results, part: str | None, make: Callable[[Results], str])
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A table of Markdown; ``None`` is an empty cell."""
+    """A table in Markdown; ``None`` is an empty cell."""
     lines = [list(head), *([("" if cell is None else str(cell)) for cell in row] for row in rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def number(value: float | None, digits: int = 2) -> str | None:
-    """A number with so many digits behind the point."""
+    """A number with this many digits after the decimal point."""
     return None if value is None else f"{value:.{digits}f}"
 
 
 def code(text: str) -> str:
-    """A text as it is, in a cell."""
+    """A text as code in a table cell."""
     escaped = text.replace("|", "\\|")
     return f"`` {escaped} ``"
 
@@ -101,7 +101,7 @@ def met(holds: bool) -> str:
 
 
 def conditions_table(results: Results) -> str:
-    """Where, when and with what each part was measured."""
+    """When, on which machine and with which software each part was measured."""
     rows = []
     for part, result in results.items():
         said = result["conditions"]
@@ -122,7 +122,7 @@ def conditions_table(results: Results) -> str:
 
 
 def decoding_table(result: Results) -> str:
-    """All contestants; the last column sets speculation against plain decoding by graphs."""
+    """All contestants; the last column compares speculation with plain decoding in graphs."""
     alone = result.get("step_ms", {}).get("greedy:1", {}).get("verify")
     rows = []
     for name, said in result["contestants"].items():
@@ -157,7 +157,7 @@ def decoding_table(result: Results) -> str:
 
 
 def steps_table(result: Results) -> str:
-    """GPU time of the parts of a step."""
+    """The GPU time of the parts of a step."""
     parts = result["step_ms"]
     if not parts:
         return "Not measured: there were no graphs."
@@ -169,7 +169,7 @@ def steps_table(result: Results) -> str:
 
 
 def static_table(result: Results) -> str:
-    """Transformers' static cache."""
+    """Speculation against transformers' static cache."""
     rows = []
     for name, said in result["contestants"].items():
         first, _, third = result["first_s"][name]
@@ -195,7 +195,7 @@ def static_table(result: Results) -> str:
 
 
 def size_table(result: Results) -> str:
-    """A step's parts at size, and what the goals say of them."""
+    """The parts of a step at 8B size, with floors and goals."""
     alone = result["contestants"]["greedy:1"].get("parts_ms", {}).get("verify")
     rows = []
     for name, said in result["contestants"].items():
@@ -233,7 +233,7 @@ def size_table(result: Results) -> str:
 
 
 def goals(result: Results) -> str:
-    """The floors, and what is asked at size."""
+    """The floors, and the goals at 8B size."""
     floors, bytes_read = result["floor_ms"], result["weights"]
     told = (
         f"Floors: {bytes_read['draft'] / 1e9:.2f} GB of weights for a pass of the draft, "
@@ -269,7 +269,7 @@ def goals(result: Results) -> str:
 
 
 def loading_table(result: Results) -> str:
-    """Loading against the library."""
+    """Loading against the safetensors library."""
     rows = []
     for case, said in result["cases"].items():
         for name, way in said["ways"].items():
@@ -289,7 +289,7 @@ def loading_table(result: Results) -> str:
 
 
 def golden_table(result: Results) -> str:
-    """Golden vectors."""
+    """Differences from the golden vectors."""
     rows = []
     for name, said in result["golden"]["checkpoints"].items():
         worst = [
@@ -305,7 +305,7 @@ def golden_table(result: Results) -> str:
 
 
 def acceptance_table(result: Results) -> str:
-    """Acceptance lengths here and on a CPU."""
+    """Acceptance lengths on the GPU and on a CPU."""
     told = result["acceptance"]
     rows = [
         (
@@ -333,7 +333,7 @@ def acceptance_table(result: Results) -> str:
 
 
 def losslessness_table(result: Results) -> str:
-    """How many outputs are identical, and how close it was where others part."""
+    """How many outputs are identical, and how close the logits are where others differ."""
     said = result["losslessness"]
     rounding, differences = said["rounding"], said["differences"]
     gaps = [one["gap_in_spacings"] for one in differences if "gap_in_spacings" in one]
@@ -389,14 +389,14 @@ TABLES: dict[str, tuple[str | None, Callable[[Results], str]]] = {
     "acceptance": ("correctness", acceptance_table),
     "losslessness": ("correctness", losslessness_table),
 }
-"""By the name in its marker: the part of the results, and what makes the table of it."""
+"""The name in the marker → the part of the results, and the function that makes the table."""
 
 
 # Plots
 
 
 def speed_by_length(result: Results, axes: Axes) -> None:
-    """Tokens a second by the length of the chain, and what it is compared with."""
+    """Tokens per second by chain length, with baselines."""
     ours = [said for said in result["contestants"].values() if said.get("graphs")]
     colors = dict(
         zip(dict.fromkeys(said["draft"] for said in ours), (BLUE, ORANGE, GREEN), strict=False)
@@ -437,7 +437,7 @@ def speed_by_length(result: Results, axes: Axes) -> None:
 
 
 def step_by_length(result: Results, axes: Axes) -> None:
-    """What a step is made of by the length of the chain, with the floors."""
+    """The parts of a step by chain length, with the floors."""
     chains = {
         said["draft_passes"]: (said, said["parts_ms"])
         for name, said in result["contestants"].items()
@@ -477,7 +477,7 @@ def step_by_length(result: Results, axes: Axes) -> None:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: the part of the results it shows, what draws it, and what it shows in words."""
+    """A plot: the part of the results it shows, the function that draws it, and its alt text."""
 
     part: str
     draw: Callable[[Results, Axes], None]
@@ -490,4 +490,4 @@ PLOTS = {
     ),
     "gpu-step": Plot("size", step_by_length, "The parts of a step by the length of the chain"),
 }
-"""By the name in its marker, which is the file's."""
+"""The name in the marker, which is also the file's → the plot."""

@@ -1,4 +1,4 @@
-"""Where the time of a step goes at real size, against the floors that reading the weights sets."""
+"""Where the time of a step goes at real size, compared with the time to read the weights."""
 
 import time
 from collections.abc import Callable
@@ -29,24 +29,24 @@ from speculators.format.config import ProposalMethod
 ACCEPTANCE = 0.8
 PROMPT_TOKENS = 16
 LENGTHS = {"plain": (8, 40), "ours": (32, 128)}
-"""Numbers of new tokens. What the longer generation takes more than the shorter one is steps
-alone: the passes over the prompt and what is done once fall out. All stays within 256 slots."""
+"""Numbers of new tokens. The difference between the longer and the shorter generation is steps
+alone: prefill and one-time costs cancel out. All stays within 256 slots."""
 
 ROUNDS = 5
 OVERHEAD_TARGET, DRAFT_TARGET = 0.05, 1.5
-"""The greatest share outside the passes; the longest draft pass over its floor."""
+"""The largest share outside the passes, and the longest draft pass over its floor, allowed."""
 
 PLAIN, COMPILED = "transformers", "greedy:3, norms and MLPs compiled"
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way of generating so many new tokens, first few, then more.
+    """A way of generating.
 
     Attributes:
-        run: generates.
-        lengths: how many tokens.
-        proposal: what is proposed, if anything.
+        run: generates this many new tokens.
+        lengths: the smaller and the larger number of new tokens.
+        proposal: the proposal method, if any.
 
     """
 
@@ -94,7 +94,7 @@ def size(bench: Bench, result: dict[str, Any], until: float) -> None:
 def weights_read(pair: ConstructedPair) -> dict[str, int]:
     """Bytes of weights that a pass reads: all but the embeddings, of which it reads a few rows.
 
-    Keys and values, half a percent of it with this prompt, are not counted.
+    Keys and values are not counted; they are half a percent of that with this prompt.
     """
     head = pair.verifier.get_output_embeddings().weight
 
@@ -120,12 +120,12 @@ def in_rounds(
     result: dict[str, Any],
     until: float,
 ) -> None:
-    """Milliseconds a step by the host's clock, and of its graphs alone right after, in turns."""
+    """Measure ms per step on the host's clock, then of its graphs alone, in turns."""
     workspace = pair.draft._workspace
     longest = max(contestant.lengths[1] for contestant in contestants.values())
     walk = pair.walk(int(ids[0, -1]), longest)
     recordings: dict[str, Any] = {}
-    for name, contestant in contestants.items():  # records the graphs, and shows the acceptance
+    for name, contestant in contestants.items():  # records the graphs and counts acceptance
         before = len(workspace.recordings)
         long = contestant.lengths[1]
         start = time.perf_counter()
@@ -160,7 +160,7 @@ def in_rounds(
 
 
 def summarise(result: dict[str, Any]) -> None:
-    """Set what was measured against the floors; of all rounds the median."""
+    """Compare what was measured with the floors, by the median of all rounds."""
     plain_ms = median(result["contestants"][PLAIN]["step_ms"])
     for said in result["contestants"].values():
         said["ms"] = median(said["step_ms"])
@@ -182,8 +182,8 @@ def summarise(result: dict[str, Any]) -> None:
 
 
 def draft_passes(proposal: ProposalMethod) -> int:
-    """How often a step reads the draft's weights."""
-    # EAGLE-1's tree has five levels; a dynamic one has one level more than it is grown.
+    """How many times a step reads the draft's weights."""
+    # EAGLE-1's tree has five levels; a dynamic tree has one more than its ``tree_depth``.
     deepest = {"static_tree": 5, "dynamic_tree": 1 + (proposal.tree_depth or 0)}
     return deepest.get(proposal.proposal_type, proposal.speculative_tokens)
 

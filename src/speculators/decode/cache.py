@@ -1,12 +1,12 @@
-"""The key-value cache of speculation: written in place, taken back without copying.
+"""The key-value cache of speculation, written in place and rolled back without copying.
 
-A verifier or draft runs on a *block* of positions of which only some will be confirmed. The block
-is written behind what each row has confirmed so far; what is not confirmed is simply written over
-by the next block. Rows of a batch may have confirmed different numbers of positions. The memory
-doubles when it is full, so that a position is copied twice at most on average.
+A verifier or draft runs on a *block* of positions, of which only some will be confirmed. The block
+is written after the confirmed slots of each row; slots that are not confirmed are overwritten by
+the next block. Rows of a batch may have different numbers of confirmed positions. The memory
+doubles when it is full, so a position is copied at most twice on average.
 
-While a step is recorded as a CUDA graph (``replay``), how much is confirmed is told by a tensor,
-and all slots up to a limit are seen through a mask, so that nothing depends on what the host knows.
+While a step is recorded as a CUDA graph (``replay``), a tensor holds the number of confirmed slots
+and a mask covers all slots up to a limit, so that nothing recorded depends on values on the host.
 """
 
 import weakref
@@ -21,24 +21,24 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 __all__ = ["BlockCache"]
 
 MARGIN = 128
-"""How many slots a cache has to spare at least when it is enlarged."""
+"""The least number of spare slots after a cache is enlarged."""
 
 
 class BlockCache(Cache):
     """The keys and values of all layers of a model.
 
     Args:
-        padding: by row, how many slots at the left hold padding.
+        padding: by row, the number of slots at the left that hold padding.
 
     Attributes:
-        lengths: by row, how many slots are confirmed, padding included.
-        tried: how many slots behind them hold positions that are not confirmed.
-        room: for how many slots each layer makes room at least.
+        lengths: by row, the number of confirmed slots, padding included.
+        tried: the number of slots after them that hold unconfirmed positions.
+        room: the least number of slots that each layer makes room for.
 
     """
 
     def __init__(self, padding: Sequence[int]) -> None:
-        # No layer keeps its cache alive, so that the memory is free at once when it is dropped.
+        # A layer does not keep its cache alive, so memory is freed as soon as the cache is dropped.
         me = weakref.proxy(self)
         super().__init__(layer_class_to_replicate=lambda: BlockLayer(me))  # type: ignore[arg-type]
         self.padding = list(padding)
@@ -56,7 +56,7 @@ class BlockCache(Cache):
 
     @property
     def plain(self) -> bool:
-        """Whether slots are positions, so that the next block needs no mask but a causal one."""
+        """Whether slots equal positions, so that the next block needs only a causal mask."""
         return self.even and not any(self.padding)
 
     @property
@@ -65,28 +65,28 @@ class BlockCache(Cache):
         return max(self.lengths) + self.tried
 
     def end(self, length: int) -> int:
-        """Up to which slot a block of this length sees, in the longest row."""
+        """The end of the slots that a block of this length attends to, in the longest row."""
         return self.start + length if self._recorded is None else self._limit
 
     def starts(self, device: torch.device) -> Tensor:
-        """(rows, 1): the first slot that is not confirmed."""
+        """(rows, 1): the first unconfirmed slot."""
         if self._recorded is not None:
             return self._recorded[:, None]
         return torch.tensor(self.lengths, device=device)[:, None]
 
     def reserve(self, slots: int) -> bool:
-        """Make room for so many slots; whether keys and values had to be moved for it."""
+        """Make room for this many slots; return whether keys and values had to be moved."""
         self.room = max(self.room, slots)
         moved = [layer.reserve(slots) for layer in self.layers]  # type: ignore[union-attr]
         return any(moved)
 
     @contextmanager
     def recording(self, lengths: Tensor, limit: int) -> Iterator[None]:
-        """Let a tensor tell how much is confirmed, and blocks see all slots up to a limit.
+        """Take confirmed lengths from a tensor, and let blocks attend to all slots up to a limit.
 
         Args:
-            lengths: (rows), as ``lengths``, which stays as it is meanwhile.
-            limit: no block may end behind it; there must be room for so many.
+            lengths: (rows), used in place of the attribute ``lengths``, which does not change.
+            limit: no block may end after this many slots; there must be room for them.
 
         """
         self._recorded, self._limit = lengths, limit
@@ -98,7 +98,7 @@ class BlockCache(Cache):
             self._slots.clear()
 
     def next_slots(self, length: int, device: torch.device) -> Tensor:
-        """(rows, length): where the next block goes; made once for all layers."""
+        """(rows, length): the slots of the next block, computed once for all layers."""
         key = (length, self.tried, device)
         if key not in self._slots:
             behind = torch.arange(self.tried, self.tried + length, device=device)
@@ -106,9 +106,9 @@ class BlockCache(Cache):
         return self._slots[key]
 
     def positions(self, depths: Tensor | int, device: torch.device) -> Tensor:
-        """(rows, nodes): the positions of nodes of these depths, (rows or 1, nodes), or of one.
+        """The positions of nodes at these depths, (rows or 1, nodes) → (rows, nodes).
 
-        Depth 0 is the first position that is not confirmed.
+        A single depth gives (rows, 1). Depth 0 is the first unconfirmed position.
         """
         if not any(self.padding):
             return self.starts(device) + depths
@@ -125,22 +125,22 @@ class BlockCache(Cache):
         window: int | None = None,
         depths: Tensor | None = None,
     ) -> Tensor | None:
-        """What each query of the next block sees, to be added to the attention's scores.
+        """The mask of the next block, to be added to its attention scores.
 
         Args:
-            queries: how many there are.
+            queries: the length of the block.
             dtype: of the mask.
             device: of the mask.
-            block: (rows or 1, queries, nodes), whether a query sees a node that is not confirmed;
-                the nodes are those tried so far and the block's own. If not given, a query sees
-                all before it.
-            window: how many positions back a query sees, itself included, if not all.
-            depths: (rows or 1, nodes), for ``window``: how far each node is behind what is
-                confirmed; nothing must have been tried so far.
+            block: (rows or 1, queries, nodes), whether a query attends to an unconfirmed node; the
+                nodes are those tried so far and the block's own. If not given, the mask is causal.
+            window: the number of positions that a query attends to, itself included; all if not
+                given.
+            depths: (rows or 1, nodes), needed with ``window``: the depth of each node, as for
+                ``positions``. ``tried`` must then be 0.
 
         Returns:
-            (rows, 1, queries, slots), zero or the lowest number; ``None`` if the mask that
-            transformers makes on its own is the same.
+            (rows, 1, queries, slots), zero or the lowest number of the dtype; ``None`` if the mask
+            that transformers makes by itself is the same.
 
         """
         if block is None and self.plain:
@@ -165,10 +165,10 @@ class BlockCache(Cache):
         return (hidden.to(dtype) * torch.finfo(dtype).min)[:, None]
 
     def confirm(self, counts: Sequence[int] | Tensor) -> None:
-        """Keep, by row, the first so many slots of what was tried, and give up the others.
+        """Confirm the first slots of the block in each row, and discard the others.
 
         Args:
-            counts: by row; a tensor while a step is recorded.
+            counts: by row, the number of slots to confirm; a tensor while a step is recorded.
 
         """
         if self._recorded is not None:
@@ -179,10 +179,10 @@ class BlockCache(Cache):
         self._slots.clear()
 
     def gather(self, paths: Tensor) -> None:
-        """Move scattered nodes of the block to its front, before they are confirmed.
+        """Move scattered nodes of the block to its front, so that they can be confirmed.
 
         Args:
-            paths: (rows, nodes), by row the places in the block of the nodes, in their new order.
+            paths: (rows, nodes), the indices of the nodes in the block, in their new order.
 
         """
         starts = self.starts(paths.device)
@@ -211,7 +211,7 @@ class BlockLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for none yet."""
+        """Start with no slots."""
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
@@ -222,7 +222,7 @@ class BlockLayer(CacheLayerMixin):
         *_: Any,
         **__: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Write a block, and give all slots up to its end."""
+        """Write a block, and return the keys and values of all slots up to its end."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = key_states.shape[2]
@@ -239,7 +239,7 @@ class BlockLayer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def reserve(self, slots: int) -> bool:
-        """Make room for so many slots; whether the keys and values had to be moved for it."""
+        """Make room for this many slots; return whether keys and values had to be moved."""
         if slots <= self.keys.shape[2]:
             return False
         self.keys, self.values = _enlarged(self.keys, slots), _enlarged(self.values, slots)
@@ -256,7 +256,7 @@ class BlockLayer(CacheLayerMixin):
         self.keys, self.values = self.keys[indices], self.values[indices]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many slots a block of this length sees, and the first of them."""
+        """The number of slots that a block of this length attends to, and the first of them."""
         return self.cache.start + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -264,14 +264,14 @@ class BlockLayer(CacheLayerMixin):
         return self.cache.start
 
     def get_max_length(self) -> int:
-        """There is none, which transformers calls -1."""
+        """-1, which stands for no maximum in transformers."""
         return -1
 
 
 def _enlarged(states: Tensor, slots: int) -> Tensor:
-    """The same with room for so many slots.
+    """A copy with room for this many slots.
 
-    Zeros, since even what a mask hides must be finite.
+    New slots are zero, since even masked values must be finite.
     """
     rows, heads, before, size = states.shape
     larger = states.new_zeros(rows, heads, slots, size)
@@ -280,5 +280,5 @@ def _enlarged(states: Tensor, slots: int) -> Tensor:
 
 
 def _places(slots: Tensor, states: Tensor) -> Tensor:
-    """Slots, (rows, slots), as an index into (rows, heads, slots, head size)."""
+    """Slots, (rows, slots), as an index into ``states``, (rows, heads, slots, head size)."""
     return slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])

@@ -1,9 +1,9 @@
 """Proposing tokens with an EAGLE draft.
 
 Position t of the draft pairs the verifier's hidden state at token t with token t+1, and its
-output predicts token t+2 (EAGLE, arXiv:2401.15077, section 4.1). Where the verifier has not been
-yet, the draft's own output takes the place of the hidden state; once it has been there, the
-position is computed again with the true one, so that the draft's cache only keeps such.
+output predicts token t+2 (EAGLE, arXiv:2401.15077, section 4.1). Where the verifier has not run
+yet, the draft's own output stands in for the hidden state. Once the verifier has run there, the
+position is computed again with its hidden state, so the draft's cache keeps no stand-ins.
 """
 
 from abc import ABC, abstractmethod
@@ -32,15 +32,15 @@ __all__ = ["Draft", "Drafter", "drafter_of"]
 
 
 class Draft(Protocol):
-    """What is asked of a draft; ``models.eagle.EagleSpeculator`` is one."""
+    """The interface of a draft, which ``models.eagle.EagleSpeculator`` implements."""
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of its inputs and outputs."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The dtype it computes in."""
 
     def draft(
         self,
@@ -50,24 +50,25 @@ class Draft(Protocol):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
     ) -> Any:
-        """Tokens and hidden states → an output with ``last_hidden_state``."""
+        """Run the draft on tokens and hidden states; the output has ``last_hidden_state``."""
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """``last_hidden_state``, or a part of it → logits."""
+        """The logits of ``last_hidden_state`` or a part of it."""
 
 
 class Drafter(ABC):
-    """A draft, its cache, and a way of proposing.
+    """A draft, its cache, and a way of proposing tokens.
 
     Args:
         draft: the model.
         cache: an empty one.
-        deepest: how many levels its proposals have below their root at most.
-        reach: how many slots a step takes at most behind those confirmed in the longest cache.
+        deepest: the most levels that its proposals have below their root.
+        reach: the most slots that a step takes in either cache, counted from the end of the
+            confirmed slots of the longer one.
 
     Attributes:
-        warp: what shapes the distribution that proposals are drawn from; ``None`` if they are not
-            drawn.
+        warp: shapes the distribution that proposals are sampled from; ``None`` if they are not
+            sampled.
 
     """
 
@@ -80,13 +81,13 @@ class Drafter(ABC):
         self.reach = reach
 
     def take_in(self, tokens: Tensor, states: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
-        """Take in what the verifier has confirmed.
+        """Run the draft on tokens that the verifier has confirmed, and keep them in its cache.
 
         Args:
             tokens: (rows, length), the confirmed tokens that the draft has not seen, padded at
                 the right.
-            states: (rows, length, hidden), the verifier's hidden state before each of them.
-            counts: by row, how many they are.
+            states: (rows, length, hidden), the verifier's hidden state at the token before each.
+            counts: by row, the number of tokens without padding.
 
         Returns:
             the draft's outputs, (rows, length, hidden).
@@ -98,7 +99,7 @@ class Drafter(ABC):
         return output
 
     def propose(self, tokens: Tensor, states: Tensor, counts: Sequence[int] | Tensor) -> Tree:
-        """Take in what the verifier has confirmed, and propose what may follow the last token.
+        """Run the draft on newly confirmed tokens, and propose what may follow the last of them.
 
         The arguments are as for ``take_in``.
         """
@@ -111,19 +112,31 @@ class Drafter(ABC):
 
     @abstractmethod
     def _grow(self, root: Tensor, state: Tensor, logits: Tensor) -> Tree:
-        """Propose what may follow tokens, (rows, 1), of the draft's outputs at them.
+        """Propose what may follow each row's last token.
 
         Args:
-            root: the tokens.
-            state: (rows, 1, hidden).
-            logits: (rows, 1, vocabulary).
+            root: (rows, 1), the last tokens.
+            state: (rows, 1, hidden), the draft's outputs at them.
+            logits: (rows, 1, vocabulary), the logits of these outputs.
 
         """
 
     def _extend(
         self, tokens: Tensor, states: Tensor, depth: int, visible: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Draft on from the nodes of a depth: their tokens and parents' states → theirs, logits."""
+        """Run the draft on nodes of one depth.
+
+        Args:
+            tokens: (rows, nodes).
+            states: (rows, nodes, hidden), the draft's outputs at their parents.
+            depth: of the nodes.
+            visible: as for ``_run``.
+
+        Returns:
+            the draft's outputs at the nodes, (rows, nodes, hidden), and their logits,
+            (rows, nodes, vocabulary).
+
+        """
         states = self._run(tokens, states, depth - 1, visible)
         self.cache.tried += tokens.shape[1]
         return states, self._logits(states)
@@ -136,8 +149,8 @@ class Drafter(ABC):
         Args:
             tokens: (rows, positions).
             states: (rows, positions, hidden).
-            depths: (1, positions), how far they are behind what is confirmed; one for all.
-            visible: as the block of ``BlockCache.mask``; ``None`` if each sees all before it.
+            depths: (1, positions), as for ``BlockCache.positions``; or one depth for all.
+            visible: as ``block`` of ``BlockCache.mask``.
 
         """
         device = self.draft.device
@@ -157,7 +170,7 @@ class Drafter(ABC):
 
 
 class ShapeDrafter(Drafter):
-    """Proposes trees of one shape."""
+    """Proposes trees of one fixed shape."""
 
     def __init__(self, draft: Draft, cache: BlockCache, paths: tuple[Path, ...]) -> None:
         deepest = max(map(len, paths))
@@ -190,15 +203,16 @@ class ShapeDrafter(Drafter):
 
 
 CANDIDATES = 1024
-"""How many of the draft's best tokens a proposal is drawn from.
+"""How many of the draft's best tokens a proposal is sampled from.
 
-Any distribution will do that is told to the verifier as it is. That of the best tokens is much
-cheaper to shape, most of all by ``top_p``, which sorts it, and is accepted about as often.
+Speculative sampling is exact for any proposal distribution that the verifier's side knows. One over
+the best tokens alone is much cheaper to warp, above all by ``top_p``, which sorts it, and its
+proposals are accepted about as often.
 """
 
 
 class DrawnChainDrafter(ShapeDrafter):
-    """Proposes chains that are drawn from the draft's distribution over its best tokens."""
+    """Proposes chains that are sampled from the draft's distribution over its best tokens."""
 
     warp: Warp
 
@@ -213,7 +227,7 @@ class DrawnChainDrafter(ShapeDrafter):
         return replace(tree, probabilities=torch.stack(self.probabilities, 1))
 
     def _children(self, logits: Tensor, level: Level) -> Tensor:
-        del level  # it has one node
+        del level  # a level of a chain has one node
         logits = logits[:, 0]
         best, tokens = logits.topk(min(CANDIDATES, logits.shape[1]))
         q = self.warp(best.float()).softmax(-1)
@@ -224,9 +238,9 @@ class DrawnChainDrafter(ShapeDrafter):
 class DynamicDrafter(Drafter):
     """Grows trees towards the most probable tokens (EAGLE-2, arXiv:2406.16858, section 4).
 
-    As the reference does (SafeAILab/EAGLE, eagle/model/cnets1.py, ``topK_genrate``): the score of
-    a node is the probability of the tokens up to it; of each level the ``top_k`` best nodes are
-    given ``top_k`` children each; the best nodes of all levels make up the tree.
+    As in the reference (SafeAILab/EAGLE, eagle/model/cnets1.py, ``topK_genrate``): a node's score
+    is the joint probability of the tokens up to it; the ``top_k`` best nodes of each level get
+    ``top_k`` children each; the best nodes of all levels make up the tree.
     """
 
     def __init__(self, draft: Draft, cache: BlockCache, nodes: int, depth: int, top_k: int) -> None:
@@ -243,8 +257,8 @@ class DynamicDrafter(Drafter):
         score, token = self._best(logits)  # (rows, 1, k)
         place = torch.arange(k, device=root.device).expand(rows, k)
         itself = torch.eye(k, dtype=torch.bool, device=root.device).expand(rows, k, k)
-        # The candidates, level by level; a parent is told by its place among them plus one, the
-        # root being 0.
+        # The candidates, level by level. A parent is given by its index among them plus one; 0 is
+        # the root.
         scores, tokens, parents = [score[:, 0]], [token[:, 0]], [torch.zeros_like(place)]
         frontier_score, frontier_token = scores[0], tokens[0]
         states, visible = state.expand(-1, k, -1), itself
@@ -254,7 +268,7 @@ class DynamicDrafter(Drafter):
             scores.append((frontier_score[:, :, None] + score).flatten(1))
             tokens.append(token.flatten(1))
             parents.append(1 + place.repeat_interleave(k, 1))
-            # The next frontier, and which of this one each of its nodes comes from.
+            # The next frontier, and the parent of each of its nodes in this one.
             frontier_score, best = scores[-1].topk(k)
             frontier_token = tokens[-1].gather(1, best)
             above = best // k
@@ -268,9 +282,9 @@ class DynamicDrafter(Drafter):
         )
 
     def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and tokens of the best: (rows, nodes, top_k) of logits."""
+        """Log-probabilities and tokens of each node's best children, both (rows, nodes, top_k)."""
         best = logits.topk(self.top_k)
-        # As ``logsumexp`` would, but with the largest logit known.
+        # As ``logsumexp`` does it, but the largest logit is already known.
         values = best.values.float()
         largest = values[..., :1]
         total = (logits - largest).exp_().sum(-1, keepdim=True)
@@ -278,7 +292,7 @@ class DynamicDrafter(Drafter):
 
     def _best_nodes(self, root: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor) -> Tree:
         """The tree of the best candidates, all (rows, candidates)."""
-        # Stable, so that of equals a parent is taken before its child.
+        # Stable, so that a parent precedes a child with the same score.
         order = scores.sort(dim=1, descending=True, stable=True).indices
         kept = order[:, : self.nodes].sort(dim=1).values
         above = parents.gather(1, kept)
@@ -295,13 +309,13 @@ class DynamicDrafter(Drafter):
 
 
 def drafter_of(draft: Draft, cache: BlockCache, method: ProposalMethod, warp: Warp) -> Drafter:
-    """What proposes by a method.
+    """The drafter for a proposal method.
 
     Args:
         draft: the model.
         cache: an empty one.
-        method: its type and sizes.
-        warp: for proposals that are drawn.
+        method: the type and sizes of proposals.
+        warp: applied to the draft's logits if proposals are sampled.
 
     Raises:
         GenerationError: if the type is unknown or the sizes are impossible.

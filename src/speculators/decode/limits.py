@@ -1,4 +1,4 @@
-"""What speculation refuses, since it could not give what the verifier alone would give."""
+"""What speculation refuses, because its output would not be the verifier's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +30,7 @@ __all__ = [
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 ARGUMENTS = ("assistant_model", "custom_generate", "inputs_embeds", "past_key_values")
-"""Arguments of ``generate`` that take the place of what speculation does itself."""
+"""Arguments of ``generate`` that would replace a part of speculation."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "output_scores": (None, False),
@@ -41,29 +41,29 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "cache_implementation": (None, "dynamic"),
     "prefill_chunk_size": (None,),
 }
-"""Settings that must be left at these values."""
+"""Settings that must have one of these values."""
 
 STATEFUL = (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
 )
-"""Processors that must see each token once and in order."""
+"""Processors that must see each token exactly once and in order."""
 
 BY_ROW = (
     PrefixConstrainedLogitsProcessor,
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
 )
-"""Processors that treat each row of a batch in its own way."""
+"""Processors that treat the rows of a batch differently."""
 
 INSTEAD = "leave it out, or use the verifier's own generate"
 
 
 def check_proposal(method: ProposalMethod) -> None:
-    """Refuse proposals that are accepted although the verifier would say something else.
+    """Refuse proposal methods that accept tokens the verifier would not have chosen.
 
     Raises:
-        GenerationError: if they are.
+        GenerationError: if this is one.
 
     """
     lossy = {"verifier_accept_k": 1, "accept_tolerance": 0.0}
@@ -76,10 +76,10 @@ def check_proposal(method: ProposalMethod) -> None:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments of ``generate`` that cannot go together with speculation.
+    """Refuse arguments of ``generate`` that speculation does not support.
 
     Raises:
-        GenerationError: if there is one.
+        GenerationError: if one is given.
 
     """
     for name in ARGUMENTS:
@@ -88,10 +88,10 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def check_generation(config: GenerationConfig, processors: LogitsProcessorList) -> None:
-    """Refuse ways of decoding that speculation has no exact counterpart of.
+    """Refuse decoding modes, settings and processors that speculation cannot reproduce exactly.
 
     Raises:
-        GenerationError: if it is one.
+        GenerationError: if there is one.
 
     """
     mode = config.get_generation_mode()
@@ -114,10 +114,10 @@ def check_generation(config: GenerationConfig, processors: LogitsProcessorList) 
 def check_batch(
     processors: LogitsProcessorList, stopping: Stopping, streamer: BaseStreamer | None
 ) -> None:
-    """Refuse what can only be done with one prompt, since each goes at its own pace.
+    """Refuse what works with one prompt only, since prompts of a batch advance at different rates.
 
     Raises:
-        GenerationError: if there is something of the kind.
+        GenerationError: if there is such a processor, streamer or stopping criterion.
 
     """
     for processor in processors:
@@ -134,7 +134,7 @@ def check_batch(
 
 
 def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
-    """By row, how many tokens at the left are padding.
+    """By row, the number of padding tokens at the left.
 
     Raises:
         GenerationError: if there is padding elsewhere.

@@ -41,18 +41,18 @@ __all__ = ["Generation", "speculate"]
 
 @dataclass
 class Generation:
-    """What speculative decoding gave.
+    """The result of speculative decoding.
 
-    A *step* is one pass of the verifier over a proposal. The first token, which the pass over the
-    prompt gives, belongs to no step.
+    A *step* is one pass of the verifier over a proposal. The first token comes from the prefill
+    and belongs to no step.
 
     Attributes:
-        sequences: (batch, length), prompts and what was generated, padded as ``generate`` pads.
-        accepted: by prompt and step, how many drafted tokens in a row the verifier agreed with;
-            the step gives one token more, the verifier's own. In a prompt's last step some of
-            them may lie behind its end.
-        offered: by prompt and step, how many in a row the draft offered: the length of the
-            chain or the depth of the tree.
+        sequences: (batch, length), prompts and generated tokens, padded as ``generate`` pads.
+        accepted: by prompt and step, the number of drafted tokens that the verifier accepted; the
+            step yields one more token, the verifier's own. In a prompt's last step some of them
+            may lie beyond the end of its sequence.
+        offered: by prompt and step, the most drafted tokens that could have been accepted: the
+            length of the chain or the depth of the tree.
 
     """
 
@@ -73,7 +73,7 @@ def speculate(
     workspace: Workspace | None = None,
     **settings: Any,
 ) -> Generation:
-    """Generate what the verifier's own ``generate`` would, in fewer of its passes.
+    """Generate what the verifier's own ``generate`` would, in fewer passes of the verifier.
 
     Args:
         draft: an EAGLE draft for the verifier.
@@ -81,11 +81,11 @@ def speculate(
         input_ids: (batch, length), prompts, padded at the left.
         proposal: how the draft proposes.
         attention_mask: (batch, length), 0 where a prompt is padded.
-        generation: as the verifier's ``generate`` takes it, and with its defaults.
-        streamer: is given each token as the verifier confirms it; for one prompt.
-        workspace: keeps what can be used again by the next generation with both models, and lets
-            steps be replayed as CUDA graphs where that can be done.
-        **settings: more of what the verifier's ``generate`` takes.
+        generation: as for the verifier's ``generate``, with the same defaults.
+        streamer: receives each token as the verifier confirms it; for a single prompt only.
+        workspace: keeps what the next generation with both models can reuse, and lets steps be
+            replayed as CUDA graphs where possible.
+        **settings: further arguments of the verifier's ``generate``.
 
     Raises:
         GenerationError: if the settings, the proposal or the verifier do not allow it.
@@ -96,7 +96,7 @@ def speculate(
     tokenizer = settings.pop("tokenizer", None)
     stop_strings = settings.get("stop_strings") or getattr(generation, "stop_strings", None)
     if tokenizer is not None and stop_strings:
-        # transformers does not hand the tokenizer on to a decoding loop that is not its own.
+        # transformers does not pass the tokenizer on to a custom decoding loop.
         criteria = settings.get("stopping_criteria") or []
         stop = StopStringCriteria(tokenizer, stop_strings)
         settings["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
@@ -108,7 +108,7 @@ def speculate(
         input_ids,
         attention_mask=attention_mask,
         generation_config=generation,
-        # It gives the prompt to the streamer, but does not hand the streamer on.
+        # ``generate`` puts the prompt into the streamer, but does not pass the streamer on.
         streamer=streamer,
         custom_generate=partial(
             _decode, draft=draft, proposal=proposal, streamer=streamer, workspace=workspace
@@ -120,7 +120,7 @@ def speculate(
 
 @dataclass
 class Prompt:
-    """One prompt and what was generated after it."""
+    """One prompt and the tokens generated so far."""
 
     tokens: list[int]
     stopping: Stopping
@@ -130,7 +130,7 @@ class Prompt:
     offered: list[int] = field(default_factory=list)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Add tokens up to the one that ends the sequence."""
+        """Add tokens, up to the one that ends the sequence."""
         for token in tokens:
             self.tokens.append(token)
             if self.streamer is not None:
@@ -153,7 +153,7 @@ def _decode(
     workspace: Workspace | None,
     **inputs: Any,
 ) -> Generation:
-    """What ``generate`` of transformers calls, with everything prepared, as its decoding loop."""
+    """The decoding loop that transformers' ``generate`` calls once it has prepared its inputs."""
     choice = Choice(logits_processor, bool(generation_config.do_sample), input_ids.device)
     stopping = Stopping(stopping_criteria, input_ids.device)
     check_generation(generation_config, logits_processor)
@@ -199,7 +199,7 @@ def steps_of(
     max_length: int,
     workspace: Workspace | None,
 ) -> Iterator[Steps]:
-    """The steps of one generation, replayed if the workspace can be had for it."""
+    """The steps of one generation, replayed as CUDA graphs if the workspace is lent for it."""
     nothing = nullcontext(enter_result=False)
     with workspace.lent(draft, verifier, padding) if workspace else nothing as lent:
         if workspace is not None and lent:
@@ -216,10 +216,10 @@ def steps_of(
 def _follow(
     tree: Tree, logits: Tensor, told: Tensor, prompts: Sequence[Prompt], choice: Choice
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Follow the tree in each row as the verifier chooses, and add its tokens to the prompts.
+    """Follow the verifier's choices down each row's tree, and add its tokens to the prompts.
 
     Returns:
-        by row, the nodes on the way, and the verifier's token after each of them.
+        by row, the nodes on the path, and the verifier's token after each of them.
 
     """
     tokens, parents, best = told.tolist()
@@ -240,7 +240,10 @@ def _follow(
 def _chooser(
     tree: Tree, logits: Tensor, row: int, prompt: Prompt, choice: Choice
 ) -> Callable[[int], int]:
-    """The verifier's choice after a node of a row, for nodes in the order of a way down."""
+    """A function from a node of a row to the verifier's choice after it.
+
+    It must be called for the nodes of one path, in order, starting at the root.
+    """
     before = [*prompt.tokens]
 
     def choose(node: int) -> int:
@@ -254,9 +257,9 @@ def _chooser(
 
 
 def _right_padded(prompts: Sequence[Prompt], generation_config: GenerationConfig) -> Tensor:
-    """The prompts' tokens as one tensor, padded behind."""
+    """The prompts' tokens as one tensor, padded at the right."""
     sequences = [torch.tensor(prompt.tokens) for prompt in prompts]
-    # The only place where transformers keeps what it has settled on; without an end of sequence
-    # there is none, and all sequences have the same length.
+    # The only place where transformers keeps the padding token it has settled on. Without an
+    # end-of-sequence token there is none, and all sequences have the same length.
     pad = getattr(generation_config, "_pad_token_tensor", None)
     return pad_sequence(sequences, batch_first=True, padding_value=0 if pad is None else int(pad))

@@ -1,12 +1,13 @@
 """Steps of speculation as CUDA graphs, recorded once and replayed.
 
-With one prompt a step is a thousand small kernels, which a host launches more slowly than a GPU
-runs them. A CUDA graph launches all of them at once, always on the same memory and with the same
-shapes. So the confirmed tokens are padded to the longest way through a tree, how much is confirmed
-is told by a tensor, and the attention goes over a power of two of slots, the rest of them masked.
+With one prompt, a step is a thousand small kernels, which a host launches more slowly than a GPU
+runs them. A CUDA graph launches all of them at once, but always on the same memory and with the
+same shapes. So newly confirmed tokens are padded to the longest path through a tree, the number of
+confirmed slots is read from a tensor, and attention covers a power of two of slots, with a mask
+over those that are not in use.
 
-The graphs and the caches that they were recorded over stay for the next generation. What cannot be
-recorded is run step by step.
+The graphs, and the caches that they were recorded over, stay for the next generation. Steps that
+cannot be recorded run eagerly.
 """
 
 import threading
@@ -32,35 +33,36 @@ from speculators.format.config import ProposalMethod
 __all__ = ["ReplayedSteps", "Workspace"]
 
 FEWEST_SLOTS = 256
-"""Of the numbers of slots that an attention goes over, the smallest."""
+"""The smallest number of slots that attention covers."""
 
 AHEAD = 1024
-"""For how many new tokens room is made at once."""
+"""The number of new tokens that room is made for before prefill."""
 
 KEPT = 16
-"""How many recordings are kept: those used last. Settings of sampling may come in any number."""
+"""How many recordings are kept, the most recently used ones: sampling settings are unlimited."""
 
 ONE_RECORDS = threading.Lock()
-"""Held while something is recorded: PyTorch records on a stream that all threads share."""
+"""Held while recording, since PyTorch records on a stream that all threads share."""
 
 
 class Graph:
-    """What a function does to a GPU's memory, recorded once, to be done again and again.
+    """A CUDA graph of a function, recorded once and replayed any number of times.
 
     Each replay draws new random numbers from PyTorch's default generator of the GPU, the same ones
-    as the function would (see the note on them in ATen/cuda/CUDAGeneratorImpl.h). Recording draws
-    none, so that a seed gives the same whether a step is recorded first or only replayed.
+    that the function would draw (see the note on CUDA graphs in ATen/cuda/CUDAGeneratorImpl.h).
+    Recording leaves the generator as it was, so a seed gives the same output whether a step is
+    recorded first or only replayed.
 
     Args:
-        run: the function. It finds its tensors itself, always the same ones, which must be kept as
-            long as the graph is.
+        run: the function. It takes no arguments and always uses the same tensors, which must live
+            as long as the graph.
         device: the GPU.
 
     Attributes:
-        result: what the function returned; its tensors are written by each ``replay``.
+        result: what the function returned; each ``replay`` overwrites its tensors.
 
     Raises:
-        RuntimeError: if the function needs the host while it runs.
+        RuntimeError: if the function cannot be recorded, as when it waits for the GPU.
 
     """
 
@@ -71,38 +73,38 @@ class Graph:
             aside.wait_stream(now)
             try:
                 with torch.cuda.stream(aside):
-                    run()  # what is only done at the first time
+                    run()  # one-time initialisation may wait for the GPU
                     with forbidden_to_wait():
                         run()
             finally:
-                # After a failure, too: what did run must not write while later steps are run.
+                # After a failure too: kernels already launched must not write during later steps.
                 now.wait_stream(aside)
                 torch.cuda.set_rng_state(random_state, device)
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads may go on using the GPU meanwhile.
+            # Other threads may keep using the GPU meanwhile.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self.result = run()
 
     def replay(self) -> None:
-        """Do it again."""
+        """Run the recorded work again."""
         self._graph.replay()
 
 
-@cache  # libraries keep workspaces of megabytes for every stream that they have been used on
+@cache  # libraries keep megabytes of workspace for every stream that they have run on
 def stream_aside(device: torch.device) -> torch.cuda.Stream:
-    """Where functions run before they are recorded."""
+    """The stream on which functions run before they are recorded."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def forbidden_to_wait() -> Iterator[None]:
-    """Let waiting for the GPU be an error.
+    """Make waiting for the GPU an error.
 
-    A recording would fail by it too, but would leave things behind.
+    Recording would fail on it too, but would leave state behind.
     """
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is a prototype
+        warnings.simplefilter("ignore")  # PyTorch warns that the mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield
@@ -111,49 +113,50 @@ def forbidden_to_wait() -> Iterator[None]:
 
 
 RECORDERS: dict[str, Callable[[Callable[[], Any], torch.device], Graph]] = {"cuda": Graph}
-"""By the type of device, what records; other devices have no graphs."""
+"""The recorder for each type of device; other devices have no graphs."""
 
 
 class UnrecordableVerifierError(RuntimeError):
-    """The verifier's part of a step cannot be recorded, whatever is proposed."""
+    """The verifier's part of a step cannot be recorded, whatever the proposal."""
 
 
 class Recording:
-    """A step as graphs, for blocks within the first ``limit`` slots of both caches.
+    """The graphs of a step, for blocks within the first ``limit`` slots of both caches.
 
     Args:
-        drafter: proposes.
-        target: verifies.
+        drafter: proposes the tree.
+        target: verifies it.
         limit: the number of slots.
-        states: the verifier's hidden states, of which only shape, dtype and device matter.
+        states: hidden states of the verifier, of which only shape, dtype and device matter.
 
     Attributes:
         proposing: the graph of the draft's part.
         verifying: the graph of the verifier's part.
-        gathering: the graph that keeps what is scattered in a tree; ``None`` for a chain.
-        tree: what was proposed last; the next ``propose`` writes over its tensors.
-        verified: what ``VerifierPass.verify`` gave for it; likewise, by the next ``verify``.
+        gathering: the graph that moves kept nodes of a tree to the front; ``None`` for a chain.
+        tree: the last proposal; the next ``propose`` overwrites its tensors.
+        verified: the result of ``VerifierPass.verify`` for it; the next ``verify`` overwrites its
+            tensors.
 
     Raises:
-        UnrecordableVerifierError: if the verifier needs the host while it runs.
-        RuntimeError: if proposing does.
+        UnrecordableVerifierError: if the verifier's part cannot be recorded.
+        RuntimeError: if the draft's part cannot be recorded.
 
     """
 
     def __init__(self, drafter: Drafter, target: VerifierPass, limit: int, states: Tensor) -> None:
         device, self.longest = states.device, drafter.deepest + 1
-        # What the host says, in one tensor, so that it is sent at once: how many tokens the draft
-        # has not seen, how full the caches are, and the tokens. The caches are as full as they are
-        # now while the steps are recorded, so that nothing confirmed is written over.
+        # The host's input, in one tensor so that one copy is enough: the number of tokens that the
+        # draft has not seen, the confirmed lengths of the caches, and the tokens. Recording starts
+        # from the current lengths, so that no confirmed slot is overwritten.
         full = (drafter.cache.lengths[0], target.cache.lengths[0])
         self._said = torch.tensor([1, *full, *[0] * self.longest], device=device)
         count, drafted, verified = self._said[:3].split(1)
         unseen = self._said[None, 3:]
-        # The way through a tree that the verifier agreed with, and its hidden states on it, which
-        # are what the draft takes in next.
+        # The path through a tree that the verifier accepted, and its hidden states along the path,
+        # which the draft takes in next.
         self._path = torch.zeros(1, self.longest, dtype=torch.long, device=device)
         self._kept = states.new_zeros(1, self.longest, states.shape[2])
-        self._warp = drafter.warp  # some warpers have tensors, which the graphs read
+        self._warp = drafter.warp  # keeps tensors of warpers alive, which the graphs read
         record = RECORDERS[device.type]
 
         def propose() -> Tree:
@@ -163,7 +166,7 @@ class Recording:
         def verify() -> tuple[Tensor, Tensor, Tensor]:
             with target.cache.recording(verified, limit):
                 told = target.verify(self.tree)
-            if self.tree.is_chain:  # a beginning of it is kept, which need not be gathered
+            if self.tree.is_chain:  # its kept nodes are already at the front
                 self._kept.copy_(target.states)
             return *told, target.states
 
@@ -181,28 +184,28 @@ class Recording:
             raise UnrecordableVerifierError(*error.args) from error
 
     def propose(self, unseen: Sequence[int], states: Tensor, drafted: int, verified: int) -> None:
-        """Propose what may follow.
+        """Propose what may follow the last confirmed token.
 
         Args:
-            unseen: the tokens that the draft has not seen.
-            states: (1, tokens, hidden), the verifier's hidden state before each of them.
-            drafted: how many slots of the draft's cache are confirmed.
-            verified: likewise, of the verifier's.
+            unseen: the confirmed tokens that the draft has not seen.
+            states: (1, tokens, hidden), the verifier's hidden state at the token before each.
+            drafted: the number of confirmed slots in the draft's cache.
+            verified: the number of confirmed slots in the verifier's cache.
 
         """
         count = len(unseen)
         said = [count, drafted, verified, *unseen, *[0] * (self.longest - count)]
         self._said.copy_(torch.tensor(said), non_blocking=True)
-        if states.data_ptr() != self._kept.data_ptr():  # they are not of this recording's last step
+        if states.data_ptr() != self._kept.data_ptr():  # not from this recording's last step
             self._kept[:, :count].copy_(states)
         self.proposing.replay()
 
     def verify(self) -> None:
-        """Run the verifier on what was proposed last."""
+        """Run the verifier on the last proposal."""
         self.verifying.replay()
 
     def keep(self, path: Sequence[int]) -> Tensor:
-        """Bring nodes to the front; their hidden states, (1, nodes, hidden)."""
+        """Move the nodes of a path to the front; return their hidden states, (1, nodes, hidden)."""
         if self.gathering is not None:
             self._path[0, : len(path)].copy_(torch.tensor(path), non_blocking=True)
             self.gathering.replay()
@@ -212,15 +215,15 @@ class Recording:
 class Workspace:
     """What a draft keeps from one generation to the next: caches, and graphs over them.
 
-    It belongs to one draft and the verifier that is attached to it, and serves one generation at
-    a time. Copied or pickled, it is empty.
+    It belongs to one draft and the verifier attached to it, and serves one generation at a time.
+    A copy of it, by pickle too, is empty.
 
     Attributes:
-        refused: whether the verifier cannot be recorded, so that nothing is any more.
-        recordings: the last ``KEPT`` ones that were used, in that order, by all that they depend
-            on besides the models; ``None`` where proposing cannot be recorded.
-        draft_cache: the draft's, over which they were recorded.
-        verifier_cache: likewise, the verifier's.
+        refused: whether the verifier turned out not to be recordable; nothing is recorded then.
+        recordings: the ``KEPT`` most recently used recordings, the latest last, keyed by all that
+            they depend on besides the models; ``None`` where proposing cannot be recorded.
+        draft_cache: the draft's cache, which they were recorded over.
+        verifier_cache: the verifier's cache, likewise.
 
     """
 
@@ -238,10 +241,10 @@ class Workspace:
     def lent(
         self, draft: Draft, verifier: PreTrainedModel, padding: Sequence[int]
     ) -> Iterator[bool]:
-        """Take the workspace for one generation, if its steps can be recorded and it is free.
+        """Lend the workspace to one generation, if the steps can be recorded and it is free.
 
         Yields:
-            whether they can and it is.
+            whether it is lent.
 
         """
         if self.refused or not replayable(draft, verifier, padding):
@@ -257,29 +260,29 @@ class Workspace:
                 self._models = models
             for cache in (self.draft_cache, self.verifier_cache):
                 cache.lengths, cache.tried = [0], 0
-            # Tensors of an inference mode could not be written outside of one later.
+            # Tensors made in inference mode could not be written outside of it later.
             with torch.inference_mode(mode=False), torch.no_grad():
                 yield True
         finally:
             self._lock.release()
 
     def clear(self) -> None:
-        """Forget the graphs, and free their memory and the caches'."""
+        """Drop the graphs and the caches, and free their memory."""
         self.recordings.clear()
         self.draft_cache, self.verifier_cache = BlockCache([0]), BlockCache([0])
         self._models = None
 
     def reserve(self, slots: int) -> None:
-        """Make room in both caches; if they have to be moved, the graphs are forgotten."""
+        """Make room in both caches; the graphs are dropped if keys and values had to be moved."""
         moved = [cache.reserve(slots) for cache in (self.draft_cache, self.verifier_cache)]
         if any(moved):
             self.recordings.clear()
 
     def recorded(self, key: Hashable, record: Callable[[], Recording]) -> Recording | None:
-        """The recording of a key, made if there is none yet; ``None`` if it cannot be made.
+        """The recording for a key, made if there is none yet; ``None`` if it cannot be made.
 
-        Where proposing cannot be recorded, this is only known for this key: it may be owed to a
-        setting of sampling. A verifier that cannot be recorded is not tried again.
+        If proposing cannot be recorded, this holds for this key only, since a sampling setting may
+        be the cause. A verifier that cannot be recorded is not tried again.
         """
         recording = None
         if key in self.recordings:
@@ -292,14 +295,14 @@ class Workspace:
                 log_that_not(error, "the verifier")
             except RuntimeError as error:
                 log_that_not(error, "the proposal")
-        self.recordings[key] = recording  # as the last one
+        self.recordings[key] = recording  # now the most recently used
         if len(self.recordings) > KEPT:
             del self.recordings[next(iter(self.recordings))]
         return recording
 
 
 def log_that_not(error: RuntimeError, part: str) -> None:
-    """Tell why a part of a step cannot be recorded."""
+    """Log why a part of a step cannot be recorded."""
     reason = str(error).partition("\n")[0]
     logger.debug(f"No CUDA graphs, since {part} cannot be recorded: {reason}")
 
@@ -307,18 +310,18 @@ def log_that_not(error: RuntimeError, part: str) -> None:
 class ReplayedSteps(Steps):
     """Steps that are recorded once for each number of slots, and then replayed.
 
-    The steps of a number of slots for which there is no recording are run as ``Steps`` runs them.
+    Where there is no recording for a number of slots, steps run as in ``Steps``.
 
     Args:
-        drafter: with the workspace's cache.
-        target: likewise.
-        workspace: lent for this generation.
-        proposal: what the drafter proposes by.
-        slots: how many slots the prompt and all that may follow it take.
+        drafter: with the workspace's draft cache.
+        target: with the workspace's verifier cache.
+        workspace: lent to this generation.
+        proposal: the drafter's method.
+        slots: the most slots that the prompt and its continuation can take.
 
     Attributes:
-        limit: how many slots the attention of the current step goes over.
-        recording: the graphs for so many, if there are any.
+        limit: the number of slots that attention covers in the current step.
+        recording: the graphs for this number, if there are any.
 
     """
 
@@ -340,7 +343,7 @@ class ReplayedSteps(Steps):
     def prefill(
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """See ``Steps``; here room is made first."""
+        """See ``Steps``; makes room in the caches first."""
         ahead = min(self.slots, tokens.shape[1] + AHEAD)
         self.workspace.reserve(limit_for(ahead + self.drafter.reach))
         return super().prefill(tokens, attention_mask, position_ids)
@@ -374,7 +377,7 @@ class ReplayedSteps(Steps):
         return states
 
     def _recording(self, limit: int, states: Tensor) -> Recording | None:
-        """The graphs for so many slots; ``None`` if they cannot be made."""
+        """The graphs for ``limit`` slots; ``None`` if they cannot be made."""
         self.workspace.reserve(limit)
         return self.workspace.recorded(
             (self.proposal, limit, self.target.last_position),
@@ -383,15 +386,15 @@ class ReplayedSteps(Steps):
 
 
 def limit_for(slots: int) -> int:
-    """The number of slots that an attention goes over, of which so many are needed."""
+    """The number of slots for attention to cover if this many are needed."""
     return max(FEWEST_SLOTS, 1 << (slots - 1).bit_length())
 
 
 def replayable(draft: Draft, verifier: PreTrainedModel, padding: Sequence[int]) -> bool:
-    """Whether the steps of a generation could be recorded, so far as can be told before.
+    """Whether the steps of a generation can be recorded, as far as is known beforehand.
 
-    Both models must be on one device that records, and take masks; and there must be one prompt
-    without padding.
+    Both models must be in eval mode, on one device that has a recorder, and take 4D masks; and
+    there must be a single prompt, without padding.
     """
     if not isinstance(draft, nn.Module) or verifier.training or draft.training:
         return False
@@ -405,12 +408,15 @@ def replayable(draft: Draft, verifier: PreTrainedModel, padding: Sequence[int]) 
 
 
 def takes_masks(model: Any) -> bool:
-    """Whether the attention of a model takes a mask of four dimensions."""
+    """Whether the attention of a model takes a 4D mask."""
     return model.config._attn_implementation in MASKABLE
 
 
 def addresses(draft: Draft, verifier: PreTrainedModel) -> tuple[Hashable, ...]:
-    """What changes whenever a model's tensors are moved, cast or exchanged."""
+    """A key that changes when tensors of a model are moved, cast or replaced.
+
+    It also holds the verifier's attention implementation, which can be changed after loading.
+    """
     implementation = verifier.config._attn_implementation
     return (
         implementation,

@@ -1,15 +1,15 @@
 """The verifier's choice of the next token.
 
-After a node the verifier's token is drawn once, from its own distribution, as its own ``generate``
-draws it; the tree is followed for as long as it holds the token that was drawn. So the output's
-distribution is the verifier's whatever was proposed, and this is the multi-round scheme of EAGLE
-(arXiv:2401.15077, section 4.3) for candidates that are no draws themselves: accepting the child x
-with probability p(x), or else going on with p without x, accepts each child with probability p(x).
+After each node, one token is sampled from the verifier's distribution, as the verifier's own
+``generate`` would; the tree is followed as long as it contains the sampled token. So the output has
+the verifier's distribution, whatever was proposed. This equals the multi-round scheme of EAGLE
+(arXiv:2401.15077, section 4.3) for candidates that were not sampled: accepting the child x with
+probability p(x), and otherwise going on with p without x, accepts each child with probability p(x).
 
-Where the proposal is itself a draw from the draft's distribution q, the two draws are coupled so
-that they are equal as often as can be: that is speculative sampling (Leviathan et al., 2023,
-arXiv:2211.17192; Chen et al., 2023, arXiv:2302.01318). The proposal is taken with probability
-min(1, p/q), and otherwise the token is drawn from max(0, p - q), normalised.
+Where the proposal was itself sampled, from the draft's distribution q, the two samples are coupled
+so that they are equal as often as possible: this is speculative sampling (Leviathan et al., 2023,
+arXiv:2211.17192; Chen et al., 2023, arXiv:2302.01318). The proposed token is accepted with
+probability min(1, p/q); otherwise a token is sampled from max(0, p - q), normalised.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ WARPERS = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-"""What shapes a distribution whatever the tokens before it; a class derived from one may not."""
+"""Processors that do not depend on the preceding tokens; a subclass of one may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ class Choice:
     """How the verifier chooses a token.
 
     Attributes:
-        processors: what is done to its logits before.
-        do_sample: draw, instead of taking the best.
-        device: where the processors' own tensors are.
+        processors: applied to its logits first.
+        do_sample: sample instead of taking the best token.
+        device: the device of the processors' own tensors.
 
     """
 
@@ -64,12 +64,12 @@ class Choice:
 
     @property
     def is_best(self) -> bool:
-        """Whether it is the token with the highest logit, always."""
+        """Whether it is always the token with the highest logit."""
         return not self.do_sample and not self.processors
 
     @property
     def is_memoryless(self) -> bool:
-        """Whether the tokens before do not matter."""
+        """Whether it does not depend on the preceding tokens, given the logits."""
         return all(type(one) in WARPERS for one in self.processors)
 
     def __call__(
@@ -79,16 +79,16 @@ class Choice:
         proposed: Tensor | None = None,
         q: Tensor | None = None,
     ) -> int:
-        """Choose.
+        """Choose the next token.
 
         Args:
-            before: all tokens before, padding included.
+            before: all preceding tokens, padding included.
             logits: (vocabulary), the verifier's after them.
-            proposed: a token, (1), that was drawn from ``q``.
-            q: the draft's distribution, (vocabulary).
+            proposed: (1), a token that was sampled from ``q``.
+            q: (vocabulary), the draft's distribution.
 
         Raises:
-            GenerationError: if there is no distribution to draw from.
+            GenerationError: if there is no distribution to sample from.
 
         """
         scores = logits.to(copy=True, device=self.device, dtype=torch.float32)[None]
@@ -102,7 +102,7 @@ class Choice:
             drawn = draw(p)
         else:
             drawn = coupled_draw(p, q.to(p.device), proposed.to(p.device))
-        # With what is wrong told by the token, the host waits for the device once.
+        # A failure is encoded in the token, so that the host waits for the device only once.
         token = int(torch.where(p[drawn].isnan(), -1, drawn))
         if token < 0:
             raise GenerationError(
@@ -113,11 +113,11 @@ class Choice:
 
 
 def draw(p: Tensor) -> Tensor:
-    """A draw from each distribution.
+    """Sample a token from each distribution.
 
-    The token that comes first if each comes after a time that is exponentially distributed with
-    its probability as the rate. ``Tensor.multinomial`` draws in the same way, but checks the
-    probabilities before, for which the host must wait for the device.
+    Each token gets an exponentially distributed waiting time, with its probability as the rate, and
+    the first one wins. ``Tensor.multinomial`` samples the same way, but checks the probabilities
+    first, for which the host must wait for the device.
 
     Args:
         p: (..., vocabulary), probabilities; they are not checked.
@@ -130,19 +130,19 @@ def draw(p: Tensor) -> Tensor:
 
 
 def coupled_draw(p: Tensor, q: Tensor, proposed: Tensor) -> Tensor:
-    """A draw from p that is ``proposed``, itself a draw from q, as often as can be.
+    """Sample from p, with ``proposed``, a sample from q, as the result as often as possible.
 
     Args:
         p: (vocabulary), probabilities.
         q: (vocabulary), probabilities.
-        proposed: (1), the token that was drawn from q.
+        proposed: (1), the token that was sampled from q.
 
     Returns:
         a token, (1).
 
     """
     rest = (p - q).clamp_min(0)
-    # Where p is q but for rounding, nothing is left to draw from; nor is it ever needed then.
+    # If p equals q up to rounding, nothing may be left to sample from; p then stands in.
     rest = torch.where(rest.sum() > 0, rest, p)
     accepted = torch.rand_like(p[:1]) * q[proposed] < p[proposed]
     return torch.where(accepted, proposed, draw(rest))
@@ -150,14 +150,14 @@ def coupled_draw(p: Tensor, q: Tensor, proposed: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Warp:
-    """What makes the draft's distribution more like the verifier's.
+    """The processors that bring the draft's distribution closer to the verifier's.
 
     A proposal may come from any distribution; the closer it is to the verifier's, the more often
-    it is accepted. Two warps are equal if their settings are.
+    the proposal is accepted. Two warps are equal if their settings are.
 
     Attributes:
-        settings: which warpers they are, in their order, and all that they hold.
-        warpers: what is done to logits.
+        settings: the types of the warpers, in order, with all their values.
+        warpers: applied to logits.
 
     """
 
@@ -165,12 +165,12 @@ class Warp:
     warpers: LogitsProcessorList = field(compare=False)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Logits, (rows, vocabulary), as tokens are drawn from them."""
+        """Warp logits, (rows, vocabulary), before tokens are sampled from them."""
         return self.warpers(None, logits)  # type: ignore[arg-type]
 
 
 def warp_of(processors: LogitsProcessorList) -> Warp:
-    """The part of the verifier's processors that does not depend on the tokens before."""
+    """Those of the verifier's processors that do not depend on the preceding tokens."""
     warpers = [one for one in processors if type(one) in WARPERS]
     settings = [
         (type(one).__name__, {name: _exact(value) for name, value in vars(one).items()})
@@ -180,5 +180,5 @@ def warp_of(processors: LogitsProcessorList) -> Warp:
 
 
 def _exact(value: Any) -> Any:
-    """A setting in a form of which ``repr`` shows all digits; of a tensor it shows a few."""
+    """A setting in a form whose ``repr`` shows all digits, unlike a tensor's."""
     return value.tolist() if isinstance(value, Tensor) else value

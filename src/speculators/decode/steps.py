@@ -1,4 +1,4 @@
-"""One step of speculation: the draft proposes, the verifier runs, what it agrees with is kept."""
+"""One step of speculation: the draft proposes, the verifier verifies, accepted tokens are kept."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ __all__ = ["Steps"]
 
 
 class Steps:
-    """The parts of the steps of one generation.
+    """The parts of each step of one generation.
 
     Args:
         drafter: with an empty cache.
@@ -27,11 +27,11 @@ class Steps:
     def prefill(
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Show the prompts, (rows, length), padded at the left, to both models.
+        """Run both models on the prompts, (rows, length), padded at the left.
 
         Returns:
-            the verifier's logits behind the last tokens, (rows, vocabulary), and its hidden
-            states at them, (rows, 1, hidden).
+            the verifier's logits after the last tokens, (rows, vocabulary), and its hidden states
+            at them, (rows, 1, hidden).
 
         """
         logits, states = self.target.prefill(tokens, attention_mask, position_ids)
@@ -41,12 +41,12 @@ class Steps:
         return logits, states[:, -1:]
 
     def propose(self, unseen: Sequence[Sequence[int]], states: Tensor) -> Tree:
-        """Propose what may follow.
+        """Propose what may follow each row's last confirmed token.
 
         Args:
             unseen: by row, the confirmed tokens that the draft has not seen.
-            states: (rows, length of the longest, hidden), the verifier's hidden state before
-                each of them.
+            states: (rows, length of the longest, hidden), the verifier's hidden state at the token
+                before each of them.
 
         """
         tokens = padded(unseen, self.drafter.draft.device)
@@ -57,7 +57,7 @@ class Steps:
         return self.target.verify(tree)
 
     def keep(self, tree: Tree, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Confirm, by row, the nodes of a way from the root, and give up the others.
+        """Confirm, by row, the nodes of a path from the root, and discard the others.
 
         Returns:
             the verifier's hidden states at them, (rows, length of the longest, hidden).

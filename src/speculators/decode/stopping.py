@@ -10,13 +10,13 @@ __all__ = ["Stopping"]
 
 
 class Stopping:
-    """Says of one sequence at a time whether its last token is its last.
+    """Tells whether a sequence ends with its latest token, one sequence at a time.
 
-    Ends of sequence and lengths, which every generation has, are checked without tensors.
+    End-of-sequence tokens and the maximum length, the usual criteria, are checked without tensors.
 
     Args:
         criteria: the verifier's.
-        device: for the tensors that other criteria are given.
+        device: of the tensors that other criteria are given.
 
     """
 
@@ -34,7 +34,7 @@ class Stopping:
                 self.others.append(criterion)
 
     def __call__(self, tokens: Sequence[int]) -> bool:
-        """Whether the last of these tokens, the prompt's included, is the end."""
+        """Whether the sequence, its prompt included, ends with the last of these tokens."""
         if tokens[-1] in self.ends or len(tokens) >= self.max_length:
             return True
         if not self.others:

@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["EAGLE1_TREE", "Level", "Shape", "Tree", "ancestors_of", "chain", "shape_of"]
 
 Path = tuple[int, ...]
-"""Where a node is: the rank of each token on the way to it among its siblings, best first."""
+"""Where a node is: the rank of each token on the path to it among its siblings, 0 for the best."""
 
 # fmt: off
 EAGLE1_TREE: tuple[Path, ...] = (
@@ -25,20 +25,21 @@ EAGLE1_TREE: tuple[Path, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """Drafted tokens behind the last confirmed one, which is the root.
+    """Drafted tokens after the last confirmed one, which is the root.
 
-    The nodes are in an order in which parents come before their children; where the shape is the
-    same for all rows, its tensors have one row only.
+    Parents come before their children. Where all rows have the same shape, the tensors that
+    describe it have a single row.
 
     Attributes:
         tokens: (rows, nodes).
-        parents: (rows or 1, nodes), the place of each node's parent; the root is its own.
+        parents: (rows or 1, nodes), the index of each node's parent; the root is its own parent.
         depths: (rows or 1, nodes), 0 for the root.
-        ancestors: (rows or 1, nodes, nodes), whether the second node is on the way from the root
-            to the first one, itself included.
+        ancestors: (rows or 1, nodes, nodes), whether the second node is on the path from the root
+            to the first one, both included.
         is_chain: whether each node is the only child of the one before it.
-        probabilities: (rows, nodes, vocabulary), at each node the distribution that its child was
-            drawn from, for chains that are drawn; ``None`` where the draft's best were taken.
+        probabilities: (rows, nodes - 1, vocabulary), for sampled chains: the distribution that the
+            child of each node but the last was sampled from; ``None`` where the draft's best
+            tokens were taken.
 
     """
 
@@ -52,16 +53,16 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The nodes of a depth, as they are drafted from those of the level above with children.
+    """The nodes of one depth, as drafted from the inner nodes (those with children) above.
 
     Attributes:
-        parents: (nodes), which of the level above's inner nodes is the parent.
-        ranks: (nodes), which of the parent's best tokens the node is.
-        width: how many ranks there are.
-        inner: (inner nodes), the nodes of this level that have children.
+        parents: (nodes), the index of each node's parent among the inner nodes of the level above.
+        ranks: (nodes), the rank of each node among its parent's best tokens.
+        width: the number of ranks.
+        inner: (inner nodes), the indices of this level's nodes that have children.
         visible: (1, inner nodes, inner nodes of this level and all above but the root), whether
-            the second is on the way to the first; ``None`` if all are.
-        is_link: whether there is one node, and one above, of which it is the best token.
+            the second is on the path to the first; ``None`` if all are.
+        is_link: whether the level is a single node, the best child of the one inner node above.
 
     """
 
@@ -75,7 +76,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A tree that is the same for every step; ``parents`` and so on are as in ``Tree``."""
+    """A tree that is the same in every step; attributes of the same name are as in ``Tree``."""
 
     parents: Tensor
     depths: Tensor
@@ -89,9 +90,9 @@ def chain(length: int) -> tuple[Path, ...]:
     return tuple((0,) * depth for depth in range(1, length + 1))
 
 
-@cache  # kept for good, since graphs that were recorded with a shape need its tensors
+@cache  # never evicted, since graphs that were recorded with a shape need its tensors
 def shape_of(paths: tuple[Path, ...], device: torch.device) -> Shape:
-    """The tree with these nodes; with every path, its beginnings must be there too."""
+    """The shape with a node at each path; all prefixes of a path must be among the paths."""
     nodes: list[Path] = [(), *sorted(paths, key=lambda path: (len(path), path))]
     place = {path: index for index, path in enumerate(nodes)}
     parents = torch.tensor([place[path[:-1]] for path in nodes], device=device)
@@ -124,9 +125,10 @@ def shape_of(paths: tuple[Path, ...], device: torch.device) -> Shape:
 
 
 def ancestors_of(parents: Tensor) -> Tensor:
-    """``Tree.ancestors`` of ``Tree.parents``, (rows, nodes) → (rows, nodes, nodes).
+    """``Tree.ancestors`` from ``Tree.parents``, (rows, nodes) → (rows, nodes, nodes).
 
-    In round i a node knows its nearest 2^i ancestors and takes over those of the farthest.
+    By doubling: in round i each node knows the last 2^i nodes on the path to it, itself included,
+    and adds those known to the node before them.
     """
     nodes = parents.shape[1]
     ancestors = torch.eye(nodes, dtype=torch.bool, device=parents.device).repeat(len(parents), 1, 1)

@@ -1,4 +1,4 @@
-"""Running the verifier on a tree of proposed tokens, and following it as far as it agrees."""
+"""Running the verifier on a tree of proposed tokens, and following the tree while it agrees."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -16,19 +16,19 @@ from speculators.errors import GenerationError
 __all__ = ["VerifierPass", "children_of", "depth_of", "padded", "walk"]
 
 MASKABLE = ("sdpa", "eager")
-"""Attention implementations that take a mask of four dimensions."""
+"""Attention implementations that take a 4D mask."""
 
 
 class VerifierPass:
-    """Forward passes of the verifier, with its last hidden states; a context manager.
+    """Forward passes of the verifier that also give its last hidden states; a context manager.
 
     Args:
         model: a causal language model.
         cache: an empty one.
-        max_length: how many tokens the longest sequence may come to.
+        max_length: the most tokens that a sequence may have.
 
     Raises:
-        GenerationError: if speculation cannot be done with the model.
+        GenerationError: if the model does not support speculation.
 
     """
 
@@ -40,12 +40,13 @@ class VerifierPass:
         self.last_position = max(known, max_length) - 1
         takes = inspect.signature(type(model).forward).parameters
         self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        # Where the prompts are: a model that is spread over several devices takes them there.
+        # The device of the prompts, set by ``prefill``: later tokens go there too, wherever the
+        # layers of a model are that is spread over several devices.
         self._device = model.device
         self._states: Tensor | None = None
 
     def __enter__(self) -> "VerifierPass":
-        # What the head sees, whatever the model does to its logits afterwards.
+        # The decoder's output is what the head sees, whatever is done to the logits afterwards.
         self._hook = self.model.get_decoder().register_forward_hook(self._keep_states)
         return self
 
@@ -63,8 +64,8 @@ class VerifierPass:
         """Run on the prompts, (rows, length), padded at the left.
 
         Returns:
-            the logits behind the last tokens, (rows, vocabulary), and the hidden states of all,
-            (rows, length, hidden).
+            the logits after the last tokens, (rows, vocabulary), and the hidden states at all
+            tokens, (rows, length, hidden).
 
         """
         self._device = tokens.device
@@ -79,10 +80,10 @@ class VerifierPass:
         return self._states
 
     def verify(self, tree: Tree) -> tuple[Tensor, Tensor]:
-        """Run on a tree, whose nodes are then tried in the cache.
+        """Run on a tree, and write its nodes to the cache unconfirmed.
 
         Returns:
-            logits, (rows, nodes, vocabulary), and what ``told_of`` makes of them.
+            the logits, (rows, nodes, vocabulary), and the result of ``told_of``.
 
         """
         device = self._device
@@ -90,18 +91,18 @@ class VerifierPass:
         logits, _ = self._run(
             tree.tokens.to(device),
             self._masks(None if tree.is_chain else tree.ancestors.to(device), depths),
-            # A proposal may reach beyond the longest sequence: not to be kept, yet it must have
-            # a position that the model knows.
+            # A proposal may reach past the maximum length. Those nodes are never kept, but must
+            # have a position that the model knows.
             self.cache.positions(depths, device).clamp(max=self.last_position),
         )
         return logits, told_of(tree, logits)
 
     def keep(self, tree: Tree, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Confirm nodes of the tree that was verified last, and give up the others.
+        """Confirm nodes of the last verified tree, and discard the others.
 
         Args:
             tree: that tree.
-            paths: by row, the nodes, from the root on.
+            paths: by row, the nodes of a path from the root.
 
         Returns:
             the hidden states of the nodes, (rows, length of the longest path, hidden).
@@ -115,7 +116,7 @@ class VerifierPass:
         return states
 
     def gather(self, states: Tensor, nodes: Tensor) -> Tensor:
-        """Move nodes of the tree that was verified last to its front.
+        """Move nodes of the last verified tree to the front of its block in the cache.
 
         Args:
             states: (rows, all nodes, hidden).
@@ -148,7 +149,7 @@ class VerifierPass:
         return logits, self._states
 
     def _masks(self, block: Tensor | None, depths: Tensor) -> Any:
-        """What each node sees: one mask, or one for each kind of layer."""
+        """The mask of all layers, or one for each kind of layer; ``None`` if none is needed."""
         masks = {
             kind: self.cache.mask(
                 depths.shape[1],
@@ -171,18 +172,18 @@ class VerifierPass:
         return masks.get(None, masks)
 
     def _keep_states(self, _module: object, _arguments: object, output: Any) -> None:
-        # Of a model that is its own decoder this would be its logits.
+        # A model that is its own decoder has only logits in its output.
         self._states = getattr(output, "last_hidden_state", None)
 
 
 def windows_of(model: PreTrainedModel) -> dict[str | None, int | None]:
-    """How far back the layers of a verifier see, by the kinds of masks that it takes.
+    """The attention window of a verifier's layers, by the kind of mask that they take.
 
-    The key ``None`` stands for a model that takes one mask for all its layers.
+    The key ``None`` stands for a single mask for all layers, the value ``None`` for no window.
 
     Raises:
-        GenerationError: if it has layers that are no attention, or of an unknown kind, or if it
-            takes no positions: only of others it is known that speculation is exact.
+        GenerationError: if the model keeps a state other than keys and values, takes no
+            position_ids, or has layers of an unknown kind: speculation with it may not be exact.
 
     """
     name = type(model).__name__
@@ -205,7 +206,7 @@ def windows_of(model: PreTrainedModel) -> dict[str | None, int | None]:
 
 
 def told_of(tree: Tree, logits: Tensor) -> Tensor:
-    """What the host must know of a step, as one tensor, so that it waits for the device once.
+    """What the host needs of a step, in one tensor so that it waits for the device only once.
 
     Returns:
         (3, rows, nodes): the tokens of the tree, their parents, and the verifier's best tokens
@@ -217,13 +218,13 @@ def told_of(tree: Tree, logits: Tensor) -> Tensor:
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Rows of numbers of different lengths as one tensor, (rows, longest), with zeros behind."""
+    """Rows of different lengths as one tensor, (rows, longest), padded with zeros at the right."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
 
 
 def children_of(tokens: Sequence[int], parents: Sequence[int]) -> list[dict[int, int]]:
-    """By node: its children, by their tokens."""
+    """The children of each node, by their tokens."""
     children: list[dict[int, int]] = [{} for _ in tokens]
     for node in range(1, len(tokens)):
         children[parents[node]][tokens[node]] = node
@@ -231,7 +232,7 @@ def children_of(tokens: Sequence[int], parents: Sequence[int]) -> list[dict[int,
 
 
 def depth_of(parents: Sequence[int]) -> int:
-    """How many levels a tree has below its root."""
+    """The number of levels that a tree has below its root."""
     depths = [0] * len(parents)
     for node in range(1, len(parents)):
         depths[node] = 1 + depths[parents[node]]
@@ -241,14 +242,14 @@ def depth_of(parents: Sequence[int]) -> int:
 def walk(
     children: Sequence[dict[int, int]], choose: Callable[[int], int]
 ) -> tuple[list[int], list[int]]:
-    """Follow a tree from its root for as long as the verifier's token is there.
+    """Follow a tree from its root as long as the verifier's token is among the children.
 
     Args:
         children: see ``children_of``.
-        choose: the verifier's token after a node. It is asked once for each node on the way.
+        choose: the verifier's token after a node; called once for each node on the path, in order.
 
     Returns:
-        the nodes on the way, the root included, and the verifier's token after each of them:
+        the nodes on the path, the root included, and the verifier's token after each of them:
         all but the last one are drafted tokens that were accepted.
 
     """

@@ -1,4 +1,4 @@
-"""Measuring: every prompt by plain decoding and by each way of proposing tokens, in turns."""
+"""Measuring a draft: each prompt is decoded plainly and with each proposal method, in turns."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -33,12 +33,12 @@ from speculators.format.config import ProposalMethod
 __all__ = ["Evaluation"]
 
 WARM_UP_TOKENS = 16
-"""Long enough that every kind of step was taken once."""
+"""Enough new tokens to run every kind of step once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One generation: new tokens, seconds, and verification steps where there were any."""
+    """One generation: new tokens, seconds, and verification steps if there were any."""
 
     tokens: list[int]
     seconds: float
@@ -46,11 +46,11 @@ class Output:
 
 
 class Evaluation:
-    """The measuring of a draft, which can be stopped and reported at any prompt.
+    """An evaluation of a draft, which can be stopped and reported on after any prompt.
 
-    Every prompt is decoded by the verifier's own ``generate`` and by each proposal method, one
-    right after the other, so that all of them meet the machine in the same state; which one
-    begins changes from prompt to prompt. One round before the first is not counted.
+    Every prompt is decoded by the verifier's own ``generate`` and with each proposal method, one
+    right after the other, so that all of them find the machine in the same state; the order
+    rotates from prompt to prompt. A warm-up round before the first prompt is not counted.
 
     Args:
         subject: the draft.
@@ -62,7 +62,7 @@ class Evaluation:
         measured: what has been measured so far, by prompt.
 
     Raises:
-        PromptsError: if a prompt cannot be put to the verifier.
+        PromptsError: if a prompt cannot be encoded for the verifier.
 
     """
 
@@ -83,7 +83,7 @@ class Evaluation:
         self._encoded = [(prompt, subject.encode(prompt)) for prompt in prompts]
 
     def run(self) -> Iterator[PromptResult]:
-        """Measure prompt by prompt; each is kept in ``measured`` as soon as it is complete."""
+        """Measure prompt by prompt; each result is added to ``measured`` once it is complete."""
         self._warm_up()
         for index, (prompt, tokens) in enumerate(self._encoded):
             torch.manual_seed(self.settings.seed + index)
@@ -159,15 +159,15 @@ class Evaluation:
         )
 
     def _generation(self, max_new_tokens: int) -> GenerationConfig:
-        """The verifier's own generation config, but for what the settings say."""
+        """The verifier's generation config, with the settings applied."""
         verifier, temperature = self.subject.verifier, self.settings.temperature
         generation = copy.deepcopy(verifier.generation_config) or GenerationConfig()
         generation.max_new_tokens = max_new_tokens
         generation.do_sample = temperature > 0
-        # From the whole distribution: None would be generate's own default, and 0 turns it off.
+        # Sample from the whole distribution: top_k None would mean generate's default, 0 is off.
         generation.temperature = temperature or None
         generation.top_k, generation.top_p = (0, 1.0) if temperature else (None, None)
-        if generation.pad_token_id is None:  # never used in a batch of one; generate asks for it
+        if generation.pad_token_id is None:  # unused in a batch of one, but generate wants it
             generation.pad_token_id = 0
         return generation
 

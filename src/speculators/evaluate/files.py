@@ -14,12 +14,12 @@ REPORT = Kind("a report of speculators", REPORT_FILE, "speculators_report")
 
 
 def save_report(report: Report, output: Path, *, overwrite: bool = False) -> None:
-    """Make ``output`` with report.json and the plots; it appears complete or not at all.
+    """Write report.json and the plots to ``output``, which appears complete or not at all.
 
-    Without matplotlib there are no plots, and the log says so.
+    Without matplotlib no plots are written, and a warning is logged.
 
     Raises:
-        OutputError: if something is in the way, or the disk does not take it.
+        OutputError: if something is in the way at ``output``, or it cannot be written.
 
     """
     with staged_directory(output, overwrite=overwrite, kind=REPORT) as staging:

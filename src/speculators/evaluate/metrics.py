@@ -1,10 +1,9 @@
-"""What is measured of a draft, as pure functions of counts; without torch.
+"""The metrics of a draft, as pure functions of counts; without torch.
 
-A *verification step* is one pass of the verifier over drafted tokens. It accepts the first so
-many of them, and gives one token of its own after those, the *bonus token*; so a step that
-accepts n tokens yields n + 1. The token that the verifier's pass over the prompt gives belongs
-to no step. *Position* i is the i-th token of a drafted chain, or the depth i of a drafted tree;
-positions are counted from 1 in text and stand at index i - 1 in lists.
+A *verification step* is one pass of the verifier over drafted tokens. It accepts the first n of
+them and adds one token of its own, the *bonus token*, so the step yields n + 1 tokens. The token
+that comes from the prefill belongs to no step. *Position* i is the i-th token of a drafted chain,
+or depth i of a drafted tree; positions count from 1 in text and are at index i - 1 in lists.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ __all__ = [
 ]
 
 CLOSE_TO_BEST = 0.99
-"""The part of the highest speed-up that is as good as it: a difference below 1 % is noise."""
+"""The share of the highest speed-up that counts as equally good: below 1 % is noise."""
 
 
 class Acceptance(BaseModel):
@@ -46,10 +45,10 @@ def count_steps(accepted: Sequence[int], offered: Sequence[int]) -> Acceptance:
 
     Args:
         accepted: by step, how many drafted tokens were accepted.
-        offered: by step, how many were drafted one after the other (in a tree: its depth).
+        offered: by step, how many could have been: the length of the chain or depth of the tree.
 
     Raises:
-        ValueError: if the two are not of the same steps, or more was accepted than offered.
+        ValueError: if the two differ in length, or more was accepted than offered.
 
     """
     steps = list(zip(accepted, offered, strict=True))
@@ -67,7 +66,7 @@ def count_steps(accepted: Sequence[int], offered: Sequence[int]) -> Acceptance:
 
 
 def total(counts: Iterable[Acceptance]) -> Acceptance:
-    """The counts of several generations together."""
+    """The counts of several generations, added up."""
     counts = list(counts)
 
     def added(column: str) -> tuple[int, ...]:
@@ -95,18 +94,18 @@ def acceptance_rates(counts: Acceptance) -> list[float]:
     """By position: the share of all verification steps in which the token there was accepted.
 
     Unconditional, as vLLM reports it per position: the rates fall from position to position, and
-    their sum is the acceptance length less one. A step whose tree is less deep counts as one that
-    did not accept what it was not offered.
+    their sum is the acceptance length minus one. A step whose tree is less deep counts as not
+    accepting at the positions that it lacks.
     """
     return [accepted / counts.steps for accepted in counts.accepted]
 
 
 def conditional_acceptance_rates(counts: Acceptance) -> list[float | None]:
-    """By position: how often the token there was accepted where all before it were.
+    """By position: how often the token there was accepted if all before it were accepted.
 
-    A step that drafted nothing there is left out, so this is the quality of the draft alone:
-    the "n-alpha" of the EAGLE paper (section 5), whose n is one less than the position. ``None``
-    for a position that was never reached.
+    Steps that drafted nothing there are left out, so this measures the draft alone: it is the
+    "n-alpha" of the EAGLE paper (section 5), with n one less than the position. ``None`` for a
+    position that was never reached.
     """
     return [
         accepted / reached if reached else None
@@ -117,10 +116,11 @@ def conditional_acceptance_rates(counts: Acceptance) -> list[float | None]:
 def recommended(speedups: Sequence[float]) -> int:
     """The index of the first speed-up that is within 1 % of the highest.
 
-    Given in the order of growing drafts, so that a longer one must earn what it costs.
+    With speed-ups in order of draft length, this prefers a shorter draft unless a longer one is
+    clearly faster.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there are no speed-ups.
 
     """
     enough = CLOSE_TO_BEST * max(speedups)

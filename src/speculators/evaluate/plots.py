@@ -1,4 +1,4 @@
-"""The plots of a report, as PNG files; matplotlib is imported when one is made."""
+"""The plots of a report, as PNG files; matplotlib is imported only to draw them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["write_plots"]
 
 BLUE, ORANGE, GREY = "#3b6ea8", "#d1762b", "#888888"
 SIZE = (7.0, 4.2)
-"""Inches, at 150 dots each."""
+"""In inches, at 150 dots per inch."""
 
 
 def write_plots(report: Report, directory: Path) -> list[Path]:
-    """Draw what the report can show.
+    """Draw the plots that the report has data for.
 
-    Acceptance by position, of the longest draft; acceptance length by category, of
-    ``report.shown``; and the speed-up against the draft length, if several lengths were measured
-    with their speed.
+    These are acceptance by position for the longest draft, acceptance length by category for
+    ``report.shown``, and the speed-up by draft length if several lengths were measured with their
+    speed.
 
     Returns:
         The files, named after what they show.

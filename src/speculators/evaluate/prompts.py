@@ -1,9 +1,8 @@
-"""Prompts from jsonl files, one prompt a line; without torch.
+"""Prompts from jsonl files, one prompt per line; without torch.
 
-Three kinds of lines are understood, told apart by their key: ``turns``, a list of a user's
-messages, of which the first is used (MT-bench's ``question.jsonl``); ``prompt``, one message; and
-``messages``, a conversation that a user's message ends. ``question_id`` and ``category`` are
-optional, any other key is ignored.
+A line has one of three keys: ``turns``, a list of a user's messages, of which the first is used
+(MT-bench's ``question.jsonl``); ``prompt``, one message; or ``messages``, a conversation that ends
+with a user's message. ``question_id`` and ``category`` are optional, other keys are ignored.
 """
 
 import json
@@ -19,7 +18,7 @@ from speculators.errors import PromptsError
 __all__ = ["OWN_PROMPTS", "Message", "Prompt", "read_prompts"]
 
 OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
-"""80 prompts of our own, ten of each of MT-bench's eight categories, which take turns."""
+"""80 prompts that come with speculators: MT-bench's eight categories in rotation, ten of each."""
 
 NO_CATEGORY = "uncategorized"
 
@@ -37,11 +36,11 @@ class Message(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model is asked.
+    """A conversation for a model to continue.
 
     Attributes:
         id: ``question_id``, or the number of the line.
-        category: ``uncategorized`` where the line tells none.
+        category: ``uncategorized`` if the line has none.
         messages: the conversation, ending with a user's message.
 
     """
@@ -84,8 +83,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     """Read a file of prompts; empty lines are skipped.
 
     Raises:
-        PromptsError: if there is no such file, a line of it is not a prompt (the message names
-            the line), or it has none.
+        PromptsError: if the file cannot be read, a line is not a prompt (the message names the
+            line), or there are no prompts.
 
     """
     try:

@@ -1,4 +1,4 @@
-"""What is measured: a draft with its verifier, and the tokenizer that makes prompts of text."""
+"""The subject of an evaluation: a draft with its verifier, and the verifier's tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Subject", "load_subject"]
 
 SPREAD = "auto"
-"""The device that means all of them."""
+"""The name of a device that stands for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,11 @@ class Subject:
     """A draft that is ready to be measured.
 
     Attributes:
-        name: where the draft is.
+        name: the draft's directory or Hub id.
         commit: the draft's commit on the Hub; ``None`` for a directory.
         draft: with the verifier attached.
         verifier: the model that the draft drafts for.
-        verifier_name: its Hub id or directory, as it was given.
+        verifier_name: its Hub id or directory, as given.
         tokenizer: the verifier's.
 
     """
@@ -49,22 +49,22 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where prompts go."""
+        """The device for prompts."""
         return device_of(self.verifier.get_input_embeddings())
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether prompts are put as the verifier's chats are, and not as plain text."""
+        """Whether prompts are formatted by the verifier's chat template, not as plain text."""
         return self.tokenizer.chat_template is not None
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The prompt's tokens, by the verifier's chat template if it has one.
+        """The prompt's tokens, formatted by the verifier's chat template if it has one.
 
-        Without one, the messages are put one after the other, with an empty line between them.
+        Without one, the messages are joined, with an empty line between them.
 
         Raises:
-            PromptsError: if the template refuses the conversation, or the tokens are not the
-                verifier's.
+            PromptsError: if the template refuses the conversation, there are no tokens, or one is
+                not in the verifier's vocabulary.
 
         """
         messages = [message.model_dump() for message in prompt.messages]
@@ -102,18 +102,18 @@ def load_subject(
     """Load a converted draft, its verifier and the verifier's tokenizer.
 
     Args:
-        directory: the draft: a converted directory, or a Hub id of one.
+        directory: the directory or Hub id of a converted draft.
         verifier: a directory or a Hub id; the one that the draft's config names if not given.
-        dtype: of both models, by torch's name; ``auto`` for what the verifier is stored in.
-        device: by torch's name; ``auto`` spreads the verifier over all accelerators, and over the
-            CPU's memory if need be; one accelerator if there is any, else ``cpu``, if not given.
+        dtype: of both models, by torch's name; ``auto`` for the one that the verifier is stored in.
+        device: by torch's name; ``auto`` spreads the verifier over all accelerators, and into CPU
+            memory if necessary; if not given, one accelerator if there is any, else ``cpu``.
         cache_dir: where downloads are kept.
         revision: a branch, tag or commit of the draft on the Hub.
 
     Raises:
         FormatError: if it is not a converted draft.
         VerifierError: if there is no verifier, it does not fit, or has no tokenizer.
-        CheckpointError, HubError: if something cannot be read or had.
+        CheckpointError, HubError: if something cannot be read or downloaded.
         EvaluationError: if there is no such device.
 
     """
@@ -132,7 +132,7 @@ def load_subject(
         draft = EagleSpeculator.from_pretrained(
             converted.directory, verifier=model.eval(), dtype=model.dtype, cache_dir=cache_dir
         )
-    # Where the head is, which makes logits of all that is drafted.
+    # On the head's device, since the head computes the logits of all drafted tokens.
     draft.to(device_of(model.get_output_embeddings())).eval()  # type: ignore[arg-type]
     return Subject(
         name=str(directory),

@@ -1,1 +1,1 @@
-"""Serving engines that are taught to run converted drafts."""
+"""Integrations that let serving engines run converted drafts."""

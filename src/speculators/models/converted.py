@@ -1,4 +1,4 @@
-"""A directory in the speculators format, checked without reading its tensors' data."""
+"""A directory in the speculators format, checked without reading tensor data."""
 
 import os
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ class Converted:
     """A converted draft on this machine.
 
     Attributes:
-        directory: where config.json and the weights lie.
+        directory: the folder of config.json and the weights.
         config: the checked config.
-        own_embedding: whether the draft has an embedding of its own.
+        own_embedding: whether the draft has its own embedding.
         commit: the commit on the Hub that it comes from; ``None`` for a directory.
 
     """
@@ -39,7 +39,7 @@ def open_converted(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Converted:
-    """Find a converted draft, and check its tensors' names and shapes against its config.
+    """Find a converted draft, and check its tensors' names, shapes and dtypes.
 
     Args:
         source: a directory or a Hub id.
@@ -48,7 +48,7 @@ def open_converted(
 
     Raises:
         FormatError: if it is not in the format, or its tensors are not those of its config.
-        CheckpointError, HubError: if it cannot be read or had.
+        CheckpointError, HubError: if it cannot be read or downloaded.
 
     """
     repository = open_repository(
@@ -64,7 +64,7 @@ def open_converted(
 
 
 def check_converted(checkpoint: Checkpoint) -> Converted:
-    """Check a converted draft's tensors' names and shapes against its config.
+    """Check the names, shapes and dtypes of a converted draft's tensors against its config.
 
     Raises:
         FormatError: if it is not in the format, or its tensors are not those of its config.

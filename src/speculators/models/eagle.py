@@ -1,8 +1,8 @@
 """EAGLE-1, EAGLE-2 and HASS drafts as a transformers model.
 
 The draft fuses the embedding of each token with the verifier's hidden state at the token before
-it, and passes the result through one decoder layer; the verifier's own head makes logits of what
-comes out (EAGLE, arXiv:2401.15077, section 4.1; SafeAILab/EAGLE, eagle/model/cnets1.py).
+it, and passes the result through one decoder layer; the verifier's own head turns its output into
+logits (EAGLE, arXiv:2401.15077, section 4.1; SafeAILab/EAGLE, eagle/model/cnets1.py).
 """
 
 import os
@@ -53,7 +53,7 @@ __all__ = ["EagleOutput", "EagleSpeculator", "EagleSpeculatorConfig"]
 
 @dataclass(frozen=True, slots=True)
 class LayerClasses:
-    """The parts of transformers that make up the layer of a draft."""
+    """The classes of transformers that a draft's layer is built from."""
 
     decoder_layer: type[nn.Module]
     norm: type[nn.Module]
@@ -75,10 +75,10 @@ LAYER_CLASSES = {
 """By the ``model_type`` of the layer's config."""
 
 LAYER_SWITCHES = {"attention_bias", "mlp_bias", "use_sliding_window"}
-"""What the converter writes of the layer's config beside the keys of ``LayerConfig``."""
+"""Keys of the layer's config that the converter writes besides those of ``LayerConfig``."""
 
 NOT_WRITTEN = {"transformers_version", "dtype", "torch_dtype", "architectures", "layer_types"}
-"""What transformers adds to the layer's config: the draft's own, or derived from other keys."""
+"""Keys that transformers adds to the layer's config: the draft's, or derived from others."""
 
 UPLOAD_OPTIONS = {
     "commit_message": "message",
@@ -88,7 +88,7 @@ UPLOAD_OPTIONS = {
     "revision": "revision",
     "create_pr": "create_pr",
 }
-"""What transformers calls the options of ``checkpoint.upload``."""
+"""transformers' names of options → those of ``checkpoint.upload``."""
 
 
 BY_ENVIRONMENT = {
@@ -97,14 +97,14 @@ BY_ENVIRONMENT = {
     "force_download": "another cache_dir",
     "proxies": "HTTPS_PROXY",
 }
-"""Options of transformers that say how to download, and what says it here."""
+"""transformers' download options → what to use instead of them."""
 
 
 class EagleSpeculatorConfig(PreTrainedConfig):
     """The config of an ``EagleSpeculator``; its JSON is ``format.config.EagleConfig``.
 
     Attributes:
-        transformer_layer_config: a transformers config of the draft's decoder layer; a dictionary
+        transformer_layer_config: a transformers config for the draft's decoder layer; a dictionary
             with ``model_type`` is turned into one.
         transformer_layer_architecture: the name of the layer's class.
         layernorms: whether the draft has the three extra layernorms.
@@ -143,15 +143,15 @@ class EagleSpeculatorConfig(PreTrainedConfig):
 
     @property
     def layer(self) -> Any:
-        """``transformer_layer_config``, which is never a dictionary here."""
+        """``transformer_layer_config``, which is never a dictionary after initialisation."""
         return self.transformer_layer_config
 
     def get_text_config(self, *_: Any, **__: Any) -> Any:
-        """The part that transformers asks for sizes and caches: the layer's config."""
+        """The layer's config, from which transformers takes sizes and sets up caches."""
         return self.transformer_layer_config
 
     def to_dict(self) -> dict[str, Any]:
-        """The config.json of the format, without what only transformers keeps."""
+        """The config.json of the format, without keys that only transformers uses."""
         defaults = type(self.layer)().to_dict()
         always = LayerConfig.model_fields.keys() | LAYER_SWITCHES
         layer = {
@@ -180,18 +180,18 @@ class EagleSpeculatorConfig(PreTrainedConfig):
         return config.model_dump(exclude_none=True)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """As ``to_dict``: the file says everything, whatever the defaults of its reader."""
+        """Same as ``to_dict``: the file is complete, so that it does not rely on defaults."""
         return self.to_dict()
 
 
 @dataclass
 class EagleOutput(ModelOutput):
-    """What a forward pass gives.
+    """The output of a forward pass.
 
     Attributes:
         logits: (batch, sequence, vocabulary), in the head's dtype.
-        last_hidden_state: (batch, sequence, hidden), the layer's output, without the norm before
-            the head: this is what is fed back as the next position's hidden state.
+        last_hidden_state: (batch, sequence, hidden), the layer's output, before the norm ahead of
+            the head: this is fed back as the next position's hidden state.
         past_key_values: the layer's cache, if one is used.
 
     """
@@ -206,8 +206,7 @@ class EagleSpeculator(PreTrainedModel):
 
     Args:
         config: see ``EagleSpeculatorConfig``.
-        own_embedding: whether the draft has an embedding of its own; otherwise the verifier's
-            is used.
+        own_embedding: whether the draft has its own embedding; otherwise it uses the verifier's.
 
     """
 
@@ -229,7 +228,7 @@ class EagleSpeculator(PreTrainedModel):
     def __init__(self, config: EagleSpeculatorConfig, own_embedding: bool = True) -> None:
         super().__init__(config)
         layer_config = config.layer
-        # The layer's config is no model's own, so transformers leaves it without an attention.
+        # transformers chooses an attention implementation only for the config of a whole model.
         layer_config._attn_implementation = config._attn_implementation
         classes = LAYER_CLASSES[layer_config.model_type]
         hidden = layer_config.hidden_size
@@ -249,7 +248,7 @@ class EagleSpeculator(PreTrainedModel):
         self.rotary_emb = classes.rotary_embedding(layer_config)
         self.pre_lm_head_layernorm = norm()
 
-        # Single matrices read from the verifier's files; never saved with the draft.
+        # Single matrices that are read from the verifier's files, and never saved with the draft.
         self.borrowed_head: nn.Linear | None = None
         self.borrowed_embedding: nn.Embedding | None = None
         # Not a submodule: moving or casting the draft must not touch the verifier.
@@ -259,7 +258,7 @@ class EagleSpeculator(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where it takes and gives tensors; ``device_map`` may keep its weights elsewhere."""
+        """The device of its inputs and outputs; ``device_map`` may keep weights elsewhere."""
         return device_of(self.fc)
 
     @classmethod
@@ -275,22 +274,22 @@ class EagleSpeculator(PreTrainedModel):
         """Load a converted draft, with the head (and embedding) that it takes from its verifier.
 
         Args:
-            pretrained_model_name_or_path: a converted directory, or a Hub id of one; the layout
-                of speculators 0.1.0 to 0.3.0 is understood too.
-            verifier: a loaded verifier, or where one is, to attach; see ``attach_verifier``. If
-                not given, only the matrices that the draft needs are read from the verifier that
-                the config names; if they cannot be had, the draft has no logits until a
-                verifier is attached.
+            pretrained_model_name_or_path: the directory or Hub id of a converted draft; the layout
+                of speculators 0.1.0 to 0.3.0 is supported too.
+            verifier: a verifier to attach: a loaded model, or its directory or Hub id; see
+                ``attach_verifier``. If not given, only the matrices that the draft needs are read
+                from the verifier that the config names. If they are not available, a warning is
+                logged and the draft has no logits until a verifier is attached.
             cache_dir: where downloads are kept.
             revision: a branch, tag or commit on the Hub.
             **kwargs: as for ``PreTrainedModel.from_pretrained``: ``dtype``, ``device_map``,
-                ``attn_implementation``, ... How to download is for the Hub client's environment
-                to say (``HF_TOKEN``, ``HF_HUB_OFFLINE``): ``token`` and the like have no effect,
-                and a warning says so.
+                ``attn_implementation``, ... Downloads are configured by the environment variables
+                of the Hub client (``HF_TOKEN``, ``HF_HUB_OFFLINE``); ``token`` and similar
+                arguments have no effect, and a warning says so.
 
         Raises:
-            FormatError: if it is not a converted draft, or its tensors are not complete.
-            CheckpointError, HubError: if it cannot be read or had.
+            FormatError: if it is not a converted draft, or its tensors are not those of its config.
+            CheckpointError, HubError: if it cannot be read or downloaded.
             VerifierError: if the verifier does not fit.
 
         """
@@ -311,7 +310,7 @@ class EagleSpeculator(PreTrainedModel):
             },
             **kwargs,
         )
-        # Otherwise save_pretrained would undo the renaming, and write names of the older layout.
+        # Otherwise save_pretrained would undo the renaming and write names of the older layout.
         model._weight_conversions = []  # type: ignore[assignment]
         if verifier is not None:
             model.attach_verifier(verifier, cache_dir=cache_dir)
@@ -329,14 +328,14 @@ class EagleSpeculator(PreTrainedModel):
     ) -> None:
         """Save the draft as a directory in the format, with a model card (README.md).
 
-        A README.md that somebody wrote or edited is kept.
+        A README.md that a person wrote or edited is kept.
 
         Args:
-            save_directory: the directory, made if needed.
+            save_directory: the directory, created if needed.
             is_main_process: as for ``PreTrainedModel.save_pretrained``.
-            state_dict: likewise.
-            push_to_hub: upload the directory, too; see ``push_to_hub`` for its arguments, of
-                which ``repo_id`` is the directory's name if not given.
+            state_dict: as for ``PreTrainedModel.save_pretrained``.
+            push_to_hub: also upload the directory. The arguments of ``push_to_hub`` are then
+                accepted too; ``repo_id`` defaults to the directory's name.
             **kwargs: as for ``PreTrainedModel.save_pretrained``: ``max_shard_size``, ...
 
         Raises:
@@ -369,22 +368,22 @@ class EagleSpeculator(PreTrainedModel):
         """Upload the draft to the Hugging Face Hub in one commit, with a model card.
 
         Args:
-            repo_id: ``organization/name``, or ``name`` for one of the token's owner; it is made
-                if it is not there.
-            commit_message: the first line of the commit's message.
-            commit_description: the rest of it.
+            repo_id: ``organization/name``, or ``name`` for a repository of the token's owner; it
+                is created if it does not exist.
+            commit_message: the first line of the commit message.
+            commit_description: the rest of the commit message.
             private: whether a new repository is private; the Hub's default if not given.
-            token: an access token; the one that the Hub's client knows if not given.
-            revision: the branch, made if it is not there; ``main`` if not given.
-            create_pr: open a pull request instead of writing the branch.
-            max_shard_size: the largest file of weights, as for ``save_pretrained``.
-            tags: for the model card, beside our own.
+            token: an access token; the one that the Hub client is logged in with if not given.
+            revision: the branch, created if it does not exist; ``main`` if not given.
+            create_pr: open a pull request instead of committing to the branch.
+            max_shard_size: the size limit of weight files, as for ``save_pretrained``.
+            tags: for the model card, in addition to the default ones.
 
         Returns:
             The URL of the commit or pull request.
 
         Raises:
-            HubError: if it cannot be uploaded, or the repository holds something else than a
+            HubError: if it cannot be uploaded, or the repository holds something other than a
                 converted draft.
 
         """
@@ -435,21 +434,21 @@ class EagleSpeculator(PreTrainedModel):
         *,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> PreTrainedModel:
-        """Use a loaded verifier's head (and embedding, where the draft has none).
+        """Attach a verifier; the draft uses its head (and its embedding, if the draft has none).
 
         Its tensors are shared, not copied, and it keeps its own device and dtype: moving or
-        casting the draft does not touch it.
+        casting the draft does not affect it.
 
         Args:
-            verifier: a model, or a directory or Hub id that one is loaded from.
+            verifier: a loaded model, or the directory or Hub id to load one from.
             cache_dir: where downloads are kept.
 
         Returns:
             The verifier.
 
         Raises:
-            VerifierError: if its hidden size or vocabulary is not the draft's, or its weights are
-                not loaded.
+            VerifierError: if it has no output head, its hidden size or vocabulary is not the
+                draft's, or its weights are not loaded.
 
         """
         if not isinstance(verifier, PreTrainedModel):
@@ -459,7 +458,7 @@ class EagleSpeculator(PreTrainedModel):
                     cache_dir=None if cache_dir is None else Path(cache_dir),
                 )
             )
-            # Not by device_map, which takes a package more.
+            # Not by device_map, which needs another package.
             loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 verifier, dtype="auto", cache_dir=cache_dir
             )
@@ -490,13 +489,13 @@ class EagleSpeculator(PreTrainedModel):
         return verifier
 
     def detach_verifier(self) -> None:
-        """Let go of the verifier: the draft has no logits until another one is attached."""
+        """Release the verifier; the draft has no logits until another one is attached."""
         self._verifier = ()
         self._workspace = Workspace()
 
     @property
     def verifier(self) -> PreTrainedModel | None:
-        """The attached verifier."""
+        """The attached verifier, if there is one."""
         return self._verifier[0] if self._verifier else None
 
     def forward(
@@ -511,29 +510,29 @@ class EagleSpeculator(PreTrainedModel):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> EagleOutput | tuple[Any, ...]:
-        """Draft: from tokens and the verifier's hidden states to the logits of what follows.
+        """Compute the draft's logits from tokens and the verifier's hidden states.
 
-        Position t takes the token t+1 and the hidden state that the verifier computed at token t
-        (its last one, after its final norm), and predicts token t+2. Attention is always causal.
+        Position t takes token t+1 and the verifier's last hidden state at token t (after the final
+        norm), and predicts token t+2. Attention is causal unless a 4D mask is given.
 
         Args:
-            input_ids: tokens, (batch, sequence), integers.
+            input_ids: (batch, sequence), integers.
             hidden_states: (batch, sequence, hidden), any floating dtype.
-            attention_mask: (batch, past + sequence), 1 where a position counts and 0 where it is
-                padding; or a mask of four dimensions, (batch, 1, sequence, past + sequence),
-                which is then used as it is.
-            position_ids: (batch, sequence); counted on from the cache if not given.
+            attention_mask: (batch, past + sequence), 1 for tokens and 0 for padding; or a 4D mask,
+                (batch, 1, sequence, past + sequence), which is used unchanged.
+            position_ids: (batch, sequence); if not given, they continue from the cache.
             past_key_values: the cache that an earlier call returned.
             use_cache: return a cache; implied by ``past_key_values``.
             return_dict: ``False`` for a tuple instead of an ``EagleOutput``.
-            logits_to_keep: only the logits of the last so many positions; 0 for all.
+            logits_to_keep: compute logits for this many positions at the end; 0 for all.
             **kwargs: passed on to the attention.
 
         Raises:
-            VerifierError: if there is no head, since no verifier could be had or was attached.
+            VerifierError: if there is no head (or embedding), because no verifier is attached and
+                the one that the config names was not available.
 
         """
-        self._head()  # before the work, not after it
+        self._head()  # fail before the work, not after it
         drafted = self.draft(
             input_ids,
             hidden_states,
@@ -561,7 +560,7 @@ class EagleSpeculator(PreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> EagleOutput:
-        """The part of ``forward`` before the head, which needs no head; ``logits`` is ``None``."""
+        """Run ``forward`` without the head; ``logits`` is ``None`` in the output."""
         device, dtype = self.device, self.fc.weight.dtype
         input_ids = input_ids.to(device)
         hidden_states = hidden_states.to(device=device, dtype=dtype)
@@ -598,7 +597,7 @@ class EagleSpeculator(PreTrainedModel):
         return EagleOutput(last_hidden_state=x.to(device), past_key_values=past_key_values)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """The part of ``forward`` after the layer.
+        """Apply the head, as ``forward`` does after the layer.
 
         Args:
             hidden_states: (batch, sequence, hidden), ``last_hidden_state`` or a part of it.
@@ -625,27 +624,27 @@ class EagleSpeculator(PreTrainedModel):
         cuda_graphs: bool = True,
         **kwargs: Any,
     ) -> Tensor | Generation:
-        """Generate what the attached verifier's own ``generate`` would, in fewer of its passes.
+        """Generate what the attached verifier's own ``generate`` would, in fewer verifier passes.
 
-        Greedy output is the verifier's token for token, but for what rounding does where two
-        tokens are equally good; sampled output has the verifier's distribution.
+        Greedy output equals the verifier's token for token, except where rounding decides between
+        tokens that are equally good; sampled output has the verifier's distribution.
 
         Args:
             input_ids: (batch, length), prompts, padded at the left.
-            proposal: how to propose: a method, or the type of one, which is then looked up among
-                the config's; the config's default if not given.
-            num_draft_tokens: how many tokens to propose for one pass of the verifier, instead of
-                the method's ``speculative_tokens``.
-            generation_config: as for the verifier's ``generate``, and with its defaults.
-            cuda_graphs: replay the steps as CUDA graphs where that can be done: for one prompt,
-                with both models on one GPU. The graphs and their caches then stay for the next
-                call, until another verifier is attached.
+            proposal: how to propose: a method, or its type, which is looked up in the config; the
+                config's default if not given.
+            num_draft_tokens: the number of tokens to propose per verifier pass, in place of the
+                method's ``speculative_tokens``.
+            generation_config: as for the verifier's ``generate``, with the same defaults.
+            cuda_graphs: replay steps as CUDA graphs where possible: for a single prompt, with both
+                models on one GPU. The graphs and their caches are kept for later calls, until
+                another verifier is attached.
             **kwargs: as for the verifier's ``generate``: ``attention_mask``, ``max_new_tokens``,
                 ``eos_token_id``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
                 ``streamer``, ``return_dict_in_generate``, ...
 
         Returns:
-            (batch, length), prompts and what was generated, padded at the right; or a
+            (batch, length), prompts and generated tokens, padded at the right; or a
             ``Generation`` if ``return_dict_in_generate`` is set.
 
         Raises:
@@ -678,7 +677,7 @@ class EagleSpeculator(PreTrainedModel):
     def proposal_method(
         self, proposal: ProposalMethod | str | None = None, num_draft_tokens: int | None = None
     ) -> ProposalMethod:
-        """A way of proposing, by the config; see ``generate``."""
+        """The proposal method that ``generate`` would use with these arguments."""
         if not isinstance(proposal, ProposalMethod):
             config = SpeculatorsConfig.model_validate(
                 self.config.speculators_config or {"verifier": {"architectures": []}}
@@ -730,7 +729,7 @@ class EagleSpeculator(PreTrainedModel):
         verifier.check_fits(self.config.layer.hidden_size, self.config.layer.vocab_size)
 
     def _borrow(self, name: str | None, cache_dir: str | os.PathLike[str] | None) -> None:
-        """Read what the draft takes from its verifier, or say that it cannot be had."""
+        """Read what the draft takes from its verifier, or warn that it is not available."""
         try:
             if name is None:
                 raise VerifierError("The config names no verifier.")

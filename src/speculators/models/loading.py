@@ -1,4 +1,4 @@
-"""Loading models by transformers without its progress bar."""
+"""Loading models with transformers, without its progress bar."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ __all__ = ["without_progress_bar"]
 
 @contextmanager
 def without_progress_bar() -> Iterator[None]:
-    """Keep transformers' bar, which appears even where there is no terminal, out of the log."""
+    """Hide transformers' progress bar, which it shows even where there is no terminal."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,8 +1,8 @@
-"""Where the modules of a model compute that ``device_map`` has spread over devices.
+"""Where the modules of a model run that ``device_map`` has spread over devices.
 
-Accelerate gives such modules a hook, which brings inputs to the module's device. Weights that are
-offloaded to the memory of the CPU or to a disk are on no device until the module runs; the hook
-then loads them to where it runs.
+Accelerate gives such modules a hook that moves inputs to the module's device. Weights offloaded to
+CPU memory or to disk are on the meta device until the module runs; the hook then loads them to the
+device on which it runs.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ __all__ = ["device_of"]
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device on which a module with a weight computes; ``meta`` if it has no values."""
+    """The device on which a module with a weight runs; ``meta`` if the weight has no values."""
     weight: Any = module.weight
     if weight.is_meta:
         hook: Any = getattr(module, "_hf_hook", None)
-        for one in (hook, *getattr(hook, "hooks", ())):  # several are kept in one
+        for one in (hook, *getattr(hook, "hooks", ())):  # a hook can hold several others
             if (device := getattr(one, "execution_device", None)) is not None:
                 return torch.device(device)
     device_of_weight: torch.device = weight.device

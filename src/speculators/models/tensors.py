@@ -17,7 +17,7 @@ TORCH_DTYPES = {
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
-    """Read a tensor into memory, in its own shape and dtype.
+    """Read a tensor into memory, with its stored shape and dtype.
 
     Raises:
         CheckpointError: if its file ends before it does.
@@ -27,7 +27,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
     raw = torch.empty(info.nbytes, dtype=torch.uint8)
     position = 0
     for chunk in contiguous_chunks(info):
-        # A bytearray, since torch warns of memory that it could but must not write to.
+        # A bytearray, since torch warns about memory that is not writable.
         raw[position : position + len(chunk)] = torch.frombuffer(
             bytearray(chunk), dtype=torch.uint8
         )

@@ -1,1 +1,1 @@
-"""vLLM's plugin: `vllm serve` on a converted directory."""
+"""The vLLM plugin, which lets `vllm serve` run a converted directory."""

@@ -1,4 +1,4 @@
-"""A converted draft's config.json as the config that vLLM keeps of a draft."""
+"""A converted draft's config.json as vLLM's config of a draft."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ WHERE = "the draft"
 def update_eagle(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
     """Fill in the config that vLLM builds the draft's model from.
 
-    It has the keys of a Llama config, as vLLM's Llama layer reads them, and those that
-    ``draft.EagleDraft`` reads beside them.
+    It has the keys of a Llama config that vLLM's Llama layer reads, and the further ones that
+    ``draft.EagleDraft`` reads.
 
     Args:
         config_dict: the config.json.
-        pre_trained_config: what vLLM took of it; filled in place.
+        pre_trained_config: what vLLM derived from it; replaced in place.
 
     Raises:
-        FormatError: if it breaks the format's rules, or asks for what vLLM cannot compute.
+        FormatError: if it breaks the format's rules, or needs what vLLM cannot compute.
 
     """
     config = parse_config(config_dict, WHERE)
@@ -45,7 +45,7 @@ def update_eagle(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]
             "rope_type": layer.rope_type,
             "rope_theta": layer.rope_theta,
         },
-        # vLLM's layer has biases on q, k, v and o for the first key, on q, k and v for the second.
+        # In vLLM's layer the first key adds biases to q, k, v and o, the second to q, k and v.
         "attention_bias": False,
         "qkv_bias": "attention_bias" in config.features,
         "fusion_bias": config.fusion_bias,

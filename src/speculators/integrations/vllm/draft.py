@@ -1,8 +1,8 @@
-"""EAGLE-1, EAGLE-2 and HASS drafts as a vLLM model, of vLLM's own layers.
+"""EAGLE-1, EAGLE-2 and HASS drafts as a vLLM model, built from vLLM's own layers.
 
-vLLM's EAGLE model is the plain one: ``fc`` without bias, and no norms around it. This one is
-built of the same parts, so that what vLLM does with them (tensor parallelism, compilation and CUDA
-graphs, chunked prefill, sharing the verifier's embedding and head) holds for it too.
+vLLM's own EAGLE model is the plain one: ``fc`` has no bias, and there are no extra norms. This one
+is built from the same parts, so that what vLLM does with them (tensor parallelism, compilation and
+CUDA graphs, chunked prefill, sharing the verifier's embedding and head) works for it too.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,7 +31,7 @@ from speculators.format.layouts import current_name
 __all__ = ["EagleDraft"]
 
 EMBEDDING = "embed_tokens.weight"
-"""The one tensor that a draft may lack."""
+"""The only tensor that a draft may lack."""
 
 
 @support_torch_compile
@@ -39,10 +39,10 @@ class EagleDecoder(nn.Module):
     """The part of the draft before the head: embedding, fusion, and one decoder layer.
 
     Args:
-        vllm_config: of the engine; the draft's config is within its speculative config.
-        prefix: of the names of its parameters.
-        layer_index: the number of its layer among the engine's attention layers, which is how
-            vLLM tells their caches apart.
+        vllm_config: the engine's; its speculative config contains the draft's.
+        prefix: of parameter names.
+        layer_index: the index of the draft's layer among all attention layers of the engine, by
+            which vLLM tells their caches apart.
 
     """
 
@@ -81,16 +81,16 @@ class EagleDecoder(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draft one step for each of a batch's tokens, laid end to end.
+        """Draft one step for each token of a batch, whose sequences are concatenated.
 
         Args:
             input_ids: (tokens), int32.
             positions: (tokens), int64, within their sequences.
-            hidden_states: (tokens, hidden), the verifier's at the token before each, or what was
-                fed back.
+            hidden_states: (tokens, hidden), the verifier's at the token before each, or the draft's
+                own that is fed back.
 
         Returns:
-            What the head is applied to, and what is fed back, both (tokens, hidden).
+            The head's input, and the hidden states to feed back, both (tokens, hidden).
 
         """
         embedded = self.embed_tokens(input_ids)
@@ -105,12 +105,12 @@ class EagleDecoder(nn.Module):
         return x, x
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load tensors by the names of the format; returns the names of the parameters."""
+        """Load tensors named as in the format; returns the names of the loaded parameters."""
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
 
 class EagleDraft(EagleLlamaForCausalLM):
-    """The draft; vLLM gives it the verifier's head, and its embedding where it has none.
+    """The draft; vLLM gives it the verifier's head, and the verifier's embedding if it has none.
 
     Raises:
         VerifierError: if the verifier's hidden size or vocabulary is not the draft's.
@@ -131,12 +131,12 @@ class EagleDraft(EagleLlamaForCausalLM):
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load the draft's tensors, by the names of the format or of an older layout.
+        """Load the draft's tensors, named as in the format or in an older layout.
 
         Raises:
             CheckpointError: if the file is damaged.
-            FormatError: if one is missing, unknown or of another shape: nothing is left to what
-                memory happened to hold, and nothing is dropped.
+            FormatError: if a tensor is missing, unknown or of another shape, so that no parameter
+                stays uninitialised and no tensor is dropped.
 
         """
         found: set[str] = set()
@@ -158,7 +158,7 @@ class EagleDraft(EagleLlamaForCausalLM):
     def _checked(
         self, weights: Iterable[tuple[str, Tensor]], found: set[str]
     ) -> Iterator[tuple[str, Tensor]]:
-        """The tensors by the names of this model's; their names in the format go to ``found``."""
+        """The tensors under this model's names; adds their names in the format to ``found``."""
         for stored_name, tensor in weights:
             name, shape = current_name(stored_name), tuple(tensor.shape)
             if name not in self.config.tensor_shapes:

@@ -1,8 +1,8 @@
-"""vLLM's own EAGLE model, made to refuse the drafts that it would compute wrongly.
+"""vLLM's own EAGLE model, made to refuse drafts that it would compute wrongly.
 
-Given a checkpoint that was not converted, it passes over ``fc.bias`` and, where the config says
-``bias``, gives the attention biases that no tensor fills: the server starts, and the draft is
-hardly ever right.
+With a checkpoint that was not converted, vLLM's model ignores ``fc.bias``, and if the config sets
+``bias``, it gives attention biases that no tensor fills: the server starts, but hardly any drafted
+token is accepted.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,13 +18,13 @@ __all__ = ["PlainEagle"]
 
 
 class PlainEagle(EagleLlamaForCausalLM):
-    """``EagleLlamaForCausalLM``, which computes the same and says what it cannot."""
+    """``EagleLlamaForCausalLM`` with a check for features that it does not compute."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load the tensors of an EAGLE checkpoint as published.
 
         Raises:
-            ConversionError: if it has a feature that vLLM's model has not.
+            ConversionError: if it has a feature that vLLM's model lacks.
 
         """
         super().load_weights(self._checked(weights))

@@ -1,8 +1,8 @@
 """The entry point that vLLM calls in each of its processes before it reads any model.
 
-vLLM lets what a plugin raises end its start, and reads SUPPORTED_SPECULATORS_TYPES, which is no
-public interface: so the plugin acts only in releases that it was tried with, and otherwise says
-so and leaves everything as it is.
+An exception in a plugin aborts vLLM's start, and SUPPORTED_SPECULATORS_TYPES is not a public
+interface. So the plugin acts only in releases that it was tested with; otherwise it logs a warning
+and changes nothing.
 """
 
 import logging
@@ -19,14 +19,14 @@ MODELS = {
     ARCHITECTURE: "speculators.integrations.vllm.draft:EagleDraft",
     "EagleLlamaForCausalLM": "speculators.integrations.vllm.plain:PlainEagle",
 }
-"""vLLM's names of models → what it is to import: later, since a device must not be touched yet."""
+"""vLLM's model names → classes, which vLLM imports later: no device may be initialised yet."""
 
-# Below vLLM's own logger, so that its level, format and handlers hold.
+# A child of vLLM's own logger, so that its level, format and handlers apply.
 logger = logging.getLogger("vllm.plugins.speculators")
 
 
 def register() -> None:
-    """Teach the vLLM of this process the speculators type "eagle"; never raises.
+    """Register the speculators type "eagle" with vLLM in this process; never raises.
 
     vLLM may call it several times in one process.
     """
