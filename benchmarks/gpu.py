@@ -1,14 +1,14 @@
-"""Measure on a GPU: decoding, the cost of a step at 8B size, loading, and that it is right.
+"""Measure on a GPU: decoding, the cost of a step at 8B size, loading, and correctness.
 
     python benchmarks/gpu.py VERIFIER
     python benchmarks/gpu.py VERIFIER --parts acceptance --device cpu
     python benchmarks/gpu.py --render benchmarks/results/gpu.json
 
-VERIFIER is SmolLM2-135M-Instruct as `examples/make_verifier.py` makes it, or the folder of the GGUF
-file that it is made of, with --gguf. What a part gives is written into the results as soon as it
-is done, beside what earlier runs gave for other parts, with the conditions it was measured under;
-a part that fails leaves its error there, and the others go on. --render makes BENCHMARKS.md's
-tables and plots of the results.
+VERIFIER is SmolLM2-135M-Instruct as made by `examples/make_verifier.py`, or, with --gguf, the
+folder of the GGUF file that it is made from. The results of each part are written as soon as it
+is done, with the conditions of the measurement; the results of other parts from earlier runs are
+kept. If a part fails, its error is written and the next part runs. --render makes the tables and
+plots of BENCHMARKS.md from the results.
 """
 
 import argparse
