@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a cache of one's own": ({"past_key_values": DynamicCache()}, "with past_key_values"),
     "embeddings": ({"inputs_embeds": torch.zeros(1, 4, 32)}, "with inputs_embeds"),
     "another assistant": ({"assistant_model": "one"}, "with assistant_model"),
-    "right padding": ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "pad the prompts at the l"),
+    "right padding": ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "pad the prompts on the l"),
     "an unknown proposal": ({"proposal": "tea leaves"}, "Unknown proposal type 'tea leaves'"),
     "another static tree": (
         {"proposal": "static_tree", "num_draft_tokens": 9},

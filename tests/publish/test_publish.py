@@ -341,8 +341,8 @@ def test_the_section_of_a_report(tmp_path: Path) -> None:
     section = evaluation_section(read_report(write_report(tmp_path / "report", "draft")))
     how, empty, heads, alignment, *rows = section.splitlines()
     assert how == (
-        "Measured by speculators 1.0.0 on 2 prompts that speculators brings, decoding greedily up "
-        "to 20 new tokens, in float32 on cpu; the speeds hold for that only. The acceptance "
+        "Measured by speculators 1.0.0 on 2 prompts that come with speculators, decoding greedily "
+        "up to 20 new tokens, in float32 on cpu; the speeds hold for that only. The acceptance "
         "length is the mean number of tokens that one pass of the verifier gives."
     )
     assert (empty, rows) == ("", [FIGURES])

@@ -31,7 +31,7 @@ def evaluate(
         typer.Option(
             metavar="FILE.jsonl",
             help="Prompts, one per line, in MT-bench's style or with the key prompt or messages. "
-            "By default 80 that speculators brings along.",
+            "By default the 80 that come with speculators.",
             show_default=False,
         ),
     ] = None,

@@ -330,8 +330,8 @@ def drafter_of(draft: Draft, cache: BlockCache, method: ProposalMethod, warp: Wa
         case "static_tree":
             if size != len(EAGLE1_TREE):
                 raise GenerationError(
-                    f"The static tree has {len(EAGLE1_TREE)} tokens, not {size}: "
-                    f"set speculative_tokens to {len(EAGLE1_TREE)}, or leave it out."
+                    f"The static tree has {len(EAGLE1_TREE)} tokens, not {size}; "
+                    "leave the number of draft tokens out."
                 )
             return ShapeDrafter(draft, cache, EAGLE1_TREE)
         case "dynamic_tree":

@@ -145,7 +145,7 @@ def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
     real = attention_mask.bool()
     if not bool((real.cummax(1).values == real).all() and real[:, -1].all()):
         raise GenerationError(
-            "The attention_mask has zeros behind ones; pad the prompts at the left "
+            "The attention_mask has zeros after ones; pad the prompts on the left "
             "(padding_side='left' of the tokenizer)."
         )
     padding: list[int] = (~real).sum(1).tolist()

@@ -415,11 +415,11 @@ def takes_masks(model: Any) -> bool:
 def addresses(draft: Draft, verifier: PreTrainedModel) -> tuple[Hashable, ...]:
     """A key that changes when tensors of a model are moved, cast or replaced.
 
-    It also holds the verifier's attention implementation, which can be changed after loading.
+    It also holds their attention implementations, which can be changed after loading.
     """
-    implementation = verifier.config._attn_implementation
+    models: tuple[Any, ...] = (draft, verifier)
     return (
-        implementation,
+        *(model.config._attn_implementation for model in models),
         *((tensor.data_ptr(), tensor.dtype) for tensor in tensors_of(draft, verifier)),
     )
 

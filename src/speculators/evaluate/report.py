@@ -131,7 +131,7 @@ class Settings(Model):
     """How it was measured."""
 
     prompts_file: str | None = None
-    """``null`` for the prompts that speculators brings."""
+    """``null`` for the prompts that come with speculators."""
     prompts_total: int = Field(ge=1)
     """How many were to be measured."""
     max_new_tokens: int = Field(default=256, ge=1)

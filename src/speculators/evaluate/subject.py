@@ -78,8 +78,9 @@ class Subject:
                 text = "\n\n".join(message["content"] for message in messages)
                 tokens = self.tokenizer(text)["input_ids"]
         except Exception as error:  # a template may raise whatever its author liked
+            what = "chat template" if self.has_chat_template else "tokenizer"
             raise PromptsError(
-                f"The verifier's chat template refuses prompt {prompt.id}: {error}"
+                f"The verifier's {what} refuses prompt {prompt.id}: {error}"
             ) from error
         vocabulary = self.draft.config.layer.vocab_size
         if not tokens or max(tokens) >= vocabulary:

@@ -45,7 +45,7 @@ def evaluation_section(report: Report) -> str:
 def _how(report: Report) -> Iterator[str]:
     settings, environment = report.settings, report.environment
     decoding = f"at temperature {settings.temperature:g}" if settings.temperature else "greedily"
-    own = " that speculators brings" if settings.prompts_file is None else ""
+    own = " that come with speculators" if settings.prompts_file is None else ""
     yield f"Measured by speculators {report.speculators_version}"
     yield f"on {len(report.prompts)} prompts{own},"
     yield f"decoding {decoding} up to {settings.max_new_tokens} new tokens,"
