@@ -63,11 +63,8 @@ def print_report(report: Report) -> None:
 def _by_draft(results: Iterable[ProposalResult]) -> Table:
     table = bordered(
         "proposal",
-        *_numbers(
-            "draft tokens", "acceptance length", "tokens/s", "plain tokens/s", "speed-up",
-            "identical",
-        ),
-    )  # fmt: skip
+        *_numbers("draft tokens", "acceptance length", "tokens/s", "speed-up", "identical"),
+    )
     for result in results:
         overall = result.overall
         table.add_row(
@@ -75,7 +72,6 @@ def _by_draft(results: Iterable[ProposalResult]) -> Table:
             str(result.proposal.speculative_tokens),
             _number(overall.acceptance_length),
             _number(overall.tokens_per_second, 1),
-            _number(overall.plain_tokens_per_second, 1),
             _number(overall.speedup),
             _identical(overall),
         )
@@ -121,9 +117,11 @@ def _sentences(report: Report) -> Iterator[str]:
     decoding = (
         f"temperature {settings.temperature:g}" if settings.temperature else "greedy decoding"
     )
+    plain = report.longest.overall.plain_tokens_per_second  # the same for all drafts
     yield (
         f"{decoding.capitalize()}, up to {settings.max_new_tokens} new tokens, in "
-        f"{environment.dtype} on {environment.device}."
+        f"{environment.dtype} on {environment.device}"
+        + ("." if plain is None else f"; without a draft {_number(plain, 1)} tokens/s.")
     )
     if not report.chat_template:
         yield "The verifier has no chat template: the prompts were given as plain text."
