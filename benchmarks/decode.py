@@ -29,6 +29,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from machine import cpu_name
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -188,15 +189,9 @@ def summarise(case: Case, baseline: list[Run]) -> dict[str, Any]:
 
 def conditions(arguments: argparse.Namespace, model: EagleSpeculator) -> dict[str, Any]:
     """The machine, how busy it is, and what is measured."""
-    cpu = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip()
-        for line in (cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else [])
-        if line.startswith("model name")
-    ]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(model.device),

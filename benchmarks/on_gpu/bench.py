@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 import torch
+from machine import cpu_name
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.llama import modeling_llama
@@ -317,7 +318,7 @@ def conditions(options: argparse.Namespace, device: torch.device) -> dict[str, A
         "driver": _driver() if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "copy_bandwidth": copy_bandwidth(device),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -334,13 +335,6 @@ def conditions(options: argparse.Namespace, device: torch.device) -> dict[str, A
     }
     free(device)
     return told
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _driver() -> str | None:

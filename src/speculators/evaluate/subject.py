@@ -125,7 +125,9 @@ def load_subject(
     opened.check_fits(sizes.hidden_size, sizes.vocab_size)
     options: dict[str, Any] = {"cache_dir": cache_dir}
     tokenizer = _load("tokenizer", AutoTokenizer, opened, options)
-    options |= {"dtype": dtype} if place is not None else {"dtype": dtype, "device_map": "auto"}
+    options["dtype"] = dtype
+    if place is None:
+        options["device_map"] = "auto"
     with without_progress_bar():
         model = _load("weights", AutoModelForCausalLM, opened, options)
         if place is not None:
