@@ -35,7 +35,7 @@ from urllib.parse import quote, unquote, urlsplit
 import pytest
 import yaml
 
-from speculators.checkpoint import hub
+from speculators.checkpoint.hub import repository as hub
 
 __all__ = [
     "MEMBER",

@@ -62,7 +62,7 @@ def imports(module: str, *, top_level: bool = False) -> set[str]:
 
 
 def package(module: str) -> str:
-    """``convert`` for ``speculators.convert.eagle.plan``; empty for ``speculators``."""
+    """``convert`` for ``speculators.convert.plan``; empty for ``speculators``."""
     return module.partition(".")[2].partition(".")[0]
 
 
@@ -106,7 +106,7 @@ def test_torch_is_imported_at_the_top_only_where_models_are(module: str) -> None
             else []
         )
     } & {"torch", "transformers"}
-    proof = {"speculators.convert.eagle.reference", "speculators.convert.eagle.validation"}
+    proof = {"speculators.convert.references.eagle", "speculators.convert.validation"}
     light = {"format", "checkpoint", "convert", "inspection", "batch", "publish", "cli", "errors"}
     if package(module) in light:
         assert not heavy or module in proof

@@ -142,8 +142,8 @@ LIGHT = [
     and module
     not in {
         # Validation needs the model.
-        "speculators.convert.eagle.reference",
-        "speculators.convert.eagle.validation",
+        "speculators.convert.references.eagle",
+        "speculators.convert.validation",
     }
 ]
 
@@ -186,6 +186,6 @@ def test_every_module_imports_on_its_own(imported_alone: dict[str, list[str]], m
 
 
 def test_there_are_modules_of_both_kinds() -> None:
-    assert "speculators.checkpoint.torch_file" in LIGHT
+    assert "speculators.checkpoint.files.torch_file" in LIGHT
     assert "speculators.models.eagle" in MODULES
     assert len(LIGHT) > 20

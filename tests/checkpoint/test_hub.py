@@ -15,8 +15,8 @@ import pytest
 from huggingface_hub import constants, file_download
 
 from hub_server import MEMBER, STRANGER, HubServer, hub_environment, patch_hub, skip_waits
-from speculators.checkpoint import hub
-from speculators.checkpoint.hub import HubRepository
+from speculators.checkpoint.hub import repository as hub
+from speculators.checkpoint.hub.repository import HubRepository
 from speculators.checkpoint.repository import Repository
 from speculators.errors import HubError
 
@@ -192,7 +192,7 @@ def test_a_cache_without_links(
 
 def test_the_client_is_imported_only_when_a_file_is_asked_for() -> None:
     code = (
-        "import sys, speculators.checkpoint.hub as hub; hub.HubRepository('org/draft');"
+        "import sys, speculators.checkpoint.hub.repository as hub; hub.HubRepository('org/draft');"
         "print({'huggingface_hub', 'httpx', 'httpx2', 'tqdm', 'torch'} & set(sys.modules))"
     )
     done = run_python(code, {})
@@ -203,7 +203,7 @@ def test_in_a_process_of_its_own(server: HubServer, draft: Path, cache: Path) ->
     """The client itself reads the environment variables, and stderr stays empty."""
     server.add_repo("org/private", draft, private=True)
     code = (
-        "from speculators.checkpoint.hub import HubRepository\n"
+        "from speculators.checkpoint.hub.repository import HubRepository\n"
         "repository = HubRepository('org/private')\n"
         "print(repository.file('config.json').read_text())\n"
         "print(repository.file('model.safetensors').stat().st_size, repository.file('none.json'))"

@@ -13,8 +13,8 @@ from huggingface_hub import constants, file_download
 from safetensors.torch import load_file, save_file
 
 from hub_server import MEMBER, HubServer, patch_hub, skip_waits
-from speculators.checkpoint import hub
-from speculators.checkpoint.hub import HubRepository
+from speculators.checkpoint.hub import repository as hub
+from speculators.checkpoint.hub.repository import HubRepository
 from speculators.checkpoint.reader import read_tensors
 from speculators.errors import CheckpointError, HubError
 

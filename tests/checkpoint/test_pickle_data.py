@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint.hostile_pickles import BROKEN, UNSAFE, command, tuple_of, whole
-from speculators.checkpoint import pickle_data
-from speculators.checkpoint.pickle_data import (
+from speculators.checkpoint.files import pickle_data
+from speculators.checkpoint.files.pickle_data import (
     PYTHON_GLOBALS,
     Builder,
     Globals,

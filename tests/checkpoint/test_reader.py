@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from helpers import Tensors
+from speculators.checkpoint.output.writer import contiguous_chunks
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint, read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory, open_repository
 from speculators.checkpoint.tensor import TensorInfo
-from speculators.checkpoint.writer import contiguous_chunks
 from speculators.errors import CheckpointError
 
 TENSORS: Tensors = {

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculators.checkpoint.rounding import FLOATS, round_to
+from speculators.checkpoint.output.rounding import FLOATS, round_to
+from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.tensor import TensorInfo
-from speculators.checkpoint.writer import write_safetensors_file
 from speculators.errors import CheckpointError, ConversionError
 from speculators.models.tensors import TORCH_DTYPES
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from speculators.checkpoint.safetensors_file import encode_header, read_safetensors_file
+from speculators.checkpoint.files.safetensors_file import encode_header, read_safetensors_file
 from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo
 from speculators.errors import CheckpointError
 

@@ -26,8 +26,8 @@ from loguru import logger
 from torch import nn
 
 from checkpoint.hostile_pickles import BROKEN, UNSAFE, name, text, tuple_of, whole
+from speculators.checkpoint.files.torch_file import read_torch_file
 from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo
-from speculators.checkpoint.torch_file import read_torch_file
 from speculators.errors import CheckpointError, UnsafeCheckpointError
 
 FORMS = {"zip": True, "legacy": False}
@@ -834,7 +834,7 @@ def test_every_truncation(tmp_path: Path, form: str) -> None:
 
 def test_torch_is_not_needed() -> None:
     script = (
-        "import sys, speculators.checkpoint.torch_file; "
+        "import sys, speculators.checkpoint.files.torch_file; "
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

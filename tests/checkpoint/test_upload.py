@@ -12,9 +12,9 @@ import pytest
 
 from helpers import PLAIN
 from hub_server import MEMBER, STRANGER, HubServer, files_of, patch_hub, skip_waits
-from speculators.checkpoint import upload as upload_module
-from speculators.checkpoint.stamp import is_stamped, write_stamped
-from speculators.checkpoint.upload import check_upload, upload
+from speculators.checkpoint.hub import upload as upload_module
+from speculators.checkpoint.hub.upload import check_upload, upload
+from speculators.checkpoint.output.stamp import is_stamped, write_stamped
 from speculators.errors import HubError
 
 CARD = "---\ntags: [eagle]\n---\n# A draft\n"

@@ -677,7 +677,7 @@ def test_overwrite_refuses_a_foreign_directory(
 def test_what_appears_at_the_output_meanwhile_is_not_overwritten(
     tmp_path: Path, verifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import speculators.convert.eagle.validation as module
+    import speculators.convert.validation as module
 
     out = tmp_path / "out"
 
@@ -706,7 +706,7 @@ def test_validation_finds_a_wrong_result(
     import speculators.models.eagle as model
 
     if what == "bytes":
-        from speculators.checkpoint.writer import write_safetensors_file as write
+        from speculators.checkpoint.output.writer import write_safetensors_file as write
 
         def write_wrong(path: Path, *arguments: Any, **options: Any) -> None:
             write(path, *arguments, **options)

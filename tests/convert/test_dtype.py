@@ -21,7 +21,7 @@ from helpers import (
     stored_tensors,
     write_checkpoint,
 )
-from speculators.checkpoint import rounding
+from speculators.checkpoint.output import rounding
 from speculators.convert.eagle import LAYERNORM_MAPPINGS, EagleConverter
 from speculators.errors import ConversionError, ValidationError
 from speculators.models.eagle import EagleSpeculator

@@ -527,7 +527,7 @@ def test_usage_errors_have_status_2(
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, setting: Setting) -> None:
     """Press Ctrl-C during validation, where the process waits for it."""
     script = (
-        "import speculators.convert.eagle.validation as validation, time\n"
+        "import speculators.convert.validation as validation, time\n"
         "def wait(*_, **__):\n"
         "    print('here', flush=True)\n"
         "    time.sleep(60)\n"
@@ -559,7 +559,7 @@ def test_a_killed_run_leaves_a_sibling_that_the_next_run_removes(
     tmp_path: Path, setting: Setting, speculators: CommandLine
 ) -> None:
     script = (
-        "import speculators.convert.eagle.validation as validation, os, signal\n"
+        "import speculators.convert.validation as validation, os, signal\n"
         "validation.validate_conversion = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from speculators.cli import main; main()\n"
     )

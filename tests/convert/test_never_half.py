@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from helpers import GOLDEN, PLAIN, WRITTEN, CommandLine, entries, write_checkpoint
-from speculators.checkpoint import staging
-from speculators.checkpoint.writer import write_safetensors_file
+from speculators.checkpoint.output import staging
+from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.convert.eagle import EagleConverter
 from speculators.errors import CheckpointError, OutputError
 

@@ -9,7 +9,7 @@ import pytest
 from pages import ROOT
 from schemas import PRINTED, READ, schema, schema_file
 from speculators.batch.manifest import Conversion
-from speculators.convert.families import FAMILIES
+from speculators.families.recognition import FAMILIES
 
 DOCS = ROOT / "docs"
 

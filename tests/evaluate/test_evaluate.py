@@ -35,7 +35,7 @@ from helpers import (
 from hub_server import HubServer, patch_hub
 from speculators.cli import report_view
 from speculators.convert.eagle import EagleConverter
-from speculators.decode import replay
+from speculators.decode import cuda_graphs
 from speculators.errors import EvaluationError
 from speculators.evaluate.evaluation import Evaluation
 from speculators.evaluate.metrics import count_steps, total
@@ -637,8 +637,8 @@ def test_graphs_are_recorded_before_anything_is_measured(
     really_measure = Evaluation._measure
     monkeypatch.setattr(Evaluation, "_measure", measure)
 
-    monkeypatch.setitem(replay.RECORDERS, "cpu", refuse)
-    monkeypatch.setattr(replay, "FEWEST_SLOTS", 16)
+    monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", refuse)
+    monkeypatch.setattr(cuda_graphs, "FEWEST_SLOTS", 16)
     settings = Settings(prompts_total=3, max_new_tokens=40)
     evaluation = Evaluation(
         load_subject(pair.draft),

@@ -26,13 +26,13 @@ import atheris
 import safetensors
 
 with atheris.instrument_imports(include=["speculators", "pickletools", "zipfile"]):
-    from speculators.checkpoint.json_file import parse_json
-    from speculators.checkpoint.pickle_data import PYTHON_GLOBALS, read_pickle
+    from speculators.checkpoint.files.json_file import parse_json
+    from speculators.checkpoint.files.pickle_data import PYTHON_GLOBALS, read_pickle
+    from speculators.checkpoint.files.safetensors_file import read_safetensors_file
+    from speculators.checkpoint.files.torch_file import _GLOBALS, read_torch_file
     from speculators.checkpoint.reader import read_tensors
     from speculators.checkpoint.repository import LocalDirectory
-    from speculators.checkpoint.safetensors_file import read_safetensors_file
     from speculators.checkpoint.tensor import DTYPE_BITS, MAX_AXES, MAX_NAME, MAX_SIZE, TensorInfo
-    from speculators.checkpoint.torch_file import _GLOBALS, read_torch_file
     from speculators.errors import CheckpointError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -21,7 +21,7 @@ from helpers import (
     write_shards,
 )
 from hub_server import HubServer, hub_environment, patch_hub
-from speculators.checkpoint.hub import HubRepository
+from speculators.checkpoint.hub.repository import HubRepository
 
 LARGE = 3 << 20
 """The elements of a tensor that makes a checkpoint much larger than its headers."""

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from helpers import GOLDEN_NAMES, config_of, stored_tensors
-from speculators.format.card import model_card, names_hub_id
+from speculators.families.card import model_card, names_hub_id
 from speculators.format.config import EagleConfig, parse_config
 from speculators.format.conversion import ConversionRecord, parse_conversion
 from speculators.format.tensors import FEATURES, features_of

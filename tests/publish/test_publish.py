@@ -24,7 +24,7 @@ from helpers import (
     write_checkpoint,
 )
 from hub_server import MEMBER, STRANGER, HubServer, files_of, hub_environment, patch_hub
-from speculators.checkpoint.stamp import is_stamped
+from speculators.checkpoint.output.stamp import is_stamped
 from speculators.convert.eagle import EagleConverter
 from speculators.errors import EvaluationError, HubError
 from speculators.evaluate.metrics import count_steps

@@ -27,7 +27,7 @@ from loguru import logger
 from speculators.batch.manifest import Conversion
 from speculators.batch.state import is_done
 from speculators.convert.eagle import EagleConverter
-from speculators.convert.eagle.provenance import check_files, read_record
+from speculators.convert.provenance import check_files, read_record
 from speculators.errors import sentence
 from speculators.publish.draft import check_publishing, publish_draft
 

@@ -8,10 +8,10 @@ from loguru import logger
 
 from speculators.batch.manifest import Conversion
 from speculators.checkpoint.digest import sha256_of_file
-from speculators.checkpoint.json_file import read_json
+from speculators.checkpoint.files.json_file import read_json
+from speculators.checkpoint.output.staging import check_output
 from speculators.checkpoint.repository import open_repository
-from speculators.checkpoint.staging import check_output
-from speculators.convert.eagle.provenance import read_record
+from speculators.convert.provenance import read_record
 from speculators.errors import HubError, OutputError, SpeculatorsError
 from speculators.format.config import parse_config
 from speculators.format.conversion import (

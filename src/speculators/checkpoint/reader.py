@@ -7,11 +7,11 @@ from typing import Any
 
 from loguru import logger
 
-from speculators.checkpoint.json_file import read_json
+from speculators.checkpoint.files.json_file import read_json
+from speculators.checkpoint.files.safetensors_file import read_safetensors_file
+from speculators.checkpoint.files.torch_file import read_torch_file
 from speculators.checkpoint.repository import Repository
-from speculators.checkpoint.safetensors_file import read_safetensors_file
 from speculators.checkpoint.tensor import TensorInfo, check_name
-from speculators.checkpoint.torch_file import read_torch_file
 from speculators.errors import CheckpointError, NoWeightsError, printable
 
 __all__ = ["Checkpoint", "read_checkpoint", "read_config", "read_tensors"]

@@ -98,7 +98,7 @@ def open_repository(
     if isinstance(source, Path) or looks_like_a_path(source):
         raise CheckpointError(f"{path} does not exist; give a directory, or a Hugging Face id.")
 
-    from speculators.checkpoint.hub import HubRepository
+    from speculators.checkpoint.hub.repository import HubRepository
 
     return HubRepository(source, revision=revision, cache_dir=cache_dir)
 

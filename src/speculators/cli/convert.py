@@ -196,7 +196,7 @@ def eagle(
 
 def _warn_of_what_is_in_the_way(output: Path, *, overwrite: bool) -> None:
     """Warn on a dry run of what would otherwise be an error: the plan is useful all the same."""
-    from speculators.checkpoint.staging import check_output
+    from speculators.checkpoint.output.staging import check_output
 
     try:
         check_output(output.expanduser(), overwrite=overwrite)

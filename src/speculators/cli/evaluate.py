@@ -107,7 +107,7 @@ def evaluate(
     if overwrite and output is None:
         raise typer.BadParameter("--overwrite only works with --output.")
 
-    from speculators.checkpoint.staging import check_output
+    from speculators.checkpoint.output.staging import check_output
     from speculators.cli.report_view import print_report, progress_bar
     from speculators.evaluate.files import REPORT, save_report
     from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts

@@ -7,8 +7,8 @@ from rich.filesize import decimal
 
 from speculators.checkpoint.tensor import describe_shape
 from speculators.cli.output import show, table
-from speculators.convert.eagle.config_diff import ConfigChange, config_diff
-from speculators.convert.eagle.plan import ConversionPlan
+from speculators.convert.config_diff import ConfigChange, config_diff
+from speculators.convert.plan import ConversionPlan
 
 __all__ = ["print_plan"]
 

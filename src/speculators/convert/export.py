@@ -14,17 +14,17 @@ from typing import Any
 
 from loguru import logger
 
+from speculators.checkpoint.output.staging import check_output, staged_directory
+from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import open_repository
-from speculators.checkpoint.staging import check_output, staged_directory
 from speculators.checkpoint.tensor import TensorInfo
-from speculators.checkpoint.writer import write_safetensors_file
 from speculators.convert.eagle import LAYERNORM_MAPPINGS
 from speculators.errors import ConversionError
+from speculators.families.converted import check_converted
 from speculators.format.config import EagleConfig
 from speculators.format.layouts import current_name
 from speculators.format.tensors import FEATURES, features_of
-from speculators.models.converted import check_converted
 
 __all__ = ["TARGETS", "ExportPlan", "Target", "export", "plan_export"]
 

@@ -20,15 +20,15 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from speculators.decode.cache import BlockCache
+from speculators.decode.cuda_graphs import ReplayedSteps, Workspace
 from speculators.decode.drafting import Draft, drafter_of
-from speculators.decode.limits import (
+from speculators.decode.refusals import (
     check_arguments,
     check_batch,
     check_generation,
     check_proposal,
     left_padding,
 )
-from speculators.decode.replay import ReplayedSteps, Workspace
 from speculators.decode.sampling import Choice, Warp, warp_of
 from speculators.decode.steps import Steps
 from speculators.decode.stopping import Stopping

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from speculators import __version__
 from speculators.decode import Generation
-from speculators.decode.replay import RECORDERS
+from speculators.decode.cuda_graphs import RECORDERS
 from speculators.evaluate.metrics import Acceptance, count_steps
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import (

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from speculators.checkpoint.staging import Kind, staged_directory
+from speculators.checkpoint.output.staging import Kind, staged_directory
 from speculators.evaluate.plots import write_plots
 from speculators.evaluate.report import REPORT_FILE, Report
 

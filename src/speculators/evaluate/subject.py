@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.errors import EvaluationError, PromptsError, SpeculatorsError, VerifierError
 from speculators.evaluate.prompts import Prompt
-from speculators.models.converted import Converted, open_converted
+from speculators.families.converted import Converted, open_converted
 from speculators.models.eagle import EagleSpeculator
 from speculators.models.loading import without_progress_bar
 from speculators.models.placement import device_of

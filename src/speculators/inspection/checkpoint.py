@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from speculators.checkpoint.json_file import read_json
+from speculators.checkpoint.files.json_file import read_json
+from speculators.checkpoint.hub.headers import headers_only
 from speculators.checkpoint.reader import Checkpoint, read_config, read_tensors
-from speculators.checkpoint.remote_header import headers_only
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.convert.eagle import LAYERNORM_MAPPINGS
-from speculators.convert.eagle.plan import plan_draft
-from speculators.convert.families import recognise, strip_prefix
+from speculators.convert.plan import plan_draft
 from speculators.errors import CheckpointError, ConversionError, FormatError, NoWeightsError
+from speculators.families.converted import check_converted
+from speculators.families.recognition import recognise, strip_prefix
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
 from speculators.format.layouts import current_name
 from speculators.format.tensors import FEATURES, TENSORS
@@ -26,7 +27,6 @@ from speculators.inspection.findings import (
     TensorFinding,
     VerifierFinding,
 )
-from speculators.models.converted import check_converted
 
 __all__ = ["inspect_checkpoint"]
 

@@ -29,13 +29,14 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.utils.generic import ModelOutput
 
 from speculators import __version__
-from speculators.checkpoint.stamp import write_stamped
+from speculators.checkpoint.hub.upload import README, SAVED, check_upload, upload
+from speculators.checkpoint.output.stamp import write_stamped
 from speculators.checkpoint.tensor import describe_shape
-from speculators.checkpoint.upload import README, SAVED, check_upload, upload
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.decode import Generation, Workspace, speculate
 from speculators.errors import SpeculatorsError, VerifierError
-from speculators.format.card import model_card
+from speculators.families.card import model_card
+from speculators.families.converted import open_converted
 from speculators.format.config import (
     EagleConfig,
     LayerConfig,
@@ -44,7 +45,6 @@ from speculators.format.config import (
 )
 from speculators.format.layouts import LEGACY_PREFIXES
 from speculators.format.tensors import features_of
-from speculators.models.converted import open_converted
 from speculators.models.placement import device_of
 from speculators.models.tensors import read_tensor
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from speculators.checkpoint.output.writer import contiguous_chunks
 from speculators.checkpoint.tensor import TensorInfo
-from speculators.checkpoint.writer import contiguous_chunks
 
 __all__ = ["TORCH_DTYPES", "read_tensor"]
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 from loguru import logger
 
-from speculators.checkpoint.json_file import read_json
+from speculators.checkpoint.files.json_file import read_json
+from speculators.checkpoint.hub.upload import README, check_upload, upload
+from speculators.checkpoint.output.stamp import write_stamped
 from speculators.checkpoint.reader import read_tensors
 from speculators.checkpoint.repository import LocalDirectory
-from speculators.checkpoint.stamp import write_stamped
-from speculators.checkpoint.upload import README, check_upload, upload
-from speculators.convert.eagle.provenance import read_record
+from speculators.convert.provenance import read_record
 from speculators.errors import HubError
 from speculators.evaluate.report import REPORT_FILE
-from speculators.format.card import model_card, names_hub_id
+from speculators.families.card import model_card, names_hub_id
 from speculators.format.config import parse_config
 from speculators.format.layouts import current_name
 from speculators.format.tensors import features_of

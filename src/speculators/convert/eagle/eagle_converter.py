@@ -4,20 +4,20 @@ from pathlib import Path
 
 from loguru import logger
 
+from speculators.checkpoint.output.staging import check_output, staged_directory
+from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import LocalDirectory, open_repository
-from speculators.checkpoint.staging import check_output, staged_directory
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.checkpoint.writer import write_safetensors_file
-from speculators.convert.eagle.plan import ConversionPlan, plan_conversion
-from speculators.convert.eagle.provenance import (
+from speculators.convert.plan import ConversionPlan, plan_conversion
+from speculators.convert.provenance import (
     changed_source_files,
     check_files,
     read_record,
     record_conversion,
 )
-from speculators.convert.eagle.written import plan_of_itself, verifier_of
+from speculators.convert.replan import plan_of_itself, verifier_of
 from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
 from speculators.format.config import parse_config
 from speculators.format.conversion import CONVERSION_FILE
@@ -122,7 +122,7 @@ class EagleConverter:
             )
             unchecked = None
             if validate:
-                from speculators.convert.eagle.validation import validate_conversion
+                from speculators.convert.validation import validate_conversion
 
                 unchecked = validate_conversion(
                     plan, staging, cache_dir=cache_dir, progress=progress
@@ -180,7 +180,7 @@ class EagleConverter:
             check_files(record, directory, progress)
         verifier = verifier_of(config, cache_dir=cache_dir)
 
-        from speculators.convert.eagle.validation import validate_conversion, validate_model
+        from speculators.convert.validation import validate_conversion, validate_model
 
         if source is None:
             plan = plan_of_itself(written, config, verifier, LAYERNORM_MAPPINGS)

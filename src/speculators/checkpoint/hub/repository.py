@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from speculators.checkpoint.digest import sha256_of_file
-from speculators.checkpoint.hub_errors import kinds_of, raise_told
-from speculators.checkpoint.safetensors_file import (
+from speculators.checkpoint.files.safetensors_file import (
     PREFIX_BYTES,
     encode_header,
     find_data,
     parse_header,
 )
+from speculators.checkpoint.hub.errors import kinds_of, raise_told
 from speculators.checkpoint.tensor import TensorInfo
 
 __all__ = ["HubRepository"]

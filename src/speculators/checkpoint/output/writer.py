@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from speculators.checkpoint.files.safetensors_file import encode_header
+from speculators.checkpoint.output.rounding import FLOATS, round_to
 from speculators.checkpoint.progress import Progress, silent
-from speculators.checkpoint.rounding import FLOATS, round_to
-from speculators.checkpoint.safetensors_file import encode_header
 from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo
 from speculators.errors import CheckpointError, ConversionError
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from speculators.convert.eagle.plan import ConversionPlan
+from speculators.convert.plan import ConversionPlan
 
 __all__ = ["ConfigChange", "config_diff"]
 

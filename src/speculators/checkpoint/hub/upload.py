@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from speculators.checkpoint.hub_errors import raise_told
-from speculators.checkpoint.staging import CONVERTED
-from speculators.checkpoint.stamp import is_stamped
+from speculators.checkpoint.hub.errors import raise_told
+from speculators.checkpoint.output.staging import CONVERTED
+from speculators.checkpoint.output.stamp import is_stamped
 from speculators.errors import HubError
 
 if TYPE_CHECKING:

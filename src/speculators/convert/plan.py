@@ -9,9 +9,9 @@ from speculators import __version__
 from speculators.checkpoint.reader import Checkpoint
 from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier
-from speculators.convert.eagle.layer_config import plan_layer
-from speculators.convert.families import listed, recognise, strip_prefix
 from speculators.errors import ConversionError
+from speculators.families.layer import plan_layer
+from speculators.families.recognition import listed, recognise, strip_prefix
 from speculators.format.config import (
     EagleConfig,
     LayerConfig,

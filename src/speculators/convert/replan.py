@@ -6,7 +6,7 @@ from pathlib import Path
 
 from speculators.checkpoint.reader import Checkpoint
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.convert.eagle.plan import ConversionPlan
+from speculators.convert.plan import ConversionPlan
 from speculators.errors import SpeculatorsError, VerifierError
 from speculators.format.config import EagleConfig
 from speculators.format.layouts import current_name

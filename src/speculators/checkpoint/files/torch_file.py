@@ -19,8 +19,8 @@ from typing import IO, NamedTuple
 
 from loguru import logger
 
-from speculators.checkpoint.other_files import refuse_other_files
-from speculators.checkpoint.pickle_data import (
+from speculators.checkpoint.files.other_files import refuse_other_files
+from speculators.checkpoint.files.pickle_data import (
     MALFORMED,
     PYTHON_GLOBALS,
     Builder,

@@ -11,10 +11,10 @@ from pathlib import Path
 from loguru import logger
 
 from speculators.checkpoint.digest import sha256_of_files
-from speculators.checkpoint.json_file import read_json
+from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint
-from speculators.convert.eagle.plan import ConversionPlan
+from speculators.convert.plan import ConversionPlan
 from speculators.errors import ValidationError
 from speculators.format.conversion import (
     CONVERSION_FILE,

@@ -10,16 +10,16 @@ from loguru import logger
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from speculators.checkpoint.output.writer import contiguous_chunks
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory
 from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo
 from speculators.checkpoint.verifier import Verifier
-from speculators.checkpoint.writer import contiguous_chunks
-from speculators.convert.eagle.plan import ConversionPlan
-from speculators.convert.eagle.reference import PlainDraft
-from speculators.convert.families import recognise, strip_prefix
+from speculators.convert.plan import ConversionPlan
+from speculators.convert.references.eagle import PlainDraft
 from speculators.errors import SpeculatorsError, ValidationError, VerifierError
+from speculators.families.recognition import recognise, strip_prefix
 from speculators.format.tensors import DTYPES
 from speculators.models.eagle import EagleOutput, EagleSpeculator
 from speculators.models.loading import without_progress_bar

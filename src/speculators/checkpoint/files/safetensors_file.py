@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint.json_file import MAX_JSON_BYTES, parse_json
-from speculators.checkpoint.other_files import refuse_other_files
+from speculators.checkpoint.files.json_file import MAX_JSON_BYTES, parse_json
+from speculators.checkpoint.files.other_files import refuse_other_files
 from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo, check_name, check_sizes
 from speculators.errors import CheckpointError, printable
 

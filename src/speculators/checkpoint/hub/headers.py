@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from speculators.checkpoint.hub import HubRepository
+from speculators.checkpoint.files.safetensors_file import PREFIX_BYTES, find_data
+from speculators.checkpoint.hub.repository import HubRepository
 from speculators.checkpoint.repository import Repository
-from speculators.checkpoint.safetensors_file import PREFIX_BYTES, find_data
 from speculators.errors import CheckpointError, NoWeightsError
 
 __all__ = ["headers_only"]

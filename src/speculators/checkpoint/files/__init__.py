@@ -1,0 +1,1 @@
+"""Formats of checkpoint files, read without running or trusting anything in them."""

@@ -1,0 +1,1 @@
+"""Drafts in plain tensor operations, one module per family, to check the models against."""
