@@ -20,7 +20,8 @@ from transformers import EtaLogitsWarper, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from distributions import SETTINGS, TOKENS, analytic, chi_square_is_likely, small_verifier
-from speculators.decode import Generation, cuda_graphs
+from speculators.decode import Generation
+from speculators.decode import cuda_graphs as graphs
 from speculators.decode.cache import BlockCache
 from speculators.decode.verification import VerifierPass
 from speculators.format.config import ProposalMethod
@@ -84,10 +85,10 @@ def copy_tensors(source: Any, to: Any) -> None:
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start with few slots, so that they soon have to grow; on a CPU, record with ``Again``."""
-    monkeypatch.setattr(cuda_graphs, "FEWEST_SLOTS", 32)
-    monkeypatch.setattr(cuda_graphs, "AHEAD", 8)
+    monkeypatch.setattr(graphs, "FEWEST_SLOTS", 32)
+    monkeypatch.setattr(graphs, "AHEAD", 8)
     if DEVICE.type == "cpu":
-        monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", Again)
+        monkeypatch.setitem(graphs.RECORDERS, "cpu", Again)
         # A function that runs again later needs the same hidden states of the verifier as before.
         monkeypatch.setattr(VerifierPass, "__exit__", lambda *_: None)
     tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -224,7 +225,7 @@ def test_recordings_of_drawn_chains_are_used_again_with_the_same_settings() -> N
 
 
 def test_the_recordings_that_were_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "KEPT", 2)
+    monkeypatch.setattr(graphs, "KEPT", 2)
     _, draft = pair()
     kept = draft._workspace.recordings
 
@@ -386,7 +387,7 @@ def test_what_needs_the_host_is_run(monkeypatch: pytest.MonkeyPatch, log: list[s
                 return Again(run, device)
             raise RuntimeError("called a synchronizing CUDA operation\nand so on")
 
-        monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", refuse)
+        monkeypatch.setitem(graphs.RECORDERS, "cpu", refuse)
     check_same(draft, ids_of(6))
     check_same(draft, ids_of(7))
     assert recordings(draft) == 0
@@ -416,7 +417,7 @@ def test_caches_are_freed_at_once(cuda_graphs: bool, monkeypatch: pytest.MonkeyP
 
     if DEVICE.type == "cpu":
         monkeypatch.undo()  # ``Again`` keeps the function, and with it the cache
-        monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", Once)
+        monkeypatch.setitem(graphs.RECORDERS, "cpu", Once)
     monkeypatch.setattr(BlockCache, "__init__", noted)
     gc.disable()  # it would free them, too, but at some unknown time
     try:

@@ -5,8 +5,8 @@ is written after the confirmed slots of each row; slots that are not confirmed a
 the next block. Rows of a batch may have different numbers of confirmed positions. The memory
 doubles when it is full, so a position is copied at most twice on average.
 
-While a step is recorded as a CUDA graph (``cuda_graphs``), a tensor holds the number of confirmed slots
-and a mask covers all slots up to a limit, so that nothing recorded depends on values on the host.
+While a step is recorded as a CUDA graph, a tensor holds the number of confirmed slots and a mask
+covers all slots up to a limit, so that nothing recorded depends on values on the host.
 """
 
 import weakref
