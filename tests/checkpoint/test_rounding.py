@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculators.checkpoint.output.rounding import FLOATS, round_to
+from speculators.checkpoint.output.rounding import round_to
 from speculators.checkpoint.output.writer import write_safetensors_file
-from speculators.checkpoint.tensor import TensorInfo
+from speculators.checkpoint.tensor import FLOATS, PlannedTensor, TensorInfo
 from speculators.errors import CheckpointError, ConversionError
 from speculators.models.tensors import TORCH_DTYPES
 
@@ -115,7 +115,7 @@ def write(path: Path, tensor: Tensor, dtype: str | None, kind: str = "F32") -> b
     """Write a tensor from a file of its own; return the bytes written after the header."""
     path.with_suffix(".raw").write_bytes(b"skipped!" + tensor.view(torch.uint8).numpy().tobytes())
     info = TensorInfo("w", kind, tuple(tensor.shape), path.with_suffix(".raw"), 8)
-    write_safetensors_file(path, {"w": info}, dtype=dtype)
+    write_safetensors_file(path, {"w": PlannedTensor.copy_of(info, dtype)})
     data = path.read_bytes()
     return data[8 + int.from_bytes(data[:8], "little") :]
 
@@ -146,7 +146,7 @@ def test_tensors_that_do_not_lie_in_order(
     raw = tmp_path / "w.raw"
     raw.write_bytes(whole.numpy().tobytes())
     info = TensorInfo("w", "F32", tuple(view.shape), raw, 4 * int(view.storage_offset()), strides)
-    write_safetensors_file(tmp_path / "w.safetensors", {"w": info}, dtype="BF16")
+    write_safetensors_file(tmp_path / "w.safetensors", {"w": PlannedTensor.copy_of(info, "BF16")})
     data = (tmp_path / "w.safetensors").read_bytes()
     expected = view.contiguous().to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
     assert data.endswith(expected)
@@ -157,4 +157,6 @@ def test_a_file_that_ends_within_an_element(tmp_path: Path) -> None:
     raw.write_bytes(bytes(401))
     info = TensorInfo("w", "F32", (100,), raw, 2)
     with pytest.raises(CheckpointError, match="truncated: it ends within the tensor w"):
-        write_safetensors_file(tmp_path / "w.safetensors", {"w": info}, dtype="F16")
+        write_safetensors_file(
+            tmp_path / "w.safetensors", {"w": PlannedTensor.copy_of(info, "F16")}
+        )

@@ -1,12 +1,24 @@
-"""What is known about a stored tensor without reading its data."""
+"""Stored tensors, known without reading their data, and tensors to be written from them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from speculators.errors import CheckpointError, printable
 
-__all__ = ["DTYPE_BITS", "MAX_SIZE", "TensorInfo", "check_name", "check_sizes", "describe_shape"]
+__all__ = [
+    "DTYPE_BITS",
+    "FLOATS",
+    "MAX_SIZE",
+    "Constant",
+    "FloatType",
+    "PlannedTensor",
+    "TensorInfo",
+    "check_name",
+    "check_sizes",
+    "describe_shape",
+    "float_name",
+]
 
 MAX_NAME = 1000
 MAX_AXES = 64
@@ -40,6 +52,27 @@ DTYPE_BITS: dict[str, int] = {
 
 
 @dataclass(frozen=True, slots=True)
+class FloatType:
+    """A floating-point dtype: torch's name for it, and its largest finite number."""
+
+    name: str
+    largest: float
+
+
+FLOATS = {
+    "F32": FloatType("float32", float.fromhex("0x1.fffffep+127")),
+    "F16": FloatType("float16", 65504.0),
+    "BF16": FloatType("bfloat16", float.fromhex("0x1.fep+127")),
+}
+"""The dtypes that weights may have, by their names in the safetensors format."""
+
+
+def float_name(dtype: str | None) -> str | None:
+    """Torch's name of a key of ``FLOATS``; ``None`` stays ``None``."""
+    return None if dtype is None else FLOATS[dtype].name
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a checkpoint: its name, its type, and where its bytes lie.
 
@@ -51,6 +84,8 @@ class TensorInfo:
         offset: position in ``file`` of the first element, in bytes.
         strides: distance between neighbours along each axis, in elements, or ``None``
             when the elements lie contiguously in row-major order.
+        rows: which rows of the stored tensor these are, the first and the one after the last;
+            ``None`` for the whole tensor.
 
     """
 
@@ -60,6 +95,7 @@ class TensorInfo:
     file: Path
     offset: int
     strides: tuple[int, ...] | None = None
+    rows: tuple[int, int] | None = None
 
     @property
     def elements(self) -> int:
@@ -70,6 +106,86 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Size of the elements in bytes, as a contiguous tensor."""
         return self.elements * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def label(self) -> str:
+        """What messages and records call it: its name, with its rows if it is a slice."""
+        return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
+
+    def slice(self, start: int, stop: int) -> "TensorInfo":
+        """Rows ``start`` to ``stop`` (exclusive) of a tensor with at least one axis."""
+        assert 0 <= start <= stop <= self.shape[0], (self.label, start, stop)
+        row = self.strides[0] if self.strides else math.prod(self.shape[1:])
+        first = self.rows[0] if self.rows else 0
+        return replace(
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * row * DTYPE_BITS[self.dtype] // 8,
+            rows=(first + start, first + stop),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Values that come from no tensor of the source as they are.
+
+    Attributes:
+        label: what messages and records call them, such as ``zeros``.
+        dtype: a key of ``DTYPE_BITS``.
+        data: the values, little-endian and contiguous.
+
+    """
+
+    label: str
+    dtype: str
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor to be written: pieces, one after another along the first axis.
+
+    Attributes:
+        dtype: the dtype to write, a key of ``DTYPE_BITS``. A piece of another dtype is rounded;
+            both must then be keys of ``FLOATS``.
+        shape: the shape to write.
+        pieces: tensors of a source, or slices of them, and constants.
+
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[TensorInfo | Constant, ...]
+
+    @classmethod
+    def copy_of(cls, info: TensorInfo, dtype: str | None = None) -> "PlannedTensor":
+        """A whole tensor, rounded to ``dtype`` if given."""
+        return cls(dtype or info.dtype, info.shape, (info,))
+
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """The pieces that come from tensors of the source."""
+        return tuple(piece for piece in self.pieces if isinstance(piece, TensorInfo))
+
+    @property
+    def elements(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size as written, in bytes."""
+        return self.elements * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def label(self) -> str:
+        """What it is made of, as messages and records say it."""
+        return " + ".join(piece.label for piece in self.pieces)
 
 
 def describe_shape(shape: tuple[int, ...]) -> str:

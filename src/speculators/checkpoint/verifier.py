@@ -7,13 +7,12 @@ from typing import Any
 
 from speculators.checkpoint.reader import read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
-from speculators.checkpoint.tensor import TensorInfo, describe_shape
+from speculators.checkpoint.tensor import FLOATS, TensorInfo, describe_shape
 from speculators.errors import CheckpointError, VerifierError
 
 __all__ = ["Verifier", "open_verifier"]
 
 HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
-MATRIX_DTYPES = ("F32", "F16", "BF16")
 EMBEDDING_NAMES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
 
 
@@ -79,10 +78,10 @@ class Verifier:
                 f"The verifier {self.name} has no tensor for its {what}: "
                 f"none of {', '.join(names)} is there."
             )
-        if info.dtype not in MATRIX_DTYPES:
+        if info.dtype not in FLOATS:
             raise VerifierError(
                 f"The verifier {self.name} has its {what} ({info.name}) in the type {info.dtype}; "
-                f"one of {', '.join(MATRIX_DTYPES)} is read."
+                f"one of {', '.join(FLOATS)} is read."
             )
         if info.shape != (self.vocab_size, self.hidden_size):
             raise VerifierError(

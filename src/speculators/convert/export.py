@@ -18,7 +18,7 @@ from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import open_repository
-from speculators.checkpoint.tensor import TensorInfo
+from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.convert.eagle import LAYERNORM_MAPPINGS
 from speculators.errors import ConversionError
 from speculators.families.converted import check_converted
@@ -151,7 +151,10 @@ def export(
     with staged_directory(directory, kind=None) as staging:
         config = json.dumps(plan.config, indent=2, ensure_ascii=False)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
-        write_safetensors_file(staging / "model.safetensors", plan.tensors)
+        write_safetensors_file(
+            staging / "model.safetensors",
+            {name: PlannedTensor.copy_of(info) for name, info in plan.tensors.items()},
+        )
     logger.success(f"Exported for {target.reader}: {directory}")
     return directory
 

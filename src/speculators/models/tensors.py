@@ -4,16 +4,16 @@ import torch
 from torch import Tensor
 
 from speculators.checkpoint.output.writer import contiguous_chunks
-from speculators.checkpoint.tensor import TensorInfo
+from speculators.checkpoint.tensor import FLOATS, TensorInfo
 
 __all__ = ["TORCH_DTYPES", "read_tensor"]
 
-TORCH_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    **{stored: getattr(torch, dtype.name) for stored, dtype in FLOATS.items()},
+    "I64": torch.int64,
+    "BOOL": torch.bool,
 }
-"""Dtypes of drafts, heads and embeddings, by the names of the safetensors format."""
+"""Dtypes of the tensors of drafts, by the names of the safetensors format."""
 
 
 def read_tensor(info: TensorInfo) -> Tensor:

@@ -15,7 +15,13 @@ from typing import Any
 
 from speculators.checkpoint.files.json_file import MAX_JSON_BYTES, parse_json
 from speculators.checkpoint.files.other_files import refuse_other_files
-from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo, check_name, check_sizes
+from speculators.checkpoint.tensor import (
+    DTYPE_BITS,
+    PlannedTensor,
+    TensorInfo,
+    check_name,
+    check_sizes,
+)
 from speculators.errors import CheckpointError, printable
 
 __all__ = ["PREFIX_BYTES", "encode_header", "find_data", "parse_header", "read_safetensors_file"]
@@ -129,7 +135,7 @@ def parse_header(header: bytes, size: int, path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+def encode_header(tensors: Mapping[str, PlannedTensor], metadata: Mapping[str, str]) -> bytes:
     """Encode the prefix and the header of a safetensors file that holds ``tensors``.
 
     The data of the tensors has to follow in the mapping's order, without gaps. The header is padded
@@ -140,15 +146,16 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     same_place: Counter[int] = Counter({0: 0})
-    for name, info in tensors.items():
-        end = position + info.nbytes
+    for name, tensor in tensors.items():
+        end = position + tensor.nbytes
         header[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }
-        if (info.offset - position) % ALIGNMENT == 0:
-            same_place[(info.offset % PAGE_BYTES - position) % PIPE_BYTES] += info.nbytes
+        first = tensor.pieces[0]
+        if isinstance(first, TensorInfo) and (first.offset - position) % ALIGNMENT == 0:
+            same_place[(first.offset % PAGE_BYTES - position) % PIPE_BYTES] += tensor.nbytes
         position = end
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     (data_start, most), *_ = same_place.most_common(1)

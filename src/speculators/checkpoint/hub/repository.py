@@ -25,7 +25,7 @@ from speculators.checkpoint.files.safetensors_file import (
     parse_header,
 )
 from speculators.checkpoint.hub.errors import kinds_of, raise_told
-from speculators.checkpoint.tensor import TensorInfo
+from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 
 __all__ = ["HubRepository"]
 
@@ -412,7 +412,8 @@ def _write_part(part: Path, tensors: Mapping[str, TensorInfo], url: str) -> None
             return
         try:
             with incomplete.open("wb") as file:
-                file.write(encode_header(tensors, {"format": "pt"}))
+                planned = {name: PlannedTensor.copy_of(info) for name, info in tensors.items()}
+                file.write(encode_header(planned, {"format": "pt"}))
                 for info in tensors.values():
                     _fetch_tensor(url, info, file)
             incomplete.replace(part)

@@ -5,7 +5,6 @@ are rounded to nearest, ties to even (IEEE 754-2019, section 4.3.1), as torch do
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,30 +13,14 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.float32]
 
-__all__ = ["FLOATS", "FloatType", "round_to"]
-
-
-@dataclass(frozen=True, slots=True)
-class FloatType:
-    """A floating-point dtype: its usual name, and its largest finite number."""
-
-    name: str
-    largest: float
-
-
-FLOATS = {
-    "F32": FloatType("float32", float.fromhex("0x1.fffffep+127")),
-    "F16": FloatType("float16", 65504.0),
-    "BF16": FloatType("bfloat16", float.fromhex("0x1.fep+127")),
-}
-"""The dtypes, by their names in the safetensors format."""
+__all__ = ["round_to"]
 
 
 def round_to(target: str, source: str, data: bytes) -> bytes:
     """Round numbers to another dtype.
 
     Args:
-        target: the dtype to round to, a key of ``FLOATS``.
+        target: the dtype to round to, a key of ``tensor.FLOATS``.
         source: the dtype of ``data``, likewise.
         data: the numbers, little-endian and contiguous.
 

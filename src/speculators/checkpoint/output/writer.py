@@ -8,13 +8,18 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from speculators.checkpoint.files.safetensors_file import encode_header
-from speculators.checkpoint.output.rounding import FLOATS, round_to
+from speculators.checkpoint.output.rounding import round_to
 from speculators.checkpoint.progress import Progress, silent
-from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo
+from speculators.checkpoint.tensor import (
+    DTYPE_BITS,
+    FLOATS,
+    Constant,
+    PlannedTensor,
+    TensorInfo,
+)
 from speculators.errors import CheckpointError, ConversionError
 
 __all__ = ["contiguous_chunks", "write_safetensors_file"]
@@ -25,42 +30,44 @@ COPY_BYTES = 1 << 28  # small enough for a progress bar to move and Ctrl-C to ta
 
 
 def write_safetensors_file(
-    path: Path,
-    tensors: Mapping[str, TensorInfo],
-    *,
-    dtype: str | None = None,
-    progress: Progress = silent,
+    path: Path, tensors: Mapping[str, PlannedTensor], *, progress: Progress = silent
 ) -> None:
-    """Write a new safetensors file with copies of tensors.
+    """Write a new safetensors file.
 
     Args:
         path: the file to create; it must not exist.
-        tensors: name in the new file → the tensor to copy. Like the safetensors library, this sorts
-            by dtype, the widest first, and then by name, so that every tensor is aligned.
-        dtype: the dtype to round all tensors to, a key of ``rounding.FLOATS``; their own dtypes
-            have to be keys, too. Each keeps its own if not given.
+        tensors: name in the new file → the tensor. Like the safetensors library, this sorts by
+            dtype, the widest first, and then by name, so that every tensor is aligned.
         progress: reports the bytes written.
 
     Raises:
         CheckpointError: if a source file cannot be read, or ends before its tensor does.
-        ConversionError: if ``dtype`` cannot hold a value.
+        ConversionError: if a dtype cannot hold a value that is rounded to it.
         OSError: if the disk is full, and the like.
 
     """
-    written = {name: replace(info, dtype=dtype or info.dtype) for name, info in tensors.items()}
-    ordered = dict(sorted(written.items(), key=lambda item: (-DTYPE_BITS[item[1].dtype], item[0])))
-    advance = progress("Writing", sum(info.nbytes for info in written.values()))
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-DTYPE_BITS[item[1].dtype], item[0])))
+    advance = progress("Writing", sum(tensor.nbytes for tensor in ordered.values()))
     with path.open("xb", buffering=0) as file:
         target = file.fileno()
         _write_all(target, encode_header(ordered, {"format": "pt"}))
-        for name in ordered:
-            info = tensors[name]
-            if info.strides is None and dtype in {None, info.dtype}:
-                _copy(info, target, advance)
-            else:
-                for chunk in _rounded_chunks(info, dtype):
-                    _write_all(target, chunk)
-                    advance(len(chunk))
+        for tensor in ordered.values():
+            for piece in tensor.pieces:
+                _write_piece(piece, tensor.dtype, target, advance)
+
+
+def _write_piece(
+    piece: TensorInfo | Constant, dtype: str, target: int, advance: Callable[[int], None]
+) -> None:
+    if isinstance(piece, Constant):
+        _write_all(target, piece.data)
+        advance(piece.nbytes)
+    elif piece.strides is None and piece.dtype == dtype:
+        _copy(piece, target, advance)
+    else:
+        for chunk in _rounded_chunks(piece, dtype):
+            _write_all(target, chunk)
+            advance(len(chunk))
 
 
 def contiguous_chunks(info: TensorInfo, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
@@ -106,11 +113,10 @@ def contiguous_chunks(info: TensorInfo, chunk_bytes: int = CHUNK_BYTES) -> Itera
         del view, rows
 
 
-def _rounded_chunks(info: TensorInfo, dtype: str | None) -> Iterator[bytes]:
-    if dtype in {None, info.dtype}:
+def _rounded_chunks(info: TensorInfo, dtype: str) -> Iterator[bytes]:
+    if dtype == info.dtype:
         yield from contiguous_chunks(info)
         return
-    assert dtype is not None
     for chunk in contiguous_chunks(info, ROUNDED_BYTES):
         try:
             yield round_to(dtype, info.dtype, chunk)
@@ -155,7 +161,7 @@ def _read(info: TensorInfo, source: int, offset: int, size: int) -> bytes:
         except OSError as error:
             raise CheckpointError(
                 f"{info.file} cannot be read within the tensor {info.name}: {error.strerror}; "
-                "look after its disk, or fetch it again."
+                "check its disk, or fetch it again."
             ) from error
         if not part:
             raise _truncated(info)

@@ -9,6 +9,7 @@ from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import LocalDirectory, open_repository
+from speculators.checkpoint.tensor import PlannedTensor
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.convert.plan import ConversionPlan, plan_conversion
 from speculators.convert.provenance import (
@@ -116,8 +117,10 @@ class EagleConverter:
             (staging / "config.json").write_text(config + "\n", encoding="utf-8")
             write_safetensors_file(
                 staging / "model.safetensors",
-                plan.tensors,
-                dtype=plan.rounded_to,
+                {
+                    name: PlannedTensor.copy_of(info, plan.rounded_to)
+                    for name, info in plan.tensors.items()
+                },
                 progress=progress,
             )
             unchecked = None
