@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from speculators.evaluate.report import Report
-from speculators.format.config import EagleConfig
+from speculators.families.eagle import EagleConfig
 from speculators.format.conversion import ConversionRecord
 from speculators.inspection.findings import Finding
 from speculators.inspection.installation import Diagnosis

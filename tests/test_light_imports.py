@@ -130,6 +130,7 @@ LIGHT = [
     if module.split(".")[1]
     in {
         "format",
+        "families",
         "checkpoint",
         "cli",
         "errors",

@@ -1,4 +1,4 @@
-"""Convert EAGLE draft checkpoints to one standard format, prove them, and run them."""
+"""Convert draft models to one standard format, prove them, run them and measure them."""
 
 __all__ = ["__version__"]
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from speculators.batch.manifest import Conversion, read_manifest
+from speculators.batch.manifest import Entry, read_manifest
 from speculators.errors import ManifestError
+from speculators.families.eagle import EAGLE
 
 ENTRY = {"input": "org/draft", "output": "out", "base_model": "org/verifier"}
 
@@ -18,14 +19,14 @@ def write_manifest(directory: Path, *entries: object, name: str = "batch.json") 
 
 
 def test_every_key_has_the_default_of_the_command_line(tmp_path: Path) -> None:
-    (conversion,) = read_manifest(write_manifest(tmp_path, ENTRY))
+    (conversion,) = read_manifest(write_manifest(tmp_path, ENTRY), EAGLE)
     assert conversion.model_dump(by_alias=True) == {
         "input": "org/draft",
         "output": tmp_path / "out",
         "base_model": "org/verifier",
         "revision": None,
-        "layernorms": False,
-        "fusion_bias": False,
+        "family": "eagle",
+        "asked": (),
         "validate": True,
         "dtype": None,
         "overwrite": False,
@@ -66,7 +67,7 @@ def test_yaml_says_the_same_as_json(tmp_path: Path) -> None:
         """
     )
     json_file = write_manifest(tmp_path, ENTRY, ENTRY | {"output": "other"} | full)
-    assert read_manifest(yaml) == read_manifest(json_file)
+    assert read_manifest(yaml, EAGLE) == read_manifest(json_file, EAGLE)
 
 
 def test_paths_are_relative_to_the_manifest(
@@ -81,7 +82,7 @@ def test_paths_are_relative_to_the_manifest(
         {"input": "./missing", "output": "/srv/out", "base_model": "drafts/two"},
     )
     monkeypatch.chdir(tmp_path)
-    one, two = read_manifest(Path("lists", "batch.json"))
+    one, two = read_manifest(Path("lists", "batch.json"), EAGLE)
     assert one.input == str(tmp_path / "lists" / "drafts" / "one")
     assert one.output.resolve() == tmp_path / "out" / "one"
     assert Path(one.base_model).resolve() == tmp_path / "verifier"
@@ -92,7 +93,7 @@ def test_paths_are_relative_to_the_manifest(
 
 def sentence(file: Path) -> str:
     with pytest.raises(ManifestError) as caught:
-        read_manifest(file)
+        read_manifest(file, EAGLE)
     text = str(caught.value)
     assert text.startswith(str(file))
     assert text.endswith(".")
@@ -100,7 +101,10 @@ def sentence(file: Path) -> str:
     return text.removeprefix(str(file))
 
 
-KEYS = ", ".join(field.alias or name for name, field in Conversion.model_fields.items())
+KEYS = ", ".join(
+    [field.alias or name for name, field in Entry.model_fields.items()]
+    + [flag.feature for flag in EAGLE.flags]
+)
 NO_LIST = " has to be a list of conversions, each with input, output and base_model."
 WRITTEN_TOO = ", which entry 1 writes; make two batches of them."
 TWICE = " cannot be understood: the key 'input' is there twice in one entry."

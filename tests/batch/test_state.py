@@ -18,7 +18,7 @@ from speculators.errors import OutputError
 
 
 def entry(**keys: Any) -> Conversion:
-    return Conversion.model_validate({"validate": False} | keys)
+    return Conversion.model_validate({"family": "eagle", "validate": False} | keys)
 
 
 def convert(conversion: Conversion, **options: Any) -> None:
@@ -89,8 +89,8 @@ def test_what_is_validated_need_not_be_asked_for(tmp_path: Path, verifier: Path)
         ({"base_model": "org/verifier"}, "its verifier was {verifier}"),
         ({"dtype": "float16"}, "its dtype was kept"),
         ({"validated": True}, "it was not validated"),
-        ({"fusion_bias": True}, "it has no fc.bias"),
-        ({"layernorms": True}, "it has no extra layernorms"),
+        ({"asked": ("fusion_bias",)}, "it has no bias on fc"),
+        ({"asked": ("layernorms",)}, "it has no extra layernorms"),
     ],
 )
 def test_the_entry_has_to_be_the_one_that_was_converted(

@@ -25,7 +25,8 @@ MAIN = "import sys; sys.argv[0] = 'speculators'; from speculators.cli import mai
 
 def commands(group: Any, *names: str) -> Iterator[tuple[str, ...]]:
     """The words of every command; groups are not commands."""
-    for name, command in group.commands.items():
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
         if hasattr(command, "commands"):
             yield from commands(command, *names, name)
         else:

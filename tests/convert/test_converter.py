@@ -702,8 +702,9 @@ def test_validation_finds_a_wrong_result(
     tmp_path: Path, verifier: Path, monkeypatch: pytest.MonkeyPatch, what: str, words: str
 ) -> None:
     """The test breaks what was written, or the model that is loaded."""
-    import speculators.convert.eagle.eagle_converter as converter
+    import speculators.convert.conversion as converter
     import speculators.models.eagle as model
+    import speculators.models.speculator as base
 
     if what == "bytes":
         from speculators.checkpoint.output.writer import write_safetensors_file as write
@@ -720,8 +721,8 @@ def test_validation_finds_a_wrong_result(
             model, "create_causal_mask", lambda **_: torch.ones(2, 1, 24, 24, dtype=torch.bool)
         )
     else:
-        borrow = model._linear
-        monkeypatch.setattr(model, "_linear", lambda weight: borrow(weight.flip(0)))
+        borrow = base._linear
+        monkeypatch.setattr(base, "_linear", lambda weight: borrow(weight.flip(0)))
     with pytest.raises(ValidationError, match=words):
         convert(GOLDEN / PLAIN, tmp_path / "out", verifier)
     assert entries(tmp_path) == []

@@ -92,7 +92,7 @@ def test_a_checkpoint_with_none_of_the_names_is_refused(tmp_path: Path, verifier
             tensors[f"encoder.{name}"] = tensors.pop(name)
 
     source = write_checkpoint(tmp_path / "source", edit=rename)
-    with pytest.raises(ConversionError, match=r"not an EAGLE checkpoint.*encoder\."):
+    with pytest.raises(ConversionError, match=r"not a checkpoint of a known kind.*encoder\."):
         convert(source, tmp_path / "out", verifier)
 
 

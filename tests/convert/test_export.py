@@ -1,7 +1,6 @@
 """Export: what other software reads, with the tensors byte for byte."""
 
 import json
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from helpers import (
     stored_tensors,
     write_checkpoint,
 )
-from speculators.checkpoint.reader import read_checkpoint
-from speculators.checkpoint.repository import LocalDirectory
-from speculators.cli import export as command
 from speculators.convert.eagle import EagleConverter
-from speculators.convert.export import TARGETS, export, plan_export
+from speculators.convert.export import export, plan_export
 from speculators.errors import ConversionError, FormatError, OutputError
+from speculators.families.converted import open_converted
+from speculators.families.eagle import TARGETS
+from speculators.families.readers import READERS
+from speculators.families.registry import families
 
 BIASED, QWEN, NORMS = "vicuna_default_bias", "qwen2_qkv_bias", "ttt_layernorms"
 
@@ -249,9 +249,9 @@ def test_nothing_is_written_over(tmp_path: Path, converted: dict[str, Path], obs
 
 
 def test_a_plan_writes_nothing(converted: dict[str, Path]) -> None:
-    checkpoint = read_checkpoint(LocalDirectory(converted[PLAIN]))
+    draft = open_converted(converted[PLAIN])
     before = entries(converted[PLAIN])
-    plan = plan_export(checkpoint, TARGETS["sglang"])
+    plan = plan_export(draft, TARGETS["sglang"])
     assert plan.tensors["fc.bias"].shape == (HIDDEN,)
     assert plan.config["architectures"] == ["LlamaForCausalLMEagle"]
     assert entries(converted[PLAIN]) == before
@@ -278,5 +278,4 @@ def test_the_command_line_says_what_cannot_be_done(
 
 
 def test_the_command_line_offers_every_target() -> None:
-    annotation = typing.get_type_hints(command.export)["to"]
-    assert set(typing.get_args(annotation)) == TARGETS.keys()
+    assert {target for family in families() for target in family.targets} == READERS.keys()

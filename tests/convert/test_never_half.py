@@ -321,7 +321,7 @@ def test_a_source_that_is_cut_off_while_it_is_copied(
     tmp_path: Path, verifier: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None
 ) -> None:
     """Another process truncates it after its header was read."""
-    from speculators.convert.eagle import eagle_converter
+    from speculators.convert import conversion
 
     source = write_checkpoint(tmp_path / "source")
 
@@ -329,7 +329,7 @@ def test_a_source_that_is_cut_off_while_it_is_copied(
         os.truncate(source / "model.safetensors", 150_000)
         write_safetensors_file(*arguments, **options)
 
-    monkeypatch.setattr(eagle_converter, "write_safetensors_file", cut)
+    monkeypatch.setattr(conversion, "write_safetensors_file", cut)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated: it ends within"):
         convert(source, tmp_path / "out", verifier, dtype=dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

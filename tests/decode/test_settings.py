@@ -27,7 +27,8 @@ from transformers.generation.streamers import TextStreamer
 from helpers import PLAIN, config_of, save_quietly
 from speculators.decode import Draft, Generation, speculate
 from speculators.errors import FormatError, GenerationError, VerifierError
-from speculators.format.config import PROPOSALS, ProposalMethod, parse_config
+from speculators.families.converted import parse_config
+from speculators.format.config import PROPOSALS, ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 from tiny_models import SIZES, knowing_draft, prompt, random_draft, tiny_verifier
 

@@ -8,8 +8,8 @@ import pytest
 
 from pages import ROOT
 from schemas import PRINTED, READ, schema, schema_file
-from speculators.batch.manifest import Conversion
-from speculators.families.recognition import FAMILIES
+from speculators.batch.manifest import Entry
+from speculators.families.registry import families, signatures
 
 DOCS = ROOT / "docs"
 
@@ -45,11 +45,13 @@ def test_every_key_of_a_file_is_described(name: str, page: str, converted: dict[
 
 def test_every_kind_is_described() -> None:
     page = (DOCS / "inspect.md").read_text(encoding="utf-8")
-    for family in FAMILIES:
-        assert f"\n| `{family.kind}` |" in page
+    for signature, _ in signatures():
+        assert f"\n| `{signature.kind}` |" in page
 
 
 def test_every_key_of_a_manifest_is_described() -> None:
     page = (DOCS / "batch.md").read_text(encoding="utf-8")
     told = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
-    assert told == [field.alias or name for name, field in Conversion.model_fields.items()]
+    common = [field.alias or name for name, field in Entry.model_fields.items()]
+    flags = [flag.feature for family in families() for flag in family.flags]
+    assert sorted(told) == sorted(common + flags)

@@ -401,7 +401,7 @@ def test_an_unknown_checkpoint_is_an_error_that_says_what_is_near(
     if options:
         assert json.loads(run.stdout)["kind"] == "unknown"
     else:
-        assert "of no kind that is known" in run.stdout
+        assert "a checkpoint of no known kind" in run.stdout
 
 
 @pytest.mark.parametrize(

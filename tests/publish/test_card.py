@@ -10,17 +10,19 @@ from huggingface_hub import ModelCard
 
 from helpers import GOLDEN_NAMES, config_of, stored_tensors
 from speculators.families.card import model_card, names_hub_id
-from speculators.format.config import EagleConfig, parse_config
+from speculators.families.converted import parse_config
+from speculators.families.eagle import EAGLE
+from speculators.format.config import SpeculatorConfig
 from speculators.format.conversion import ConversionRecord, parse_conversion
-from speculators.format.tensors import FEATURES, features_of
 
 VERIFIER = "org/verifier-8b"
 
 
-def config_for(directory: Path, verifier: str | None = VERIFIER) -> EagleConfig:
+def config_for(directory: Path, verifier: str | None = VERIFIER) -> SpeculatorConfig:
     config = config_of(directory)
     config["speculators_config"]["verifier"]["name_or_path"] = verifier
-    return parse_config(config, str(directory))
+    _, parsed = parse_config(config, str(directory))
+    return parsed
 
 
 def record_of(directory: Path, **changes: Any) -> ConversionRecord:
@@ -32,9 +34,10 @@ def card_of(directory: Path, verifier: str | None = VERIFIER, **options: Any) ->
     tensors = stored_tensors(directory)
     return model_card(
         "org/draft",
+        EAGLE,
         config_for(directory, verifier),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
-        features=features_of(tensors),
+        features=EAGLE.features_of(tensors),
         **options,
     )
 
@@ -78,13 +81,12 @@ def test_what_the_draft_is(converted: dict[str, Path], name: str, expected: str)
 def test_what_it_takes_from_its_verifier(converted: dict[str, Path]) -> None:
     config = config_for(converted["llama31_gqa_nobias"])
     with_own, without = (
-        model_card("org/draft", config, parameters=1, features=features)
+        model_card("org/draft", EAGLE, config, parameters=1, features=features)
         for features in (["embedding"], [])
     )
     assert "uses the verifier's output head, and has none of its own" in with_own
     assert "uses the verifier's embedding and output head, and has none of its own" in without
-    assert rows(without)["has"] == "nothing beside fc and the layer"
-    assert set(FEATURES) >= {"embedding"}
+    assert rows(without)["has"] == "nothing beyond what every draft of its kind has"
 
 
 def test_how_to_serve_it(converted: dict[str, Path]) -> None:
@@ -130,10 +132,10 @@ def test_provenance(converted: dict[str, Path]) -> None:
         directory,
         dtype="bfloat16",
         validated=False,
-        notes=["num_hidden_layers is 2, and there is one layer"],
+        discrepancies=["num_hidden_layers is 2, and there is one layer"],
     )
     card = card_of(directory, record=unchecked)
-    assert "those of the source, rounded to bfloat16. Nothing of that was checked." in card
+    assert "those of the source, rounded to bfloat16. None of this was checked." in card
     assert card.endswith("\n- num_hidden_layers is 2, and there is one layer.\n")
 
 

@@ -6,17 +6,22 @@ from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model, model_validator
 from pydantic import ValidationError as PydanticValidationError
 
 from speculators.checkpoint.repository import looks_like_a_path
 from speculators.errors import ManifestError
+from speculators.families.family import Family
+from speculators.format.problems import first_problem
 
 __all__ = ["Conversion", "read_manifest"]
 
 
-class Conversion(BaseModel):
-    """One entry: what `speculators convert eagle` takes on the command line."""
+class Entry(BaseModel):
+    """One entry: what `speculators convert` takes on the command line.
+
+    The flags of the family are further keys.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -28,10 +33,6 @@ class Conversion(BaseModel):
     """The verifier that the draft was trained for: a directory, or a Hugging Face id."""
     revision: str | None = None
     """A branch, tag or commit of the input on the Hub."""
-    layernorms: bool = False
-    """Fail unless the draft has extra layernorms; they are detected in any case."""
-    fusion_bias: bool = False
-    """Fail unless the draft has fc.bias; it is detected in any case."""
     validated: bool = Field(default=True, alias="validate")
     """Prove that the result has the draft's tensors and computes what they compute."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
@@ -46,12 +47,21 @@ class Conversion(BaseModel):
     """What `speculators evaluate` wrote, for the model card that is published."""
 
     @model_validator(mode="after")
-    def _check_publishing(self) -> "Conversion":
+    def _check_publishing(self) -> "Entry":
         if self.push_to_hub is None and (self.private or self.report):
             raise ValueError("private and report only work with push_to_hub")
         if self.push_to_hub is not None and not self.validated:
             raise ValueError("what is published has to be validated")
         return self
+
+
+class Conversion(Entry):
+    """An entry, and what it converts."""
+
+    family: str
+    """The name of the family that the input has to belong to."""
+    asked: tuple[str, ...] = ()
+    """The features that the input must have."""
 
     def relative_to(self, directory: Path) -> "Conversion":
         """Return a copy whose relative paths are resolved against ``directory``."""
@@ -65,12 +75,8 @@ class Conversion(BaseModel):
         )
 
 
-KEYS = [field.alias or name for name, field in Conversion.model_fields.items()]
-ENTRIES = TypeAdapter(list[Conversion])
-
-
-def read_manifest(file: Path) -> list[Conversion]:
-    """Read a manifest: JSON if it is named ``*.json``, else YAML.
+def read_manifest(file: Path, family: Family) -> list[Conversion]:
+    """Read a manifest of conversions of one family: JSON if it is named ``*.json``, else YAML.
 
     Relative paths in it are relative to its directory. An input or verifier that neither exists
     there nor looks like a path is a Hugging Face id.
@@ -85,11 +91,23 @@ def read_manifest(file: Path) -> list[Conversion]:
         raise ManifestError(
             f"{file} has to be a list of conversions, each with input, output and base_model."
         )
+    flags: dict[str, Any] = {flag.feature: (bool, False) for flag in family.flags}
+    model = create_model("EntryOfFamily", __base__=Entry, **flags)
     try:
-        conversions = ENTRIES.validate_python(entries)
+        checked: list[Entry] = TypeAdapter(list[model]).validate_python(  # type: ignore[valid-type]
+            entries
+        )
     except PydanticValidationError as error:
-        raise ManifestError(f"{file}, {_problem(error)}.") from error
-    conversions = [it.relative_to(file.parent.absolute()) for it in conversions]
+        keys = [field.alias or name for name, field in model.model_fields.items()]
+        raise ManifestError(f"{file}, {_problem(error, keys)}.") from error
+    conversions = [
+        Conversion(
+            family=family.name,
+            asked=tuple(flag for flag in flags if getattr(entry, flag)),
+            **entry.model_dump(by_alias=True, exclude=set(flags)),
+        ).relative_to(file.parent.absolute())
+        for entry in checked
+    ]
     for problem in _collisions(conversions):
         raise ManifestError(f"{file}, {problem}.")
     return conversions
@@ -138,21 +156,22 @@ def _refuse_twice(keys: list[str]) -> None:
             raise ValueError(f"the key {key!r} is there twice in one entry")
 
 
-def _problem(error: PydanticValidationError) -> str:
+def _problem(error: PydanticValidationError, keys: list[str]) -> str:
     """Say what is wrong with the first invalid entry."""
-    first = error.errors()[0]
-    index, *rest = first["loc"]
-    entry, key = f"entry {int(index) + 1}", ".".join(map(str, rest))
-    match first["type"]:
+    problem = first_problem(error)
+    index, _, key = problem.key.partition(".")
+    entry = f"entry {int(index) + 1}"
+    match problem.type:
         case "extra_forbidden":
-            return f"{entry} has the unknown key {key!r}; the keys are {', '.join(KEYS)}"
+            return f"{entry} has the unknown key {key!r}; the keys are {', '.join(keys)}"
         case "missing":
             return f"{entry} has no {key}"
         case "model_type":
-            return f"{entry} is not a mapping of keys to values; the keys are {', '.join(KEYS)}"
+            return f"{entry} is not a mapping of keys to values; the keys are {', '.join(keys)}"
         case _:
-            message = first["msg"].removeprefix("Value error, ")
-            return f"{entry}, key {key}: {message}" if key else f"{entry}: {message}"
+            return (
+                f"{entry}, key {key}: {problem.message}" if key else f"{entry}: {problem.message}"
+            )
 
 
 def _collisions(conversions: list[Conversion]) -> Iterator[str]:

@@ -26,9 +26,10 @@ from loguru import logger
 
 from speculators.batch.manifest import Conversion
 from speculators.batch.state import is_done
-from speculators.convert.eagle import EagleConverter
+from speculators.convert.conversion import convert
 from speculators.convert.provenance import check_files, read_record
 from speculators.errors import sentence
+from speculators.families.registry import family_named
 from speculators.publish.draft import check_publishing, publish_draft
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class Batch:
                     _start(*waiting.popleft(), running, jobs=self.jobs, cache_dir=self.cache_dir)
                 for connection in wait(list(running)):
                     assert isinstance(connection, Connection)
-                    if not _hear(connection, running[connection]):
+                    if not _handle_report(connection, running[connection]):
                         _finish(running.pop(connection))
         finally:
             _stop(running)
@@ -197,7 +198,7 @@ def _start(
         outcome.state = State.STOPPED  # unless it says otherwise before it ends
 
 
-def _hear(connection: Connection, job: Job) -> bool:
+def _handle_report(connection: Connection, job: Job) -> bool:
     """Handle the next report of a process; return whether there was one."""
     try:
         report: LogLine | Done = connection.recv()
@@ -236,7 +237,7 @@ def _stop(running: dict[Connection, Job]) -> None:
     for job in running.values():
         job.process.terminate()
     for connection, job in running.items():
-        while connection.poll(SECONDS_TO_CLEAR_UP) and _hear(connection, job):
+        while connection.poll(SECONDS_TO_CLEAR_UP) and _handle_report(connection, job):
             pass
         job.process.kill()  # if it did not react
         job.process.join()
@@ -286,12 +287,14 @@ def _work(
 
 
 def _convert(conversion: Conversion, cache_dir: Path | None) -> None:
-    EagleConverter().convert(
+    family = family_named(conversion.family)
+    assert family is not None
+    convert(
+        family,
         conversion.input,
         conversion.output,
         conversion.base_model,
-        fusion_bias=conversion.fusion_bias,
-        layernorms=conversion.layernorms,
+        asked=conversion.asked,
         validate=conversion.validated,
         cache_dir=cache_dir,
         revision=conversion.revision,

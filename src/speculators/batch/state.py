@@ -13,7 +13,7 @@ from speculators.checkpoint.output.staging import check_output
 from speculators.checkpoint.repository import open_repository
 from speculators.convert.provenance import read_record
 from speculators.errors import HubError, OutputError, SpeculatorsError
-from speculators.format.config import parse_config
+from speculators.families.converted import parse_config
 from speculators.format.conversion import (
     CONVERSION_FILE,
     ConversionRecord,
@@ -61,7 +61,8 @@ def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str
     output = conversion.output
     try:
         record = read_record(output)
-        config = parse_config(read_json(output / "config.json"), str(output))
+        config = read_json(output / "config.json")
+        family, checked = parse_config(config, str(output))
     except SpeculatorsError:
         yield f"its config.json or {CONVERSION_FILE} cannot be read"
         return
@@ -80,10 +81,12 @@ def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str
             conversion.dtype != record.dtype
         ),
         "it was not validated": conversion.validated and not record.validated,
-        "it has no fc.bias": conversion.fusion_bias and not config.fusion_bias,
-        "it has no extra layernorms": conversion.layernorms and not config.layernorms,
+        f"it is {family.noun}": family.name != conversion.family,
     }
     yield from (clause for clause, different in differs.items() if different)
+    for feature in conversion.asked:
+        if feature not in checked.features:
+            yield f"it has no {family.features[feature].removeprefix('a ')}"
     for name, file in record.files.items():
         if not _has_size(output / name, file):
             yield f"{name} is missing or has another size"

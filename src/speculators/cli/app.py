@@ -44,7 +44,7 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """Convert EAGLE drafts to one standard format, prove them, and run them."""
+    """Convert draft models to one standard format, prove them, and run them."""
 
 
 share_options(app)  # after the last command is added

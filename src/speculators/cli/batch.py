@@ -1,4 +1,4 @@
-"""`speculators convert eagle --manifest`: many conversions, and the table of their outcomes."""
+"""`speculators convert FAMILY --manifest`: many conversions, and the table of their outcomes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,13 +9,16 @@ import typer
 from speculators.batch.manifest import read_manifest
 from speculators.batch.run import Batch, Outcome, State
 from speculators.cli.output import show, table
+from speculators.families.family import Family
 
 __all__ = ["run_batch"]
 
 
-def run_batch(manifest: Path, *, jobs: int, cache_dir: Path | None, dry_run: bool) -> None:
+def run_batch(
+    manifest: Path, family: Family, *, jobs: int, cache_dir: Path | None, dry_run: bool
+) -> None:
     """Run a manifest, or with ``dry_run`` only find what is done; exit with 1 if any failed."""
-    batch = Batch(read_manifest(manifest), jobs=jobs, cache_dir=cache_dir)
+    batch = Batch(read_manifest(manifest, family), jobs=jobs, cache_dir=cache_dir)
     try:
         if dry_run:
             batch.find_done()

@@ -1,18 +1,60 @@
 """`speculators convert`: research checkpoints into the speculators format."""
 
+import inspect
+from functools import partial, update_wrapper
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from loguru import logger
+from typer.core import TyperGroup
 
-from speculators.cli.shared import CacheDir
+from speculators.cli.shared import CacheDir, share
 from speculators.errors import OutputError
+
+if TYPE_CHECKING:
+    from speculators.families.family import Family
 
 __all__ = ["app"]
 
+EXPLANATION = """\
+Convert {noun}.
+
+OUTPUT gets config.json, model.safetensors, and conversion.json, which
+records what they were made of. It appears complete and proven, or not at all.
+
+For example:
+
+speculators convert {name} ./draft ./converted ./verifier --dry-run
+
+speculators convert {name} {draft} ./converted
+{verifier}
+
+speculators convert {name} --manifest batch.yaml --jobs 2
+"""
+
+
+class FamilyCommands(TyperGroup):
+    """A command for each family, made from the registry when it is needed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        """The names of the families."""
+        from speculators.families.registry import families
+
+        return [family.name for family in families()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        """The command that converts drafts of a family; ``None`` if there is no such family."""
+        from speculators.families.registry import family_named
+
+        family = family_named(cmd_name)
+        return None if family is None else command_of(family)
+
+
 app = typer.Typer(
-    help="Convert a research checkpoint to the speculators format.", no_args_is_help=True
+    cls=FamilyCommands,
+    help="Convert a research checkpoint to the speculators format.",
+    no_args_is_help=True,
 )
 
 
@@ -21,8 +63,38 @@ def convert() -> None:
     """Convert a research checkpoint to the speculators format."""
 
 
-@app.command()
-def eagle(
+def command_of(family: "Family") -> Any:
+    """The command for a family: ``convert_draft``, with the family's flags as options."""
+    command = partial(convert_draft, family.name)
+    update_wrapper(command, convert_draft)
+    parameters = list(inspect.signature(convert_draft, eval_str=True).parameters.values())[1:-1]
+    place = next(i for i, it in enumerate(parameters) if it.name == "jobs") + 1
+    parameters[place:place] = [
+        inspect.Parameter(
+            flag.feature,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[
+                bool, typer.Option(f"--{flag.feature.replace('_', '-')}", help=flag.help)
+            ],
+        )
+        for flag in sorted(family.flags, key=lambda flag: flag.feature, reverse=True)
+    ]
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [it.replace(kind=inspect.Parameter.KEYWORD_ONLY) for it in parameters]
+    )
+    draft, verifier = family.example
+    one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    one.command(
+        family.name,
+        help=EXPLANATION.format(noun=family.noun, name=family.name, draft=draft, verifier=verifier),
+    )(share(command))
+    return typer.main.get_command(one)
+
+
+def convert_draft(
+    family_name: str,
+    *,
     source: Annotated[
         str | None,
         typer.Argument(
@@ -51,19 +123,6 @@ def eagle(
     jobs: Annotated[
         int, typer.Option(min=1, help="With --manifest: how many conversions run at a time.")
     ] = 1,
-    layernorms: Annotated[
-        bool,
-        typer.Option(
-            "--layernorms",
-            help="Fail unless the draft has extra layernorms; they are detected in any case.",
-        ),
-    ] = False,
-    fusion_bias: Annotated[
-        bool,
-        typer.Option(
-            "--fusion-bias", help="Fail unless the draft has fc.bias; it is detected in any case."
-        ),
-    ] = False,
     validate: Annotated[
         bool,
         typer.Option(
@@ -105,29 +164,20 @@ def eagle(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
     ] = False,
+    **flags: bool,
 ) -> None:
-    """Convert an EAGLE-1, EAGLE-2 or HASS draft.
+    """Convert a draft of a family; ``flags`` are the features that it must have."""
+    from speculators.families.registry import family_named
 
-    OUTPUT gets config.json, model.safetensors, and conversion.json, which
-    records what they were made of. It appears complete and proven, or not at all.
-
-    For example:
-
-    speculators convert eagle ./draft ./converted ./verifier --dry-run
-
-    speculators convert eagle yuhuili/EAGLE-LLaMA3.1-Instruct-8B ./converted
-    meta-llama/Llama-3.1-8B-Instruct
-
-    speculators convert eagle --manifest batch.yaml --jobs 2
-    """
+    family = family_named(family_name)
+    assert family is not None
     if manifest is not None:
         _refuse_beside_manifest(
             {
                 "INPUT": source,
                 "OUTPUT": output,
                 "BASE_MODEL": base_model,
-                "--layernorms": layernorms,
-                "--fusion-bias": fusion_bias,
+                **{f"--{flag.replace('_', '-')}": asked for flag, asked in flags.items()},
                 "--no-validate": not validate,
                 "--revision": revision,
                 "--overwrite": overwrite,
@@ -139,7 +189,7 @@ def eagle(
         )
         from speculators.cli.batch import run_batch
 
-        run_batch(manifest, jobs=jobs, cache_dir=cache_dir, dry_run=dry_run)
+        run_batch(manifest, family, jobs=jobs, cache_dir=cache_dir, dry_run=dry_run)
         return
     if source is None or output is None or base_model is None:
         raise typer.BadParameter(
@@ -153,9 +203,9 @@ def eagle(
         raise typer.BadParameter("what is published has to be validated: leave --no-validate out.")
 
     from speculators.cli.progress import progress_bar
-    from speculators.convert.eagle import EagleConverter
+    from speculators.convert import conversion
 
-    converter = EagleConverter()
+    asked = [feature for feature, required in flags.items() if required]
     if push_to_hub is not None:
         from speculators.publish.draft import check_publishing, publish_draft
 
@@ -165,11 +215,11 @@ def eagle(
 
         _warn_of_what_is_in_the_way(output, overwrite=overwrite)
         print_plan(
-            converter.plan(
+            conversion.plan(
+                family,
                 source,
                 base_model,
-                fusion_bias=fusion_bias,
-                layernorms=layernorms,
+                asked=asked,
                 cache_dir=cache_dir,
                 revision=revision,
                 dtype=dtype,
@@ -177,12 +227,12 @@ def eagle(
         )
         return
     with progress_bar() as progress:
-        converter.convert(
+        conversion.convert(
+            family,
             source,
             output,
             base_model,
-            fusion_bias=fusion_bias,
-            layernorms=layernorms,
+            asked=asked,
             validate=validate,
             cache_dir=cache_dir,
             revision=revision,

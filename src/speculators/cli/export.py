@@ -1,13 +1,17 @@
 """`speculators export`: converted drafts into the layouts of other software."""
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from speculators.cli.shared import CacheDir
+from speculators.families.readers import READERS
 
 __all__ = ["export"]
+
+Reader = Enum("Reader", {name: name for name in READERS}, type=str)  # type: ignore[misc]
 
 
 def export(
@@ -17,10 +21,8 @@ def export(
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to create.")],
     to: Annotated[
-        Literal["eagle", "vllm", "sglang"],
-        typer.Option(
-            help="Who will read it: the research code, vLLM without the plugin, or SGLang."
-        ),
+        Reader,
+        typer.Option(help=f"Who will read it: {', '.join(READERS.values())}."),
     ],
     cache_dir: CacheDir = None,
     revision: Annotated[
@@ -39,4 +41,4 @@ def export(
     """
     from speculators.convert import export as exporting
 
-    exporting.export(source, output, to, cache_dir=cache_dir, revision=revision)
+    exporting.export(source, output, to.value, cache_dir=cache_dir, revision=revision)

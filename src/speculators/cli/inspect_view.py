@@ -6,7 +6,7 @@ from rich.filesize import decimal
 
 from speculators.checkpoint.tensor import describe_shape
 from speculators.cli.output import labelled, show, table
-from speculators.format.tensors import FEATURES
+from speculators.families.registry import family_named
 from speculators.inspection.findings import Finding, TensorFinding, VerifierFinding
 
 __all__ = ["print_finding"]
@@ -34,14 +34,16 @@ def print_finding(finding: Finding) -> None:
 
 def _lines(finding: Finding) -> Iterator[tuple[str, list[str]]]:
     features = finding.features or {}
+    family = family_named(finding.family)
+    labels = family.features if family else {}
     yield "evidence", finding.evidence
     yield "quantized", finding.quantized
     yield "nearest", [near.difference for near in finding.near]
     yield (
         "features",
-        [f"{FEATURES[it]}: {', '.join(names)}" for it, names in features.items() if names],
+        [f"{labels[it]}: {', '.join(names)}" for it, names in features.items() if names],
     )
-    yield "without", [FEATURES[it] for it, names in features.items() if not names]
+    yield "without", [labels[it] for it, names in features.items() if not names]
     if finding.tensors:
         yield "weights", _weights(finding)
     if finding.sizes:
@@ -84,7 +86,7 @@ def _conversion(finding: Finding) -> list[str]:
         f"renames {len(renamed)} tensors and leaves {len(left_out)} out; "
         "--dry-run tells what becomes of config.json"
     )
-    return [conversion.command, done, *conversion.odd]
+    return [conversion.command, done, *conversion.discrepancies]
 
 
 def _becomes(tensor: TensorFinding) -> str:

@@ -18,26 +18,29 @@ SIGNS = {"kept": "=", "changed": "~", "left out": "-", "added": "+"}
 def print_plan(plan: ConversionPlan) -> None:
     """Print what will become of every tensor and every key of the config."""
     show(
-        f"{plan.source.name}: {len(plan.tensors)} tensors ({decimal(plan.nbytes)}) are taken "
-        f"along, {len(plan.left_out)} are left out",
+        f"{plan.source.name}: {len(plan.tensors)} tensors ({decimal(plan.nbytes)}) are "
+        f"written, {len(plan.left_out)} are left out",
         "",
         table(("tensor", "dtype", "shape", "becomes"), _tensors(plan)),
         "",
         "config.json (= kept, ~ changed, - left out, + added)",
         *map(_line, config_diff(plan)),
         "",
-        *(f"Note: {sentence}." for sentence in plan.odd),
+        *(f"Note: {clause}." for clause in plan.discrepancies),
         "Nothing was written.",
     )
 
 
 def _tensors(plan: ConversionPlan) -> Iterator[tuple[str, ...]]:
-    targets = {info.name: target for target, info in plan.tensors.items()}
     for name, info in plan.source.tensors.items():
-        becomes = targets.get(name) or f"left out: {plan.left_out[name]}"
-        rounded = name in targets and plan.rounded_to not in {None, info.dtype}
-        dtype = f"{info.dtype} -> {plan.rounded_to}" if rounded else info.dtype
-        yield name, dtype, describe_shape(info.shape), becomes
+        made = {
+            target: tensor.dtype
+            for target, tensor in plan.tensors.items()
+            if any(piece.name == name for piece in tensor.sources)
+        }
+        becomes = ", ".join(made) or f"left out: {plan.left_out[name]}"
+        rounded = "".join(f" -> {dtype}" for dtype in {*made.values()} - {info.dtype})
+        yield name, info.dtype + rounded, describe_shape(info.shape), becomes
 
 
 def _line(change: ConfigChange) -> str:
@@ -47,6 +50,6 @@ def _line(change: ConfigChange) -> str:
         "changed": f"{before} -> {after}",
         "left out": before,
         "added": after,
-    }[change.kind]
+    }[change.change]
     why = f"  ({change.why})" if change.why else ""
-    return f"{SIGNS[change.kind]} {change.target or change.source}: {value}{why}"
+    return f"{SIGNS[change.change]} {change.target or change.source}: {value}{why}"

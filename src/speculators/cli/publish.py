@@ -41,10 +41,10 @@ def publish(
     speculators publish ./converted my-organization/eagle-llama-3.1-8b --report ./report
     """
     from speculators.cli.progress import progress_bar
-    from speculators.convert.eagle import EagleConverter
+    from speculators.convert.conversion import validate
     from speculators.publish.draft import check_publishing, publish_draft
 
     check_publishing(repo, report)
     with progress_bar() as progress:
-        EagleConverter().validate(output, cache_dir=cache_dir, progress=progress)
+        validate(output, cache_dir=cache_dir, progress=progress)
     publish_draft(output, repo, private=private, report=report)

@@ -18,7 +18,7 @@ from loguru import logger
 
 from speculators.errors import sentence
 
-__all__ = ["CacheDir", "is_quiet", "share_options"]
+__all__ = ["CacheDir", "is_quiet", "share", "share_options"]
 
 CacheDir = Annotated[
     Path | None,
@@ -60,7 +60,7 @@ def share_options(app: typer.Typer) -> None:
     """Add --quiet and --debug to every command of ``app`` and of its groups."""
     for info in app.registered_commands:
         if info.callback is not None:
-            info.callback = _sharing(info.callback)
+            info.callback = share(info.callback)
     for group in app.registered_groups:
         if group.typer_instance is not None:
             share_options(group.typer_instance)
@@ -71,7 +71,7 @@ def is_quiet() -> bool:
     return _quiet.get()
 
 
-def _sharing(command: Callable[..., Any]) -> Callable[..., None]:
+def share(command: Callable[..., Any]) -> Callable[..., None]:
     """Wrap a command, with the shared options in its signature, where typer looks for them."""
 
     @functools.wraps(command)

@@ -46,9 +46,9 @@ def validate(
         raise typer.BadParameter("--revision only works with --source.")
 
     from speculators.cli.progress import progress_bar
-    from speculators.convert.eagle import EagleConverter
+    from speculators.convert import conversion
 
     with progress_bar() as progress:
-        EagleConverter().validate(
+        conversion.validate(
             output, source, cache_dir=cache_dir, revision=revision, progress=progress
         )

@@ -17,7 +17,7 @@ class ConfigChange:
     """One key, before and after.
 
     Attributes:
-        kind: what happens to it.
+        change: what happens to it.
         source: the key in the source's config; ``None`` if it is not there.
         before: its value there.
         target: the key in the new config, with dots between levels; ``None`` if left out.
@@ -26,7 +26,7 @@ class ConfigChange:
 
     """
 
-    kind: Literal["kept", "changed", "left out", "added"]
+    change: Literal["kept", "changed", "left out", "added"]
     source: str | None = None
     before: Any = None
     target: str | None = None
@@ -47,8 +47,8 @@ def config_diff(plan: ConversionPlan) -> list[ConfigChange]:
         if target is not None:
             value = after.pop(target)
             same = value == before
-            kind: Literal["kept", "changed"] = "kept" if same else "changed"
-            changes.append(ConfigChange(kind, key, before, target, value, None if same else why))
+            change: Literal["kept", "changed"] = "kept" if same else "changed"
+            changes.append(ConfigChange(change, key, before, target, value, None if same else why))
         elif before is not None:
             why = why or "it is written as rope_theta and rope_scaling"
             changes.append(ConfigChange("left out", key, before, why=why))

@@ -1,205 +1,239 @@
 """The plan of a conversion: a plain value, complete before anything is written."""
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from speculators import __version__
 from speculators.checkpoint.reader import Checkpoint
-from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo, describe_shape
+from speculators.checkpoint.tensor import (
+    FLOATS,
+    PlannedTensor,
+    TensorInfo,
+    describe_shape,
+    float_name,
+)
 from speculators.checkpoint.verifier import Verifier
 from speculators.errors import ConversionError
-from speculators.families.layer import plan_layer
+from speculators.families.family import Derived, Family, Source
 from speculators.families.recognition import listed, recognise, strip_prefix
-from speculators.format.config import (
-    EagleConfig,
-    LayerConfig,
-    SpeculatorsConfig,
-    VerifierReference,
-)
-from speculators.format.tensors import DTYPES, FEATURES, features_of, required_tensors
+from speculators.families.registry import families
+from speculators.format.config import ProposalMethod, SpeculatorConfig
+from speculators.format.tensors import TensorSpec, compare, required_tensors
 
-__all__ = ["ConversionPlan", "DraftPlan", "plan_conversion", "plan_draft"]
-
-DECODER_LAYERS = {"llama": "LlamaDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
-
-
-OMISSIONS = {
-    r"lm_head\.weight": "logits come from the verifier's own head",
-    r"layers\.0\.self_attn\.rotary_emb\.inv_freq": "it is computed from the config",
-}
-"""Pattern of tensors that a checkpoint may have, but the format leaves out → why."""
+__all__ = ["ConversionPlan", "DraftPlan", "family_of", "plan_conversion", "plan_draft"]
 
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """What a conversion makes of a draft, whatever its verifier is.
+    """What a conversion makes of a draft's tensors and config.
 
     Attributes:
         source: the checkpoint.
-        layer: the config of its decoder layer, as the format has it.
-        features: the keys of ``format.tensors.FEATURES`` that the tensors show.
-        dtype: the dtype of the tensors, by torch's name; ``float32`` if they differ.
-        tensors: target name → the source tensor that its bytes come from.
+        family: the family that it belongs to.
+        derived: the config of the converted draft, as far as it follows from the source.
+        features: the features that the tensors show.
+        dtype: the dtype of the weights, by torch's name; ``float32`` if they differ.
+        tensors: name in the format → the source's tensor.
         left_out: source name → why the tensor is left out.
-        config_left_out: key of the source's config → why it is left out.
-        odd: sentences for the log: where config, tensors and reference disagree.
 
     """
 
     source: Checkpoint
-    layer: LayerConfig
+    family: Family
+    derived: Derived
     features: frozenset[str]
     dtype: str
     tensors: dict[str, TensorInfo]
     left_out: dict[str, str]
-    config_left_out: dict[str, str]
-    odd: list[str]
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """What a conversion will write, where each part comes from, and what is odd about it.
+    """What a conversion will write, and where each part comes from.
 
     Attributes:
         source: the checkpoint.
+        family: the family that it belongs to.
         verifier: the model that it was trained for.
         config: the config.json to write.
-        tensors: target name → the source tensor that its bytes come from.
+        features: the features that the tensors show.
+        tensors: name → the tensor to write, with the pieces of the source that it is made of.
         left_out: source name → why the tensor is left out.
         config_left_out: key of the source's config → why it is left out.
-        odd: sentences for the log: where config, tensors and reference disagree.
-        rounded_to: the dtype that all tensors are rounded to, a key of ``DTYPES``; ``None`` if each
+        discrepancies: clauses for the log: where config, tensors and reference disagree.
+        rounded_to: the dtype that all weights are rounded to, a key of ``FLOATS``; ``None`` if each
             keeps its own.
 
     """
 
     source: Checkpoint
+    family: Family
     verifier: Verifier
-    config: EagleConfig
-    tensors: dict[str, TensorInfo]
-    left_out: dict[str, str]
-    config_left_out: dict[str, str]
-    odd: list[str]
+    config: SpeculatorConfig
+    features: frozenset[str]
+    tensors: dict[str, PlannedTensor]
+    left_out: dict[str, str] = field(default_factory=dict)
+    config_left_out: dict[str, str] = field(default_factory=dict)
+    discrepancies: list[str] = field(default_factory=list)
     rounded_to: str | None = None
 
     @property
     def nbytes(self) -> int:
         """The size of all tensors as written, in bytes."""
-        return sum(
-            info.elements * DTYPE_BITS[self.rounded_to or info.dtype] // 8
-            for info in self.tensors.values()
-        )
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def plan_conversion(
+    family: Family,
     checkpoint: Checkpoint,
     verifier: Verifier,
-    renames: dict[str, str],
     *,
-    fusion_bias: bool = False,
-    layernorms: bool = False,
+    asked: Collection[str] = (),
     rounded_to: str | None = None,
 ) -> ConversionPlan:
-    """Plan the conversion of an EAGLE-1, EAGLE-2 or HASS checkpoint.
+    """Plan the conversion of a checkpoint.
 
     Args:
+        family: the family that it has to belong to.
         checkpoint: its config and table of tensors.
         verifier: the model that it was trained for.
-        renames: source name → target name, where they differ.
-        fusion_bias: fail unless there is ``fc.bias``. The tensors decide in any case.
-        layernorms: fail unless there are extra layernorms; likewise.
-        rounded_to: the dtype to round all tensors to, a key of ``DTYPES``; each keeps its own if
+        asked: the features that it must have. The tensors decide in any case.
+        rounded_to: the dtype to round all weights to, a key of ``FLOATS``; each keeps its own if
             not given.
 
     Raises:
         ConversionError: if the tensors are not those of such a checkpoint, or contradict the
-            config or the flags; the message names them.
+            config or what is asked for; the message names them.
         VerifierError: if the verifier has other sizes.
 
     """
-    draft = plan_draft(checkpoint, renames)
-    flags = {"fusion_bias": fusion_bias, "layernorms": layernorms}
-    _check_flags(checkpoint, draft.features, flags)
-    verifier.check_fits(draft.layer.hidden_size, draft.layer.vocab_size)
-
-    decoder_layer = DECODER_LAYERS[draft.layer.model_type]
-    config = EagleConfig(
-        architectures=["EagleSpeculator", decoder_layer],
-        speculators_version=__version__,
-        torch_dtype=DTYPES[rounded_to] if rounded_to else draft.dtype,
-        transformer_layer_architecture=decoder_layer,
-        transformer_layer_config=draft.layer,
-        layernorms="layernorms" in draft.features,
-        fusion_bias="fusion_bias" in draft.features,
-        speculators_config=SpeculatorsConfig(
-            verifier=VerifierReference(
-                name_or_path=verifier.name, architectures=list(verifier.architectures)
+    draft = plan_draft(family, checkpoint, verifier)
+    for feature in asked:
+        if feature not in draft.features:
+            raise ConversionError(
+                f"{checkpoint.name} has no {family.features[feature].removeprefix('a ')}, which "
+                f"{feature} asks for; omit it: features are detected from the tensors."
             )
-        ),
+    config = family.config.model_validate(
+        {
+            "architectures": draft.derived.architectures,
+            "speculators_model_type": family.name,
+            "speculators_version": __version__,
+            "torch_dtype": float_name(rounded_to) or draft.dtype,
+            "transformer_layer_config": draft.derived.layer.model_dump(),
+            **draft.derived.keys,
+            "speculators_config": {
+                "algorithm": family.name,
+                "proposal_methods": [ProposalMethod().model_dump()],
+                "verifier": {
+                    "name_or_path": verifier.name,
+                    "architectures": list(verifier.architectures),
+                },
+            },
+        }
     )
+    vocabulary, hidden = config.verifier_sizes
+    verifier.check_fits(hidden, vocabulary)
     return ConversionPlan(
-        checkpoint,
-        verifier,
-        config,
-        draft.tensors,
-        draft.left_out,
-        draft.config_left_out,
-        draft.odd,
-        rounded_to,
+        source=checkpoint,
+        family=family,
+        verifier=verifier,
+        config=config,
+        features=draft.features,
+        tensors={
+            # A table of integers is never rounded.
+            name: PlannedTensor.copy_of(info, rounded_to if info.dtype in FLOATS else None)
+            for name, info in draft.tensors.items()
+        },
+        left_out=draft.left_out,
+        config_left_out=draft.derived.left_out,
+        discrepancies=draft.derived.discrepancies,
+        rounded_to=rounded_to,
     )
 
 
-def plan_draft(checkpoint: Checkpoint, renames: dict[str, str]) -> DraftPlan:
-    """Plan what becomes of a draft's tensors and config, without its verifier.
+def plan_draft(
+    family: Family, checkpoint: Checkpoint, verifier: Verifier | None = None
+) -> DraftPlan:
+    """Plan what becomes of a draft's tensors and config.
 
     Args:
+        family: the family that it has to belong to.
         checkpoint: its config and table of tensors.
-        renames: source name → target name, where they differ.
+        verifier: the model that it was trained for; ``None`` if it is not known yet.
 
     Raises:
-        ConversionError: if the tensors are not those of an EAGLE-1, EAGLE-2 or HASS checkpoint,
-            or contradict the config; the message names them.
+        ConversionError: if the tensors are not those of such a checkpoint, or contradict the
+            config; the message names them.
 
     """
-    _refuse_other_families(checkpoint)
+    _refuse_others(family, checkpoint)
     stored = _without_prefix(checkpoint)
 
     left_out = {
-        info.name: why for name, info in stored.items() if (why := _reason_to_leave_out(name))
+        info.name: why
+        for name, info in stored.items()
+        if (why := _reason_to_leave_out(family, name))
     }
     tensors = {
-        renames.get(name, name): info for name, info in stored.items() if info.name not in left_out
+        family.names.in_format(name): info
+        for name, info in stored.items()
+        if info.name not in left_out
     }
-    features = features_of(tensors)
-    _check_names(checkpoint, tensors, features, renames)
-    _check_dtypes(stored.values())
-    layer = plan_layer(checkpoint, tensors, features)
-    _check_shapes(checkpoint, tensors, layer.config.dimensions())
+    layers = _count_layers(tensors)
+    features = family.features_of(tensors, layers)
+    required = required_tensors(family.tensors, features, layers)
+    _check_names(family, checkpoint, tensors, required, features)
+    _check_dtypes(stored.values(), tensors, required)
+    derived = family.derive(Source(checkpoint, tensors, features, verifier))
+    sizes = family.config.model_construct(
+        transformer_layer_config=derived.layer, **derived.keys
+    ).sizes
+    _check_shapes(checkpoint, tensors, required, sizes)
     dtype = _dtype_of(tensors.values())
-    return DraftPlan(
-        checkpoint, layer.config, features, dtype, tensors, left_out, layer.left_out, layer.odd
-    )
+    return DraftPlan(checkpoint, family, derived, features, dtype, tensors, left_out)
 
 
-def _refuse_other_families(checkpoint: Checkpoint) -> None:
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family that a checkpoint belongs to.
+
+    Raises:
+        ConversionError: if it belongs to none; the message says what it is.
+
+    """
+    family = recognise(checkpoint.config, checkpoint.tensors).family
+    if family is None:
+        _refuse_others(None, checkpoint)
+    assert family is not None
+    return family
+
+
+def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
+    """Refuse what is not of a family, or of any if none is given, and what is quantized."""
     found = recognise(checkpoint.config, checkpoint.tensors)
-    if found.family and found.family.advice:
+    nouns = [it.noun for it in ([family] if family else families())]
+    if found.signature and found.signature.advice:
         raise ConversionError(
-            f"{checkpoint.name} holds {found.family.name} ({found.evidence[0]}), not an EAGLE-1, "
-            f"EAGLE-2 or HASS draft; {found.family.advice}."
+            f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]}), not "
+            f"{' or '.join(nouns)}; {found.signature.advice}."
         )
     if found.quantized:
         raise ConversionError(
             f"{checkpoint.name} holds quantized weights ({found.quantized[0]}), which are not "
             "converted; give the original, unquantized checkpoint."
         )
-    if found.family is None:
-        near = "; ".join(map(str, found.near)) or "none of these is in any of them"
+    if found.signature is None:
+        near = "; ".join(map(str, found.near)) or "it resembles none that is"
         raise ConversionError(
-            f"{checkpoint.name} is not an EAGLE checkpoint, nor of another kind that is known: "
-            f"it has {listed(checkpoint.tensors)}; {near}."
+            f"{checkpoint.name} is not a checkpoint of a known kind: it has "
+            f"{listed(checkpoint.tensors)}; {near}."
+        )
+    if found.family and family and found.family is not family:
+        raise ConversionError(
+            f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]}); convert it "
+            f"with: speculators convert {found.family.name}"
         )
 
 
@@ -216,21 +250,27 @@ def _without_prefix(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return stored
 
 
-def _reason_to_leave_out(name: str) -> str | None:
+def _reason_to_leave_out(family: Family, name: str) -> str | None:
     """Why the tensor called ``name`` (without prefix) is left out; ``None`` if it is not."""
-    return next((why for form, why in OMISSIONS.items() if re.fullmatch(form, name)), None)
+    return next((why for form, why in family.omissions.items() if re.fullmatch(form, name)), None)
+
+
+def _count_layers(names: Collection[str]) -> int:
+    """The number of decoder layers, by the numbers in the names of their tensors."""
+    numbers = {int(found[1]) for name in names if (found := re.match(r"layers\.(\d+)\.", name))}
+    return max(numbers, default=-1) + 1
 
 
 def _check_names(
+    family: Family,
     checkpoint: Checkpoint,
-    tensors: dict[str, TensorInfo],
+    tensors: Mapping[str, TensorInfo],
+    required: Mapping[str, TensorSpec],
     features: frozenset[str],
-    renames: dict[str, str],
 ) -> None:
-    required = required_tensors(features)
-    unknown = [info.name for name, info in tensors.items() if name not in required]
-    source_names = {target: source for source, target in renames.items()}
-    missing = [source_names.get(name, name) for name in required if name not in tensors]
+    difference = compare(tensors, required)
+    missing = [family.names.in_research(name) for name in difference.missing]
+    unknown = [tensors[name].name for name in difference.unknown]
     if unknown or missing:
         problems = [
             text
@@ -240,45 +280,45 @@ def _check_names(
             )
             if names
         ]
-        shown = ", ".join(FEATURES[feature] for feature in sorted(features))
+        shown = ", ".join(family.features[feature] for feature in sorted(features))
         raise ConversionError(
-            f"{checkpoint.name} does not have the tensors of an EAGLE checkpoint"
+            f"{checkpoint.name} does not have the tensors of {family.noun}"
             f"{f' with {shown}' if shown else ''}: {', and '.join(problems)}; "
             "nothing is invented or dropped, so give the complete checkpoint."
         )
 
 
-def _check_flags(checkpoint: Checkpoint, features: frozenset[str], flags: dict[str, bool]) -> None:
-    for feature, asked in flags.items():
-        if asked and feature not in features:
-            raise ConversionError(
-                f"{checkpoint.name} has no {FEATURES[feature].removeprefix('a ')}, which "
-                f"{feature} asks for; leave it out: what the tensors have is found by itself."
-            )
-
-
-def _check_dtypes(tensors: Collection[TensorInfo]) -> None:
-    for info in tensors:
-        if info.dtype not in DTYPES:
+def _check_dtypes(
+    stored: Collection[TensorInfo],
+    tensors: Mapping[str, TensorInfo],
+    required: Mapping[str, TensorSpec],
+) -> None:
+    expected = {tensors[name].name: spec.dtypes for name, spec in required.items()}
+    for info in stored:
+        dtypes = expected.get(info.name, tuple(FLOATS))
+        if info.dtype not in dtypes:
             raise ConversionError(
                 f"{info.file}: {info.name} has the type {info.dtype}, so its weights are quantized "
-                f"or not a draft's; a draft's are one of {', '.join(DTYPES)}."
+                f"or not a draft's; a draft's are one of {', '.join(dtypes)}."
             )
 
 
 def _dtype_of(tensors: Collection[TensorInfo]) -> str:
-    found = {info.dtype for info in tensors}
-    return DTYPES[found.pop()] if len(found) == 1 else "float32"  # which holds the values of both
+    found = {info.dtype for info in tensors} & FLOATS.keys()
+    # float32 holds the values of all of them.
+    return FLOATS[found.pop()].name if len(found) == 1 else "float32"
 
 
 def _check_shapes(
-    checkpoint: Checkpoint, tensors: dict[str, TensorInfo], sizes: dict[str, int]
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorInfo],
+    required: Mapping[str, TensorSpec],
+    sizes: Mapping[str, int],
 ) -> None:
-    for name, spec in required_tensors(FEATURES).items():
-        if name in tensors and tensors[name].shape != spec.shape(sizes):
-            info = tensors[name]
-            raise ConversionError(
-                f"{info.file}: {info.name} has the shape {describe_shape(info.shape)}, but with "
-                f"{Path(checkpoint.config_file).name} it should have "
-                f"{describe_shape(spec.shape(sizes))}; give the config that belongs to the tensors."
-            )
+    for name, shape in compare(tensors, required, sizes).reshaped.items():
+        info = tensors[name]
+        raise ConversionError(
+            f"{info.file}: {info.name} has the shape {describe_shape(info.shape)}, but with "
+            f"{Path(checkpoint.config_file).name} it should have "
+            f"{describe_shape(shape)}; give the config that belongs to the tensors."
+        )

@@ -14,6 +14,7 @@ from speculators.checkpoint.digest import sha256_of_files
 from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint
+from speculators.checkpoint.tensor import float_name
 from speculators.convert.plan import ConversionPlan
 from speculators.errors import ValidationError
 from speculators.format.conversion import (
@@ -24,7 +25,6 @@ from speculators.format.conversion import (
     SourceRecord,
     parse_conversion,
 )
-from speculators.format.tensors import DTYPES
 
 __all__ = ["changed_source_files", "check_files", "read_record", "record_conversion"]
 
@@ -62,11 +62,11 @@ def record_conversion(
         verifier=RepositoryRecord(
             name=plan.verifier.name, revision=plan.verifier.repository.commit
         ),
-        dtype=DTYPES[plan.rounded_to] if plan.rounded_to else None,
-        tensors={target: info.name for target, info in plan.tensors.items()},
+        dtype=float_name(plan.rounded_to),
+        tensors={name: tensor.label for name, tensor in plan.tensors.items()},
         left_out=plan.left_out,
         config_left_out=plan.config_left_out,
-        notes=plan.odd,
+        discrepancies=plan.discrepancies,
         validated=validated,
         unchecked=unchecked or [],
         files={path.name: files[path] for path in written},

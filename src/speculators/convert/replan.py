@@ -1,15 +1,14 @@
 """The plan behind a converted checkpoint, to check it again without its source."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from speculators.checkpoint.reader import Checkpoint
-from speculators.checkpoint.verifier import Verifier, open_verifier
+from speculators.checkpoint.tensor import PlannedTensor
+from speculators.checkpoint.verifier import Verifier
 from speculators.convert.plan import ConversionPlan
-from speculators.errors import SpeculatorsError, VerifierError
-from speculators.format.config import EagleConfig
-from speculators.format.layouts import current_name
+from speculators.errors import SpeculatorsError
+from speculators.families.converted import Converted
 
 __all__ = ["plan_of_itself", "verifier_of"]
 
@@ -36,40 +35,39 @@ class Unavailable:
         raise self.error
 
 
-def verifier_of(config: EagleConfig, *, cache_dir: str | Path | None = None) -> Verifier:
-    """The verifier that a config names or, if it cannot be opened, what the config says of it."""
-    reference, layer = config.speculators_config.verifier, config.transformer_layer_config
+def verifier_of(written: Converted) -> Verifier:
+    """The verifier that a draft names or, if it cannot be opened, what the config says of it."""
     try:
-        if reference.name_or_path is None:
-            raise VerifierError("The config names no verifier.")
-        return open_verifier(reference.name_or_path, cache_dir=cache_dir)
+        return written.open_verifier()
     except SpeculatorsError as error:
-        name = str(reference.name_or_path)
+        reference = written.config.speculators_config.verifier
+        vocabulary, hidden = written.config.verifier_sizes
         return Verifier(
-            name=name,
+            name=str(reference.name_or_path),
             architectures=tuple(reference.architectures),
-            hidden_size=layer.hidden_size,
-            vocab_size=layer.vocab_size,
+            hidden_size=hidden,
+            vocab_size=vocabulary,
             tied=False,
-            repository=Unavailable(name, error),
+            repository=Unavailable(str(reference.name_or_path), error),
         )
 
 
-def plan_of_itself(
-    written: Checkpoint, config: EagleConfig, verifier: Verifier, renames: Mapping[str, str]
-) -> ConversionPlan:
+def plan_of_itself(written: Converted, verifier: Verifier) -> ConversionPlan:
     """The plan that results in ``written``, with its own tensors in place of the source's.
 
     Args:
         written: the converted checkpoint, in the layout of any version.
-        config: its config.
         verifier: the one that it names.
-        renames: source name → target name, where they differ, as for ``plan_conversion``.
 
     """
-    source_names = {target: source for source, target in renames.items()}
-    tensors = {}
-    for name, info in written.tensors.items():
-        target = current_name(name)
-        tensors[target] = replace(info, name=source_names.get(target, target))
-    return ConversionPlan(written, verifier, config, tensors, {}, {}, [])
+    return ConversionPlan(
+        source=written.checkpoint,
+        family=written.family,
+        verifier=verifier,
+        config=written.config,
+        features=written.features,
+        tensors={
+            name: PlannedTensor.copy_of(replace(info, name=written.family.names.in_research(name)))
+            for name, info in written.tensors.items()
+        },
+    )

@@ -3,32 +3,36 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from speculators.checkpoint.output.writer import contiguous_chunks
 from speculators.checkpoint.progress import Progress, silent
-from speculators.checkpoint.reader import read_config, read_tensors
-from speculators.checkpoint.repository import LocalDirectory
-from speculators.checkpoint.tensor import DTYPE_BITS, TensorInfo
+from speculators.checkpoint.reader import read_tensors
+from speculators.checkpoint.tensor import (
+    DTYPE_BITS,
+    Constant,
+    PlannedTensor,
+    TensorInfo,
+    float_name,
+)
 from speculators.checkpoint.verifier import Verifier
 from speculators.convert.plan import ConversionPlan
-from speculators.convert.references.eagle import PlainDraft
 from speculators.errors import SpeculatorsError, ValidationError, VerifierError
+from speculators.families.converted import Converted
+from speculators.families.family import imported
 from speculators.families.recognition import recognise, strip_prefix
-from speculators.format.tensors import DTYPES
-from speculators.models.eagle import EagleOutput, EagleSpeculator
-from speculators.models.loading import without_progress_bar
-from speculators.models.tensors import TORCH_DTYPES, read_tensor
+from speculators.models.loading import load_converted, without_progress_bar
+from speculators.models.speculator import Speculator
+from speculators.models.tensors import TORCH_DTYPES, read_planned, read_tensor
 
 __all__ = ["TOLERANCE", "validate_conversion", "validate_model"]
 
 TOLERANCE = 1e-4
-"""Largest difference allowed from the plain evaluation, over its largest value (at least 1)."""
+"""Largest difference allowed from the reference, over its largest value (at least 1)."""
 
 SEED, BATCH, LENGTH = 20240126, 2, 24
 
@@ -38,13 +42,9 @@ NOT_OF_THE_SOURCE = {"speculators_version", "speculators_config"}
 
 
 def validate_conversion(
-    plan: ConversionPlan,
-    directory: Path,
-    *,
-    cache_dir: str | Path | None = None,
-    progress: Progress = silent,
+    plan: ConversionPlan, written: Converted, *, progress: Progress = silent
 ) -> list[str]:
-    """Prove that ``directory`` is what ``plan`` says.
+    """Prove that what was written is what ``plan`` says.
 
     The config must be the plan's. The tensors' bytes must equal the source's or, if the plan rounds
     them, their values must be those that torch rounds the source's to. The rest is up to
@@ -59,20 +59,21 @@ def validate_conversion(
 
     """
     logger.info("Validating converted checkpoint...")
-    _compare_configs(plan, directory)
-    _compare_tensors(plan, directory, progress)
-    return validate_model(plan, directory, cache_dir=cache_dir)
+    _compare_configs(plan, written)
+    _compare_tensors(plan, written, progress)
+    return validate_model(plan, written)
 
 
-def validate_model(
-    plan: ConversionPlan, directory: Path, *, cache_dir: str | Path | None = None
-) -> list[str]:
-    """Prove that the model in ``directory`` computes what the tensors of ``plan`` say.
+def validate_model(plan: ConversionPlan, written: Converted) -> list[str]:
+    """Prove that the model of a converted draft computes what the tensors of ``plan`` say.
 
-    The model must load through ``from_pretrained``, with finite tensors. On seeded random inputs,
-    its output must be finite and causal, and equal a plain float32 evaluation of the plan's tensors
-    (rounded if the plan rounds them; the log then says how much that changes). Its logits must be
-    those of the verifier's head.
+    The model must load as by ``from_pretrained``, with finite tensors. On seeded random inputs,
+    its output must be finite and causal, and equal a float32 computation of the family's reference
+    with the plan's tensors (rounded if the plan rounds them; the log then says how much that
+    changes). Its logits must be those of the verifier's head.
+
+    Both the model and the reference compute with the config that the plan derives, so a key of the
+    source's config that is misread cannot be found here.
 
     Returns:
         What could not be checked, in sentences that are also logged: for instance the logits, if
@@ -85,10 +86,8 @@ def validate_model(
     """
     try:
         with without_progress_bar():
-            model = EagleSpeculator.from_pretrained(
-                directory, dtype=torch.float32, cache_dir=cache_dir
-            )
-    except Exception as error:  # transformers lets errors of many kinds through
+            model = load_converted(written, verifier=plan.verifier, dtype=torch.float32)
+    except Exception as error:  # transformers lets errors of many types through
         raise ValidationError(f"The converted checkpoint does not load: {error}") from error
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -109,9 +108,9 @@ def validate_model(
     return check.unchecked
 
 
-def _compare_configs(plan: ConversionPlan, directory: Path) -> None:
+def _compare_configs(plan: ConversionPlan, converted: Converted) -> None:
     planned = json.loads(plan.config.model_dump_json(exclude_none=True))
-    written, path = read_config(LocalDirectory(directory))
+    written = converted.checkpoint.config
     differing = [
         key
         for key in sorted((planned.keys() | written.keys()) - NOT_OF_THE_SOURCE)
@@ -119,44 +118,50 @@ def _compare_configs(plan: ConversionPlan, directory: Path) -> None:
     ]
     if differing:
         raise ValidationError(
-            f"{path} is not what the source gives: it has another {', '.join(differing)}."
+            f"{converted.checkpoint.config_file} is not what the source gives: it has another "
+            f"{', '.join(differing)}."
         )
 
 
-def _compare_tensors(plan: ConversionPlan, directory: Path, progress: Progress) -> None:
-    written = read_tensors(LocalDirectory(directory))
+def _compare_tensors(plan: ConversionPlan, converted: Converted, progress: Progress) -> None:
+    written = converted.checkpoint.tensors
     if plan.tensors.keys() != written.keys():
         raise ValidationError(
             "The converted checkpoint has other tensors than planned: "
             f"{', '.join(sorted(plan.tensors.keys() ^ written.keys()))}."
         )
     advance = progress("Comparing", plan.nbytes)
-    for name, info in plan.tensors.items():
+    for name, tensor in plan.tensors.items():
         copy = written[name]
-        expected = (plan.rounded_to or info.dtype, info.shape)
-        if (copy.dtype, copy.shape) != expected or not _same_numbers(info, copy, advance):
+        same_type = (copy.dtype, copy.shape) == (tensor.dtype, tensor.shape)
+        if not same_type or not _same_numbers(tensor, copy, advance):
+            files = " and ".join(sorted({str(info.file) for info in tensor.sources}))
             raise ValidationError(
-                f"{name} differs from {info.name} of the source {info.file}"
-                f"{f' rounded to {DTYPES[plan.rounded_to]}' if plan.rounded_to else ''}."
+                f"{name} differs from {tensor.label} of the source {files}"
+                f"{f' rounded to {float_name(plan.rounded_to)}' if plan.rounded_to else ''}."
             )
     logger.debug(f"{len(written)} tensors are those of the source")
 
 
-def _same_numbers(info: TensorInfo, copy: TensorInfo, advance: Callable[[int], None]) -> bool:
-    """Whether ``copy``, which is contiguous, has a tensor's values, rounded if dtypes differ."""
+def _same_numbers(tensor: PlannedTensor, copy: TensorInfo, advance: Callable[[int], None]) -> bool:
+    """Whether ``copy``, which is contiguous, has the pieces' values, rounded if dtypes differ."""
     with copy.file.open("rb") as file:
         file.seek(copy.offset)
-        for chunk in contiguous_chunks(info):
-            data = file.read(len(chunk) * DTYPE_BITS[copy.dtype] // DTYPE_BITS[info.dtype])
-            if info.dtype == copy.dtype:
-                same = data == chunk
-            else:
-                found = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[copy.dtype])
-                source = torch.frombuffer(bytearray(chunk), dtype=TORCH_DTYPES[info.dtype])
-                same = torch.allclose(found, source.to(found.dtype), rtol=0, atol=0, equal_nan=True)
-            if not same:
-                return False
-            advance(len(data))
+        for piece in tensor.pieces:
+            chunks = [piece.data] if isinstance(piece, Constant) else contiguous_chunks(piece)
+            for chunk in chunks:
+                data = file.read(len(chunk) * DTYPE_BITS[copy.dtype] // DTYPE_BITS[piece.dtype])
+                if piece.dtype == copy.dtype:
+                    same = data == chunk
+                else:
+                    found = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[copy.dtype])
+                    source = torch.frombuffer(bytearray(chunk), dtype=TORCH_DTYPES[piece.dtype])
+                    same = torch.allclose(
+                        found, source.to(found.dtype), rtol=0, atol=0, equal_nan=True
+                    )
+                if not same:
+                    return False
+                advance(len(data))
     return True
 
 
@@ -172,13 +177,14 @@ class _ForwardCheck:
 
     """
 
-    def __init__(self, plan: ConversionPlan, model: EagleSpeculator) -> None:
+    def __init__(self, plan: ConversionPlan, model: Speculator) -> None:
         self.plan, self.model, self.unchecked = plan, model, list[str]()
-        self.sizes = plan.config.transformer_layer_config
+        self.reference = imported(plan.family.reference)
         generator = torch.Generator().manual_seed(SEED)
-        vocabulary, hidden = self.sizes.vocab_size, self.sizes.hidden_size
+        vocabulary, hidden = plan.config.verifier_sizes
+        width = hidden * max(1, len(model.verifier_layers))
         self.input_ids = torch.randint(vocabulary, (BATCH, LENGTH), generator=generator)
-        self.hidden_states = torch.randn(BATCH, LENGTH, hidden, generator=generator)
+        self.hidden_states = torch.randn(BATCH, LENGTH, width, generator=generator)
         if model.get_input_embeddings() is None:
             self._leave_unchecked(
                 "The verifier's embedding is not available: a random one takes its place"
@@ -194,29 +200,31 @@ class _ForwardCheck:
                 "the source's weights are too large."
             )
         self._check_causality(drafted)
-        plain = PlainDraft(self._source_tensors(self.plan), self.sizes)
-        if reason := plain.cannot_evaluate():
-            self._leave_unchecked(f"The output was not compared with a plain evaluation: {reason}")
+        reference = self.reference(self._tensors(self.plan), self.plan.config)
+        if reason := reference.cannot_evaluate():
+            self._leave_unchecked(f"The output was not compared with the reference: {reason}")
             expected = drafted
         else:
-            expected = self._evaluate(plain, self.plan)
+            expected = self._evaluate(reference, self.plan)
             _check_same("The output is not what the source's tensors compute", drafted, expected)
             if self.plan.rounded_to:
-                self._tell_what_rounding_changes(expected)
-        self._check_logits(plain.before_head(expected))
+                self._log_effect_of_rounding(expected)
+        self._check_logits(reference, expected)
 
     def _leave_unchecked(self, sentence: str) -> None:
         logger.warning(sentence)
         self.unchecked.append(sentence)
 
     def _drafted(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
-        output: EagleOutput = self.model.draft(input_ids, hidden_states)
-        assert output.last_hidden_state is not None
-        return output.last_hidden_state
+        drafted: Tensor = self.model.draft(
+            input_ids, self.model.project(hidden_states)
+        ).last_hidden_state
+        return drafted
 
     def _check_causality(self, drafted: Tensor) -> None:
+        vocabulary, _ = self.plan.config.verifier_sizes
         changed_ids, changed_states = self.input_ids.clone(), self.hidden_states.clone()
-        changed_ids[:, -1] = (changed_ids[:, -1] + 1) % self.sizes.vocab_size
+        changed_ids[:, -1] = (changed_ids[:, -1] + 1) % vocabulary
         changed_states[:, -1] = -changed_states[:, -1]
         _check_same(
             "The output depends on later positions: the attention is not causal",
@@ -224,57 +232,74 @@ class _ForwardCheck:
             drafted[:, :-1],
         )
 
-    def _check_logits(self, before_head: Tensor) -> None:
-        try:
-            info = self.plan.verifier.head()
-        except SpeculatorsError as error:
-            _refuse_draft_as_verifier(self.plan.verifier)
-            self._leave_unchecked(
-                f"Logits were not validated, since the verifier's head is not available: {error}"
-            )
-            return
-        head = read_tensor(info)
-        for left_out in self.plan.left_out:
-            if strip_prefix(left_out) == "lm_head.weight":
-                _check_head_of_source(self.plan.source.tensors[left_out], info)
+    def _check_logits(self, reference: Any, drafted: Tensor) -> None:
+        head = None
+        if "head" in self.plan.family.borrows and "head" not in self.plan.features:
+            try:
+                info = self.plan.verifier.head()
+            except SpeculatorsError as error:
+                _refuse_draft_as_verifier(self.plan.verifier)
+                self._leave_unchecked(
+                    "Logits were not validated, since the verifier's head is not available: "
+                    f"{error}"
+                )
+                return
+            head = read_tensor(info)
+            for left_out in self.plan.left_out:
+                if strip_prefix(left_out) == "lm_head.weight":
+                    _check_head_of_source(self.plan.source.tensors[left_out], info)
         _check_same(
             "The logits are not those of the verifier's head",
             self.model(input_ids=self.input_ids, hidden_states=self.hidden_states).logits,
-            F.linear(before_head, head.float()),
+            reference.logits(drafted, None if head is None else head.float()),
         )
 
-    def _tell_what_rounding_changes(self, rounded: Tensor) -> None:
-        plan = replace(self.plan, rounded_to=None)
-        exact = self._evaluate(PlainDraft(self._source_tensors(plan), self.sizes), plan)
+    def _log_effect_of_rounding(self, rounded: Tensor) -> None:
+        exact_plan = replace(
+            self.plan,
+            rounded_to=None,
+            tensors={
+                name: replace(tensor, dtype=tensor.sources[0].dtype) if tensor.sources else tensor
+                for name, tensor in self.plan.tensors.items()
+            },
+        )
+        exact = self._evaluate(
+            self.reference(self._tensors(exact_plan), self.plan.config), exact_plan
+        )
         logger.info(
-            f"With its tensors rounded to {plan.config.torch_dtype}, the output differs from the "
-            f"source's by up to {(rounded - exact).abs().max().item():.2g}, "
+            f"With its tensors rounded to {self.plan.config.torch_dtype}, the output differs from "
+            f"the source's by up to {(rounded - exact).abs().max().item():.2g}, "
             f"at values up to {exact.abs().max().item():.2g}"
         )
 
-    def _evaluate(self, plain: PlainDraft, plan: ConversionPlan) -> Tensor:
+    def _evaluate(self, reference: Any, plan: ConversionPlan) -> Tensor:
         return torch.stack(
             [
-                plain(self._embedded(plan, ids), states)
+                reference(self._embedded(plan, ids), states)
                 for ids, states in zip(self.input_ids, self.hidden_states, strict=True)
             ]
         )
 
     def _embedded(self, plan: ConversionPlan, ids: Tensor) -> Tensor:
         """Embeddings of the tokens, from the source's own tensor where it has one."""
-        if info := plan.tensors.get("embed_tokens.weight"):
-            return _as_planned(plan, read_tensor(info)[ids])
+        if tensor := plan.tensors.get("embed_tokens.weight"):
+            return read_planned(tensor)[ids].float()
         embedding = self.model.get_input_embeddings()
         assert embedding is not None
         embedded: Tensor = embedding(ids)
         return embedded
 
-    def _source_tensors(self, plan: ConversionPlan) -> dict[str, Tensor]:
+    def _tensors(self, plan: ConversionPlan) -> dict[str, Tensor]:
+        """The planned tensors, by their names in research checkpoints, weights in float32."""
         return {
-            strip_prefix(info.name): _as_planned(plan, read_tensor(info))
-            for target, info in plan.tensors.items()
-            if target != "embed_tokens.weight"
+            plan.family.names.in_research(name): _float(read_planned(tensor))
+            for name, tensor in plan.tensors.items()
+            if name != "embed_tokens.weight"
         }
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _refuse_draft_as_verifier(verifier: Verifier) -> None:
@@ -285,17 +310,12 @@ def _refuse_draft_as_verifier(verifier: Verifier) -> None:
         tensors = read_tensors(verifier.repository)
     except SpeculatorsError:
         return  # the caller reports why there is no head
-    family = recognise({}, tensors).family
-    if family is not None and family.kind != "language-model":
+    signature = recognise({}, tensors).signature
+    if signature is not None and signature.kind != "language-model":
         raise VerifierError(
-            f"The verifier {verifier.name} holds {family.name}; give the language model that the "
-            "draft was trained for."
+            f"The verifier {verifier.name} holds {signature.title}; give the language model that "
+            "the draft was trained for."
         )
-
-
-def _as_planned(plan: ConversionPlan, tensor: Tensor) -> Tensor:
-    """A tensor of the source, rounded as the plan says, in float32."""
-    return (tensor.to(TORCH_DTYPES[plan.rounded_to]) if plan.rounded_to else tensor).float()
 
 
 def _check_head_of_source(own: TensorInfo, verifiers: TensorInfo) -> None:
@@ -303,7 +323,7 @@ def _check_head_of_source(own: TensorInfo, verifiers: TensorInfo) -> None:
     dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).bits)
     if ours.shape != theirs.shape or not torch.equal(ours.to(dtype), theirs.to(dtype)):
         raise ValidationError(
-            f"{own.file} has an {own.name} that is not the verifier's, while an EAGLE draft uses "
+            f"{own.file} has an {own.name} that is not the verifier's, while such a draft uses "
             "the verifier's head; check that the verifier is the one it was trained for."
         )
 

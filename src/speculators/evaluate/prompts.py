@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from pydantic import ValidationError as PydanticValidationError
 
 from speculators.errors import PromptsError
+from speculators.format.problems import first_problem
 
 __all__ = ["OWN_PROMPTS", "Message", "Prompt", "read_prompts"]
 
@@ -117,14 +118,11 @@ def _parse(text: str, path: Path, number: int) -> Prompt:
         )
         raise PromptsError(f"{where} is not valid JSON: {detail}.") from error
     if not isinstance(value, dict):
-        raise PromptsError(f"{where} holds no JSON object; give one prompt a line.")
+        raise PromptsError(f"{where} is not a JSON object; give one prompt per line.")
     try:
         line = Line.model_validate(value)
     except PydanticValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        raise PromptsError(f"{where}: {f'key {key}: ' if key else ''}{reason}.") from error
+        raise PromptsError(f"{where}: {first_problem(error)}.") from error
     return Prompt(
         id=str(number if line.question_id is None else line.question_id),
         category=line.category,

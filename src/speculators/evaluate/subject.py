@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from speculators.checkpoint.verifier import Verifier, open_verifier
+from speculators.checkpoint.verifier import Verifier
 from speculators.errors import EvaluationError, PromptsError, SpeculatorsError, VerifierError
 from speculators.evaluate.prompts import Prompt
 from speculators.families.converted import Converted, open_converted
-from speculators.models.eagle import EagleSpeculator
-from speculators.models.loading import without_progress_bar
+from speculators.models.loading import load_converted, without_progress_bar
 from speculators.models.placement import device_of
+from speculators.models.speculator import Speculator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ class Subject:
 
     name: str
     commit: str | None
-    draft: EagleSpeculator
+    draft: Speculator
     verifier: PreTrainedModel
     verifier_name: str
     tokenizer: PreTrainedTokenizerBase
@@ -82,7 +82,7 @@ class Subject:
             raise PromptsError(
                 f"The verifier's {what} refuses prompt {prompt.id}: {error}"
             ) from error
-        vocabulary = self.draft.config.layer.vocab_size
+        vocabulary = self.draft.verifier_vocab_size
         if not tokens or max(tokens) >= vocabulary:
             raise PromptsError(
                 f"Prompt {prompt.id} has {f'token {max(tokens)}' if tokens else 'no tokens'}, but "
@@ -120,9 +120,7 @@ def load_subject(
     """
     place = None if device == SPREAD else _device(device)
     converted = open_converted(directory, revision=revision, cache_dir=cache_dir)
-    opened = _open_verifier(converted, verifier, cache_dir)
-    sizes = converted.config.transformer_layer_config
-    opened.check_fits(sizes.hidden_size, sizes.vocab_size)
+    opened = _open_verifier(converted, verifier)
     options: dict[str, Any] = {"cache_dir": cache_dir}
     tokenizer = _load("tokenizer", AutoTokenizer, opened, options)
     options["dtype"] = dtype
@@ -132,14 +130,12 @@ def load_subject(
         model = _load("weights", AutoModelForCausalLM, opened, options)
         if place is not None:
             model.to(place)
-        draft = EagleSpeculator.from_pretrained(
-            converted.directory, verifier=model.eval(), dtype=model.dtype, cache_dir=cache_dir
-        )
+        draft = load_converted(converted, verifier=model.eval(), dtype=model.dtype)
     # On the head's device, since the head computes the logits of all drafted tokens.
     draft.to(device_of(model.get_output_embeddings())).eval()  # type: ignore[arg-type]
     return Subject(
         name=str(directory),
-        commit=converted.commit,
+        commit=converted.checkpoint.commit,
         draft=draft,
         verifier=model,
         verifier_name=opened.name if verifier is None else str(verifier),
@@ -147,18 +143,16 @@ def load_subject(
     )
 
 
-def _open_verifier(
-    converted: Converted, given: str | Path | None, cache_dir: Path | None
-) -> Verifier:
+def _open_verifier(converted: Converted, given: str | Path | None) -> Verifier:
     if given is not None:
-        return open_verifier(given, cache_dir=cache_dir)
+        return converted.open_verifier(given)
     named = converted.config.speculators_config.verifier.name_or_path
     if named is None:
         raise VerifierError(
             f"{converted.directory} names no verifier in its config.json; give it with --verifier."
         )
     try:
-        return open_verifier(named, cache_dir=cache_dir)
+        return converted.open_verifier()
     except SpeculatorsError as error:
         raise VerifierError(
             f"{error} The draft's config.json names it; give another with --verifier."

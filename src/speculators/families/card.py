@@ -6,13 +6,14 @@ import shlex
 from collections.abc import Collection
 from pathlib import PurePath
 
-from speculators.format.config import EagleConfig
+from speculators.families.family import Family
+from speculators.format.config import SpeculatorConfig
 from speculators.format.conversion import CONVERSION_FILE, ConversionRecord, RepositoryRecord
-from speculators.format.tensors import FEATURES
 
 __all__ = ["model_card", "names_hub_id"]
 
-TAGS = ["eagle", "speculative-decoding", "speculators"]
+BORROWED = {"embedding": "embedding", "head": "output head"}
+"""What a draft may take from its verifier → what the card calls it."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -23,7 +24,7 @@ CARD = """\
 
 # {title}
 
-An EAGLE draft for `{verifier}`, in the speculators format. In speculative decoding the draft \
+{draft} for `{verifier}`, in the speculators format. In speculative decoding the draft \
 proposes the next tokens, and the verifier checks them in one pass, so that one pass of the large \
 model gives several tokens. The draft works with this verifier alone: it uses the verifier's \
 {borrowed}, and has none of its own.
@@ -31,7 +32,7 @@ model gives several tokens. The draft works with this verifier alone: it uses th
 | | |
 | --- | --- |
 | verifier | `{verifier}` ({verifier_architectures}) |
-| layer | one `{layer}`, hidden size {hidden}, vocabulary {vocabulary} |
+| layer | {layers} `{layer}`, hidden size {hidden}, vocabulary {vocabulary} |
 | parameters | {parameters:,}, in {dtype} |
 | has | {features} |
 
@@ -55,11 +56,11 @@ vllm serve {verifier_in_shell} \\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from speculators.models.eagle import EagleSpeculator
+from {model_module} import {model_class}
 
 tokenizer = AutoTokenizer.from_pretrained({verifier_in_python})
 verifier = AutoModelForCausalLM.from_pretrained({verifier_in_python}, dtype="auto")
-draft = EagleSpeculator.from_pretrained({name_in_python}, verifier=verifier)
+draft = {model_class}.from_pretrained({name_in_python}, verifier=verifier)
 
 prompt = tokenizer("The capital of France is", return_tensors="pt")
 output = draft.generate(**prompt, max_new_tokens=32)
@@ -82,7 +83,8 @@ def names_hub_id(name: str) -> bool:
 
 def model_card(
     name: str,
-    config: EagleConfig,
+    family: Family,
+    config: SpeculatorConfig,
     *,
     parameters: int,
     features: Collection[str],
@@ -96,12 +98,13 @@ def model_card(
 
     Args:
         name: the Hugging Face id or path that the draft is loaded from.
-        config: the draft's config.
+        family: the draft's.
+        config: the draft's.
         parameters: the number of parameters of all its tensors.
-        features: the keys of ``tensors.FEATURES`` that its tensors show.
+        features: the features that its tensors show.
         record: its conversion.json, if it has one.
         evaluation: a section about how well it drafts, in Markdown.
-        tags: more tags for the Hub, besides ``TAGS``.
+        tags: more tags for the Hub, besides those of its family.
 
     Returns:
         Markdown that begins with metadata in YAML.
@@ -114,16 +117,21 @@ def model_card(
     metadata = ModelCardData(
         base_model=reference.name_or_path if names_hub_id(reference.name_or_path or "") else None,
         library_name="speculators",
-        tags=sorted({*TAGS, *tags}),
+        tags=sorted({*family.card.tags, *tags}),
     )
     proposal = config.speculators_config.proposal_methods[0]
     speculative_config = {
-        "method": "eagle",
+        "method": family.card.method,
         "model": name,
         "num_speculative_tokens": proposal.speculative_tokens,
     }
     layer = config.transformer_layer_config
+    model_module, _, model_class = family.model.partition(":")
+    borrowed = [it for it in family.borrows if it not in features]
     card = CARD.format(
+        draft=family.card.draft,
+        model_module=model_module,
+        model_class=model_class,
         metadata=metadata.to_yaml(),
         title=PurePath(name).name,
         verifier=verifier,
@@ -132,14 +140,15 @@ def model_card(
         name_in_python=json.dumps(name),
         verifier_in_python=json.dumps(verifier),
         verifier_architectures=", ".join(f"`{it}`" for it in reference.architectures),
-        borrowed="output head" if "embedding" in features else "embedding and output head",
-        layer=config.transformer_layer_architecture,
+        borrowed=" and ".join(BORROWED[it] for it in borrowed),
+        layers="one" if config.layers == 1 else str(config.layers),
+        layer=config.architectures[-1],
         hidden=layer.hidden_size,
         vocabulary=layer.vocab_size,
         parameters=parameters,
         dtype=config.torch_dtype or "the type of its tensors",
-        features=", ".join(FEATURES[it] for it in FEATURES if it in features)
-        or "nothing beside fc and the layer",
+        features=", ".join(family.features[it] for it in family.features if it in features)
+        or "nothing beyond what every draft of its kind has",
         speculative_config=shlex.quote(json.dumps(speculative_config)),
     )
     if evaluation:
@@ -157,11 +166,11 @@ def _provenance(record: ConversionRecord) -> str:
         proof=(
             "That was checked, and that the model computes with them what the source does."
             if record.validated
-            else "Nothing of that was checked."
+            else "None of this was checked."
         ),
         conversion_file=CONVERSION_FILE,
     )
-    if remarks := record.unchecked + record.notes:
+    if remarks := record.unchecked + record.discrepancies:
         text += "\n" + "".join(f"- {remark.rstrip('.')}.\n" for remark in remarks)
     return text
 

@@ -1,18 +1,24 @@
-"""A directory in the speculators format, checked without reading tensor data."""
+"""A directory in the speculators format, opened and checked without reading tensor data."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError as PydanticValidationError
 
 from speculators.checkpoint.reader import Checkpoint, read_config, read_tensors
 from speculators.checkpoint.repository import open_repository
-from speculators.checkpoint.tensor import describe_shape
-from speculators.errors import FormatError
-from speculators.format.config import EagleConfig, parse_config
-from speculators.format.layouts import current_name
-from speculators.format.tensors import DTYPES, features_of, required_tensors
+from speculators.checkpoint.tensor import TensorInfo, describe_shape
+from speculators.checkpoint.verifier import Verifier, open_verifier
+from speculators.errors import FormatError, VerifierError
+from speculators.families.family import Family
+from speculators.families.registry import families, family_named
+from speculators.format.config import SpeculatorConfig
+from speculators.format.problems import first_problem
+from speculators.format.tensors import compare, required_tensors
 
-__all__ = ["Converted", "check_converted", "open_converted"]
+__all__ = ["Converted", "check_converted", "open_converted", "parse_config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +26,50 @@ class Converted:
     """A converted draft on this machine.
 
     Attributes:
-        directory: the folder of config.json and the weights.
+        family: the family of the draft.
+        checkpoint: its config.json and tensors as they are stored.
         config: the checked config.
-        own_embedding: whether the draft has its own embedding.
-        commit: the commit on the Hub that it comes from; ``None`` for a directory.
+        tensors: its tensors by their current names, whichever version wrote them.
+        features: the features that they show.
+        cache_dir: where downloads are kept, those of the verifier too; the Hub client's default
+            cache if ``None``.
 
     """
 
-    directory: Path
-    config: EagleConfig
-    own_embedding: bool
-    commit: str | None = None
+    family: Family
+    checkpoint: Checkpoint
+    config: SpeculatorConfig
+    tensors: dict[str, TensorInfo]
+    features: frozenset[str]
+    cache_dir: Path | None = None
+
+    @property
+    def directory(self) -> Path:
+        """The folder of config.json and the weights."""
+        return self.checkpoint.config_file.parent
+
+    @property
+    def parameters(self) -> int:
+        """The number of elements of all tensors."""
+        return sum(info.elements for info in self.tensors.values())
+
+    def open_verifier(self, other: str | os.PathLike[str] | None = None) -> Verifier:
+        """Open the verifier that the config names, or another one.
+
+        Raises:
+            VerifierError: if the config names none, or it cannot be read or does not fit.
+            HubError: if it cannot be fetched from the Hub.
+
+        """
+        named = other if other is not None else self.config.speculators_config.verifier.name_or_path
+        if named is None:
+            raise VerifierError(f"The config.json of {self.checkpoint.name} names no verifier.")
+        verifier = open_verifier(
+            Path(named) if isinstance(named, os.PathLike) else named, cache_dir=self.cache_dir
+        )
+        vocabulary, hidden = self.config.verifier_sizes
+        verifier.check_fits(hidden, vocabulary)
+        return verifier
 
 
 def open_converted(
@@ -51,47 +90,81 @@ def open_converted(
         CheckpointError, HubError: if it cannot be read or downloaded.
 
     """
+    cache_dir = None if cache_dir is None else Path(cache_dir)
     repository = open_repository(
         Path(source) if isinstance(source, os.PathLike) else source,
         revision=revision,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
+        cache_dir=cache_dir,
     )
     config, config_file = read_config(repository)
     parse_config(config, repository.name)  # before the weights are fetched
     tensors = read_tensors(repository)
-    checked = check_converted(Checkpoint(repository.name, config, config_file, tensors))
-    return replace(checked, commit=repository.commit)
+    return check_converted(
+        Checkpoint(repository.name, config, config_file, tensors, repository.commit), cache_dir
+    )
 
 
-def check_converted(checkpoint: Checkpoint) -> Converted:
+def check_converted(checkpoint: Checkpoint, cache_dir: Path | None = None) -> Converted:
     """Check the names, shapes and dtypes of a converted draft's tensors against its config.
 
     Raises:
         FormatError: if it is not in the format, or its tensors are not those of its config.
 
     """
-    config = parse_config(checkpoint.config, checkpoint.name)
-    tensors = {current_name(name): info for name, info in checkpoint.tensors.items()}
-    own_embedding = "embedding" in features_of(tensors)
-    required = required_tensors(config.features | ({"embedding"} if own_embedding else set()))
-
-    missing = sorted(required.keys() - tensors.keys())
-    unknown = sorted(tensors.keys() - required.keys())
-    if missing or unknown:
-        problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
+    family, config = parse_config(checkpoint.config, checkpoint.name)
+    tensors = {family.names.current(name): info for name, info in checkpoint.tensors.items()}
+    features = family.features_of(tensors, config.layers)
+    # What is borrowed may be the draft's own; a config does not say so.
+    own = features & set(family.borrows)
+    required = required_tensors(family.tensors, config.features | own, config.layers)
+    difference = compare(tensors, required, config.sizes)
+    if difference.missing or difference.unknown:
+        problem = (
+            f"lacks {', '.join(sorted(difference.missing))}"
+            if difference.missing
+            else f"has unknown {', '.join(sorted(difference.unknown))}"
+        )
         raise FormatError(f"{checkpoint.name} {problem}, by its config.json; convert it again.")
-    sizes = config.transformer_layer_config.dimensions()
-    for name, spec in required.items():
-        info = tensors[name]
-        if info.shape != spec.shape(sizes):
-            raise FormatError(
-                f"{checkpoint.name}: {info.name} has the shape {describe_shape(info.shape)}, "
-                f"by config.json it should have {describe_shape(spec.shape(sizes))}; "
-                "convert it again."
-            )
-        if info.dtype not in DTYPES:
-            raise FormatError(
-                f"{checkpoint.name}: {info.name} has the type {info.dtype}; "
-                f"one of {', '.join(DTYPES)} is expected."
-            )
-    return Converted(checkpoint.config_file.parent, config, own_embedding)
+    for name, shape in difference.reshaped.items():
+        raise FormatError(
+            f"{checkpoint.name}: {tensors[name].name} has the shape "
+            f"{describe_shape(tensors[name].shape)}, by config.json it should have "
+            f"{describe_shape(shape)}; convert it again."
+        )
+    for name, dtypes in difference.retyped.items():
+        raise FormatError(
+            f"{checkpoint.name}: {tensors[name].name} has the type {tensors[name].dtype}; "
+            f"one of {', '.join(dtypes)} is expected."
+        )
+    return Converted(family, checkpoint, config, tensors, config.features | own, cache_dir)
+
+
+def parse_config(config: dict[str, Any], where: str) -> tuple[Family, SpeculatorConfig]:
+    """Check a config.json against the format of its family.
+
+    Args:
+        config: the parsed JSON.
+        where: the directory or file, for the message.
+
+    Returns:
+        The family, and the config as the family's model.
+
+    Raises:
+        FormatError: if it is not in the format; the message names the first wrong key, or how
+            to convert the checkpoint if it is not a speculators directory at all.
+
+    """
+    model_type = config.get("speculators_model_type")
+    family = family_named(model_type)
+    if family is None:
+        names = [it.name for it in families()]
+        found = "it is missing" if model_type is None else f"found {model_type!r}"
+        raise FormatError(
+            f"Missing or incorrect speculators_model_type in {where}: expected "
+            f"{' or '.join(map(repr, names))}, {found}. Convert the checkpoint first: speculators "
+            f"convert {'|'.join(names)} {where} OUTPUT BASE_MODEL"
+        )
+    try:
+        return family, family.config.model_validate(config)
+    except PydanticValidationError as error:
+        raise FormatError(f"{where}: config.json, {first_problem(error)}") from error

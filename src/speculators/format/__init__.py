@@ -1,1 +1,1 @@
-"""The speculators format, without torch: its config.json and its tensors."""
+"""The speculators format, whatever the family: config.json, conversion.json, tensor tables."""

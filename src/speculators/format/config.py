@@ -1,25 +1,22 @@
-"""The config.json of a converted checkpoint, as pydantic models.
+"""What the config.json of every family consists of, as pydantic models.
 
 The keys are those that speculators has written since 0.1.0, so existing readers understand
 them. ``transformer_layer_config`` is a transformers config as a dictionary: the keys that the draft
 computes with are typed here, and any other key is kept unchanged.
 """
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic import ValidationError as PydanticValidationError
-
-from speculators.errors import FormatError
 
 __all__ = [
     "PROPOSALS",
-    "EagleConfig",
     "LayerConfig",
+    "Model",
     "ProposalMethod",
+    "SpeculatorConfig",
     "SpeculatorsConfig",
     "VerifierReference",
-    "parse_config",
 ]
 
 
@@ -95,7 +92,8 @@ class VerifierReference(BaseModel, use_attribute_docstrings=True):
 class SpeculatorsConfig(Model):
     """How to speculate with the draft."""
 
-    algorithm: Literal["eagle"] = "eagle"
+    algorithm: str
+    """The name of the family."""
     proposal_methods: list[ProposalMethod] = Field(default_factory=lambda: [ProposalMethod()])
     """Ways of proposing, with their sizes."""
     default_proposal_method: str = "greedy"
@@ -104,14 +102,14 @@ class SpeculatorsConfig(Model):
 
 
 class LayerConfig(Model):
-    """The draft's one decoder layer.
+    """The draft's decoder layers.
 
     The defaults are those of transformers' Llama config: earlier versions of speculators wrote
     only what differs from them.
     """
 
-    model_type: Literal["llama", "qwen2"] = "llama"
-    """``qwen2`` where q, k and v have biases."""
+    model_type: str = "llama"
+    """The transformers model whose layers the draft has."""
     vocab_size: int = Field(default=32000, ge=1)
     hidden_size: int = Field(default=4096, ge=1)
     intermediate_size: int = Field(default=11008, ge=1)
@@ -137,75 +135,53 @@ class LayerConfig(Model):
     def rope_type(self) -> str:
         """The type of RoPE scaling, ``default`` for none; older files call the key ``type``."""
         scaling = self.rope_scaling or {}
-        kind: str = scaling.get("rope_type") or scaling.get("type") or "default"
-        return kind
+        found: str = scaling.get("rope_type") or scaling.get("type") or "default"
+        return found
 
-    def dimensions(self) -> dict[str, int]:
-        """The sizes that tensor shapes consist of, by the names in ``TensorSpec.dimensions``."""
+    def sizes(self) -> dict[str, int]:
+        """The sizes that the shapes of a decoder layer's tensors consist of, by name."""
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         return {
             "vocabulary": self.vocab_size,
             "hidden": self.hidden_size,
-            "embedding+hidden": 2 * self.hidden_size,
             "intermediate": self.intermediate_size,
             "queries": self.num_attention_heads * head_dim,
             "keys": (self.num_key_value_heads or self.num_attention_heads) * head_dim,
         }
 
 
-class EagleConfig(Model):
-    """The whole config.json."""
+class SpeculatorConfig(Model):
+    """The whole config.json: the keys that every family has."""
 
     architectures: list[str]
-    """``EagleSpeculator``, then the class of the decoder layer."""
-    speculators_model_type: Literal["eagle"] = "eagle"
-    """Marks the file as being in this format."""
+    """The class of the draft and, where the format has it, that of its decoder layer."""
+    speculators_model_type: str
+    """The name of the family; marks the file as being in this format."""
     speculators_version: str
     """The version that wrote it."""
     torch_dtype: str | None = None
     """The dtype of the tensors, by torch's name; missing in files of 0.1.0 to 0.3.0."""
-    transformer_layer_architecture: str
-    """The class of the decoder layer, in transformers."""
-    transformer_layer_config: LayerConfig
-    layernorms: bool = False
-    """Whether there are norms on the embedding, on the hidden states, and before the head."""
-    fusion_bias: bool = False
-    """Whether ``fc`` has a bias."""
-    speculators_config: SpeculatorsConfig
+
+    if TYPE_CHECKING:  # every family declares these itself, in the order of its keys
+        transformer_layer_config: LayerConfig
+        speculators_config: SpeculatorsConfig
 
     @property
     def features(self) -> frozenset[str]:
-        """The keys of ``tensors.FEATURES`` that this config declares (never ``embedding``)."""
-        present = {
-            "fusion_bias": self.fusion_bias,
-            "layernorms": self.layernorms,
-            "attention_bias": self.transformer_layer_config.model_type == "qwen2",
-        }
-        return frozenset(name for name, there in present.items() if there)
+        """The features of the family's table that the config declares."""
+        return frozenset()
 
+    @property
+    def layers(self) -> int:
+        """The number of decoder layers."""
+        return self.transformer_layer_config.num_hidden_layers
 
-def parse_config(config: dict[str, Any], where: str) -> EagleConfig:
-    """Check a config.json against the format.
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that tensor shapes consist of, by the names in ``TensorSpec.dimensions``."""
+        return self.transformer_layer_config.sizes()
 
-    Args:
-        config: the parsed JSON.
-        where: the directory or file, for the message.
-
-    Raises:
-        FormatError: if it is not in the format; the message names the first wrong key, or how
-            to convert the checkpoint if it is not a speculators directory at all.
-
-    """
-    model_type = config.get("speculators_model_type")
-    if model_type != "eagle":
-        found = "it is missing" if model_type is None else f"found {model_type!r}"
-        raise FormatError(
-            f"Missing or incorrect speculators_model_type in {where}: expected 'eagle', {found}. "
-            f"Convert the checkpoint first: speculators convert eagle {where} OUTPUT BASE_MODEL"
-        )
-    try:
-        return EagleConfig.model_validate(config)
-    except PydanticValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise FormatError(f"{where}: config.json, key {key}: {first['msg']}") from error
+    @property
+    def verifier_sizes(self) -> tuple[int, int]:
+        """The vocabulary and the hidden size that a verifier must have."""
+        return self.transformer_layer_config.vocab_size, self.transformer_layer_config.hidden_size

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic import ValidationError as PydanticValidationError
 
 from speculators.errors import FormatError
+from speculators.format.problems import first_problem
 
 __all__ = [
     "CONVERSION_FILE",
@@ -57,13 +58,15 @@ class ConversionRecord(BaseModel):
     dtype: str | None = None
     """What the tensors were rounded to, by torch's name; ``None`` if each kept its dtype."""
     tensors: dict[str, str]
-    """Name here → name in the source."""
+    """Name here → what it was made of: a name in the source, with its rows if only some were
+    taken, or several of them."""
     left_out: dict[str, str]
     """Name in the source → why the tensor was left out."""
     config_left_out: dict[str, str]
     """Key of the source's config.json → why it was left out."""
-    notes: list[str]
-    """Where the source's config, its tensors and the reference disagreed."""
+    discrepancies: list[str] = Field(validation_alias=AliasChoices("discrepancies", "notes"))
+    """Where the source's config, its tensors and the reference disagreed. Versions before 1.0
+    called it ``notes``."""
     validated: bool
     """Whether the conversion validated its result. Only then are hashes recorded: without
     validation, the kernel copies the bytes, and no file is hashed."""
@@ -87,6 +90,4 @@ def parse_conversion(record: dict[str, Any], where: str) -> ConversionRecord:
     try:
         return ConversionRecord.model_validate(record)
     except PydanticValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise FormatError(f"{where}, key {key}: {first['msg']}; convert again.") from error
+        raise FormatError(f"{where}, {first_problem(error)}; convert again.") from error

@@ -1,25 +1,25 @@
 """What a checkpoint is and what can be done with it, judged by its config and tensor table."""
 
-import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.hub.headers import headers_only
 from speculators.checkpoint.reader import Checkpoint, read_config, read_tensors
 from speculators.checkpoint.repository import Repository, open_repository
-from speculators.convert.eagle import LAYERNORM_MAPPINGS
-from speculators.convert.plan import plan_draft
+from speculators.convert.plan import family_of, plan_draft
 from speculators.errors import CheckpointError, ConversionError, FormatError, NoWeightsError
 from speculators.families.converted import check_converted
+from speculators.families.family import Family
+from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
 from speculators.families.recognition import recognise, strip_prefix
+from speculators.families.registry import family_named
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
-from speculators.format.layouts import current_name
-from speculators.format.tensors import FEATURES, TENSORS
+from speculators.format.tensors import features_shown
 from speculators.inspection.findings import (
     ConversionFinding,
     Finding,
@@ -41,11 +41,6 @@ SIZES = (
     "max_position_embeddings",
 )
 """The sizes that are reported, by their keys in config.json."""
-
-UNUSUAL = ("fusion_bias", "attention_bias", "layernorms")
-"""The features that are worth naming in the title."""
-
-HASS = re.compile(r"(?<![a-z])hass(?![a-z])", re.IGNORECASE)
 
 
 def inspect_checkpoint(
@@ -88,22 +83,30 @@ def _inspect(repository: Repository) -> Finding:
         config_file = home / config_file.name
     checkpoint = Checkpoint(repository.name, config, config_file, tensors)
     found = recognise(config, tensors)
-    kind = found.family.kind if found.family else "unknown"
-    details = DETAILS.get(kind, _details)(checkpoint)
-    record = repository.file(CONVERSION_FILE) if kind == "speculators" else None
+    is_converted = found.signature is CONVERTED
+    family = family_named(config.get("speculators_model_type")) if is_converted else found.family
+    if family is None:
+        details = _details(checkpoint)
+    elif is_converted:
+        details = _details_of_converted(checkpoint, family)
+    else:
+        details = _details_of_draft(checkpoint, family)
+    record = repository.file(CONVERSION_FILE) if is_converted else None
 
-    title = found.family.name if found.family else "of no kind that is known"
-    unusual = [FEATURES[it] for it in UNUSUAL if details.features and details.features[it]]
+    title = found.signature.title if found.signature else "a checkpoint of no known kind"
+    features = details.features or {}
+    unusual = [family.features[it] for it in family.unusual if features.get(it)] if family else []
     sizes = {key: details.sizes[key] for key in SIZES if isinstance(details.sizes.get(key), int)}
     return Finding(
         name=checkpoint.name,
-        kind=kind,
+        kind=found.signature.kind if found.signature else "unknown",
+        family=family.name if family else None,
         title=title + (f" with {' and '.join(unusual)}" if unusual else ""),
         evidence=list(found.evidence),
         quantized=list(found.quantized),
         near=[
             NearFinding(
-                kind=near.family.kind,
+                kind=near.signature.kind,
                 difference=str(near),
                 found=near.found,
                 missing=list(near.missing),
@@ -131,7 +134,9 @@ def _inspect(repository: Repository) -> Finding:
             )
             for name, info in tensors.items()
         ],
-        verifier=_verifier(kind, sizes, details.verifier),
+        verifier=_verifier(sizes, details.verifier)
+        if family is not None or found.signature is LANGUAGE_MODEL or is_converted
+        else None,
         conversion=details.conversion,
     )
 
@@ -163,41 +168,48 @@ class Details:
 
 
 def _details(checkpoint: Checkpoint) -> Details:
-    """Details of a checkpoint that is neither converted nor convertible."""
+    """Details of a checkpoint of no family."""
+    model_type = checkpoint.config.get("speculators_model_type")
+    if model_type is not None:
+        layer = checkpoint.config.get("transformer_layer_config")
+        why_not = (
+            f"{checkpoint.name} is converted already, but to the type {model_type}, which this "
+            "version does not read."
+        )
+        return Details(
+            layer if isinstance(layer, dict) else {},
+            ConversionFinding(possible=False, why_not=why_not),
+        )
     nested = checkpoint.config.get("text_config")
     sizes = nested if isinstance(nested, dict) and nested else checkpoint.config
     return Details(sizes, ConversionFinding(possible=False, why_not=_why_not(checkpoint)))
 
 
-def _details_of_draft(checkpoint: Checkpoint) -> Details:
-    name = PurePath(checkpoint.name).name
-    notes = [
-        "Tensors cannot tell EAGLE-1, EAGLE-2 and HASS apart: EAGLE-2 grows another tree with "
-        "EAGLE-1's weights, and HASS trains the same module in another way"
-        + (f"; the name {name} suggests HASS." if HASS.search(name) else ".")
-    ]
+def _details_of_draft(checkpoint: Checkpoint, family: Family) -> Details:
+    notes = [family.ambiguity(checkpoint.name)] if family.ambiguity else []
     if not checkpoint.tensors:
         why_not = f"{checkpoint.name} has no weights that could be read, and they decide."
         return Details(
             checkpoint.config, ConversionFinding(possible=False, why_not=why_not), notes=notes
         )
     short = {name: strip_prefix(name) for name in checkpoint.tensors}
-    features = _features({name: LAYERNORM_MAPPINGS.get(it, it) for name, it in short.items()})
+    features = _features(family, {name: family.names.in_format(it) for name, it in short.items()})
     try:
-        plan = plan_draft(checkpoint, LAYERNORM_MAPPINGS)
+        plan = plan_draft(family, checkpoint)
     except ConversionError as error:
         conversion = ConversionFinding(possible=False, why_not=str(error))
         return Details(checkpoint.config, conversion, features, notes=notes)
-    if "embedding" not in plan.features:
+    if "embedding" in set(family.borrows) - plan.features:
         notes.append("It has no embedding of its own: the verifier's is used.")
     return Details(
-        plan.layer.model_dump(),
+        plan.derived.layer.model_dump(),
         ConversionFinding(
             possible=True,
-            command=f"speculators convert eagle {shlex.quote(checkpoint.name)} OUTPUT BASE_MODEL",
-            layer_config=plan.layer.model_dump(exclude_none=True),
-            config_left_out=plan.config_left_out,
-            odd=plan.odd,
+            command=f"speculators convert {family.name} {shlex.quote(checkpoint.name)} "
+            "OUTPUT BASE_MODEL",
+            layer_config=plan.derived.layer.model_dump(exclude_none=True),
+            config_left_out=plan.derived.left_out,
+            discrepancies=plan.derived.discrepancies,
         ),
         features,
         targets={info.name: target for target, info in plan.tensors.items()},
@@ -206,30 +218,22 @@ def _details_of_draft(checkpoint: Checkpoint) -> Details:
     )
 
 
-def _details_of_converted(checkpoint: Checkpoint) -> Details:
-    config = checkpoint.config
-    layer = config.get("transformer_layer_config")
+def _details_of_converted(checkpoint: Checkpoint, family: Family) -> Details:
+    layer = checkpoint.config.get("transformer_layer_config")
     sizes = layer if isinstance(layer, dict) else {}
-    if config["speculators_model_type"] != "eagle":
-        conversion = ConversionFinding(
-            possible=False,
-            why_not=f"{checkpoint.name} is converted already, but to the type "
-            f"{config['speculators_model_type']}, which this version does not read.",
-        )
-        return Details(sizes, conversion)
-    targets = {name: current_name(name) for name in checkpoint.tensors}
+    targets = {name: family.names.current(name) for name in checkpoint.tensors}
     verifier, notes = None, []
     try:
-        converted = check_converted(checkpoint).config
+        config = check_converted(checkpoint).config
     except FormatError as error:
         notes.append(f"It cannot be used: {error}")
     else:
-        sizes = converted.transformer_layer_config.model_dump()
-        verifier = converted.speculators_config.verifier.name_or_path
+        sizes = config.transformer_layer_config.model_dump()
+        verifier = config.speculators_config.verifier.name_or_path
     return Details(
         sizes,
         ConversionFinding(possible=False, why_not=_why_not(checkpoint)),
-        _features(targets) if targets else None,
+        _features(family, targets) if targets else None,
         targets,
         layout=_layout(targets) if targets else None,
         verifier=verifier,
@@ -237,17 +241,10 @@ def _details_of_converted(checkpoint: Checkpoint) -> Details:
     )
 
 
-DETAILS: dict[str, Callable[[Checkpoint], Details]] = {
-    "eagle": _details_of_draft,
-    "speculators": _details_of_converted,
-}
-"""Kind → what finds its details; ``_details`` for all others."""
-
-
 def _why_not(checkpoint: Checkpoint) -> str:
     """Why a checkpoint cannot be converted."""
     try:
-        plan_draft(checkpoint, LAYERNORM_MAPPINGS)
+        family_of(checkpoint)
     except ConversionError as error:
         return str(error)
     raise AssertionError(f"{checkpoint.name} can be converted")
@@ -268,20 +265,17 @@ def _layout(targets: Mapping[str, str]) -> Literal["current", "0.1.0 to 0.3.0"]:
     return "current" if all(k == v for k, v in targets.items()) else "0.1.0 to 0.3.0"
 
 
-def _features(names: Mapping[str, str]) -> dict[str, list[str]]:
+def _features(family: Family, names: Mapping[str, str]) -> dict[str, list[str]]:
     """Feature → stored names of the tensors that show it, given stored → current names."""
     stored = {name: where for where, name in names.items()}
-    features: dict[str, list[str]] = {feature: [] for feature in FEATURES}
-    for spec in TENSORS:
-        if spec.feature and spec.name in stored:
-            features[spec.feature].append(stored[spec.name])
-    return features
+    shown = features_shown(family.tensors, stored)
+    return {
+        feature: [stored[name] for name in shown.get(feature, ())] for feature in family.features
+    }
 
 
-def _verifier(kind: str, sizes: Mapping[str, int], name: str | None) -> VerifierFinding | None:
+def _verifier(sizes: Mapping[str, int], name: str | None) -> VerifierFinding | None:
     """What a draft fits, or what fits a model; ``None`` if unknown."""
-    if kind not in {"eagle", "speculators", "language-model"}:
-        return None
     try:
         return VerifierFinding(
             hidden_size=sizes["hidden_size"], vocab_size=sizes["vocab_size"], name=name

@@ -69,19 +69,21 @@ class ConversionFinding(_Part):
     """The transformer_layer_config that it would write."""
     config_left_out: dict[str, str] = Field(default_factory=dict)
     """Key of config.json → why it is left out."""
-    odd: list[str] = Field(default_factory=list)
+    discrepancies: list[str] = Field(default_factory=list)
     """Where config, tensors and reference disagree."""
 
 
 class Finding(_Part):
     """What a checkpoint is."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: str
     """The path or the Hub id, as it was given."""
     kind: str
     """eagle, speculators, eagle3, language-model, several-layers, medusa, mlp-speculator, or
     unknown."""
+    family: str | None = None
+    """The family of drafts that it belongs to, converted or not; null if it is of none."""
     title: str
     """The kind in words, with the features."""
     evidence: list[str]
@@ -97,7 +99,7 @@ class Finding(_Part):
     layout: Literal["current", "0.1.0 to 0.3.0"] | None = None
     """For kind speculators: which versions' names its tensors have."""
     features: dict[str, list[str]] | None = None
-    """For an EAGLE draft: optional feature → the tensors that show it, if any."""
+    """For a draft of a family: optional feature → the tensors that show it, if any."""
     sizes: dict[str, int]
     """Sizes, by their keys in config.json."""
     parameters: int

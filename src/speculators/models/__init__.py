@@ -1,1 +1,5 @@
 """Drafts as PyTorch models."""
+
+from speculators.models.loading import load_draft
+
+__all__ = ["load_draft"]

@@ -5,103 +5,27 @@ it, and passes the result through one decoder layer; the verifier's own head tur
 logits (EAGLE, arXiv:2401.15077, section 4.1; SafeAILab/EAGLE, eagle/model/cnets1.py).
 """
 
-import os
-from collections.abc import Collection
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from loguru import logger
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.models.llama import modeling_llama
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.utils.generic import ModelOutput
 
-from speculators import __version__
-from speculators.checkpoint.hub.upload import README, SAVED, check_upload, upload
-from speculators.checkpoint.output.stamp import write_stamped
-from speculators.checkpoint.tensor import describe_shape
-from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.decode import Generation, Workspace, speculate
-from speculators.errors import SpeculatorsError, VerifierError
-from speculators.families.card import model_card
-from speculators.families.converted import open_converted
-from speculators.format.config import (
-    EagleConfig,
-    LayerConfig,
-    ProposalMethod,
-    SpeculatorsConfig,
-)
-from speculators.format.layouts import LEGACY_PREFIXES
-from speculators.format.tensors import features_of
+from speculators.families.eagle import EAGLE
+from speculators.models.config import SpeculatorPretrainedConfig
+from speculators.models.layers import LAYER_CLASSES
+from speculators.models.output import DraftOutput
 from speculators.models.placement import device_of
-from speculators.models.tensors import read_tensor
+from speculators.models.speculator import Speculator
 
 __all__ = ["EagleOutput", "EagleSpeculator", "EagleSpeculatorConfig"]
 
-
-@dataclass(frozen=True, slots=True)
-class LayerClasses:
-    """The classes of transformers that a draft's layer is built from."""
-
-    decoder_layer: type[nn.Module]
-    norm: type[nn.Module]
-    rotary_embedding: type[nn.Module]
+EagleOutput = DraftOutput
 
 
-LAYER_CLASSES = {
-    "llama": LayerClasses(
-        modeling_llama.LlamaDecoderLayer,
-        modeling_llama.LlamaRMSNorm,
-        modeling_llama.LlamaRotaryEmbedding,
-    ),
-    "qwen2": LayerClasses(
-        modeling_qwen2.Qwen2DecoderLayer,
-        modeling_qwen2.Qwen2RMSNorm,
-        modeling_qwen2.Qwen2RotaryEmbedding,
-    ),
-}
-"""By the ``model_type`` of the layer's config."""
-
-LAYER_SWITCHES = {"attention_bias", "mlp_bias", "use_sliding_window"}
-"""Keys of the layer's config that the converter writes besides those of ``LayerConfig``."""
-
-NOT_WRITTEN = {"transformers_version", "dtype", "torch_dtype", "architectures", "layer_types"}
-"""Keys that transformers adds to the layer's config: the draft's, or derived from others."""
-
-UPLOAD_OPTIONS = {
-    "commit_message": "message",
-    "commit_description": "description",
-    "private": "private",
-    "token": "token",
-    "revision": "revision",
-    "create_pr": "create_pr",
-}
-"""transformers' names of options → those of ``checkpoint.upload``."""
-
-
-BY_ENVIRONMENT = {
-    "token": "HF_TOKEN",
-    "local_files_only": "HF_HUB_OFFLINE",
-    "force_download": "another cache_dir",
-    "proxies": "HTTPS_PROXY",
-}
-"""transformers' download options → what to use instead of them."""
-
-
-class EagleSpeculatorConfig(PreTrainedConfig):
-    """The config of an ``EagleSpeculator``; its JSON is ``format.config.EagleConfig``.
+class EagleSpeculatorConfig(SpeculatorPretrainedConfig):
+    """The config of an ``EagleSpeculator``; its JSON is ``families.eagle.EagleConfig``.
 
     Attributes:
         transformer_layer_config: a transformers config for the draft's decoder layer; a dictionary
@@ -113,95 +37,21 @@ class EagleSpeculatorConfig(PreTrainedConfig):
 
     """
 
-    sub_configs = {"transformer_layer_config": AutoConfig}  # type: ignore[dict-item]  # noqa: RUF012
+    family = EAGLE
 
-    transformer_layer_config: PreTrainedConfig | dict[str, Any] | None = None
     transformer_layer_architecture: str = "auto"
     layernorms: bool = False
     fusion_bias: bool = False
-    speculators_model_type: str = "eagle"
-    speculators_version: str = __version__
-    speculators_config: dict[str, Any] | SpeculatorsConfig | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        layer = self.transformer_layer_config
-        if not isinstance(layer, PreTrainedConfig):
-            layer = dict(layer or {})
-            self.transformer_layer_config = AutoConfig.for_model(
-                layer.pop("model_type", "llama"), **{"num_hidden_layers": 1, **layer}
-            )
-        if isinstance(self.speculators_config, SpeculatorsConfig):
-            self.speculators_config = self.speculators_config.model_dump()
-        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        super().__post_init__(**kwargs)
         decoder_layer = LAYER_CLASSES[self.layer.model_type].decoder_layer.__name__
         if self.transformer_layer_architecture == "auto":
             self.transformer_layer_architecture = decoder_layer
-        self.architectures = self._architectures()
-
-    def _architectures(self) -> list[str]:
-        return ["EagleSpeculator", self.transformer_layer_architecture]
-
-    @property
-    def layer(self) -> Any:
-        """``transformer_layer_config``, which is never a dictionary after initialisation."""
-        return self.transformer_layer_config
-
-    def get_text_config(self, *_: Any, **__: Any) -> Any:
-        """The layer's config, from which transformers takes sizes and sets up caches."""
-        return self.transformer_layer_config
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config.json of the format, without keys that only transformers uses."""
-        defaults = type(self.layer)().to_dict()
-        always = LayerConfig.model_fields.keys() | LAYER_SWITCHES
-        layer = {
-            key: value
-            for key, value in self.layer.to_dict().items()
-            if (key in always or value != defaults.get(key)) and key not in NOT_WRITTEN
-        }
-        rope = dict(self.layer.rope_parameters)
-        layer.pop("rope_parameters", None)
-        layer["rope_theta"] = rope.pop("rope_theta")
-        layer["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-        dtype = self.dtype
-        config = EagleConfig.model_validate(
-            {
-                "architectures": self._architectures(),
-                "speculators_version": self.speculators_version,
-                "torch_dtype": str(dtype).removeprefix("torch.") if dtype else None,
-                "transformer_layer_architecture": self.transformer_layer_architecture,
-                "transformer_layer_config": layer,
-                "layernorms": self.layernorms,
-                "fusion_bias": self.fusion_bias,
-                "speculators_config": self.speculators_config
-                or {"verifier": {"name_or_path": None, "architectures": []}},
-            }
-        )
-        return config.model_dump(exclude_none=True)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Same as ``to_dict``: the file is complete, so that it does not rely on defaults."""
-        return self.to_dict()
+        self.architectures = ["EagleSpeculator", self.transformer_layer_architecture]
 
 
-@dataclass
-class EagleOutput(ModelOutput):
-    """The output of a forward pass.
-
-    Attributes:
-        logits: (batch, sequence, vocabulary), in the head's dtype.
-        last_hidden_state: (batch, sequence, hidden), the layer's output, before the norm ahead of
-            the head: this is fed back as the next position's hidden state.
-        past_key_values: the layer's cache, if one is used.
-
-    """
-
-    logits: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-
-
-class EagleSpeculator(PreTrainedModel):
+class EagleSpeculator(Speculator):
     """An EAGLE draft: fusion, one decoder layer, and the verifier's head.
 
     Args:
@@ -210,26 +60,13 @@ class EagleSpeculator(PreTrainedModel):
 
     """
 
-    config_class = EagleSpeculatorConfig
+    config_class = EagleSpeculatorConfig  # type: ignore[misc]
     config: EagleSpeculatorConfig
-    base_model_prefix = ""
-    supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _keys_to_ignore_on_save = {  # noqa: RUF012
-        "borrowed_head.weight",
-        "borrowed_embedding.weight",
-    }
 
     def __init__(self, config: EagleSpeculatorConfig, own_embedding: bool = True) -> None:
-        super().__init__(config)
+        super().__init__(config, own_embedding)
         layer_config = config.layer
-        # transformers chooses an attention implementation only for the config of a whole model.
-        layer_config._attn_implementation = config._attn_implementation
         classes = LAYER_CLASSES[layer_config.model_type]
         hidden = layer_config.hidden_size
 
@@ -238,7 +75,6 @@ class EagleSpeculator(PreTrainedModel):
                 return nn.Identity()
             return classes.norm(hidden, eps=layer_config.rms_norm_eps)
 
-        self.embed_tokens = nn.Embedding(layer_config.vocab_size, hidden) if own_embedding else None
         self.post_embedding_layernorm = norm()
         self.hidden_layernorm = norm()
         self.fc = nn.Linear(2 * hidden, hidden, bias=config.fusion_bias)
@@ -247,308 +83,7 @@ class EagleSpeculator(PreTrainedModel):
         self.layers = nn.ModuleList([layer])
         self.rotary_emb = classes.rotary_embedding(layer_config)
         self.pre_lm_head_layernorm = norm()
-
-        # Single matrices that are read from the verifier's files, and never saved with the draft.
-        self.borrowed_head: nn.Linear | None = None
-        self.borrowed_embedding: nn.Embedding | None = None
-        # Not a submodule: moving or casting the draft must not touch the verifier.
-        self._verifier: tuple[PreTrainedModel, ...] = ()
-        self._workspace = Workspace()
         self.post_init()  # type: ignore[no-untyped-call]
-
-    @property
-    def device(self) -> torch.device:
-        """The device of its inputs and outputs; ``device_map`` may keep weights elsewhere."""
-        return device_of(self.fc)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        verifier: PreTrainedModel | str | os.PathLike[str] | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> "EagleSpeculator":
-        """Load a converted draft, with the head (and embedding) that it takes from its verifier.
-
-        Args:
-            pretrained_model_name_or_path: the directory or Hub id of a converted draft; the layout
-                of speculators 0.1.0 to 0.3.0 is supported too.
-            verifier: a verifier to attach: a loaded model, or its directory or Hub id; see
-                ``attach_verifier``. If not given, only the matrices that the draft needs are read
-                from the verifier that the config names. If they are not available, a warning is
-                logged and the draft has no logits until a verifier is attached.
-            cache_dir: where downloads are kept.
-            revision: a branch, tag or commit on the Hub.
-            **kwargs: as for ``PreTrainedModel.from_pretrained``: ``dtype``, ``device_map``,
-                ``attn_implementation``, ... Downloads are configured by the environment variables
-                of the Hub client (``HF_TOKEN``, ``HF_HUB_OFFLINE``); ``token`` and similar
-                arguments have no effect, and a warning says so.
-
-        Raises:
-            FormatError: if it is not a converted draft, or its tensors are not those of its config.
-            CheckpointError, HubError: if it cannot be read or downloaded.
-            VerifierError: if the verifier does not fit.
-
-        """
-        for option, instead in BY_ENVIRONMENT.items():
-            if kwargs.pop(option, None):
-                logger.warning(f"The argument {option} has no effect here: use {instead}")
-        converted = open_converted(
-            pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir
-        )
-        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(converted.directory)
-        kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.get("dtype", "auto")
-        model: EagleSpeculator = super().from_pretrained(
-            converted.directory,
-            config=config,
-            own_embedding=converted.own_embedding,
-            key_mapping={
-                f"^{old.replace('.', '[.]')}": new for old, new in LEGACY_PREFIXES.items()
-            },
-            **kwargs,
-        )
-        # Otherwise save_pretrained would undo the renaming and write names of the older layout.
-        model._weight_conversions = []  # type: ignore[assignment]
-        if verifier is not None:
-            model.attach_verifier(verifier, cache_dir=cache_dir)
-        else:
-            model._borrow(converted.config.speculators_config.verifier.name_or_path, cache_dir)
-        return model
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save the draft as a directory in the format, with a model card (README.md).
-
-        A README.md that a person wrote or edited is kept.
-
-        Args:
-            save_directory: the directory, created if needed.
-            is_main_process: as for ``PreTrainedModel.save_pretrained``.
-            state_dict: as for ``PreTrainedModel.save_pretrained``.
-            push_to_hub: also upload the directory. The arguments of ``push_to_hub`` are then
-                accepted too; ``repo_id`` defaults to the directory's name.
-            **kwargs: as for ``PreTrainedModel.save_pretrained``: ``max_shard_size``, ...
-
-        Raises:
-            HubError: if it cannot be uploaded.
-
-        """
-        directory = Path(save_directory)
-        options = {new: kwargs.pop(old) for old, new in UPLOAD_OPTIONS.items() if old in kwargs}
-        repo_id = kwargs.pop("repo_id", directory.name)
-        if push_to_hub:
-            check_upload(repo_id, token=options.get("token"))
-        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict}
-        self._save(directory, repo_id if push_to_hub else str(directory), **kwargs)
-        if push_to_hub and is_main_process:
-            upload(directory, repo_id, files=SAVED, **options)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        tags: Collection[str] | str | None = None,
-    ) -> str:
-        """Upload the draft to the Hugging Face Hub in one commit, with a model card.
-
-        Args:
-            repo_id: ``organization/name``, or ``name`` for a repository of the token's owner; it
-                is created if it does not exist.
-            commit_message: the first line of the commit message.
-            commit_description: the rest of the commit message.
-            private: whether a new repository is private; the Hub's default if not given.
-            token: an access token; the one that the Hub client is logged in with if not given.
-            revision: the branch, created if it does not exist; ``main`` if not given.
-            create_pr: open a pull request instead of committing to the branch.
-            max_shard_size: the size limit of weight files, as for ``save_pretrained``.
-            tags: for the model card, in addition to the default ones.
-
-        Returns:
-            The URL of the commit or pull request.
-
-        Raises:
-            HubError: if it cannot be uploaded, or the repository holds something other than a
-                converted draft.
-
-        """
-        check_upload(repo_id, token=token)
-        with TemporaryDirectory() as folder:
-            self._save(Path(folder), repo_id, tags=tags, max_shard_size=max_shard_size)
-            return upload(
-                Path(folder),
-                repo_id,
-                message=commit_message,
-                description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                files=SAVED,
-            )
-
-    def _save(
-        self,
-        directory: Path,
-        name: str,
-        *,
-        tags: Collection[str] | str | None = None,
-        is_main_process: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().save_pretrained(directory, is_main_process, **kwargs)
-        if not is_main_process:
-            return
-        own = {
-            key: parameter
-            for key, parameter in self.named_parameters()
-            if key not in (self._keys_to_ignore_on_save or ())
-        }
-        card = model_card(
-            name,
-            EagleConfig.model_validate(self.config.to_dict()),
-            parameters=sum(parameter.numel() for parameter in own.values()),
-            features=features_of(own),
-            tags=[tags] if isinstance(tags, str) else tags or (),
-        )
-        write_stamped(directory / README, card)
-
-    def attach_verifier(
-        self,
-        verifier: PreTrainedModel | str | os.PathLike[str],
-        *,
-        cache_dir: str | os.PathLike[str] | None = None,
-    ) -> PreTrainedModel:
-        """Attach a verifier; the draft uses its head (and its embedding, if the draft has none).
-
-        Its tensors are shared, not copied, and it keeps its own device and dtype: moving or
-        casting the draft does not affect it.
-
-        Args:
-            verifier: a loaded model, or the directory or Hub id to load one from.
-            cache_dir: where downloads are kept.
-
-        Returns:
-            The verifier.
-
-        Raises:
-            VerifierError: if it has no output head, its hidden size or vocabulary is not the
-                draft's, or its weights are not loaded.
-
-        """
-        if not isinstance(verifier, PreTrainedModel):
-            self._check_fits(
-                open_verifier(
-                    Path(verifier) if isinstance(verifier, os.PathLike) else verifier,
-                    cache_dir=None if cache_dir is None else Path(cache_dir),
-                )
-            )
-            # Not by device_map, which needs another package.
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                verifier, dtype="auto", cache_dir=cache_dir
-            )
-            loaded.to(self.device)  # type: ignore[arg-type]
-            verifier = loaded
-        head = verifier.get_output_embeddings()
-        if head is None:
-            raise VerifierError(
-                f"{type(verifier).__name__} has no output head; attach a causal language model."
-            )
-        if device_of(head).type == "meta":
-            raise VerifierError(
-                f"The weights of {type(verifier).__name__} have no values (they are on the meta "
-                "device); load them first: AutoModelForCausalLM.from_pretrained(...)"
-            )
-        layer = self.config.layer
-        expected = (layer.vocab_size, layer.hidden_size)
-        if tuple(head.weight.shape) != expected:
-            raise VerifierError(
-                f"The draft does not fit {type(verifier).__name__}: its vocabulary and hidden size "
-                f"are {describe_shape(expected)}, the verifier's "
-                f"{describe_shape(tuple(head.weight.shape))}; "
-                "attach the model that it was trained for."
-            )
-        self.borrowed_head = self.borrowed_embedding = None
-        self._verifier = (verifier,)
-        self._workspace = Workspace()
-        return verifier
-
-    def detach_verifier(self) -> None:
-        """Release the verifier; the draft has no logits until another one is attached."""
-        self._verifier = ()
-        self._workspace = Workspace()
-
-    @property
-    def verifier(self) -> PreTrainedModel | None:
-        """The attached verifier, if there is one."""
-        return self._verifier[0] if self._verifier else None
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        return_dict: bool | None = None,
-        logits_to_keep: int = 0,
-        **kwargs: Any,
-    ) -> EagleOutput | tuple[Any, ...]:
-        """Compute the draft's logits from tokens and the verifier's hidden states.
-
-        Position t takes token t+1 and the verifier's last hidden state at token t (after the final
-        norm), and predicts token t+2. Attention is causal unless a 4D mask is given.
-
-        Args:
-            input_ids: (batch, sequence), integers.
-            hidden_states: (batch, sequence, hidden), any floating dtype.
-            attention_mask: (batch, past + sequence), 1 for tokens and 0 for padding; or a 4D mask,
-                (batch, 1, sequence, past + sequence), which is used unchanged.
-            position_ids: (batch, sequence); if not given, they continue from the cache.
-            past_key_values: the cache that an earlier call returned.
-            use_cache: return a cache; implied by ``past_key_values``.
-            return_dict: ``False`` for a tuple instead of an ``EagleOutput``.
-            logits_to_keep: compute logits for this many positions at the end; 0 for all.
-            **kwargs: passed on to the attention.
-
-        Raises:
-            VerifierError: if there is no head (or embedding), because no verifier is attached and
-                the one that the config names was not available.
-
-        """
-        self._head()  # fail before the work, not after it
-        drafted = self.draft(
-            input_ids,
-            hidden_states,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            use_cache,
-            **kwargs,
-        )
-        assert drafted.last_hidden_state is not None
-        output = EagleOutput(
-            logits=self.logits(drafted.last_hidden_state[:, -logits_to_keep:]),
-            last_hidden_state=drafted.last_hidden_state,
-            past_key_values=drafted.past_key_values,
-        )
-        return output if return_dict is not False else output.to_tuple()
 
     def draft(
         self,
@@ -559,7 +94,7 @@ class EagleSpeculator(PreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> EagleOutput:
+    ) -> DraftOutput:
         """Run ``forward`` without the head; ``logits`` is ``None`` in the output."""
         device, dtype = self.device, self.fc.weight.dtype
         input_ids = input_ids.to(device)
@@ -594,7 +129,7 @@ class EagleSpeculator(PreTrainedModel):
             position_embeddings=self.rotary_emb(fused, position_ids=position_ids),
             **kwargs,
         )
-        return EagleOutput(last_hidden_state=x.to(device), past_key_values=past_key_values)
+        return DraftOutput(last_hidden_state=x.to(device), past_key_values=past_key_values)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Apply the head, as ``forward`` does after the layer.
@@ -613,141 +148,3 @@ class EagleSpeculator(PreTrainedModel):
         kept = self.pre_lm_head_layernorm(hidden_states)
         logits: Tensor = head(kept.to(device=device_of(head), dtype=head.weight.dtype))
         return logits
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        *,
-        proposal: ProposalMethod | str | None = None,
-        num_draft_tokens: int | None = None,
-        generation_config: GenerationConfig | None = None,
-        cuda_graphs: bool = True,
-        **kwargs: Any,
-    ) -> Tensor | Generation:
-        """Generate what the attached verifier's own ``generate`` would, in fewer verifier passes.
-
-        Greedy output equals the verifier's token for token, except where rounding decides between
-        tokens that are equally good; sampled output has the verifier's distribution.
-
-        Args:
-            input_ids: (batch, length), prompts, padded at the left.
-            proposal: how to propose: a method, or its type, which is looked up in the config; the
-                config's default if not given.
-            num_draft_tokens: the number of tokens to propose per verifier pass, in place of the
-                method's ``speculative_tokens``.
-            generation_config: as for the verifier's ``generate``, with the same defaults.
-            cuda_graphs: replay steps as CUDA graphs where possible: for a single prompt, with both
-                models on one GPU. The graphs and their caches are kept for later calls, until
-                another verifier is attached.
-            **kwargs: as for the verifier's ``generate``: ``attention_mask``, ``max_new_tokens``,
-                ``eos_token_id``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
-                ``streamer``, ``return_dict_in_generate``, ...
-
-        Returns:
-            (batch, length), prompts and generated tokens, padded at the right; or a
-            ``Generation`` if ``return_dict_in_generate`` is set.
-
-        Raises:
-            VerifierError: if no verifier is attached.
-            GenerationError: if the settings, the proposal or the verifier do not allow it.
-
-        """
-        if self.verifier is None:
-            raise VerifierError(
-                "Generating takes the whole verifier. "
-                "Attach the verifier first: model.attach_verifier(...)"
-            )
-        generation = speculate(
-            self,
-            self.verifier,
-            input_ids,
-            proposal=self.proposal_method(proposal, num_draft_tokens),
-            generation=generation_config,
-            workspace=self._workspace if cuda_graphs else None,
-            **kwargs,
-        )
-        asked = [
-            kwargs.get("return_dict_in_generate"),
-            getattr(generation_config, "return_dict_in_generate", None),
-            self.verifier.generation_config.return_dict_in_generate,
-        ]
-        as_dict = next((said for said in asked if said is not None), False)
-        return generation if as_dict else generation.sequences
-
-    def proposal_method(
-        self, proposal: ProposalMethod | str | None = None, num_draft_tokens: int | None = None
-    ) -> ProposalMethod:
-        """The proposal method that ``generate`` would use with these arguments."""
-        if not isinstance(proposal, ProposalMethod):
-            config = SpeculatorsConfig.model_validate(
-                self.config.speculators_config or {"verifier": {"architectures": []}}
-            )
-            name = proposal or config.default_proposal_method
-            told = [one for one in config.proposal_methods if one.proposal_type == name]
-            proposal = told[0] if told else ProposalMethod(proposal_type=name)
-        if num_draft_tokens is None:
-            return proposal
-        sized = proposal.model_dump() | {"speculative_tokens": num_draft_tokens}
-        return ProposalMethod.model_validate(sized)
-
-    def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]
-        """The draft's own embedding, or the verifier's, or ``None``."""
-        if self.embed_tokens is not None:
-            return self.embed_tokens
-        if self.verifier is not None:
-            embedding: nn.Embedding = self.verifier.get_input_embeddings()  # type: ignore[assignment]
-            return embedding
-        return self.borrowed_embedding
-
-    def get_output_embeddings(self) -> nn.Linear | None:
-        """The verifier's head, or ``None``."""
-        if self.verifier is not None:
-            head: nn.Linear = self.verifier.get_output_embeddings()
-            return head
-        return self.borrowed_head
-
-    def _head(self) -> nn.Linear:
-        head = self.get_output_embeddings()
-        if head is None:
-            raise VerifierError(
-                "The draft has no head: logits are made by its verifier's. "
-                "Attach the verifier first: model.attach_verifier(...)"
-            )
-        return head
-
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        embedding = self.get_input_embeddings()
-        if embedding is None:
-            raise VerifierError(
-                "The draft has no embedding of its own and its verifier is not there. "
-                "Attach the verifier first: model.attach_verifier(...)"
-            )
-        embedded: Tensor = embedding(input_ids.to(device_of(embedding)))
-        return embedded.to(device=self.device, dtype=self.fc.weight.dtype)
-
-    def _check_fits(self, verifier: Verifier) -> None:
-        verifier.check_fits(self.config.layer.hidden_size, self.config.layer.vocab_size)
-
-    def _borrow(self, name: str | None, cache_dir: str | os.PathLike[str] | None) -> None:
-        """Read what the draft takes from its verifier, or warn that it is not available."""
-        try:
-            if name is None:
-                raise VerifierError("The config names no verifier.")
-            verifier = open_verifier(name, cache_dir=None if cache_dir is None else str(cache_dir))
-            self._check_fits(verifier)
-            head = verifier.head()
-            embedding = verifier.embedding() if self.embed_tokens is None else None
-        except SpeculatorsError as error:
-            logger.warning(f"{error} The draft has no logits until a verifier is attached.")
-            return
-        to: dict[str, Any] = {"device": self.device, "dtype": self.fc.weight.dtype}
-        self.borrowed_head = _linear(read_tensor(head).to(**to))
-        if embedding is not None:
-            self.borrowed_embedding = nn.Embedding.from_pretrained(read_tensor(embedding).to(**to))
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear

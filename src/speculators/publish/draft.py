@@ -1,22 +1,16 @@
 """Publish a directory that `convert` created."""
 
-from math import prod
 from pathlib import Path
 
 from loguru import logger
 
-from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.hub.upload import README, check_upload, upload
 from speculators.checkpoint.output.stamp import write_stamped
-from speculators.checkpoint.reader import read_tensors
-from speculators.checkpoint.repository import LocalDirectory
 from speculators.convert.provenance import read_record
 from speculators.errors import HubError
 from speculators.evaluate.report import REPORT_FILE
 from speculators.families.card import model_card, names_hub_id
-from speculators.format.config import parse_config
-from speculators.format.layouts import current_name
-from speculators.format.tensors import features_of
+from speculators.families.converted import open_converted
 from speculators.publish.figures import evaluation_section, read_report
 
 __all__ = ["check_publishing", "publish_draft"]
@@ -45,7 +39,7 @@ def publish_draft(
     up to the caller.
 
     Args:
-        directory: what ``EagleConverter.convert`` created.
+        directory: what a conversion created.
         repo_id: the id of the repository, which is created if needed.
         private: whether a new repository is private; if so, an existing public one is refused.
         report: what `speculators evaluate` wrote, for the card.
@@ -65,15 +59,13 @@ def publish_draft(
             logger.warning(f"The report is about {given.draft}: make sure that it is {directory}")
         (directory / REPORT_FILE).write_text(given.model_dump_json(indent=2) + "\n")
     report = directory / REPORT_FILE
-    config = parse_config(read_json(directory / "config.json"), str(directory))
-    tensors = {
-        current_name(name): info for name, info in read_tensors(LocalDirectory(directory)).items()
-    }
+    converted = open_converted(directory)
     card = model_card(
         repo_id,
-        config,
-        parameters=sum(prod(info.shape) for info in tensors.values()),
-        features=features_of(tensors),
+        converted.family,
+        converted.config,
+        parameters=converted.parameters,
+        features=converted.features,
         record=read_record(directory),
         evaluation=evaluation_section(read_report(report)) if report.is_file() else None,
     )
@@ -81,7 +73,7 @@ def publish_draft(
         logger.warning(
             f"{directory / README} was written or edited by somebody, and is published as it is"
         )
-    verifier = config.speculators_config.verifier.name_or_path
+    verifier = converted.config.speculators_config.verifier.name_or_path
     if verifier is None or not names_hub_id(verifier):
         logger.warning(
             f"The verifier is not named by a Hugging Face id but by {verifier}: whoever downloads "

@@ -7,6 +7,7 @@ from pydantic import ValidationError as PydanticValidationError
 
 from speculators.errors import EvaluationError
 from speculators.evaluate.report import REPORT_FILE, ProposalResult, Report
+from speculators.format.problems import first_problem
 
 __all__ = ["evaluation_section", "read_report"]
 
@@ -29,11 +30,8 @@ def read_report(path: Path) -> Report:
             f"{file} cannot be read ({error.strerror}); give what 'speculators evaluate' wrote."
         ) from error
     except PydanticValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
         raise EvaluationError(
-            f"{file} is not a report of 'speculators evaluate': {key + ': ' if key else ''}"
-            f"{first['msg']}."
+            f"{file} is not a report of 'speculators evaluate': {first_problem(error)}."
         ) from error
 
 

@@ -167,7 +167,7 @@ def upload(
                 *(CommitOperationAdd(name, directory / name) for name in sorted(added)),
                 *(CommitOperationDelete(name) for name in sorted(stale)),
             ],
-            commit_message=message or "Upload an EAGLE draft",
+            commit_message=message or "Upload a draft",
             commit_description=description,
             revision=revision,
             create_pr=create_pr,

@@ -1,4 +1,4 @@
-"""An EAGLE draft in plain tensor operations, to check the model against.
+"""An EAGLE-1 draft in elementary tensor operations, to check the model against.
 
 It follows the reference implementation (SafeAILab/EAGLE, eagle/model/cnets1.py) and, for the extra
 layernorms, the training code of that variant. It shares no code with ``models.eagle``, and reads
@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from speculators.format.config import LayerConfig
+from speculators.families.eagle import EagleConfig
 
-__all__ = ["PlainDraft"]
+__all__ = ["EagleReference"]
 
 ROPE_TYPES = {None, "linear", "dynamic", "llama3"}
 
 
-class PlainDraft:
+class EagleReference:
     """The draft's arithmetic in float32, for one sequence at a time.
 
     Args:
         tensors: the source's tensors in float32, by their names in the source.
-        config: its sizes, epsilon of the norms, and RoPE.
+        config: its config; the sizes, the epsilon of the norms and RoPE are used.
 
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], config: LayerConfig) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], config: EagleConfig) -> None:
         self.tensors = tensors
-        self.config = config
+        self.config = config.transformer_layer_config
 
     def cannot_evaluate(self) -> str | None:
         """Why this class cannot compute a draft of this config; ``None`` if it can."""
@@ -55,9 +55,10 @@ class PlainDraft:
             "layers.0.mlp.down_proj", gate * self._linear("layers.0.mlp.up_proj", y)
         )
 
-    def before_head(self, x: Tensor) -> Tensor:
-        """The input of the verifier's head, from the layer's output."""
-        return self._norm("lm_head_layernorm", x)
+    def logits(self, x: Tensor, head: Tensor | None) -> Tensor:
+        """The logits of the layer's output, with the verifier's head, (vocabulary, hidden)."""
+        assert head is not None
+        return F.linear(self._norm("lm_head_layernorm", x), head)
 
     def _attention(self, x: Tensor) -> Tensor:
         heads = self.config.num_attention_heads

@@ -3,7 +3,8 @@
 from typing import Any
 
 from speculators.errors import FormatError
-from speculators.format.config import parse_config
+from speculators.families.converted import parse_config
+from speculators.families.eagle import TENSORS, EagleConfig
 from speculators.format.tensors import required_tensors
 from speculators.integrations.vllm.plugin import ARCHITECTURE
 
@@ -26,14 +27,15 @@ def update_eagle(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]
         FormatError: if it breaks the format's rules, or needs what vLLM cannot compute.
 
     """
-    config = parse_config(config_dict, WHERE)
+    _, config = parse_config(config_dict, WHERE)
+    assert isinstance(config, EagleConfig)
     layer = config.transformer_layer_config
     if layer.hidden_act != "silu":
         raise FormatError(
             f"The draft's activation is {layer.hidden_act}, and vLLM's Llama layer has silu alone; "
             "this draft cannot be served with vLLM."
         )
-    sizes = layer.dimensions()
+    sizes = config.sizes
     heads = layer.num_attention_heads
     values = layer.model_dump(exclude={"model_type", "rope_theta", "rope_scaling"})
     values |= {
@@ -52,7 +54,7 @@ def update_eagle(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]
         "layernorms": config.layernorms,
         "tensor_shapes": {
             name: spec.shape(sizes)
-            for name, spec in required_tensors(config.features | {"embedding"}).items()
+            for name, spec in required_tensors(TENSORS, config.features | {"embedding"}).items()
         },
     }
     pre_trained_config.clear()

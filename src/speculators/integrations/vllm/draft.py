@@ -26,7 +26,7 @@ from vllm.model_executor.models.utils import (
 
 from speculators.checkpoint.tensor import describe_shape
 from speculators.errors import CheckpointError, FormatError, VerifierError
-from speculators.format.layouts import current_name
+from speculators.families.eagle import EAGLE
 
 __all__ = ["EagleDraft"]
 
@@ -160,7 +160,7 @@ class EagleDraft(EagleLlamaForCausalLM):
     ) -> Iterator[tuple[str, Tensor]]:
         """The tensors under this model's names; adds their names in the format to ``found``."""
         for stored_name, tensor in weights:
-            name, shape = current_name(stored_name), tuple(tensor.shape)
+            name, shape = EAGLE.names.current(stored_name), tuple(tensor.shape)
             if name not in self.config.tensor_shapes:
                 raise FormatError(
                     f"{self.directory} has unknown {stored_name}, by its config.json; "

@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
 
-from speculators.convert.eagle import LAYERNORM_MAPPINGS
 from speculators.errors import ConversionError
-from speculators.format.tensors import FEATURES, features_of
+from speculators.families.eagle import EAGLE
 
 __all__ = ["PlainEagle"]
 
@@ -34,10 +33,10 @@ class PlainEagle(EagleLlamaForCausalLM):
         if getattr(self.config, "qkv_bias", False):
             computed.add("attention_bias")
         for name, tensor in weights:
-            for feature in features_of({LAYERNORM_MAPPINGS.get(name, name)}) - computed:
+            for feature in EAGLE.features_of({EAGLE.names.in_format(name)}) - computed:
                 raise ConversionError(
-                    f"{self.config.name_or_path} has {FEATURES[feature]} ({name}), which vLLM's "
-                    "own EAGLE model does not compute; convert it, and name the result instead: "
+                    f"{self.config.name_or_path} has {EAGLE.features[feature]} ({name}), which "
+                    "vLLM's own EAGLE model does not compute; convert it, and serve the result: "
                     f"speculators convert eagle {self.config.name_or_path} OUTPUT BASE_MODEL"
                 )
             yield name, tensor

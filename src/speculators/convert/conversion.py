@@ -1,0 +1,266 @@
+"""Conversion: read, plan, write, validate, and only then move into place."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from loguru import logger
+
+from speculators.checkpoint.output.staging import check_output, staged_directory
+from speculators.checkpoint.output.writer import write_safetensors_file
+from speculators.checkpoint.progress import Progress, silent
+from speculators.checkpoint.reader import Checkpoint, read_checkpoint
+from speculators.checkpoint.repository import open_repository
+from speculators.checkpoint.tensor import FLOATS
+from speculators.checkpoint.verifier import Verifier, open_verifier
+from speculators.convert.plan import ConversionPlan, plan_conversion
+from speculators.convert.provenance import (
+    changed_source_files,
+    check_files,
+    read_record,
+    record_conversion,
+)
+from speculators.convert.replan import plan_of_itself, verifier_of
+from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
+from speculators.families.converted import open_converted
+from speculators.families.family import Family
+from speculators.format.conversion import CONVERSION_FILE
+
+__all__ = ["convert", "plan", "validate"]
+
+
+def convert(
+    family: Family,
+    source: str | Path,
+    output: str | Path,
+    base_model: str | Path,
+    *,
+    asked: Collection[str] = (),
+    validate: bool = True,
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    dtype: str | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Convert a checkpoint of a family into a directory in the speculators format.
+
+    The directory appears only when it is complete and, unless ``validate`` is off, validated.
+    Until then, and if anything fails, ``output`` is left as it was.
+
+    Args:
+        family: the family that the checkpoint has to belong to.
+        source: a directory, a file of weights beside a config.json, or a Hugging Face id.
+        output: the directory to create: config.json, model.safetensors and conversion.json.
+        base_model: the verifier that the draft was trained for: a directory or a Hugging
+            Face id. Its config is read, and its weights only for validation.
+        asked: the features that the checkpoint must have.
+        validate: prove the result before it appears, see ``validate_conversion``.
+        cache_dir: where downloads are kept; the Hub client's default cache if not given.
+        revision: a branch, tag or commit of ``source`` on the Hub.
+        overwrite: replace ``output`` if a converted checkpoint is there.
+        dtype: round the weights to ``"float16"``, ``"bfloat16"`` or ``"float32"``; each keeps
+            its own dtype if not given.
+        progress: reports the bytes written, compared and hashed.
+
+    Returns:
+        The path of the directory.
+
+    Raises:
+        CheckpointError: the source is missing, damaged, or not safe to read.
+        ConversionError: it is not such a checkpoint, lacks what is asked for, or has values
+            that ``dtype`` cannot hold.
+        VerifierError: the verifier cannot be read or does not fit.
+        HubError: a file cannot be fetched from the Hub.
+        OutputError: the output exists or cannot be written.
+        ValidationError: the result does not hold or compute what the source does.
+
+    """
+    logger.info(f"Converting {family.name.capitalize()} checkpoint: {source}")
+    output = Path(output).expanduser()
+    _refuse_same_directory(source, output)
+    _refuse_to_replace_what_is_read({"input": source, "verifier": base_model}, output)
+    check_output(output, overwrite=overwrite)
+    planned = plan(
+        family,
+        source,
+        base_model,
+        asked=asked,
+        cache_dir=cache_dir,
+        revision=revision,
+        dtype=dtype,
+    )
+    with staged_directory(output, overwrite=overwrite) as staging:
+        config = planned.config.model_dump_json(indent=2, exclude_none=True)
+        (staging / "config.json").write_text(config + "\n", encoding="utf-8")
+        write_safetensors_file(staging / "model.safetensors", planned.tensors, progress=progress)
+        unchecked = None
+        if validate:
+            from speculators.convert.validation import validate_conversion
+
+            unchecked = validate_conversion(planned, open_converted(staging), progress=progress)
+        record = record_conversion(planned, staging, unchecked=unchecked, progress=progress)
+        (staging / CONVERSION_FILE).write_text(
+            record.model_dump_json(indent=2) + "\n", encoding="utf-8"
+        )
+    logger.success(f"Saved to: {output}")
+    return output
+
+
+def validate(
+    directory: str | Path,
+    source: str | Path | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Check a converted checkpoint again, at any time; nothing is written.
+
+    Its files must be those that its conversion.json records, and the model must load. On seeded
+    random inputs, its output must be finite, causal, and equal to a plain evaluation of its
+    tensors, and its logits must be those of the verifier's head. A warning names what cannot be
+    checked because the verifier or conversion.json is missing.
+
+    Args:
+        directory: the converted checkpoint.
+        source: what it was converted from, a directory or a Hugging Face id. The conversion
+            is planned again, and everything that ``convert`` proves is proven again.
+        cache_dir: where downloads are kept; the Hub client's default cache if not given.
+        revision: a branch, tag or commit of ``source`` on the Hub.
+        progress: reports the bytes compared and hashed.
+
+    Raises:
+        CheckpointError, HubError: the directory or the source cannot be read or fetched.
+        ConversionError: the source is not such a checkpoint.
+        VerifierError: the verifier is a draft, or does not fit the source.
+        FormatError: the directory is not a converted checkpoint.
+        ValidationError: it is not what was written, or does not hold or compute what its
+            source does.
+
+    """
+    directory = Path(directory).expanduser()
+    logger.info(f"Checking converted checkpoint: {directory}")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; give a converted checkpoint.")
+    written = open_converted(directory, cache_dir=cache_dir)
+    record = read_record(directory)
+    if record is None:
+        logger.warning(f"{directory} has no {CONVERSION_FILE}: what was written is not known")
+    else:
+        check_files(record, directory, progress)
+    verifier = verifier_of(written)
+
+    from speculators.convert.validation import validate_conversion, validate_model
+
+    if source is None:
+        validate_model(plan_of_itself(written, verifier), written)
+    else:
+        planned = _plan(
+            written.family,
+            _read(source, revision, cache_dir),
+            verifier,
+            dtype=record.dtype if record else None,
+        )
+        validate_conversion(planned, written, progress=progress)
+        for name in changed_source_files(record, planned.source, progress) if record else ():
+            logger.warning(
+                f"{name} of {source} is not the file that was converted, but gives the same"
+            )
+    logger.success(f"Valid: {directory}")
+
+
+def plan(
+    family: Family,
+    source: str | Path,
+    base_model: str | Path,
+    *,
+    asked: Collection[str] = (),
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+) -> ConversionPlan:
+    """Plan what ``convert`` would do, without writing anything; see there for the arguments."""
+    planned = _plan(
+        family,
+        _read(source, revision, cache_dir),
+        open_verifier(base_model, cache_dir=cache_dir),
+        asked=asked,
+        dtype=dtype,
+    )
+    _refuse_draft_as_its_own_verifier(source, base_model)
+    return planned
+
+
+def _read(source: str | Path, revision: str | None, cache_dir: str | Path | None) -> Checkpoint:
+    checkpoint = read_checkpoint(
+        open_repository(source, revision=revision, cache_dir=cache_dir, one_file=True)
+    )
+    logger.info(f"Loaded {len(checkpoint.tensors)} weights")
+    return checkpoint
+
+
+def _plan(
+    family: Family,
+    checkpoint: Checkpoint,
+    verifier: Verifier,
+    *,
+    dtype: str | None,
+    asked: Collection[str] = (),
+) -> ConversionPlan:
+    planned = plan_conversion(
+        family, checkpoint, verifier, asked=asked, rounded_to=_stored_dtype(dtype)
+    )
+    _log(planned)
+    return planned
+
+
+def _stored_dtype(dtype: str | None) -> str | None:
+    if dtype is None:
+        return None
+    for stored, known in FLOATS.items():
+        if known.name == dtype:
+            return stored
+    names = ", ".join(known.name for known in FLOATS.values())
+    raise ConversionError(f"The dtype {dtype} is not known; choose one of {names}.")
+
+
+def _log(planned: ConversionPlan) -> None:
+    detected = {flag.feature: flag.feature in planned.features for flag in planned.family.flags} | {
+        "layer": planned.config.architectures[-1],
+        "dtype": planned.config.torch_dtype,
+    }
+    logger.debug(f"Detected: {', '.join(f'{key}={value}' for key, value in detected.items())}")
+    for name, tensor in planned.tensors.items():
+        if name != tensor.label:
+            logger.debug(f"Remapped: {tensor.label} -> {name}")
+    for name, why in planned.left_out.items():
+        logger.debug(f"Left out: {name}: {why}")
+    for key, why in planned.config_left_out.items():
+        logger.debug(f"Left out of config.json: {key}: {why}")
+    for clause in planned.discrepancies:
+        logger.warning(f"{planned.source.name}: {clause}")
+
+
+def _refuse_to_replace_what_is_read(read: dict[str, str | Path], output: Path) -> None:
+    for what, path in read.items():
+        source = Path(path).expanduser()
+        if source.exists() and output.is_dir() and output.resolve() in source.resolve().parents:
+            raise OutputError(f"{output} holds the {what} {source}; choose another output.")
+
+
+def _refuse_same_directory(source: str | Path, output: Path) -> None:
+    if _are_same(Path(source).expanduser(), output):
+        raise OutputError(f"{output} is the input too; choose another output.")
+
+
+def _refuse_draft_as_its_own_verifier(input_path: str | Path, base_model: str | Path) -> None:
+    source, verifier = Path(input_path).expanduser(), Path(base_model).expanduser()
+    if source == verifier or _are_same(source, verifier):
+        raise VerifierError(
+            f"{base_model} is given as the draft and as its verifier; give the language model that "
+            "the draft was trained for as BASE_MODEL."
+        )
+
+
+def _are_same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)

@@ -1,0 +1,10 @@
+"""Who reads what is exported; light, since the command line lists them in its help."""
+
+__all__ = ["READERS"]
+
+READERS = {
+    "eagle": "the research code",
+    "vllm": "vLLM without the plugin",
+    "sglang": "SGLang",
+}
+"""Name of a target on the command line → who reads it. A family can be exported to some of them."""

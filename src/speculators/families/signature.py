@@ -1,0 +1,37 @@
+"""How a kind of checkpoint is recognised: by its tensors, with the config as a hint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["Signature"]
+
+NEVER = r"(?!)"
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A kind of checkpoint, and how to recognise it.
+
+    Attributes:
+        kind: its name for programs.
+        title: its name in messages, as it follows "holds".
+        marks: a pattern of tensor names; one match is enough to show the kind.
+        fc_inputs: the input width of ``fc``, in hidden sizes; this, too, is enough on its own.
+        lacks: a tensor that it never has.
+        hints: key of config.json → a pattern of its value. Hints that match are added to the
+            evidence; without tensors to judge by, the kind is assumed if all of them match.
+        decisive: whether the hints alone decide, whatever the tensors are.
+        parts: tensors that every such checkpoint has; an unknown checkpoint is compared with them.
+        advice: what to do instead of converting it; ``None`` for a kind that is converted.
+
+    """
+
+    kind: str
+    title: str
+    marks: str = NEVER
+    fc_inputs: int | None = None
+    lacks: str | None = None
+    hints: Mapping[str, str] = field(default_factory=dict)
+    decisive: bool = False
+    parts: tuple[str, ...] = ()
+    advice: str | None = None
