@@ -85,8 +85,8 @@ def copy_tensors(source: Any, to: Any) -> None:
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start with few slots, so that they soon have to grow; on a CPU, record with ``Again``."""
-    monkeypatch.setattr(graphs, "FEWEST_SLOTS", 32)
-    monkeypatch.setattr(graphs, "AHEAD", 8)
+    monkeypatch.setattr(graphs, "MIN_SLOTS", 32)
+    monkeypatch.setattr(graphs, "RESERVED_TOKENS", 8)
     if DEVICE.type == "cpu":
         monkeypatch.setitem(graphs.RECORDERS, "cpu", Again)
         # A function that runs again later needs the same hidden states of the verifier as before.
@@ -225,7 +225,7 @@ def test_recordings_of_drawn_chains_are_used_again_with_the_same_settings() -> N
 
 
 def test_the_recordings_that_were_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "KEPT", 2)
+    monkeypatch.setattr(graphs, "MAX_RECORDINGS", 2)
     _, draft = pair()
     kept = draft._workspace.recordings
 
@@ -393,7 +393,7 @@ def test_what_needs_the_host_is_run(monkeypatch: pytest.MonkeyPatch, log: list[s
     assert recordings(draft) == 0
     assert sum("No CUDA graphs" in line for line in log) == 1
     check_same(draft, ids_of(6), **DRAWN)
-    assert draft._workspace.refused
+    assert draft._workspace.verifier_unrecordable
 
 
 class Once:

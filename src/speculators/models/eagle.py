@@ -213,6 +213,7 @@ class EagleSpeculator(PreTrainedModel):
     config_class = EagleSpeculatorConfig
     config: EagleSpeculatorConfig
     base_model_prefix = ""
+    verifier_layers: tuple[int, ...] = ()  # it reads the last hidden state, after the final norm
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -549,6 +550,20 @@ class EagleSpeculator(PreTrainedModel):
             past_key_values=drafted.past_key_values,
         )
         return output if return_dict is not False else output.to_tuple()
+
+    @property
+    def verifier_vocab_size(self) -> int:
+        """The number of tokens that the verifier's logits cover."""
+        size: int = self.config.layer.vocab_size
+        return size
+
+    def project(self, verifier_states: Tensor) -> Tensor:
+        """The verifier's hidden states as inputs of ``draft``: they are so already."""
+        return verifier_states
+
+    def to_verifier(self, tokens: Tensor) -> Tensor:
+        """The draft's token ids as the verifier's: they are the same."""
+        return tokens
 
     def draft(
         self,
