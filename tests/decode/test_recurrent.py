@@ -56,7 +56,7 @@ def own(verifier: Any, ids: Tensor, **more: Any) -> Tensor:
     return tokens
 
 
-def batch(lengths: Sequence[int]) -> dict[str, Tensor]:
+def batch(lengths: Sequence[int]) -> dict[str, Any]:
     """Prompts of these lengths, padded on the left."""
     ids, mask = torch.zeros(2, len(lengths), max(lengths), dtype=torch.long)
     for row, length in enumerate(lengths):

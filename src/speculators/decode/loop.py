@@ -182,9 +182,7 @@ def _decode(
             continuation.extend([choice(continuation.tokens, last)])
         unseen = [continuation.tokens[-1:] for continuation in continuations]  # by the draft
         active = continuations
-        while remaining := [
-            row for row, continuation in enumerate(active) if not continuation.ended
-        ]:
+        while remaining := [row for row, one in enumerate(active) if not one.ended]:
             if len(remaining) < len(active):
                 active = [active[row] for row in remaining]
                 unseen = [unseen[row] for row in remaining]
@@ -216,17 +214,16 @@ def steps_of(
     unused = nullcontext(enter_result=False)
     with workspace.acquire(draft, verifier, padding) if workspace else unused as acquired:
         if workspace is not None and acquired:
-            draft_cache, verifier_cache = workspace.draft_cache, workspace.verifier_cache
+            drafter = drafter_of(draft, workspace.draft_cache, proposal, warp)
+            cache, layers = workspace.verifier_cache, draft.verifier_layers
+            verifier_pass = VerifierPass(verifier, cache, max_length, layers)
+            steps: Steps = ReplayedSteps(drafter, verifier_pass, workspace, proposal, max_length)
         else:
-            draft_cache, verifier_cache = BlockCache(padding), BlockCache(padding)
-        drafter = drafter_of(draft, draft_cache, proposal, warp)
-        with VerifierPass(
-            verifier, verifier_cache, max_length, draft.verifier_layers
-        ) as verifier_pass:
-            if workspace is not None and acquired:
-                yield ReplayedSteps(drafter, verifier_pass, workspace, proposal, max_length)
-            else:
-                yield Steps(drafter, verifier_pass)
+            drafter = drafter_of(draft, BlockCache(padding), proposal, warp)
+            cache, layers = BlockCache(padding), draft.verifier_layers
+            steps = Steps(drafter, VerifierPass(verifier, cache, max_length, layers))
+        with steps.verifier_pass:
+            yield steps
 
 
 def _follow(
