@@ -110,7 +110,8 @@ def test_a_batch_of_unequal_prompts(
     lengths = [5, 1, 9, 4]
     inputs = batch(lengths)
     ends = own(verifier, **inputs)[[0, 2], [12, 20]].tolist()
-    for more in ({}, {"eos_token_id": ends}):
+    endings: list[dict[str, Any]] = [{}, {"eos_token_id": ends}]
+    for more in endings:
         result = generated(draft, verifier, proposal=proposal, **inputs, **more)
         assert torch.equal(result.sequences, own(verifier, **inputs, **more))
         if proposal is SAMPLED:
