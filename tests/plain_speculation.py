@@ -48,11 +48,14 @@ class PlainDrafting:
         return (self.head @ self.fed_back[path]).log_softmax(-1)
 
 
-Propose = Callable[[PlainDrafting], set[Path]]
+Drafting = Callable[[Path], Tensor]
+"""The log-probabilities of the verifier's tokens after a path."""
+
+Propose = Callable[[Drafting], set[Path]]
 
 
 def plain_chain(length: int) -> Propose:
-    def propose(draft: PlainDrafting) -> set[Path]:
+    def propose(draft: Drafting) -> set[Path]:
         path: Path = ()
         found = set()
         for _ in range(length):
@@ -64,7 +67,7 @@ def plain_chain(length: int) -> Propose:
 
 
 def plain_static_tree(ranks: Iterable[Path]) -> Propose:
-    def propose(draft: PlainDrafting) -> set[Path]:
+    def propose(draft: Drafting) -> set[Path]:
         tokens: dict[Path, Path] = {(): ()}
         for node in sorted(ranks, key=len):
             above = tokens[node[:-1]]
@@ -76,7 +79,7 @@ def plain_static_tree(ranks: Iterable[Path]) -> Propose:
 
 
 def plain_dynamic_tree(nodes: int, depth: int, top_k: int) -> Propose:
-    def propose(draft: PlainDrafting) -> set[Path]:
+    def propose(draft: Drafting) -> set[Path]:
         def children(path: Path, score: float) -> dict[Path, float]:
             best = draft(path).topk(top_k)
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -99,6 +102,19 @@ def plain_speculation(
     """Tokens; for each step, how many drafted tokens were accepted, how many in a row offered."""
     verifier = model.verifier
     assert isinstance(verifier, PreTrainedModel)
+    return plain_steps(
+        verifier, lambda tokens: PlainDrafting(model, tokens), prompt, new_tokens, propose
+    )
+
+
+def plain_steps(
+    verifier: PreTrainedModel,
+    drafting_after: Callable[[list[int]], Drafting],
+    prompt: list[int],
+    new_tokens: int,
+    propose: Propose,
+) -> tuple[list[int], list[int], list[int]]:
+    """The same for any draft, given what it drafts after confirmed tokens."""
 
     def best(tokens: list[int]) -> int:
         return int(verifier(torch.tensor([tokens])).logits[0, -1].argmax())
@@ -106,7 +122,7 @@ def plain_speculation(
     tokens = [*prompt, best(prompt)]
     accepted, offered = [], []
     while len(tokens) < len(prompt) + new_tokens:
-        tree = propose(PlainDrafting(model, tokens))
+        tree = propose(drafting_after(tokens))
         path: Path = ()
         while True:
             path = (*path, best([*tokens, *path]))

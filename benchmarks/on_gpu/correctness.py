@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from on_gpu.bench import Bench, OutOfTimeError, free, generate, speculate
 from speculators.convert.eagle import EagleConverter
 from speculators.decode.cache import BlockCache
-from speculators.decode.drafting import drafter_of
+from speculators.decode.proposals import drafter_of
 from speculators.decode.sampling import warp_of
 from speculators.format.config import ProposalMethod
 from speculators.models.eagle import EagleSpeculator

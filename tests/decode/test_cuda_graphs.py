@@ -20,13 +20,14 @@ from transformers import EtaLogitsWarper, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from distributions import SETTINGS, TOKENS, analytic, chi_square_is_likely, small_verifier
-from speculators.decode import Generation
+from speculators.decode import Generation, Workspace, speculate
 from speculators.decode import cuda_graphs as graphs
 from speculators.decode.cache import BlockCache
 from speculators.decode.verification import VerifierPass
 from speculators.format.config import ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 from tiny_models import VERIFIERS, knowing_draft, prompt, tiny_verifier
+from toy_draft import ToyDraft
 
 SMALL_TREE = ProposalMethod(
     proposal_type="dynamic_tree", speculative_tokens=14, tree_depth=3, tree_top_k=4
@@ -85,8 +86,8 @@ def copy_tensors(source: Any, to: Any) -> None:
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start with few slots, so that they soon have to grow; on a CPU, record with ``Again``."""
-    monkeypatch.setattr(graphs, "FEWEST_SLOTS", 32)
-    monkeypatch.setattr(graphs, "AHEAD", 8)
+    monkeypatch.setattr(graphs, "MIN_SLOTS", 32)
+    monkeypatch.setattr(graphs, "RESERVED_TOKENS", 8)
     if DEVICE.type == "cpu":
         monkeypatch.setitem(graphs.RECORDERS, "cpu", Again)
         # A function that runs again later needs the same hidden states of the verifier as before.
@@ -144,6 +145,71 @@ def test_replayed_steps_are_the_steps(name: str, proposal: ProposalMethod | str)
     for length, new in ((1, 8), (9, 70), (5, 12), (50, 20)):
         check_same(draft, ids_of(length, seed=length), proposal=proposal, max_new_tokens=new)
         assert recordings(draft) > 0
+
+
+@every_proposal
+def test_a_draft_that_projects_states_and_maps_tokens(proposal: ProposalMethod | str) -> None:
+    verifier: Any = tiny_verifier(num_hidden_layers=3, context=0.01)
+    draft = ToyDraft(verifier)
+    verifier.to(DEVICE)
+    draft.to(DEVICE)
+    method = (
+        proposal if isinstance(proposal, ProposalMethod) else ProposalMethod(proposal_type=proposal)
+    )
+    workspace = Workspace()
+    for length, settings in (
+        (1, {"do_sample": False}),
+        (9, {"do_sample": False}),
+        (50, {"do_sample": False}),
+        (6, {"do_sample": True, "temperature": 1.3}),
+    ):
+        ids = ids_of(length, seed=length)
+        found = []
+        for used in (None, workspace, workspace):
+            torch.manual_seed(length)
+            result = speculate(
+                draft,
+                verifier,
+                ids,
+                proposal=method,
+                workspace=used,
+                max_new_tokens=30,
+                **settings,
+            )
+            found.append((result.sequences.tolist(), result.accepted, result.offered))
+        assert found[0] == found[1] == found[2]
+        assert sum(found[0][1][0]) > 0
+        if not settings["do_sample"]:
+            own = verifier.generate(ids, max_new_tokens=30, **settings)
+            assert found[0][0] == own.tolist()
+    assert sum(one is not None for one in workspace.recordings.values()) > 1
+
+
+def test_replayed_draws_from_some_tokens_have_the_verifiers_distribution() -> None:
+    verifier: Any = small_verifier()
+    draft = ToyDraft(verifier, tokens=[1, 2, 4])
+    verifier.to(DEVICE)
+    draft.to(DEVICE)
+    workspace = Workspace()
+    counts: Counter[tuple[int, ...]] = Counter()
+    accepted: list[int] = []
+    torch.manual_seed(0)
+    for _ in range(400):
+        result = speculate(
+            draft,
+            verifier,
+            torch.tensor([[1, 3, 2]], device=DEVICE),
+            proposal=ProposalMethod(proposal_type="sampling", speculative_tokens=3),
+            workspace=workspace,
+            do_sample=True,
+            max_new_tokens=TOKENS,
+            **SETTINGS["plain"],
+        )
+        counts[tuple(result.sequences[0, 3:].tolist())] += 1
+        accepted += result.accepted[0]
+    assert list(workspace.recordings.values()) != [None]
+    assert chi_square_is_likely(counts, analytic(verifier, [1, 3, 2], SETTINGS["plain"]))
+    assert sum(accepted) > len(accepted) / 5
 
 
 def test_recordings_are_used_again() -> None:
@@ -225,7 +291,7 @@ def test_recordings_of_drawn_chains_are_used_again_with_the_same_settings() -> N
 
 
 def test_the_recordings_that_were_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "KEPT", 2)
+    monkeypatch.setattr(graphs, "MAX_RECORDINGS", 2)
     _, draft = pair()
     kept = draft._workspace.recordings
 
@@ -326,6 +392,17 @@ class Nested(BaseStreamer):
         pass
 
 
+@pytest.mark.parametrize("proposal", ["greedy", "static_tree"])
+def test_generations_within_each_other_without_recordings(proposal: str) -> None:
+    _, draft = pair()
+    settings: dict[str, Any] = {"cuda_graphs": False, "proposal": proposal}
+    expected = generated(draft, ids_of(6), **settings).sequences.tolist()
+    streamer = Nested(draft)
+    found = generated(draft, ids_of(6), streamer=streamer, **settings)
+    assert found.sequences.tolist() == expected
+    assert len({str(result) for result in streamer.results}) == 1
+
+
 def test_generations_at_the_same_time_keep_out_of_each_others_way() -> None:
     _, draft = pair()
     expected = [generated(draft, ids_of(6, seed=seed)).sequences.tolist() for seed in range(6)]
@@ -393,7 +470,7 @@ def test_what_needs_the_host_is_run(monkeypatch: pytest.MonkeyPatch, log: list[s
     assert recordings(draft) == 0
     assert sum("No CUDA graphs" in line for line in log) == 1
     check_same(draft, ids_of(6), **DRAWN)
-    assert draft._workspace.refused
+    assert draft._workspace.verifier_unrecordable
 
 
 class Once:

@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from speculators.decode import Generation
+from speculators.decode import Generation, speculate
 from speculators.errors import VerifierError
 from speculators.format.config import ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 from tiny_models import knowing_draft, prompt, tiny_verifier
+from toy_draft import ToyDraft
 
 PROPOSALS: dict[str, ProposalMethod | str] = {
     "greedy": "greedy",
@@ -206,6 +207,29 @@ def test_a_batch_of_unequal_prompts(models: Path, proposal: str) -> None:
     check_batch(loaded(models, CPU["a layer offloaded"]), proposal)
 
 
+def check_several_layers(models: Path, device_map: Map, where: str | int) -> None:
+    """A draft reads hidden states of layers that may be on different devices."""
+    whole = verifier_of(loaded(models, {"": "cpu"}))
+    draft = ToyDraft(whole, (2, 0, 1)).to(where)
+    spread_pair = loaded(models, device_map)
+    inputs = inputs_of(spread_pair)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
+    own = verifier_of(spread_pair).generate(**inputs, **settings)
+    for name in ("greedy", "dynamic_tree"):
+        proposal = ProposalMethod(proposal_type=name)
+        result = speculate(draft, verifier_of(spread_pair), proposal=proposal, **inputs, **settings)
+        assert result.sequences.tolist() == own.tolist()
+        alone = speculate(draft.to("cpu"), whole, prompt(8, seed=8), proposal=proposal, **settings)
+        draft.to(where)
+        assert result.accepted == alone.accepted
+        assert sum(result.accepted[0]) > 0
+
+
+@pytest.mark.parametrize("device_map", CPU.values(), ids=CPU.keys())
+def test_several_layers_of_a_spread_verifier(models: Path, device_map: Map) -> None:
+    check_several_layers(models, device_map, "cpu")
+
+
 def test_sampling_draws_what_it_draws_on_one_device(models: Path) -> None:
     settings = {"do_sample": True, "temperature": 1.3, "proposal": "sampling"}
     found = []
@@ -297,6 +321,13 @@ def test_over_two_gpus(
 ) -> None:
     draft = loaded(models, device_map, draft={"": where})
     check(draft, loaded(models, {"": 0}, draft={"": 0}), proposal=proposal)
+
+
+@two_gpus
+@pytest.mark.parametrize("device_map", TWO_GPUS.values(), ids=TWO_GPUS.keys())
+@pytest.mark.parametrize("where", [0, 1])
+def test_several_layers_over_two_gpus(models: Path, device_map: Map, where: int) -> None:
+    check_several_layers(models, device_map, where)
 
 
 @two_gpus

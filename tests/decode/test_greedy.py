@@ -399,7 +399,7 @@ def test_nothing_is_left_behind(verifier: PreTrainedModel, draft: EagleSpeculato
 def test_the_dynamic_tree_is_the_references(converted: dict[str, Any], name: str) -> None:
     """The golden tree has ``total_tokens=26`` (which counts the root), ``depth=5, top_k=4``."""
     from speculators.decode.cache import BlockCache
-    from speculators.decode.drafting import drafter_of
+    from speculators.decode.proposals import drafter_of
     from speculators.decode.sampling import warp_of
 
     g = golden_vectors(name)

@@ -77,7 +77,7 @@ def test_sequences_have_the_verifiers_distribution(
 def test_a_proposal_that_is_drawn_from_some_tokens_only_changes_nothing(
     verifier: PreTrainedModel, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("speculators.decode.drafting.CANDIDATES", 2)
+    monkeypatch.setattr("speculators.decode.recurrent.CANDIDATES", 2)
     prompt = [1, 3, 2]
     draft = knowing_draft(verifier)
     counts, accepted = sampled(draft, prompt, PROPOSALS["sampling"], 2500, settings)

@@ -44,12 +44,12 @@ def draft(verifier: PreTrainedModel) -> EagleSpeculator:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "beam search": ({"num_beams": 2}, "greedily or samples; beam search is"),
+    "beam search": ({"num_beams": 2}, "is greedy or samples; for beam search, call"),
     "contrastive search": (
         {"penalty_alpha": 0.6, "top_k": 4},
-        "greedily or samples; contrastive search is",
+        "is greedy or samples; for contrastive search, call",
     ),
-    "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "assisted generation is"),
+    "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "for assisted generation, call"),
     "scores": ({"output_scores": True}, "with output_scores=True; leave it out"),
     "logits": ({"output_logits": True}, "output_logits=True"),
     "hidden states": ({"output_hidden_states": True}, "output_hidden_states=True"),
@@ -129,7 +129,7 @@ FOR_ONE: dict[str, tuple[dict[str, Any], str]] = {
         {"prefix_allowed_tokens_fn": lambda row, ids: [row + 1]},
         "PrefixConstrainedLogitsProcessor takes one prompt",
     ),
-    "a criterion and no end": ({"max_time": 100.0}, "an eos_token_id is needed"),
+    "a criterion and no end": ({"max_time": 100.0}, "need an eos_token_id"),
 }
 
 
@@ -186,11 +186,11 @@ def test_other_verifiers(name: str, config: dict[str, Any], proposal: str) -> No
 
 
 REFUSED_VERIFIERS: dict[str, tuple[dict[str, Any], str]] = {
-    "bloom": ({"n_head": 4}, "BloomForCausalLM takes no position_ids"),
-    "mamba": ({}, "state of MambaForCausalLM cannot be taken back"),
+    "bloom": ({"n_head": 4}, "BloomForCausalLM: its forward takes no position_ids"),
+    "mamba": ({}, "MambaForCausalLM: its state cannot be rolled back"),
     "lfm2": (
         {"layer_types": ["conv", "full_attention"] * 2},
-        "Lfm2ForCausalLM has layers of the kind 'conv'",
+        "Lfm2ForCausalLM: it has layers of type 'conv'",
     ),
 }
 
@@ -212,7 +212,9 @@ def test_an_attention_that_takes_no_masks(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("speculators.decode.verification.MASKABLE", ("eager",))
     verifier = tiny_verifier()
     draft = knowing_draft(verifier)
-    with pytest.raises(GenerationError, match=r"masks that the attention 'sdpa' does not take"):
+    with pytest.raises(
+        GenerationError, match=r"masks, which the attention implementation 'sdpa' does not take"
+    ):
         draft.generate(prompt(4), max_new_tokens=4, proposal="static_tree")
     ids = torch.tensor([[0, 1, 2], [3, 4, 5]])
     with pytest.raises(GenerationError, match=r"attn_implementation='eager'"):
@@ -331,11 +333,12 @@ def test_proposals_are_written_and_read(
 
 
 def test_decoding_needs_no_model_of_ours(verifier: PreTrainedModel, draft: EagleSpeculator) -> None:
-    """Any object with ``draft`` and ``logits`` will do."""
-
-    bare = SimpleNamespace(
-        device=draft.device, dtype=draft.dtype, draft=draft.draft, logits=draft.logits
-    )
+    """Any object with the members of the protocol will do."""
+    names = "device dtype verifier_layers verifier_vocab_size project draft logits to_verifier"
+    bare = SimpleNamespace(**{name: getattr(draft, name) for name in names.split()})
     proposal = ProposalMethod()
     result = speculate(cast(Draft, bare), verifier, prompt(5), proposal=proposal, max_new_tokens=9)
     assert torch.equal(result.sequences, verifier.generate(prompt(5), max_new_tokens=9))  # type: ignore[operator]
+    del bare.project
+    with pytest.raises(GenerationError, match="SimpleNamespace is not a draft: it lacks"):
+        speculate(cast(Draft, bare), verifier, prompt(5), proposal=proposal, max_new_tokens=9)

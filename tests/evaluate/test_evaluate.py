@@ -638,7 +638,7 @@ def test_graphs_are_recorded_before_anything_is_measured(
     monkeypatch.setattr(Evaluation, "_measure", measure)
 
     monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", refuse)
-    monkeypatch.setattr(cuda_graphs, "FEWEST_SLOTS", 16)
+    monkeypatch.setattr(cuda_graphs, "MIN_SLOTS", 16)
     settings = Settings(prompts_total=3, max_new_tokens=40)
     evaluation = Evaluation(
         load_subject(pair.draft),

@@ -1,7 +1,7 @@
-"""Speculative decoding: an EAGLE draft proposes, its verifier decides."""
+"""Speculative decoding: a draft proposes tokens, its verifier decides which of them to keep."""
 
 from speculators.decode.cuda_graphs import Workspace
-from speculators.decode.drafting import Draft
+from speculators.decode.drafter import Draft
 from speculators.decode.loop import Generation, speculate
 
 __all__ = ["Draft", "Generation", "Workspace", "speculate"]

@@ -32,37 +32,37 @@ class BlockCache(Cache):
 
     Attributes:
         lengths: by row, the number of confirmed slots, padding included.
-        tried: the number of slots after them that hold unconfirmed positions.
-        room: the least number of slots that each layer makes room for.
+        unconfirmed: the number of slots after them that hold unconfirmed positions.
+        min_slots: the least number of slots that each layer makes room for.
 
     """
 
     def __init__(self, padding: Sequence[int]) -> None:
         # A layer does not keep its cache alive, so memory is freed as soon as the cache is dropped.
-        me = weakref.proxy(self)
-        super().__init__(layer_class_to_replicate=lambda: BlockLayer(me))  # type: ignore[arg-type]
+        proxy = weakref.proxy(self)
+        super().__init__(layer_class_to_replicate=lambda: BlockLayer(proxy))  # type: ignore[arg-type]
         self.padding = list(padding)
         self.lengths = [0] * len(self.padding)
-        self.tried = 0
-        self.room = 0
+        self.unconfirmed = 0
+        self.min_slots = 0
         self._slots: dict[tuple[int, int, torch.device], Tensor] = {}
         self._recorded: Tensor | None = None
         self._limit = 0
 
     @property
-    def even(self) -> bool:
+    def is_aligned(self) -> bool:
         """Whether the next block is known to start at the same slot in every row."""
         return self._recorded is None and min(self.lengths) == max(self.lengths)
 
     @property
-    def plain(self) -> bool:
+    def is_dense(self) -> bool:
         """Whether slots equal positions, so that the next block needs only a causal mask."""
-        return self.even and not any(self.padding)
+        return self.is_aligned and not any(self.padding)
 
     @property
     def start(self) -> int:
         """The first slot of the next block, in the longest row."""
-        return max(self.lengths) + self.tried
+        return max(self.lengths) + self.unconfirmed
 
     def end(self, length: int) -> int:
         """The end of the slots that a block of this length attends to, in the longest row."""
@@ -76,7 +76,7 @@ class BlockCache(Cache):
 
     def reserve(self, slots: int) -> bool:
         """Make room for this many slots; return whether keys and values had to be moved."""
-        self.room = max(self.room, slots)
+        self.min_slots = max(self.min_slots, slots)
         moved = [layer.reserve(slots) for layer in self.layers]  # type: ignore[union-attr]
         return any(moved)
 
@@ -94,15 +94,15 @@ class BlockCache(Cache):
         try:
             yield
         finally:
-            self._recorded, self.tried = None, 0
+            self._recorded, self.unconfirmed = None, 0
             self._slots.clear()
 
     def next_slots(self, length: int, device: torch.device) -> Tensor:
         """(rows, length): the slots of the next block, computed once for all layers."""
-        key = (length, self.tried, device)
+        key = (length, self.unconfirmed, device)
         if key not in self._slots:
-            behind = torch.arange(self.tried, self.tried + length, device=device)
-            self._slots[key] = self.starts(device) + behind
+            offsets = torch.arange(self.unconfirmed, self.unconfirmed + length, device=device)
+            self._slots[key] = self.starts(device) + offsets
         return self._slots[key]
 
     def positions(self, depths: Tensor | int, device: torch.device) -> Tensor:
@@ -112,8 +112,8 @@ class BlockCache(Cache):
         """
         if not any(self.padding):
             return self.starts(device) + depths
-        real = [length - pad for length, pad in zip(self.lengths, self.padding, strict=True)]
-        return torch.tensor(real, device=device)[:, None] + depths
+        first = [length - pad for length, pad in zip(self.lengths, self.padding, strict=True)]
+        return torch.tensor(first, device=device)[:, None] + depths
 
     def mask(
         self,
@@ -132,25 +132,26 @@ class BlockCache(Cache):
             dtype: of the mask.
             device: of the mask.
             block: (rows or 1, queries, nodes), whether a query attends to an unconfirmed node; the
-                nodes are those tried so far and the block's own. If not given, the mask is causal.
+                nodes are those unconfirmed so far and the block's own. If not given, the mask is
+                causal.
             window: the number of positions that a query attends to, itself included; all if not
                 given.
             depths: (rows or 1, nodes), needed with ``window``: the depth of each node, as for
-                ``positions``. ``tried`` must then be 0.
+                ``positions``. ``unconfirmed`` must then be 0.
 
         Returns:
             (rows, 1, queries, slots), zero or the lowest number of the dtype; ``None`` if the mask
             that transformers makes by itself is the same.
 
         """
-        if block is None and self.plain:
+        if block is None and self.is_dense:
             return None
-        rows, nodes = len(self.lengths), self.tried + queries
+        rows, nodes = len(self.lengths), self.unconfirmed + queries
         starts = self.starts(device)
         slots = torch.arange(self.end(queries), device=device)
         at = starts + slots[:nodes]
         if block is None:
-            hidden = slots > at[:, self.tried :, None]
+            hidden = slots > at[:, self.unconfirmed :, None]
         else:
             hidden = (slots >= starts)[:, None].repeat(1, queries, 1)
             places = at[:, None].expand(-1, queries, -1)
@@ -175,7 +176,7 @@ class BlockCache(Cache):
             self._recorded = self._recorded + counts  # type: ignore[operator]
         else:
             self.lengths = [length + int(n) for length, n in zip(self.lengths, counts, strict=True)]
-        self.tried = 0
+        self.unconfirmed = 0
         self._slots.clear()
 
     def gather(self, paths: Tensor) -> None:
@@ -228,8 +229,8 @@ class BlockLayer(CacheLayerMixin):
         length = key_states.shape[2]
         end = self.cache.end(length)
         if end > self.keys.shape[2]:
-            self.reserve(max(end + MARGIN, 2 * self.keys.shape[2], self.cache.room))
-        if self.cache.even:
+            self.reserve(max(end + MARGIN, 2 * self.keys.shape[2], self.cache.min_slots))
+        if self.cache.is_aligned:
             self.keys[:, :, end - length : end] = key_states
             self.values[:, :, end - length : end] = value_states
         else:

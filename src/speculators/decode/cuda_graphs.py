@@ -1,13 +1,13 @@
 """Steps of speculation as CUDA graphs, recorded once and replayed.
 
-With one prompt, a step is a thousand small kernels, which a host launches more slowly than a GPU
+With one prompt, a step is a thousand small kernels, which the host launches more slowly than a GPU
 runs them. A CUDA graph launches all of them at once, but always on the same memory and with the
 same shapes. So newly confirmed tokens are padded to the longest path through a tree, the number of
-confirmed slots is read from a tensor, and attention covers a power of two of slots, with a mask
-over those that are not in use.
+confirmed slots is read from a tensor, and attention covers a number of slots that is a power of
+two, with a mask over those that are not in use.
 
-The graphs, and the caches that they were recorded over, stay for the next generation. Steps that
-cannot be recorded run eagerly.
+The graphs, and the caches that they were recorded over, are kept for the next generation. Steps
+that cannot be recorded run eagerly.
 """
 
 import threading
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from speculators.decode.cache import BlockCache
-from speculators.decode.drafting import Draft, Drafter
+from speculators.decode.drafter import Draft, Drafter
 from speculators.decode.steps import Steps
 from speculators.decode.tree import Tree
 from speculators.decode.verification import MASKABLE, VerifierPass
@@ -32,16 +32,16 @@ from speculators.format.config import ProposalMethod
 
 __all__ = ["ReplayedSteps", "Workspace"]
 
-FEWEST_SLOTS = 256
+MIN_SLOTS = 256
 """The smallest number of slots that attention covers."""
 
-AHEAD = 1024
-"""The number of new tokens that room is made for before prefill."""
+RESERVED_TOKENS = 1024
+"""The number of new tokens that the caches make room for before prefill."""
 
-KEPT = 16
-"""How many recordings are kept, the most recently used ones: sampling settings are unlimited."""
+MAX_RECORDINGS = 16
+"""How many recordings are kept: there is no end of sampling settings to record for."""
 
-ONE_RECORDS = threading.Lock()
+RECORDING_LOCK = threading.Lock()
 """Held while recording, since PyTorch records on a stream that all threads share."""
 
 
@@ -67,18 +67,18 @@ class Graph:
     """
 
     def __init__(self, run: Callable[[], Any], device: torch.device) -> None:
-        with ONE_RECORDS, torch.cuda.device(device):
-            now, aside = torch.cuda.current_stream(), stream_aside(device)
+        with RECORDING_LOCK, torch.cuda.device(device):
+            current, side = torch.cuda.current_stream(), side_stream(device)
             random_state = torch.cuda.get_rng_state(device)
-            aside.wait_stream(now)
+            side.wait_stream(current)
             try:
-                with torch.cuda.stream(aside):
+                with torch.cuda.stream(side):
                     run()  # one-time initialisation may wait for the GPU
-                    with forbidden_to_wait():
+                    with synchronization_forbidden():
                         run()
             finally:
                 # After a failure too: kernels already launched must not write during later steps.
-                now.wait_stream(aside)
+                current.wait_stream(side)
                 torch.cuda.set_rng_state(random_state, device)
             self._graph = torch.cuda.CUDAGraph()
             # Other threads may keep using the GPU meanwhile.
@@ -91,16 +91,16 @@ class Graph:
 
 
 @cache  # libraries keep megabytes of workspace for every stream that they have run on
-def stream_aside(device: torch.device) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream on which functions run before they are recorded."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
-def forbidden_to_wait() -> Iterator[None]:
-    """Make waiting for the GPU an error.
+def synchronization_forbidden() -> Iterator[None]:
+    """Make it an error to wait for the GPU.
 
-    Recording would fail on it too, but would leave state behind.
+    Recording would fail on that too, but leave state behind.
     """
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
@@ -125,7 +125,7 @@ class Recording:
 
     Args:
         drafter: proposes the tree.
-        target: verifies it.
+        verifier_pass: verifies it.
         limit: the number of slots.
         states: hidden states of the verifier, of which only shape, dtype and device matter.
 
@@ -143,36 +143,38 @@ class Recording:
 
     """
 
-    def __init__(self, drafter: Drafter, target: VerifierPass, limit: int, states: Tensor) -> None:
+    def __init__(
+        self, drafter: Drafter, verifier_pass: VerifierPass, limit: int, states: Tensor
+    ) -> None:
         device, self.longest = states.device, drafter.deepest + 1
-        # The host's input, in one tensor so that one copy is enough: the number of tokens that the
-        # draft has not seen, the confirmed lengths of the caches, and the tokens. Recording starts
-        # from the current lengths, so that no confirmed slot is overwritten.
-        full = (drafter.cache.lengths[0], target.cache.lengths[0])
-        self._said = torch.tensor([1, *full, *[0] * self.longest], device=device)
-        count, drafted, verified = self._said[:3].split(1)
-        unseen = self._said[None, 3:]
+        # All input from the host, in one tensor so that one copy is enough: the number of tokens
+        # that the draft has not seen, the confirmed lengths of both caches, and the tokens.
+        # Recording starts from the current lengths, so that no confirmed slot is overwritten.
+        lengths = (drafter.cache.lengths[0], verifier_pass.cache.lengths[0])
+        self._inputs = torch.tensor([1, *lengths, *[0] * self.longest], device=device)
+        count, draft_length, verifier_length = self._inputs[:3].split(1)
+        unseen = self._inputs[None, 3:]
         # The path through a tree that the verifier accepted, and its hidden states along the path,
-        # which the draft takes in next.
+        # which the draft reads next.
         self._path = torch.zeros(1, self.longest, dtype=torch.long, device=device)
-        self._kept = states.new_zeros(1, self.longest, states.shape[2])
+        self._path_states = states.new_zeros(1, self.longest, states.shape[2])
         self._warp = drafter.warp  # keeps tensors of warpers alive, which the graphs read
         record = RECORDERS[device.type]
 
         def propose() -> Tree:
-            with drafter.cache.recording(drafted, limit):
-                return drafter.propose(unseen, self._kept, count)
+            with drafter.cache.recording(draft_length, limit):
+                return drafter.propose(unseen, self._path_states, count)
 
         def verify() -> tuple[Tensor, Tensor, Tensor]:
-            with target.cache.recording(verified, limit):
-                told = target.verify(self.tree)
-            if self.tree.is_chain:  # its kept nodes are already at the front
-                self._kept.copy_(target.states)
-            return *told, target.states
+            with verifier_pass.cache.recording(verifier_length, limit):
+                logits, packed = verifier_pass.verify(self.tree)
+            if self.tree.is_chain:  # its accepted nodes are already at the front
+                self._path_states.copy_(verifier_pass.states)
+            return logits, packed, verifier_pass.states
 
         def gather() -> None:
-            with target.cache.recording(verified, limit):
-                self._kept.copy_(target.gather(self._states, self._path))
+            with verifier_pass.cache.recording(verifier_length, limit):
+                self._path_states.copy_(verifier_pass.gather(self._states, self._path))
 
         self.proposing = record(propose, device)
         self.tree: Tree = self.proposing.result
@@ -183,21 +185,24 @@ class Recording:
         except RuntimeError as error:
             raise UnrecordableVerifierError(*error.args) from error
 
-    def propose(self, unseen: Sequence[int], states: Tensor, drafted: int, verified: int) -> None:
+    def propose(
+        self, unseen: Sequence[int], states: Tensor, draft_length: int, verifier_length: int
+    ) -> None:
         """Propose what may follow the last confirmed token.
 
         Args:
             unseen: the confirmed tokens that the draft has not seen.
-            states: (1, tokens, hidden), the verifier's hidden state at the token before each.
-            drafted: the number of confirmed slots in the draft's cache.
-            verified: the number of confirmed slots in the verifier's cache.
+            states: (1, tokens, verifier width), the verifier's hidden state at the token before
+                each.
+            draft_length: the number of confirmed slots in the draft's cache.
+            verifier_length: the number of confirmed slots in the verifier's cache.
 
         """
         count = len(unseen)
-        said = [count, drafted, verified, *unseen, *[0] * (self.longest - count)]
-        self._said.copy_(torch.tensor(said), non_blocking=True)
-        if states.data_ptr() != self._kept.data_ptr():  # not from this recording's last step
-            self._kept[:, :count].copy_(states)
+        inputs = [count, draft_length, verifier_length, *unseen, *[0] * (self.longest - count)]
+        self._inputs.copy_(torch.tensor(inputs), non_blocking=True)
+        if states.data_ptr() != self._path_states.data_ptr():  # not from this recording's last step
+            self._path_states[:, :count].copy_(states)
         self.proposing.replay()
 
     def verify(self) -> None:
@@ -205,23 +210,29 @@ class Recording:
         self.verifying.replay()
 
     def keep(self, path: Sequence[int]) -> Tensor:
-        """Move the nodes of a path to the front; return their hidden states, (1, nodes, hidden)."""
+        """Move the nodes of a path to the front.
+
+        Returns:
+            the verifier's hidden states at them, (1, nodes, verifier width).
+
+        """
         if self.gathering is not None:
             self._path[0, : len(path)].copy_(torch.tensor(path), non_blocking=True)
             self.gathering.replay()
-        return self._kept[:, : len(path)]
+        return self._path_states[:, : len(path)]
 
 
 class Workspace:
-    """What a draft keeps from one generation to the next: caches, and graphs over them.
+    """What is kept for a draft from one generation to the next: caches, and graphs over them.
 
     It belongs to one draft and the verifier attached to it, and serves one generation at a time.
     A copy of it, by pickle too, is empty.
 
     Attributes:
-        refused: whether the verifier turned out not to be recordable; nothing is recorded then.
-        recordings: the ``KEPT`` most recently used recordings, the latest last, keyed by all that
-            they depend on besides the models; ``None`` where proposing cannot be recorded.
+        verifier_unrecordable: whether the verifier turned out not to be recordable; nothing is
+            recorded then.
+        recordings: the ``MAX_RECORDINGS`` most recently used recordings, the latest last, keyed by
+            all that they depend on besides the models; ``None`` where proposing cannot be recorded.
         draft_cache: the draft's cache, which they were recorded over.
         verifier_cache: the verifier's cache, likewise.
 
@@ -230,7 +241,7 @@ class Workspace:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._models: tuple[Hashable, ...] | None = None
-        self.refused = False
+        self.verifier_unrecordable = False
         self.recordings: dict[Hashable, Recording | None] = {}
         self.draft_cache = self.verifier_cache = BlockCache([0])
 
@@ -238,28 +249,28 @@ class Workspace:
         return Workspace, ()
 
     @contextmanager
-    def lent(
+    def acquire(
         self, draft: Draft, verifier: PreTrainedModel, padding: Sequence[int]
     ) -> Iterator[bool]:
-        """Lend the workspace to one generation, if the steps can be recorded and it is free.
+        """Acquire the workspace for one generation, if it is free and the steps can be recorded.
 
         Yields:
-            whether it is lent.
+            whether it was acquired.
 
         """
-        if self.refused or not replayable(draft, verifier, padding):
+        if self.verifier_unrecordable or not recordable(draft, verifier, padding):
             yield False
             return
         if not self._lock.acquire(blocking=False):
             yield False
             return
         try:
-            models = addresses(draft, verifier)
+            models = fingerprint(draft, verifier)
             if models != self._models:
                 self.clear()
                 self._models = models
             for cache in (self.draft_cache, self.verifier_cache):
-                cache.lengths, cache.tried = [0], 0
+                cache.lengths, cache.unconfirmed = [0], 0
             # Tensors made in inference mode could not be written outside of it later.
             with torch.inference_mode(mode=False), torch.no_grad():
                 yield True
@@ -287,21 +298,21 @@ class Workspace:
         recording = None
         if key in self.recordings:
             recording = self.recordings.pop(key)
-        elif not self.refused:
+        elif not self.verifier_unrecordable:
             try:
                 recording = record()
             except UnrecordableVerifierError as error:
-                self.refused = True
-                log_that_not(error, "the verifier")
+                self.verifier_unrecordable = True
+                log_unrecordable(error, "the verifier")
             except RuntimeError as error:
-                log_that_not(error, "the proposal")
+                log_unrecordable(error, "the proposal")
         self.recordings[key] = recording  # now the most recently used
-        if len(self.recordings) > KEPT:
+        if len(self.recordings) > MAX_RECORDINGS:
             del self.recordings[next(iter(self.recordings))]
         return recording
 
 
-def log_that_not(error: RuntimeError, part: str) -> None:
+def log_unrecordable(error: RuntimeError, part: str) -> None:
     """Log why a part of a step cannot be recorded."""
     reason = str(error).partition("\n")[0]
     logger.debug(f"No CUDA graphs, since {part} cannot be recorded: {reason}")
@@ -310,14 +321,14 @@ def log_that_not(error: RuntimeError, part: str) -> None:
 class ReplayedSteps(Steps):
     """Steps that are recorded once for each number of slots, and then replayed.
 
-    Where there is no recording for a number of slots, steps run as in ``Steps``.
+    For numbers of slots that could not be recorded for, steps run as in ``Steps``.
 
     Args:
         drafter: with the workspace's draft cache.
-        target: with the workspace's verifier cache.
-        workspace: lent to this generation.
+        verifier_pass: with the workspace's verifier cache.
+        workspace: acquired for this generation.
         proposal: the drafter's method.
-        slots: the most slots that the prompt and its continuation can take.
+        slots: the greatest number of slots that the prompt and its continuation can take.
 
     Attributes:
         limit: the number of slots that attention covers in the current step.
@@ -328,12 +339,12 @@ class ReplayedSteps(Steps):
     def __init__(
         self,
         drafter: Drafter,
-        target: VerifierPass,
+        verifier_pass: VerifierPass,
         workspace: Workspace,
         proposal: ProposalMethod,
         slots: int,
     ) -> None:
-        super().__init__(drafter, target)
+        super().__init__(drafter, verifier_pass)
         self.workspace = workspace
         self.proposal = proposal.model_dump_json(), drafter.warp
         self.slots = slots
@@ -344,19 +355,20 @@ class ReplayedSteps(Steps):
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See ``Steps``; makes room in the caches first."""
-        ahead = min(self.slots, tokens.shape[1] + AHEAD)
-        self.workspace.reserve(limit_for(ahead + self.drafter.reach))
+        slots = min(self.slots, tokens.shape[1] + RESERVED_TOKENS)
+        self.workspace.reserve(limit_for(slots + self.drafter.reach))
         return super().prefill(tokens, attention_mask, position_ids)
 
     def propose(self, unseen: Sequence[Sequence[int]], states: Tensor) -> Tree:
         """See ``Steps``."""
-        limit = limit_for(self.target.cache.start + self.drafter.reach)
+        limit = limit_for(self.verifier_pass.cache.start + self.drafter.reach)
         if limit != self.limit:
             self.limit, self.recording = limit, self._recording(limit, states)
         if self.recording is None:
             return super().propose(unseen, states)
-        drafted, verified = self.drafter.cache.lengths[0], self.target.cache.lengths[0]
-        self.recording.propose(unseen[0], states, drafted, verified)
+        draft_length = self.drafter.cache.lengths[0]
+        verifier_length = self.verifier_pass.cache.lengths[0]
+        self.recording.propose(unseen[0], states, draft_length, verifier_length)
         self.drafter.cache.confirm([len(unseen[0])])
         return self.recording.tree
 
@@ -365,33 +377,33 @@ class ReplayedSteps(Steps):
         if self.recording is None:
             return super().verify(tree)
         self.recording.verify()
-        logits, told = self.recording.verified
-        return logits, told
+        logits, packed = self.recording.verified
+        return logits, packed
 
     def keep(self, tree: Tree, paths: Sequence[Sequence[int]]) -> Tensor:
         """See ``Steps``."""
         if self.recording is None:
             return super().keep(tree, paths)
         states = self.recording.keep(paths[0])
-        self.target.cache.confirm([len(paths[0])])
+        self.verifier_pass.cache.confirm([len(paths[0])])
         return states
 
     def _recording(self, limit: int, states: Tensor) -> Recording | None:
         """The graphs for ``limit`` slots; ``None`` if they cannot be made."""
         self.workspace.reserve(limit)
         return self.workspace.recorded(
-            (self.proposal, limit, self.target.last_position),
-            lambda: Recording(self.drafter, self.target, limit, states),
+            (self.proposal, limit, self.verifier_pass.last_position),
+            lambda: Recording(self.drafter, self.verifier_pass, limit, states),
         )
 
 
 def limit_for(slots: int) -> int:
     """The number of slots for attention to cover if this many are needed."""
-    return max(FEWEST_SLOTS, 1 << (slots - 1).bit_length())
+    return max(MIN_SLOTS, 1 << (slots - 1).bit_length())
 
 
-def replayable(draft: Draft, verifier: PreTrainedModel, padding: Sequence[int]) -> bool:
-    """Whether the steps of a generation can be recorded, as far as is known beforehand.
+def recordable(draft: Draft, verifier: PreTrainedModel, padding: Sequence[int]) -> bool:
+    """Whether the steps of a generation can be recorded, as far as can be told beforehand.
 
     Both models must be in eval mode, on one device that has a recorder, and take 4D masks; and
     there must be a single prompt, without padding.
@@ -412,7 +424,7 @@ def takes_masks(model: Any) -> bool:
     return model.config._attn_implementation in MASKABLE
 
 
-def addresses(draft: Draft, verifier: PreTrainedModel) -> tuple[Hashable, ...]:
+def fingerprint(draft: Draft, verifier: PreTrainedModel) -> tuple[Hashable, ...]:
     """A key that changes when tensors of a model are moved, cast or replaced.
 
     It also holds their attention implementations, which can be changed after loading.

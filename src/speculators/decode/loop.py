@@ -21,7 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from speculators.decode.cache import BlockCache
 from speculators.decode.cuda_graphs import ReplayedSteps, Workspace
-from speculators.decode.drafting import Draft, drafter_of
+from speculators.decode.drafter import Draft
+from speculators.decode.proposals import drafter_of
 from speculators.decode.refusals import (
     check_arguments,
     check_batch,
@@ -43,7 +44,7 @@ __all__ = ["Generation", "speculate"]
 class Generation:
     """The result of speculative decoding.
 
-    A *step* is one pass of the verifier over a proposal. The first token comes from the prefill
+    A *step* is one pass of the verifier over a proposal. The first new token comes from the prefill
     and belongs to no step.
 
     Attributes:
@@ -76,7 +77,7 @@ def speculate(
     """Generate what the verifier's own ``generate`` would, in fewer passes of the verifier.
 
     Args:
-        draft: an EAGLE draft for the verifier.
+        draft: a draft for the verifier.
         verifier: a causal language model of transformers.
         input_ids: (batch, length), prompts, padded at the left.
         proposal: how the draft proposes.
@@ -88,7 +89,7 @@ def speculate(
         **settings: further arguments of the verifier's ``generate``.
 
     Raises:
-        GenerationError: if the settings, the proposal or the verifier do not allow it.
+        GenerationError: if the settings, the proposal, the draft or the verifier do not allow it.
 
     """
     check_proposal(proposal)
@@ -119,8 +120,18 @@ def speculate(
 
 
 @dataclass
-class Prompt:
-    """One prompt and the tokens generated so far."""
+class Continuation:
+    """One prompt and the tokens generated for it so far.
+
+    Attributes:
+        tokens: of both, padding included.
+        stopping: tells when it ends.
+        streamer: receives each new token.
+        ended: whether it has ended.
+        accepted: as for ``Generation``.
+        offered: as for ``Generation``.
+
+    """
 
     tokens: list[int]
     stopping: Stopping
@@ -164,28 +175,28 @@ def _decode(
     warp = warp_of(logits_processor)
     max_length = int(generation_config.max_length or 0)
 
-    prompts = [Prompt(tokens, stopping, streamer) for tokens in input_ids.tolist()]
+    continuations = [Continuation(tokens, stopping, streamer) for tokens in input_ids.tolist()]
     with steps_of(draft, verifier, padding, proposal, warp, max_length, workspace) as steps:
         logits, states = steps.prefill(input_ids, attention_mask, inputs.get("position_ids"))
-        for prompt, last in zip(prompts, logits, strict=True):
-            prompt.extend([choice(prompt.tokens, last)])
-        unseen = [prompt.tokens[-1:] for prompt in prompts]  # by the draft
-        active = prompts
-        while going_on := [row for row, prompt in enumerate(active) if not prompt.ended]:
-            if len(going_on) < len(active):
-                active = [active[row] for row in going_on]
-                unseen = [unseen[row] for row in going_on]
-                states = states[going_on, : max(map(len, unseen))]
-                steps.select(going_on)
+        for continuation, last in zip(continuations, logits, strict=True):
+            continuation.extend([choice(continuation.tokens, last)])
+        unseen = [continuation.tokens[-1:] for continuation in continuations]  # by the draft
+        active = continuations
+        while remaining := [row for row, one in enumerate(active) if not one.ended]:
+            if len(remaining) < len(active):
+                active = [active[row] for row in remaining]
+                unseen = [unseen[row] for row in remaining]
+                states = states[remaining, : max(map(len, unseen))]
+                steps.select(remaining)
             tree = steps.propose(unseen, states)
             paths, unseen = _follow(tree, *steps.verify(tree), active, choice)
             states = steps.keep(tree, paths)
     if streamer is not None:
         streamer.end()
     return Generation(
-        sequences=_right_padded(prompts, generation_config).to(input_ids.device),
-        accepted=[prompt.accepted for prompt in prompts],
-        offered=[prompt.offered for prompt in prompts],
+        sequences=_right_padded(continuations, generation_config).to(input_ids.device),
+        accepted=[continuation.accepted for continuation in continuations],
+        offered=[continuation.offered for continuation in continuations],
     )
 
 
@@ -199,52 +210,65 @@ def steps_of(
     max_length: int,
     workspace: Workspace | None,
 ) -> Iterator[Steps]:
-    """The steps of one generation, replayed as CUDA graphs if the workspace is lent for it."""
-    nothing = nullcontext(enter_result=False)
-    with workspace.lent(draft, verifier, padding) if workspace else nothing as lent:
-        if workspace is not None and lent:
+    """The steps of one generation, replayed as CUDA graphs if the workspace can be used for it."""
+    unused = nullcontext(enter_result=False)
+    with workspace.acquire(draft, verifier, padding) if workspace else unused as acquired:
+        if workspace is not None and acquired:
             drafter = drafter_of(draft, workspace.draft_cache, proposal, warp)
-            target = VerifierPass(verifier, workspace.verifier_cache, max_length)
-            steps: Steps = ReplayedSteps(drafter, target, workspace, proposal, max_length)
+            cache, layers = workspace.verifier_cache, draft.verifier_layers
+            verifier_pass = VerifierPass(verifier, cache, max_length, layers)
+            steps: Steps = ReplayedSteps(drafter, verifier_pass, workspace, proposal, max_length)
         else:
             drafter = drafter_of(draft, BlockCache(padding), proposal, warp)
-            steps = Steps(drafter, VerifierPass(verifier, BlockCache(padding), max_length))
-        with steps.target:
+            cache, layers = BlockCache(padding), draft.verifier_layers
+            steps = Steps(drafter, VerifierPass(verifier, cache, max_length, layers))
+        with steps.verifier_pass:
             yield steps
 
 
 def _follow(
-    tree: Tree, logits: Tensor, told: Tensor, prompts: Sequence[Prompt], choice: Choice
+    tree: Tree,
+    logits: Tensor,
+    packed: Tensor,
+    continuations: Sequence[Continuation],
+    choice: Choice,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Follow the verifier's choices down each row's tree, and add its tokens to the prompts.
+    """Follow the verifier's choices down each row's tree, and add its tokens to the continuations.
+
+    Args:
+        tree: the proposal.
+        logits: (rows, nodes, vocabulary), the verifier's.
+        packed: see ``packed_for_host``.
+        continuations: by row.
+        choice: how the verifier chooses.
 
     Returns:
         by row, the nodes on the path, and the verifier's token after each of them.
 
     """
-    tokens, parents, best = told.tolist()
+    tokens, parents, best = packed.tolist()
     paths, chosen = [], []
-    for row, prompt in enumerate(prompts):
-        choose = _chooser(tree, logits, row, prompt, choice)
-        if choice.is_best:
+    for row, continuation in enumerate(continuations):
+        choose = _chooser(tree, logits, row, continuation, choice)
+        if choice.is_argmax:
             choose = best[row].__getitem__
         path, drawn = walk(children_of(tokens[row], parents[row]), choose)
-        prompt.accepted.append(len(path) - 1)
-        prompt.offered.append(depth_of(parents[row]))
-        prompt.extend(drawn)
+        continuation.accepted.append(len(path) - 1)
+        continuation.offered.append(depth_of(parents[row]))
+        continuation.extend(drawn)
         paths.append(path)
         chosen.append(drawn)
     return paths, chosen
 
 
 def _chooser(
-    tree: Tree, logits: Tensor, row: int, prompt: Prompt, choice: Choice
+    tree: Tree, logits: Tensor, row: int, continuation: Continuation, choice: Choice
 ) -> Callable[[int], int]:
     """A function from a node of a row to the verifier's choice after it.
 
     It must be called for the nodes of one path, in order, starting at the root.
     """
-    before = [*prompt.tokens]
+    before = [*continuation.tokens]
 
     def choose(node: int) -> int:
         proposed = q = None
@@ -256,9 +280,11 @@ def _chooser(
     return choose
 
 
-def _right_padded(prompts: Sequence[Prompt], generation_config: GenerationConfig) -> Tensor:
-    """The prompts' tokens as one tensor, padded at the right."""
-    sequences = [torch.tensor(prompt.tokens) for prompt in prompts]
+def _right_padded(
+    continuations: Sequence[Continuation], generation_config: GenerationConfig
+) -> Tensor:
+    """The tokens of all as one tensor, padded at the right."""
+    sequences = [torch.tensor(continuation.tokens) for continuation in continuations]
     # The only place where transformers keeps the padding token it has settled on. Without an
     # end-of-sequence token there is none, and all sequences have the same length.
     pad = getattr(generation_config, "_pad_token_tensor", None)

@@ -1,4 +1,4 @@
-"""What speculation refuses, because its output would not be the verifier's."""
+"""What speculative decoding refuses, since its output would not be what the verifier generates."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +30,7 @@ __all__ = [
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 ARGUMENTS = ("assistant_model", "custom_generate", "inputs_embeds", "past_key_values")
-"""Arguments of ``generate`` that would replace a part of speculation."""
+"""Arguments of ``generate`` that would replace a part of speculative decoding."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "output_scores": (None, False),
@@ -56,7 +56,7 @@ BY_ROW = (
 )
 """Processors that treat the rows of a batch differently."""
 
-INSTEAD = "leave it out, or use the verifier's own generate"
+INSTEAD = "leave it out, or call the verifier's own generate"
 
 
 def check_proposal(method: ProposalMethod) -> None:
@@ -76,7 +76,7 @@ def check_proposal(method: ProposalMethod) -> None:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments of ``generate`` that speculation does not support.
+    """Refuse arguments of ``generate`` that speculative decoding does not support.
 
     Raises:
         GenerationError: if one is given.
@@ -84,11 +84,11 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     """
     for name in ARGUMENTS:
         if arguments.get(name) is not None:
-            raise GenerationError(f"Speculation cannot be done with {name}; {INSTEAD}.")
+            raise GenerationError(f"Speculative decoding does not work with {name}; {INSTEAD}.")
 
 
 def check_generation(config: GenerationConfig, processors: LogitsProcessorList) -> None:
-    """Refuse decoding modes, settings and processors that speculation cannot reproduce exactly.
+    """Refuse decoding modes, settings and processors that cannot be reproduced exactly.
 
     Raises:
         GenerationError: if there is one.
@@ -97,24 +97,26 @@ def check_generation(config: GenerationConfig, processors: LogitsProcessorList) 
     mode = config.get_generation_mode()
     if mode not in MODES:
         raise GenerationError(
-            f"Speculation decodes greedily or samples; {mode.value.replace('_', ' ')} is the "
-            "verifier's own generate's."
+            f"Speculative decoding is greedy or samples; for {mode.value.replace('_', ' ')}, call "
+            "the verifier's own generate."
         )
     for name, neutral in NEUTRAL.items():
         if (value := getattr(config, name, None)) not in neutral:
-            raise GenerationError(f"Speculation cannot be done with {name}={value!r}; {INSTEAD}.")
+            raise GenerationError(
+                f"Speculative decoding does not work with {name}={value!r}; {INSTEAD}."
+            )
     for processor in processors:
         if isinstance(processor, STATEFUL):
             raise GenerationError(
-                f"Speculation cannot be done with {type(processor).__name__}, "
-                f"which must see every token once; {INSTEAD}."
+                f"Speculative decoding does not work with {type(processor).__name__}, "
+                f"which must see every token exactly once; {INSTEAD}."
             )
 
 
 def check_batch(
     processors: LogitsProcessorList, stopping: Stopping, streamer: BaseStreamer | None
 ) -> None:
-    """Refuse what works with one prompt only, since prompts of a batch advance at different rates.
+    """Refuse what only works with one prompt, since prompts of a batch advance at different rates.
 
     Raises:
         GenerationError: if there is such a processor, streamer or stopping criterion.
@@ -123,13 +125,14 @@ def check_batch(
     for processor in processors:
         if isinstance(processor, BY_ROW):
             raise GenerationError(
-                f"Speculation with {type(processor).__name__} takes one prompt at a time."
+                f"Speculative decoding with {type(processor).__name__} takes one prompt at a time."
             )
     if streamer is not None:
-        raise GenerationError("Speculation with a streamer takes one prompt at a time.")
+        raise GenerationError("Speculative decoding with a streamer takes one prompt at a time.")
     if stopping.others and not stopping.ends:
         raise GenerationError(
-            "With several prompts and stopping criteria of your own, an eos_token_id is needed."
+            "Several prompts with custom stopping criteria need an eos_token_id; set one, or pass "
+            "one prompt at a time."
         )
 
 

@@ -63,7 +63,7 @@ class Choice:
     device: torch.device
 
     @property
-    def is_best(self) -> bool:
+    def is_argmax(self) -> bool:
         """Whether it is always the token with the highest logit."""
         return not self.do_sample and not self.processors
 
@@ -85,7 +85,7 @@ class Choice:
             before: all preceding tokens, padding included.
             logits: (vocabulary), the verifier's after them.
             proposed: (1), a token that was sampled from ``q``.
-            q: (vocabulary), the draft's distribution.
+            q: (vocabulary), the draft's distribution over the verifier's tokens.
 
         Raises:
             GenerationError: if there is no distribution to sample from.
@@ -106,8 +106,8 @@ class Choice:
         token = int(torch.where(p[drawn].isnan(), -1, drawn))
         if token < 0:
             raise GenerationError(
-                "There is no token to draw: the verifier's logits are not numbers, or the settings "
-                "leave none over. In float16 a verifier may overflow; then load it in bfloat16."
+                "There is no token to sample: the verifier's logits are not numbers, or the "
+                "sampling settings leave none. If it overflows in float16, load it in bfloat16."
             )
         return token
 
@@ -141,11 +141,11 @@ def coupled_draw(p: Tensor, q: Tensor, proposed: Tensor) -> Tensor:
         a token, (1).
 
     """
-    rest = (p - q).clamp_min(0)
-    # If p equals q up to rounding, nothing may be left to sample from; p then stands in.
-    rest = torch.where(rest.sum() > 0, rest, p)
+    residual = (p - q).clamp_min(0)
+    # If p equals q up to rounding, nothing may be left to sample from; p is used instead.
+    residual = torch.where(residual.sum() > 0, residual, p)
     accepted = torch.rand_like(p[:1]) * q[proposed] < p[proposed]
-    return torch.where(accepted, proposed, draw(rest))
+    return torch.where(accepted, proposed, draw(residual))
 
 
 @dataclass(frozen=True, slots=True)

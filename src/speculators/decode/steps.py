@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from speculators.decode.drafting import Drafter
+from speculators.decode.drafter import Drafter
 from speculators.decode.tree import Tree
 from speculators.decode.verification import VerifierPass, padded
 
@@ -16,13 +16,13 @@ class Steps:
 
     Args:
         drafter: with an empty cache.
-        target: likewise.
+        verifier_pass: likewise.
 
     """
 
-    def __init__(self, drafter: Drafter, target: VerifierPass) -> None:
+    def __init__(self, drafter: Drafter, verifier_pass: VerifierPass) -> None:
         self.drafter = drafter
-        self.target = target
+        self.verifier_pass = verifier_pass
 
     def prefill(
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -31,13 +31,12 @@ class Steps:
 
         Returns:
             the verifier's logits after the last tokens, (rows, vocabulary), and its hidden states
-            at them, (rows, 1, hidden).
+            at them, (rows, 1, verifier width).
 
         """
-        logits, states = self.target.prefill(tokens, attention_mask, position_ids)
-        if behind_first := tokens.shape[1] - 1:
-            shown = tokens[:, 1:].to(self.drafter.draft.device)
-            self.drafter.take_in(shown, states[:, :-1], [behind_first] * len(tokens))
+        logits, states = self.verifier_pass.prefill(tokens, attention_mask, position_ids)
+        if tokens.shape[1] > 1:
+            self.drafter.prefill(tokens[:, 1:].to(self.drafter.draft.device), states[:, :-1])
         return logits, states[:, -1:]
 
     def propose(self, unseen: Sequence[Sequence[int]], states: Tensor) -> Tree:
@@ -45,8 +44,8 @@ class Steps:
 
         Args:
             unseen: by row, the confirmed tokens that the draft has not seen.
-            states: (rows, length of the longest, hidden), the verifier's hidden state at the token
-                before each of them.
+            states: (rows, length of the longest, verifier width), the verifier's hidden state at
+                the token before each of them.
 
         """
         tokens = padded(unseen, self.drafter.draft.device)
@@ -54,18 +53,18 @@ class Steps:
 
     def verify(self, tree: Tree) -> tuple[Tensor, Tensor]:
         """See ``VerifierPass.verify``."""
-        return self.target.verify(tree)
+        return self.verifier_pass.verify(tree)
 
     def keep(self, tree: Tree, paths: Sequence[Sequence[int]]) -> Tensor:
         """Confirm, by row, the nodes of a path from the root, and discard the others.
 
         Returns:
-            the verifier's hidden states at them, (rows, length of the longest, hidden).
+            the verifier's hidden states at them, (rows, length of the longest, verifier width).
 
         """
-        return self.target.keep(tree, paths)
+        return self.verifier_pass.keep(tree, paths)
 
     def select(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
-        self.target.cache.select(rows)
+        self.verifier_pass.cache.select(rows)
         self.drafter.cache.select(rows)

@@ -31,15 +31,15 @@ class Tree:
     describe it have a single row.
 
     Attributes:
-        tokens: (rows, nodes).
+        tokens: (rows, nodes), the verifier's ids.
         parents: (rows or 1, nodes), the index of each node's parent; the root is its own parent.
         depths: (rows or 1, nodes), 0 for the root.
         ancestors: (rows or 1, nodes, nodes), whether the second node is on the path from the root
             to the first one, both included.
         is_chain: whether each node is the only child of the one before it.
-        probabilities: (rows, nodes - 1, vocabulary), for sampled chains: the distribution that the
-            child of each node but the last was sampled from; ``None`` where the draft's best
-            tokens were taken.
+        probabilities: (rows, nodes - 1, verifier vocabulary), for sampled chains: the distribution
+            that the child of each node but the last was sampled from; ``None`` where the draft's
+            best tokens were taken.
 
     """
 

@@ -10,29 +10,46 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speculators.decode.cache import BlockCache
+from speculators.decode.capture import StateCapture
 from speculators.decode.tree import Tree
 from speculators.errors import GenerationError
 
-__all__ = ["VerifierPass", "children_of", "depth_of", "padded", "walk"]
+__all__ = ["MASKABLE", "VerifierPass", "children_of", "depth_of", "padded", "walk"]
 
 MASKABLE = ("sdpa", "eager")
 """Attention implementations that take a 4D mask."""
 
 
 class VerifierPass:
-    """Forward passes of the verifier that also give its last hidden states; a context manager.
+    """Forward passes of the verifier that also return its hidden states; a context manager.
+
+    Hidden states are those of ``layers``, concatenated: their width, called the verifier width, is
+    the hidden size times the number of layers.
 
     Args:
         model: a causal language model.
         cache: an empty one.
-        max_length: the most tokens that a sequence may have.
+        max_length: the greatest number of tokens that a sequence may have.
+        layers: which hidden states to return, as for ``Draft.verifier_layers``.
+
+    Attributes:
+        states: (rows, nodes, verifier width), the hidden states of the last verified tree.
 
     Raises:
-        GenerationError: if the model does not support speculation.
+        GenerationError: if the model does not support speculative decoding, or does not have the
+            layers.
 
     """
 
-    def __init__(self, model: PreTrainedModel, cache: BlockCache, max_length: int) -> None:
+    states: Tensor
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: BlockCache,
+        max_length: int,
+        layers: Sequence[int] = (),
+    ) -> None:
         self.model = model
         self.cache = cache
         self.windows = windows_of(model)
@@ -43,11 +60,10 @@ class VerifierPass:
         # The device of the prompts, set by ``prefill``: later tokens go there too, wherever the
         # layers of a model are that is spread over several devices.
         self._device = model.device
-        self._states: Tensor | None = None
+        self._capture = StateCapture(model, layers)
 
     def __enter__(self) -> "VerifierPass":
-        # The decoder's output is what the head sees, whatever is done to the logits afterwards.
-        self._hook = self.model.get_decoder().register_forward_hook(self._keep_states)
+        self._capture.__enter__()
         return self
 
     def __exit__(
@@ -56,7 +72,7 @@ class VerifierPass:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._hook.remove()
+        self._capture.__exit__(kind, error, trace)
 
     def prefill(
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -65,7 +81,7 @@ class VerifierPass:
 
         Returns:
             the logits after the last tokens, (rows, vocabulary), and the hidden states at all
-            tokens, (rows, length, hidden).
+            tokens, (rows, length, verifier width).
 
         """
         self._device = tokens.device
@@ -73,29 +89,23 @@ class VerifierPass:
         self.cache.confirm([tokens.shape[1]] * len(tokens))
         return logits[:, -1], states
 
-    @property
-    def states(self) -> Tensor:
-        """(rows, nodes, hidden), the hidden states of the last pass."""
-        assert self._states is not None
-        return self._states
-
     def verify(self, tree: Tree) -> tuple[Tensor, Tensor]:
         """Run on a tree, and write its nodes to the cache unconfirmed.
 
         Returns:
-            the logits, (rows, nodes, vocabulary), and the result of ``told_of``.
+            the logits, (rows, nodes, vocabulary), and the result of ``packed_for_host``.
 
         """
         device = self._device
         depths = tree.depths.to(device)
-        logits, _ = self._run(
+        logits, self.states = self._run(
             tree.tokens.to(device),
             self._masks(None if tree.is_chain else tree.ancestors.to(device), depths),
             # A proposal may reach past the maximum length. Those nodes are never kept, but must
             # have a position that the model knows.
             self.cache.positions(depths, device).clamp(max=self.last_position),
         )
-        return logits, told_of(tree, logits)
+        return logits, packed_for_host(tree, logits)
 
     def keep(self, tree: Tree, paths: Sequence[Sequence[int]]) -> Tensor:
         """Confirm nodes of the last verified tree, and discard the others.
@@ -105,7 +115,7 @@ class VerifierPass:
             paths: by row, the nodes of a path from the root.
 
         Returns:
-            the hidden states of the nodes, (rows, length of the longest path, hidden).
+            the hidden states at the nodes, (rows, length of the longest path, verifier width).
 
         """
         if tree.is_chain:
@@ -119,11 +129,11 @@ class VerifierPass:
         """Move nodes of the last verified tree to the front of its block in the cache.
 
         Args:
-            states: (rows, all nodes, hidden).
+            states: (rows, all nodes, verifier width).
             nodes: (rows, nodes), in their new order.
 
         Returns:
-            their hidden states, (rows, nodes, hidden).
+            the hidden states at them, (rows, nodes, verifier width).
 
         """
         self.cache.gather(nodes)
@@ -132,7 +142,6 @@ class VerifierPass:
     def _run(
         self, tokens: Tensor, mask: Any, position_ids: Tensor | None, **settings: Any
     ) -> tuple[Tensor, Tensor]:
-        self._states = None
         logits: Tensor = self.model(
             input_ids=tokens,
             attention_mask=mask,
@@ -141,17 +150,12 @@ class VerifierPass:
             use_cache=True,
             **settings,
         ).logits
-        if self._states is None:
-            raise GenerationError(
-                f"{type(self.model).__name__} does not tell its last hidden states, "
-                "which the draft needs."
-            )
-        return logits, self._states
+        return logits, self._capture.take()
 
     def _masks(self, block: Tensor | None, depths: Tensor) -> Any:
-        """The mask of all layers, or one for each kind of layer; ``None`` if none is needed."""
+        """The mask of all layers, or one for each type of layer; ``None`` if none is needed."""
         masks = {
-            kind: self.cache.mask(
+            layer_type: self.cache.mask(
                 depths.shape[1],
                 self.model.dtype,
                 depths.device,
@@ -159,54 +163,57 @@ class VerifierPass:
                 window=window,
                 depths=depths,
             )
-            for kind, window in self.windows.items()
+            for layer_type, window in self.windows.items()
         }
         if None in masks.values():
             return None
         implementation = self.model.config._attn_implementation
         if implementation not in MASKABLE:
             raise GenerationError(
-                f"Trees and batches need masks that the attention {implementation!r} does not "
-                f"take; load the verifier with attn_implementation={MASKABLE[0]!r}."
+                f"Trees and padded batches need attention masks, which the attention "
+                f"implementation {implementation!r} does not take; load the verifier with "
+                f"attn_implementation={MASKABLE[0]!r}."
             )
         return masks.get(None, masks)
 
-    def _keep_states(self, _module: object, _arguments: object, output: Any) -> None:
-        # A model that is its own decoder has only logits in its output.
-        self._states = getattr(output, "last_hidden_state", None)
-
 
 def windows_of(model: PreTrainedModel) -> dict[str | None, int | None]:
-    """The attention window of a verifier's layers, by the kind of mask that they take.
+    """The attention window of a verifier's layers, by the type of the layers.
 
     The key ``None`` stands for a single mask for all layers, the value ``None`` for no window.
 
     Raises:
         GenerationError: if the model keeps a state other than keys and values, takes no
-            position_ids, or has layers of an unknown kind: speculation with it may not be exact.
+            position_ids, or has layers of an unknown type: its output might not be reproduced
+            exactly.
 
     """
     name = type(model).__name__
     if getattr(model, "_is_stateful", False):
-        raise GenerationError(f"The state of {name} cannot be taken back after a rejection.")
+        raise GenerationError(
+            f"Speculative decoding does not support {name}: its state cannot be rolled back when "
+            "drafted tokens are rejected."
+        )
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        raise GenerationError(f"{name} takes no position_ids, which speculation needs.")
+        raise GenerationError(
+            f"Speculative decoding does not support {name}: its forward takes no position_ids."
+        )
     config = model.config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
+    types = set(getattr(config, "layer_types", None) or ())
     windows = {"full_attention": None, "sliding_attention": window}
-    if unknown := sorted(kinds - windows.keys()):
+    if unknown := sorted(types - windows.keys()):
         raise GenerationError(
-            f"{name} has layers of the kind {unknown[0]!r}; speculation is only known to be exact "
-            "for full and sliding attention."
+            f"Speculative decoding does not support {name}: it has layers of type {unknown[0]!r}, "
+            "and only full and sliding attention are known to be exact."
         )
-    if len({windows[kind] for kind in kinds}) > 1:
-        return {kind: windows[kind] for kind in sorted(kinds)}
-    return {None: windows[kinds.pop()] if kinds else window}
+    if len({windows[one] for one in types}) > 1:
+        return {one: windows[one] for one in sorted(types)}
+    return {None: windows[types.pop()] if types else window}
 
 
-def told_of(tree: Tree, logits: Tensor) -> Tensor:
-    """What the host needs of a step, in one tensor so that it waits for the device only once.
+def packed_for_host(tree: Tree, logits: Tensor) -> Tensor:
+    """All that the host reads in a step, in one tensor so that it waits for the device only once.
 
     Returns:
         (3, rows, nodes): the tokens of the tree, their parents, and the verifier's best tokens

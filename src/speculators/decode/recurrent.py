@@ -1,114 +1,114 @@
-"""Proposing tokens with an EAGLE draft.
+"""Drafting token by token with a draft that is fed its own output, as EAGLE drafts are.
 
-Position t of the draft pairs the verifier's hidden state at token t with token t+1, and its
-output predicts token t+2 (EAGLE, arXiv:2401.15077, section 4.1). Where the verifier has not run
-yet, the draft's own output stands in for the hidden state. Once the verifier has run there, the
-position is computed again with its hidden state, so the draft's cache keeps no stand-ins.
+Position t of the draft pairs token t+1 with the verifier's hidden state at token t, and its output
+predicts token t+2 (EAGLE, arXiv:2401.15077, section 4.1). The draft projects the verifier's state
+to its own width. Where the verifier has not run yet, the draft's output at the position before
+takes the place of the projected state. Once the verifier has run there, the position is computed
+again from the verifier's state, so the draft's cache never keeps what was computed from its own.
+
+Drafted tokens are translated to the verifier's ids before they are embedded or enter a tree. The
+best tokens are selected, and probabilities normalised, over the draft's vocabulary, which may be
+smaller (EAGLE-3; SafeAILab/EAGLE, eagle/model/cnets.py, ``topK_genrate``).
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from speculators.decode.cache import BlockCache
+from speculators.decode.drafter import Draft, Drafter
 from speculators.decode.sampling import Warp, draw
-from speculators.decode.tree import (
-    EAGLE1_TREE,
-    Level,
-    Path,
-    Tree,
-    ancestors_of,
-    chain,
-    shape_of,
-)
+from speculators.decode.tree import Level, Path, Tree, ancestors_of, chain, shape_of
 from speculators.errors import GenerationError
-from speculators.format.config import PROPOSALS, ProposalMethod
 
-__all__ = ["Draft", "Drafter", "drafter_of"]
+__all__ = [
+    "DynamicTreeDrafter",
+    "FixedTreeDrafter",
+    "RecurrentDraft",
+    "RecurrentDrafter",
+    "SampledChainDrafter",
+]
 
 
-class Draft(Protocol):
-    """The interface of a draft, which ``models.eagle.EagleSpeculator`` implements."""
+@runtime_checkable
+class RecurrentDraft(Draft, Protocol):
+    """A draft whose output at one position is its input at the next."""
 
-    @property
-    def device(self) -> torch.device:
-        """The device of its inputs and outputs."""
+    def project(self, verifier_states: Tensor, /) -> Tensor:
+        """Turn the verifier's hidden states into inputs of ``draft``, each position by itself.
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype it computes in."""
+        Args:
+            verifier_states: (rows, length, verifier width), of all ``verifier_layers``
+                concatenated; in the verifier's dtype, on any device.
+
+        Returns:
+            (rows, length, draft width).
+
+        """
 
     def draft(
         self,
         input_ids: Tensor,
-        hidden_states: Tensor,
+        states: Tensor,
+        /,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
     ) -> Any:
-        """Run the draft on tokens and hidden states; the output has ``last_hidden_state``."""
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """The logits of ``last_hidden_state`` or a part of it."""
-
-
-class Drafter(ABC):
-    """A draft, its cache, and a way of proposing tokens.
-
-    Args:
-        draft: the model.
-        cache: an empty one.
-        deepest: the most levels that its proposals have below their root.
-        reach: the most slots that a step takes in either cache, counted from the end of the
-            confirmed slots of the longer one.
-
-    Attributes:
-        warp: shapes the distribution that proposals are sampled from; ``None`` if they are not
-            sampled.
-
-    """
-
-    warp: Warp | None = None
-
-    def __init__(self, draft: Draft, cache: BlockCache, deepest: int, reach: int) -> None:
-        self.draft = draft
-        self.cache = cache
-        self.deepest = deepest
-        self.reach = reach
-
-    def take_in(self, tokens: Tensor, states: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
-        """Run the draft on tokens that the verifier has confirmed, and keep them in its cache.
+        """Run the draft, without its head.
 
         Args:
-            tokens: (rows, length), the confirmed tokens that the draft has not seen, padded at
-                the right.
-            states: (rows, length, hidden), the verifier's hidden state at the token before each.
-            counts: by row, the number of tokens without padding.
+            input_ids: (rows, length), the verifier's token ids.
+            states: (rows, length, draft width), projected, or earlier outputs.
+            attention_mask: (rows, 1, length, past + length), to be added to the attention scores;
+                causal if not given.
+            position_ids: (rows, length).
+            past_key_values: a cache of transformers.
 
         Returns:
-            the draft's outputs, (rows, length, hidden).
+            an object with ``last_hidden_state``, (rows, length, draft width), which is fed back and
+            which ``logits`` takes.
 
         """
-        depths = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        output = self._run(tokens, states, depths)
-        self.cache.confirm(counts)
-        return output
+
+
+class RecurrentDrafter(Drafter):
+    """A drafter that feeds the draft's output back to it, level by level of the tree."""
+
+    draft: RecurrentDraft
+
+    def prefill(self, tokens: Tensor, states: Tensor) -> None:
+        """See ``Drafter``."""
+        self._run_confirmed(tokens, states, [tokens.shape[1]] * len(tokens))
 
     def propose(self, tokens: Tensor, states: Tensor, counts: Sequence[int] | Tensor) -> Tree:
-        """Run the draft on newly confirmed tokens, and propose what may follow the last of them.
-
-        The arguments are as for ``take_in``.
-        """
-        output = self.take_in(tokens, states, counts)
+        """See ``Drafter``."""
+        output = self._run_confirmed(tokens, states, counts)
         ends = torch.as_tensor(counts, device=tokens.device)[:, None] - 1
         state = output.gather(1, ends[:, :, None].expand(-1, -1, output.shape[2]))
         tree = self._grow(tokens.gather(1, ends), state, self._logits(state))
-        self.cache.tried = 0  # none of it had the verifier's hidden states
+        self.cache.unconfirmed = 0  # none of it was computed from the verifier's states
         return tree
+
+    def _run_confirmed(
+        self, tokens: Tensor, states: Tensor, counts: Sequence[int] | Tensor
+    ) -> Tensor:
+        """Run the draft on confirmed tokens, and keep them in its cache.
+
+        The arguments are as for ``propose``.
+
+        Returns:
+            the draft's outputs, (rows, length, draft width).
+
+        """
+        depths = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        output = self._run(tokens, self.draft.project(states), depths)
+        self.cache.confirm(counts)
+        return output
 
     @abstractmethod
     def _grow(self, root: Tensor, state: Tensor, logits: Tensor) -> Tree:
@@ -116,8 +116,8 @@ class Drafter(ABC):
 
         Args:
             root: (rows, 1), the last tokens.
-            state: (rows, 1, hidden), the draft's outputs at them.
-            logits: (rows, 1, vocabulary), the logits of these outputs.
+            state: (rows, 1, draft width), the draft's outputs at them.
+            logits: (rows, 1, draft vocabulary), the logits of these outputs.
 
         """
 
@@ -127,18 +127,18 @@ class Drafter(ABC):
         """Run the draft on nodes of one depth.
 
         Args:
-            tokens: (rows, nodes).
-            states: (rows, nodes, hidden), the draft's outputs at their parents.
+            tokens: (rows, nodes), the verifier's ids.
+            states: (rows, nodes, draft width), the draft's outputs at their parents.
             depth: of the nodes.
             visible: as for ``_run``.
 
         Returns:
-            the draft's outputs at the nodes, (rows, nodes, hidden), and their logits,
-            (rows, nodes, vocabulary).
+            the draft's outputs at the nodes, (rows, nodes, draft width), and their logits,
+            (rows, nodes, draft vocabulary).
 
         """
         states = self._run(tokens, states, depth - 1, visible)
-        self.cache.tried += tokens.shape[1]
+        self.cache.unconfirmed += tokens.shape[1]
         return states, self._logits(states)
 
     def _run(
@@ -148,7 +148,7 @@ class Drafter(ABC):
 
         Args:
             tokens: (rows, positions).
-            states: (rows, positions, hidden).
+            states: (rows, positions, draft width).
             depths: (1, positions), as for ``BlockCache.positions``; or one depth for all.
             visible: as ``block`` of ``BlockCache.mask``.
 
@@ -169,10 +169,10 @@ class Drafter(ABC):
         return self.draft.logits(states).to(self.draft.device)
 
 
-class ShapeDrafter(Drafter):
+class FixedTreeDrafter(RecurrentDrafter):
     """Proposes trees of one fixed shape."""
 
-    def __init__(self, draft: Draft, cache: BlockCache, paths: tuple[Path, ...]) -> None:
+    def __init__(self, draft: RecurrentDraft, cache: BlockCache, paths: tuple[Path, ...]) -> None:
         deepest = max(map(len, paths))
         super().__init__(draft, cache, deepest, reach=1 + deepest + len(paths))
         self.shape = shape_of(paths, draft.device)
@@ -196,27 +196,37 @@ class ShapeDrafter(Drafter):
         )
 
     def _children(self, logits: Tensor, level: Level) -> Tensor:
-        """The tokens of a level's nodes: (rows, inner nodes above, vocabulary) → (rows, nodes)."""
+        """The tokens of a level's nodes, by the verifier's ids.
+
+        Args:
+            logits: (rows, inner nodes above, draft vocabulary).
+            level: the level.
+
+        Returns:
+            (rows, nodes).
+
+        """
         if level.is_link:
-            return logits.argmax(-1)
-        return logits.topk(level.width).indices[:, level.parents, level.ranks]
+            return self.draft.to_verifier(logits.argmax(-1))
+        tokens = logits.topk(level.width).indices[:, level.parents, level.ranks]
+        return self.draft.to_verifier(tokens)
 
 
 CANDIDATES = 1024
 """How many of the draft's best tokens a proposal is sampled from.
 
-Speculative sampling is exact for any proposal distribution that the verifier's side knows. One over
-the best tokens alone is much cheaper to warp, above all by ``top_p``, which sorts it, and its
-proposals are accepted about as often.
+Speculative sampling is exact for any proposal distribution, as long as it is known. One over the
+best tokens alone is much cheaper to warp, above all by ``top_p``, which sorts it, and its proposals
+are accepted about as often.
 """
 
 
-class DrawnChainDrafter(ShapeDrafter):
+class SampledChainDrafter(FixedTreeDrafter):
     """Proposes chains that are sampled from the draft's distribution over its best tokens."""
 
     warp: Warp
 
-    def __init__(self, draft: Draft, cache: BlockCache, length: int, warp: Warp) -> None:
+    def __init__(self, draft: RecurrentDraft, cache: BlockCache, length: int, warp: Warp) -> None:
         super().__init__(draft, cache, chain(length))
         self.warp = warp
         self.probabilities: list[Tensor] = []
@@ -229,13 +239,15 @@ class DrawnChainDrafter(ShapeDrafter):
     def _children(self, logits: Tensor, level: Level) -> Tensor:
         del level  # a level of a chain has one node
         logits = logits[:, 0]
-        best, tokens = logits.topk(min(CANDIDATES, logits.shape[1]))
+        best, candidates = logits.topk(min(CANDIDATES, logits.shape[1]))
         q = self.warp(best.float()).softmax(-1)
-        self.probabilities.append(q.new_zeros(logits.shape).scatter(1, tokens, q))
+        tokens = self.draft.to_verifier(candidates)
+        over_all = q.new_zeros(len(q), self.draft.verifier_vocab_size).scatter(1, tokens, q)
+        self.probabilities.append(over_all)
         return tokens.gather(1, draw(q))
 
 
-class DynamicDrafter(Drafter):
+class DynamicTreeDrafter(RecurrentDrafter):
     """Grows trees towards the most probable tokens (EAGLE-2, arXiv:2406.16858, section 4).
 
     As in the reference (SafeAILab/EAGLE, eagle/model/cnets1.py, ``topK_genrate``): a node's score
@@ -243,7 +255,9 @@ class DynamicDrafter(Drafter):
     ``top_k`` children each; the best nodes of all levels make up the tree.
     """
 
-    def __init__(self, draft: Draft, cache: BlockCache, nodes: int, depth: int, top_k: int) -> None:
+    def __init__(
+        self, draft: RecurrentDraft, cache: BlockCache, nodes: int, depth: int, top_k: int
+    ) -> None:
         reach = 2 + depth + max(nodes, depth * top_k)
         super().__init__(draft, cache, deepest=1 + depth, reach=reach)
         self.nodes, self.depth, self.top_k = nodes, depth, top_k
@@ -252,7 +266,8 @@ class DynamicDrafter(Drafter):
         rows, k = len(root), self.top_k
         if k > logits.shape[2]:
             raise GenerationError(
-                f"tree_top_k {k} is more than the {logits.shape[2]} tokens of the vocabulary."
+                f"tree_top_k {k} is more than the {logits.shape[2]} tokens of the draft's "
+                "vocabulary; choose a smaller one."
             )
         score, token = self._best(logits)  # (rows, 1, k)
         place = torch.arange(k, device=root.device).expand(rows, k)
@@ -282,13 +297,16 @@ class DynamicDrafter(Drafter):
         )
 
     def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and tokens of each node's best children, both (rows, nodes, top_k)."""
+        """Log-probabilities and tokens of each node's best children, both (rows, nodes, top_k).
+
+        Tokens are given by the verifier's ids.
+        """
         best = logits.topk(self.top_k)
         # As ``logsumexp`` does it, but the largest logit is already known.
         values = best.values.float()
         largest = values[..., :1]
         total = (logits - largest).exp_().sum(-1, keepdim=True)
-        return values - largest - total.log_(), best.indices
+        return values - largest - total.log_(), self.draft.to_verifier(best.indices)
 
     def _best_nodes(self, root: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor) -> Tree:
         """The tree of the best candidates, all (rows, candidates)."""
@@ -306,45 +324,3 @@ class DynamicDrafter(Drafter):
             depths=ancestors.sum(2) - 1,
             ancestors=ancestors,
         )
-
-
-def drafter_of(draft: Draft, cache: BlockCache, method: ProposalMethod, warp: Warp) -> Drafter:
-    """The drafter for a proposal method.
-
-    Args:
-        draft: the model.
-        cache: an empty one.
-        method: the type and sizes of proposals.
-        warp: applied to the draft's logits if proposals are sampled.
-
-    Raises:
-        GenerationError: if the type is unknown or the sizes are impossible.
-
-    """
-    size, depth, top_k = method.speculative_tokens, method.tree_depth, method.tree_top_k
-    match method.proposal_type:
-        case "greedy":
-            return ShapeDrafter(draft, cache, chain(size))
-        case "sampling":
-            return DrawnChainDrafter(draft, cache, size, warp)
-        case "static_tree":
-            if size != len(EAGLE1_TREE):
-                raise GenerationError(
-                    f"The static tree has {len(EAGLE1_TREE)} tokens, not {size}; "
-                    "leave the number of draft tokens out."
-                )
-            return ShapeDrafter(draft, cache, EAGLE1_TREE)
-        case "dynamic_tree":
-            assert depth is not None
-            assert top_k is not None
-            candidates = top_k + depth * top_k**2
-            if size > candidates:
-                raise GenerationError(
-                    f"A tree with tree_depth {depth} and tree_top_k {top_k} has {candidates} "
-                    f"candidates, too few for {size} speculative_tokens; change one of them."
-                )
-            return DynamicDrafter(draft, cache, size, depth, top_k)
-        case unknown:
-            raise GenerationError(
-                f"Unknown proposal type {unknown!r}: one of {', '.join(PROPOSALS)} is expected."
-            )
