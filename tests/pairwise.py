@@ -15,7 +15,7 @@ def pairwise(**factors: Iterable[Any] | Mapping[str, Any]) -> pytest.MarkDecorat
     The other combinations have the marker ``exhaustive``. A value of a mapping gets its key as its
     id.
 
-        @pairwise(name=["llama", "qwen2"], attention=["eager", "sdpa"], tokens={"few": 3, "many": 9})
+        @pairwise(name=["llama", "qwen2"], attention=["eager", "sdpa"], new={"few": 3, "many": 9})
     """
     values = {name: _labelled(factor) for name, factor in factors.items()}
     combinations = list(itertools.product(*values.values()))
