@@ -41,7 +41,8 @@ FOUND_BY_HOME = ("HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PA
 """Removed from the environment: pages show what a user sees who sets at most HF_HOME."""
 
 OPERATORS = frozenset({";", "|", "||", "&&", ">"})
-FOR_A_SHELL = re.compile(r"[;&|<>()$*?~`]")
+SIMPLE = re.compile(r"(?:HF_TOKEN=(?P<token>\w*) )?(?P<call>speculators [^;&|<>()$*?~`]*)")
+"""Matches a call of `speculators` that needs no shell."""
 
 ALL = [block for page in PAGES for block in blocks(page)]
 
@@ -172,12 +173,16 @@ def run_python(block: Block, namespace: dict[str, Any]) -> None:
 
 
 def run_command(block: Block, command: str, shown: str, *, own_process: bool) -> None:
-    simple = command.startswith("speculators ") and not FOR_A_SHELL.search(command)
-    run = run_here if simple and not own_process else run_shell
+    simple = SIMPLE.fullmatch(command)
     with pytest.MonkeyPatch.context() as patch:
         for name in FOUND_BY_HOME:
             patch.delenv(name, raising=False)
-        status, output = run(command)
+        if own_process or simple is None:
+            status, output = run_shell(command)
+        else:
+            if simple["token"] is not None:
+                patch.setenv("HF_TOKEN", simple["token"])
+            status, output = run_here(simple["call"])
     where = f"{block.where}: {command}{output}"
     if not shown or block.remark == "not compared":
         assert status == 0, where
