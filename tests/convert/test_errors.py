@@ -386,8 +386,16 @@ def test_overwrite_does_not_replace_what_is_no_converted_checkpoint(
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("case", ["EAGLE-3", "truncated file", "values that are not finite"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "EAGLE-3",
+        "truncated file",
+        pytest.param("values that are not finite", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_failing_process(tmp_path: Path, setting: Setting, case: str) -> None:
+    """Exhaustive: also one that has loaded torch."""
     spoil, pattern = ERRORS[case]
     spoil(setting)
     before = contents(tmp_path)
@@ -540,15 +548,21 @@ def test_usage_errors_have_status_2(
     assert contents(tmp_path) == before
 
 
+def validating(function: str) -> str:
+    """A program that is the command line, with a function that stands in for the validation."""
+    return (
+        "import os, signal, sys, time, types\n"
+        f"{function}"
+        "stand_in = types.SimpleNamespace(validate_conversion=validate_conversion)\n"
+        "sys.modules['speculators.convert.validation'] = stand_in\n"
+        "from speculators.cli import main; main()\n"
+    )
+
+
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, setting: Setting) -> None:
     """Press Ctrl-C during validation, where the process waits for it."""
-    script = (
-        "import speculators.convert.validation as validation, time\n"
-        "def wait(*_, **__):\n"
-        "    print('here', flush=True)\n"
-        "    time.sleep(60)\n"
-        "validation.validate_conversion = wait\n"
-        "from speculators.cli import main; main()\n"
+    script = validating(
+        "def validate_conversion(*_, **__):\n    print('here', flush=True)\n    time.sleep(60)\n"
     )
     before = contents(tmp_path)
     output = tmp_path / "new" / "output"
@@ -574,10 +588,8 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, setting: Setting) ->
 def test_a_killed_run_leaves_a_sibling_that_the_next_run_removes(
     tmp_path: Path, setting: Setting, speculators: CommandLine
 ) -> None:
-    script = (
-        "import speculators.convert.validation as validation, os, signal\n"
-        "validation.validate_conversion = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from speculators.cli import main; main()\n"
+    script = validating(
+        "def validate_conversion(*_, **__):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     output = tmp_path / "out [1]"  # brackets mean something to globs
     arguments = [str(path) for path in (setting.source, output, setting.verifier)]

@@ -210,9 +210,12 @@ def test_the_draft_runs_with_its_own_rope(tmp_path: Path, rope: dict[str, Any]) 
     assert largest_difference(found, expected) < 5e-3
     assert (found.double() - expected).abs().mean() < TOLERANCE
     wrong = plain_draft(
-        source_tensors(), known | {"rope_theta": 77.0, "rope_scaling": None}, ids, states
+        source_tensors(),
+        known | {"rope_theta": 77.0, "rope_scaling": None},
+        ids[:256],
+        states[:256],
     )
-    assert largest_difference(found, wrong) > 1
+    assert largest_difference(found[:256], wrong) > 1
 
 
 @every_golden
