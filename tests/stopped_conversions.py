@@ -3,14 +3,14 @@
 This runs as a process of its own, without torch and pytest, so it can fork hundreds of conversions
 in seconds:
 
-    python stopped_conversions.py stop SIGNAL SCENARIO SOURCE VERIFIER DIRECTORY
+    python stopped_conversions.py stop SIGNAL MOMENTS SCENARIO SOURCE VERIFIER DIRECTORY
     python stopped_conversions.py meet ROUNDS SCENARIO SOURCE VERIFIER DIRECTORY
 
-SCENARIO is a key of ``SCENARIOS``. ``stop``: the conversion sends itself SIGNAL, in the first run
-at its first moment, in the next run at its second, and so on until a run completes. There is a
-moment before and after each call that changes files, and several in each copy, which is made in
-small steps here. For each moment an ``Outcome`` is printed as a line of JSON. ``meet``: two
-conversions to one output start at the same time; for each round a ``Meeting`` is printed.
+SCENARIO is a key of ``SCENARIOS``. ``stop``: the conversion sends itself SIGNAL at a moment, in
+each run at a later one, and in the last run never. There is a moment before and after each call
+that changes files, and several in each copy, which is made in small steps here. MOMENTS is a key of
+``CHOICES``. For each run an ``Outcome`` is printed as a line of JSON. ``meet``: two conversions to
+one output start at the same time; for each round a ``Meeting`` is printed.
 """
 
 import contextlib
@@ -103,15 +103,15 @@ class Meeting:
 
 
 class Moments:
-    """Counts the moments of this process, and sends it a signal at one of them."""
+    """Tells the moments of this process, and sends it a signal at one of them, or at none (0)."""
 
     def __init__(self, at: int, number: int) -> None:
         self.left, self.number, self.write = at, number, os.write
 
     def pass_by(self, event: str) -> None:
+        self.write(2, f"{MARK}{event}\n".encode())
         self.left -= 1
         if self.left == 0:
-            self.write(2, f"{MARK}{event}\n".encode())
             os.kill(os.getpid(), self.number)
 
     def watch(self) -> None:
@@ -233,16 +233,37 @@ def errors(lines: list[str]) -> list[str]:
     return [line.split(" | ", 2)[2] for line in lines if "| ERROR " in line]
 
 
-def stop(conversions: Conversions, signal_name: str) -> Iterator[Outcome]:
+def events(lines: list[str]) -> list[str]:
+    return [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+
+
+def every(found: list[str]) -> list[int]:
+    return [*range(1, len(found) + 1)]
+
+
+def some(found: list[str]) -> list[int]:
+    """Of the moments before or after calls of one function, the first and the last; all renames."""
+    kinds: dict[str, list[int]] = {}
+    for moment, event in enumerate(found, start=1):
+        kinds.setdefault(" ".join(event.split()[:2]), []).append(moment)
+    renames = kinds.pop("before os.rename", [])
+    ends = {moment for of_kind in kinds.values() for moment in (of_kind[0], of_kind[-1])}
+    return sorted({*ends, *renames})
+
+
+CHOICES = {"every": every, "some": some}
+
+
+def stop(conversions: Conversions, signal_name: str, moments: str) -> Iterator[Outcome]:
     scenario, options = conversions.scenario, ["--overwrite"] * conversions.scenario.replaces
-    moment, event = 0, "none yet"
-    while event:
-        moment += 1
+    number = signal.Signals[signal_name]
+    with conversions.output() as output:
+        _, lines = fork(conversions.command(output, *options), scenario).end()
+    for moment in (*CHOICES[moments](events(lines)), 0):
         with conversions.output() as output:
             command = conversions.command(output, *options)
-            number = signal.Signals[signal_name]
             status, lines = fork(command, scenario, moment, number).end()
-            event = "".join(line.removeprefix(MARK) for line in lines if line.startswith(MARK))
+            event = events(lines)[moment - 1] if moment else ""
             found, left, put_back = conversions.state(output), siblings(output), ""
             if found == "missing":
                 fork(conversions.command(output), scenario).end()
@@ -290,8 +311,8 @@ def meet(conversions: Conversions, rounds: str) -> Iterator[Meeting]:
 
 
 if __name__ == "__main__":
-    what, how, which, source, verifier, directory = sys.argv[1:]
+    what, *how, which, source, verifier, directory = sys.argv[1:]
     conversions = Conversions(SCENARIOS[which], source, verifier, Path(directory))
-    results = stop(conversions, how) if what == "stop" else meet(conversions, how)
+    results = stop(conversions, *how) if what == "stop" else meet(conversions, *how)
     for result in results:
         print(json.dumps(asdict(result)), flush=True)

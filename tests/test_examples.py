@@ -35,16 +35,19 @@ def verifier() -> Any:
 @pytest.fixture(scope="module")
 def answers(verifier: Any) -> list[tuple[Tensor, Tensor]]:
     """The verifier's greedy answers: ids and hidden states of the whole conversations."""
-    tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
+    tokenizer = AutoTokenizer.from_pretrained(VERIFIER, padding_side="left")
+    asked: Any = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in PROMPTS],
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    # All at once: on a CPU, a pass over three rows takes about as long as one over a single row.
+    generated = verifier.generate(**asked, max_new_tokens=64, do_sample=False)
     conversations = []
-    for prompt in PROMPTS:
-        asked: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-        ids = verifier.generate(**asked, max_new_tokens=64, do_sample=False)
+    for row, mask in zip(generated, asked["attention_mask"], strict=True):
+        ids = row[None, int((mask == 0).sum()) :]
         with torch.inference_mode():
             states = verifier(ids, output_hidden_states=True).hidden_states[-1]
         conversations.append((ids, states))

@@ -187,7 +187,7 @@ def start(manifest: Path, environment: dict[str, str], *options: str) -> subproc
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
         start_new_session=True,
     )  # fmt: skip
 
@@ -205,6 +205,18 @@ def processes(group: int) -> list[int]:
     return found
 
 
+WAITING = """
+import sys, time, types
+from pathlib import Path
+def validate_conversion(*_, **__):
+    Path("{marker}").touch()
+    time.sleep(300)
+stand_in = types.SimpleNamespace(validate_conversion=validate_conversion)
+sys.modules["speculators.convert.validation"] = stand_in
+"""
+"""Makes validation wait in every process that finds it as ``sitecustomize``."""
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
 @pytest.mark.parametrize(
     ("number", "whom", "status"),
@@ -216,23 +228,19 @@ def processes(group: int) -> list[int]:
 def test_stopping_clears_up(
     tmp_path: Path,
     write_manifest: Callable[..., Path],
-    verifier: Path,
-    hub: tuple[HubServer, dict[str, str]],
     number: signal.Signals,
     whom: Callable[[int, int], None],
     status: int,
 ) -> None:
-    """Stop while one entry validates (its verifier's weights never arrive) and one is waiting."""
-    server, environment = hub
-    server.add_repo("org/verifier", verifier)
-    server.fail("model.safetensors", delay=300)
+    """Stop while one entry validates and one is waiting."""
+    site, marker = tmp_path / "site", tmp_path / "validating"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(WAITING.format(marker=marker))
     manifest = write_manifest(
-        {"output": "out/one"},
-        {"output": "out/slow", "base_model": "org/verifier", "validate": True},
-        {"output": "out/last"},
+        {"output": "out/one"}, {"output": "out/slow", "validate": True}, {"output": "out/last"}
     )
-    process = start(manifest, environment)
-    wait_for(lambda: "model.safetensors" in server.fetched)
+    process = start(manifest, {"PYTHONPATH": os.pathsep.join([str(site), *sys.path])})
+    wait_for(marker.exists)
     staged = [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".slow.")]
     assert len(staged) == 1
     whom(process.pid, number)

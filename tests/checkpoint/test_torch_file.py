@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import pickle
 import re
@@ -419,11 +420,21 @@ def test_hostile_pickles_are_refused_by_name(
     assert all(module.startswith("encodings.") for module in new)  # of the entries' names
 
 
-@pytest.mark.parametrize("place", [zipped, legacy, bare])
-@pytest.mark.parametrize("case", BROKEN)
+PLACES = (zipped, legacy, bare)
+
+
+@pytest.mark.parametrize(
+    ("case", "place"),
+    [
+        pytest.param(case, place, marks=() if place is chosen else pytest.mark.exhaustive)
+        for case, chosen in zip(BROKEN, itertools.cycle(PLACES), strict=False)
+        for place in PLACES
+    ],
+)
 def test_damaged_pickles_are_errors(
     tmp_path: Path, case: str, place: Callable[[Path, bytes], Path]
 ) -> None:
+    """Each in one of the places; exhaustive: in all of them."""
     path = place(tmp_path, BROKEN[case])
     with pytest.raises(CheckpointError) as caught:
         read_torch_file(path)

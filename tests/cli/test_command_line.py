@@ -96,9 +96,18 @@ def test_python_m() -> None:
 # --quiet and --debug
 
 
-def test_quiet_logs_nothing(tmp_path: Path, verifier: Path) -> None:
-    arguments = ("convert", "eagle", SOURCE, "out", verifier, "--quiet")
-    run = run_process(*arguments, cwd=tmp_path)
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_quiet_logs_nothing(
+    tmp_path: Path,
+    verifier: Path,
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    alone: bool,
+) -> None:
+    """Exhaustive: in a process of its own, which imports transformers."""
+    monkeypatch.chdir(tmp_path)
+    execute = run_process if alone else speculators
+    run = execute("convert", "eagle", SOURCE, "out", verifier, "--quiet")
     assert (run.status, run.stdout, run.stderr) == (0, "", "")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 

@@ -337,6 +337,72 @@ def test_tensors_that_are_views_are_written_in_their_own_order(
     assert all(torch.equal(stored[name], tensor) for name, tensor in source_tensors().items())
 
 
+def test_sharded_input_is_taken(tmp_path: Path, verifier: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    tensors = source_tensors()
+    names = sorted(tensors)
+    write_shards(
+        source,
+        {
+            f"model-0000{i + 1}-of-00003.safetensors": {n: tensors[n] for n in names[i::3]}
+            for i in range(3)
+        },
+    )
+    stored = stored_tensors(convert(source, tmp_path / "out", verifier))
+    assert stored.keys() == tensors.keys()
+    assert all(torch.equal(stored[name], tensors[name]) for name in names)
+
+
+def test_sharded_bin_input_is_taken(tmp_path: Path, verifier: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    tensors = source_tensors()
+    weight_map: dict[str, str] = {}
+    for i in range(2):
+        part = {name: tensors[name] for name in sorted(tensors)[i::2]}
+        torch.save(part, source / f"part-{i}.bin")
+        weight_map |= dict.fromkeys(part, f"part-{i}.bin")
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    stored = stored_tensors(convert(source, tmp_path / "out", verifier))
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "zip"])
+def test_a_state_dict_wrapper_is_opened(tmp_path: Path, verifier: Path, legacy: bool) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    torch.save(
+        {"state_dict": source_tensors(), "epoch": 3},
+        source / "pytorch_model.bin",
+        _use_new_zipfile_serialization=not legacy,
+    )
+    stored = stored_tensors(convert(source, tmp_path / "out", verifier))
+    assert stored.keys() == source_tensors().keys()
+    assert all(torch.equal(stored[name], t) for name, t in source_tensors().items())
+
+
+def test_biases_of_q_k_and_v_are_kept(converted: dict[str, Path]) -> None:
+    stored, source = stored_tensors(converted["qwen2_qkv_bias"]), source_tensors("qwen2_qkv_bias")
+    biases = [name for name in source if name.endswith("proj.bias")]
+    assert len(biases) == 3
+    assert all(torch.equal(stored[name], source[name]) for name in biases)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), [("vicuna_default_bias", "fusion_bias"), ("ttt_layernorms", "layernorms")]
+)
+@pytest.mark.parametrize("said", [True, False])
+def test_the_tensors_decide_on_a_feature_whatever_its_flag(
+    tmp_path: Path, verifiers: dict[str, Path], name: str, flag: str, said: bool
+) -> None:
+    source = write_checkpoint(tmp_path / "source", name=name)
+    flags: dict[str, Any] = {flag: said}
+    out = convert(source, tmp_path / "out", verifiers[name], **flags)
+    assert config_of(out)[flag] is True
+    assert len(stored_tensors(out)) == len(source_tensors(name))
+
+
 # The verifier
 
 
@@ -452,6 +518,33 @@ def test_sizes_of_a_composite_verifier_are_those_of_its_text_part(
     g = golden_vectors(PLAIN)
     logits = EagleSpeculator.from_pretrained(out)(g["input_ids"], g["hidden_states"]).logits
     assert largest_difference(logits, g["logits"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_head_equal_to_the_verifiers_is_left_out_with_the_reason(
+    tmp_path: Path, verifier: Path, log: list[str], prefix: str
+) -> None:
+    head = golden_vectors(PLAIN)["lm_head.weight"]
+    source = write_checkpoint(
+        tmp_path / "source", edit=lambda tensors: tensors.update({f"{prefix}lm_head.weight": head})
+    )
+    out = convert(source, tmp_path / "out", verifier)
+    assert "lm_head.weight" not in stored_tensors(out)
+    assert any(
+        line.startswith(f"DEBUG Left out: {prefix}lm_head.weight: ") and "verifier" in line
+        for line in log
+    )
+    assert "INFO Loaded 11 weights" in log
+
+
+def test_a_head_rounded_to_float16_still_counts_as_the_verifiers(
+    tmp_path: Path, verifier: Path
+) -> None:
+    head = golden_vectors(PLAIN)["lm_head.weight"].half()
+    source = write_checkpoint(
+        tmp_path / "source", edit=lambda tensors: tensors.update({"lm_head.weight": head})
+    )
+    assert convert(source, tmp_path / "out", verifier).is_dir()
 
 
 # What is written
@@ -671,6 +764,44 @@ def test_overwrite_refuses_a_foreign_directory(
     before = entries(tmp_path)
     with pytest.raises(OutputError, match="not a converted checkpoint"):
         convert(GOLDEN / PLAIN, out, verifier, overwrite=True)
+    assert entries(tmp_path) == before
+
+
+def test_an_existing_directory_is_not_merged_into(tmp_path: Path, verifier: Path) -> None:
+    source, out = write_checkpoint(tmp_path / "source"), tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError):
+            convert(source, out, verifier, overwrite=overwrite)
+        assert entries(out) == ["notes.txt"]
+
+
+def test_output_equal_to_input_is_refused_by_any_name(tmp_path: Path, verifier: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    for given, output in [(source, source), (source, link), (link, source), (source, link / ".")]:
+        for overwrite in (False, True):
+            with pytest.raises(OutputError):
+                convert(given, output, verifier, overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+@pytest.mark.parametrize("held", ["input", "verifier"])
+def test_an_output_that_holds_what_is_read_is_not_replaced(tmp_path: Path, held: str) -> None:
+    """Replacing it would delete the source."""
+    out = tmp_path / "out"
+    source = write_checkpoint((out if held == "input" else tmp_path) / "source")
+    verifier = save_quietly(
+        tiny_llama(golden_vectors(PLAIN)["lm_head.weight"]),
+        (out if held == "verifier" else tmp_path) / "verifier",
+    )
+    (out / "config.json").write_text('{"speculators_model_type": "eagle"}')
+    before = entries(tmp_path)
+    with pytest.raises(OutputError, match=f"holds the {held}"):
+        convert(source, out, verifier, overwrite=True)
     assert entries(tmp_path) == before
 
 

@@ -1,4 +1,4 @@
-"""--dtype: tensors are rounded, the config follows, and validation allows for the rounding."""
+"""Dtypes stay; with --dtype tensors are rounded, and the config and validation follow."""
 
 import re
 from pathlib import Path
@@ -12,6 +12,7 @@ from helpers import (
     GOLDEN_NAMES,
     PLAIN,
     CommandLine,
+    Edit,
     Tensors,
     config_of,
     entries,
@@ -29,6 +30,39 @@ from speculators.models.eagle import EagleSpeculator
 convert = EagleConverter().convert
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def cast(dtype: torch.dtype) -> Edit:
+    def edit(tensors: Tensors) -> None:
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+    return edit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
+def test_without_the_option_the_dtype_stays(
+    tmp_path: Path, verifier: Path, dtype: torch.dtype, container: str
+) -> None:
+    source = write_checkpoint(tmp_path / "source", edit=cast(dtype), container=container)
+    out = convert(source, tmp_path / "out", verifier)
+    stored = stored_tensors(out)
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    assert all(torch.equal(stored[name], t.to(dtype)) for name, t in source_tensors().items())
+    assert config_of(out)["torch_dtype"] == str(dtype).removeprefix("torch.")
+    assert EagleSpeculator.from_pretrained(out).fc.weight.dtype == dtype
+
+
+def test_without_the_option_each_tensor_of_a_mixed_checkpoint_keeps_its_dtype(
+    tmp_path: Path, verifier: Path
+) -> None:
+    def mix(tensors: Tensors) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].to(torch.float16 if "mlp" in name else torch.bfloat16)
+
+    out = convert(write_checkpoint(tmp_path / "source", edit=mix), tmp_path / "out", verifier)
+    for name, tensor in stored_tensors(out).items():
+        assert tensor.dtype == (torch.float16 if "mlp" in name else torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,10 +108,7 @@ def test_what_the_log_says_of_rounding_is_so(
 def test_from_every_dtype_and_container(
     tmp_path: Path, verifier: Path, source_dtype: torch.dtype, dtype: str, container: str
 ) -> None:
-    def cast(tensors: Tensors) -> None:
-        tensors.update({name: tensor.to(source_dtype) for name, tensor in tensors.items()})
-
-    source = write_checkpoint(tmp_path / "source", edit=cast, container=container)
+    source = write_checkpoint(tmp_path / "source", edit=cast(source_dtype), container=container)
     stored = stored_tensors(convert(source, tmp_path / "out", verifier, dtype=dtype))
     for name, tensor in source_tensors().items():
         assert torch.equal(stored[name], tensor.to(source_dtype).to(DTYPES[dtype]))

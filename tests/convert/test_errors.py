@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -17,15 +18,30 @@ import pytest
 import torch
 
 from helpers import (
+    GOLDEN,
+    PLAIN,
     CommandLine,
+    Edit,
     Run,
     Tensors,
     entries,
+    golden_vectors,
     run_process,
     save_quietly,
+    source_tensors,
     tiny_llama,
     write_checkpoint,
 )
+from speculators.convert.eagle import EagleConverter
+from speculators.errors import (
+    CheckpointError,
+    ConversionError,
+    UnsafeCheckpointError,
+    ValidationError,
+    VerifierError,
+)
+
+convert = EagleConverter().convert
 
 
 @dataclass(frozen=True)
@@ -370,8 +386,16 @@ def test_overwrite_does_not_replace_what_is_no_converted_checkpoint(
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("case", ["EAGLE-3", "truncated file", "values that are not finite"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "EAGLE-3",
+        "truncated file",
+        pytest.param("values that are not finite", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_failing_process(tmp_path: Path, setting: Setting, case: str) -> None:
+    """Exhaustive: also one that has loaded torch."""
     spoil, pattern = ERRORS[case]
     spoil(setting)
     before = contents(tmp_path)
@@ -524,15 +548,21 @@ def test_usage_errors_have_status_2(
     assert contents(tmp_path) == before
 
 
+def validating(function: str) -> str:
+    """A program that is the command line, with a function that stands in for the validation."""
+    return (
+        "import os, signal, sys, time, types\n"
+        f"{function}"
+        "stand_in = types.SimpleNamespace(validate_conversion=validate_conversion)\n"
+        "sys.modules['speculators.convert.validation'] = stand_in\n"
+        "from speculators.cli import main; main()\n"
+    )
+
+
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, setting: Setting) -> None:
     """Press Ctrl-C during validation, where the process waits for it."""
-    script = (
-        "import speculators.convert.validation as validation, time\n"
-        "def wait(*_, **__):\n"
-        "    print('here', flush=True)\n"
-        "    time.sleep(60)\n"
-        "validation.validate_conversion = wait\n"
-        "from speculators.cli import main; main()\n"
+    script = validating(
+        "def validate_conversion(*_, **__):\n    print('here', flush=True)\n    time.sleep(60)\n"
     )
     before = contents(tmp_path)
     output = tmp_path / "new" / "output"
@@ -558,10 +588,8 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, setting: Setting) ->
 def test_a_killed_run_leaves_a_sibling_that_the_next_run_removes(
     tmp_path: Path, setting: Setting, speculators: CommandLine
 ) -> None:
-    script = (
-        "import speculators.convert.validation as validation, os, signal\n"
-        "validation.validate_conversion = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from speculators.cli import main; main()\n"
+    script = validating(
+        "def validate_conversion(*_, **__):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     output = tmp_path / "out [1]"  # brackets mean something to globs
     arguments = [str(path) for path in (setting.source, output, setting.verifier)]
@@ -574,3 +602,192 @@ def test_a_killed_run_leaves_a_sibling_that_the_next_run_removes(
     assert not output.exists()
     assert speculators("convert", "eagle", *arguments).status == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out [1]", "source", "verifier"]
+
+
+# In Python: the error's type, and that a refused conversion writes nothing
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in source_tensors() if name != "embed_tokens.weight"]
+)
+@pytest.mark.parametrize("validate", [True, False])
+def test_without_one_of_its_tensors_a_checkpoint_is_refused(
+    tmp_path: Path, verifier: Path, name: str, validate: bool
+) -> None:
+    source = write_checkpoint(tmp_path / "source", edit=lambda tensors: tensors.pop(name))
+    with pytest.raises(ConversionError, match=name):
+        convert(source, tmp_path / "out", verifier, validate=validate)
+    assert entries(tmp_path) == ["source", "source/config.json", "source/model.safetensors"]
+
+
+def test_a_checkpoint_with_none_of_the_names_is_refused(tmp_path: Path, verifier: Path) -> None:
+    def rename(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[f"encoder.{name}"] = tensors.pop(name)
+
+    source = write_checkpoint(tmp_path / "source", edit=rename)
+    with pytest.raises(ConversionError, match=r"not a checkpoint of a known kind.*encoder\."):
+        convert(source, tmp_path / "out", verifier)
+
+
+def test_a_second_layer_is_refused(tmp_path: Path, verifier: Path) -> None:
+    def add(tensors: Tensors) -> None:
+        tensors["layers.1.mlp.up_proj.weight"] = tensors["layers.0.mlp.up_proj.weight"].clone()
+
+    source = write_checkpoint(tmp_path / "source", edit=add)
+    with pytest.raises(ConversionError, match=r"several layers.*layers\.1\.mlp\.up_proj"):
+        convert(source, tmp_path / "out", verifier)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.mlp.up_proj.weight_scale",
+        "layers.0.mlp.up_proj.qweight",
+        "layers.0.self_attn.q_proj.scales",
+        "fc.weight.absmax",
+    ],
+)
+def test_quantization_scales_are_refused(tmp_path: Path, verifier: Path, name: str) -> None:
+    source = write_checkpoint(
+        tmp_path / "source", edit=lambda tensors: tensors.update({name: torch.ones(1)})
+    )
+    with pytest.raises(ConversionError, match=r"quantized.*" + name.replace(".", r"\.")):
+        convert(source, tmp_path / "out", verifier)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float64])
+@pytest.mark.parametrize("name", ["fc.weight", "lm_head.weight"])
+def test_a_tensor_of_another_type_is_refused(
+    tmp_path: Path, verifier: Path, dtype: torch.dtype, name: str
+) -> None:
+    def edit(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = golden_vectors(PLAIN)["lm_head.weight"]
+        tensors[name] = tensors[name].to(dtype)
+
+    source = write_checkpoint(tmp_path / "source", edit=edit)
+    with pytest.raises(ConversionError, match=f"{name} has the type"):
+        convert(source, tmp_path / "out", verifier)
+
+
+@pytest.mark.parametrize("flag", ["fusion_bias", "layernorms"])
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_flag_for_a_feature_without_tensors_is_refused(
+    tmp_path: Path, verifier: Path, flag: str, validate: bool
+) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    flags: dict[str, Any] = {flag: True}
+    with pytest.raises(ConversionError, match=flag):
+        convert(source, tmp_path / "out", verifier, validate=validate, **flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_not_the_verifiers_is_refused(tmp_path: Path, verifier: Path) -> None:
+    head = golden_vectors(PLAIN)["lm_head.weight"].clone()
+    head[17, 3] += 0.5
+    source = write_checkpoint(
+        tmp_path / "source", edit=lambda tensors: tensors.update({"lm_head.weight": head})
+    )
+    with pytest.raises(ValidationError, match=r"lm_head\.weight"):
+        convert(source, tmp_path / "out", verifier)
+    assert entries(tmp_path) == ["source", "source/config.json", "source/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"hidden_size": 128}, r"hidden size is 64, the verifier's is 128"),
+        ({"vocab_size": 321}, r"vocabulary is 320, the verifier's is 321"),
+    ],
+)
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_verifier_of_other_sizes_is_refused(
+    tmp_path: Path, sizes: dict[str, Any], words: str, validate: bool
+) -> None:
+    verifier = save_quietly(tiny_llama(**sizes), tmp_path / "verifier")
+    source = write_checkpoint(tmp_path / "source")
+    with pytest.raises(VerifierError, match=words):
+        convert(source, tmp_path / "out", verifier, validate=validate)
+    assert not (tmp_path / "out").exists()
+
+
+def with_value(name: str, index: Any, value: float) -> Edit:
+    def edit(tensors: Tensors) -> None:
+        tensors[name][index] = value
+
+    return edit
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("fc.weight", (0, 0)),
+        ("layers.0.mlp.down_proj.weight", (63, 175)),
+        ("embed_tokens.weight", 319),
+        ("embed_tokens.weight", (0, 5)),
+    ],
+)
+def test_values_that_are_not_finite_are_refused(
+    tmp_path: Path, verifier: Path, name: str, index: Any, value: float
+) -> None:
+    source = write_checkpoint(tmp_path / "source", edit=with_value(name, index, value))
+    with pytest.raises(ValidationError, match=rf"{name} has values that are not finite"):
+        convert(source, tmp_path / "out", verifier)
+    assert entries(tmp_path) == ["source", "source/config.json", "source/model.safetensors"]
+
+
+def test_a_verifier_with_nans_in_its_head_is_blamed_itself(tmp_path: Path) -> None:
+    head = golden_vectors(PLAIN)["lm_head.weight"].clone()
+    head[3] = math.nan
+    verifier = save_quietly(tiny_llama(head), tmp_path / "verifier")
+    with pytest.raises(ValidationError, match=r"the verifier .* is damaged"):
+        convert(write_checkpoint(tmp_path / "source"), tmp_path / "out", verifier)
+    assert not (tmp_path / "out").exists()
+
+
+SIZE = (GOLDEN / PLAIN / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 100, 1500, SIZE // 2, -64, -8, -1])
+def test_a_truncated_file_is_told_in_a_sentence(
+    tmp_path: Path, verifier: Path, container: str, kept: int
+) -> None:
+    source = write_checkpoint(tmp_path / "source", container=container)
+    file = source / container
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=container) as caught:
+        convert(source, tmp_path / "out", verifier, validate=False)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")
+    assert not (tmp_path / "out").exists()
+
+
+class Malicious:
+    """Unpickling it creates a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.canary,)
+
+
+@pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "zip"])
+def test_a_malicious_pickle_is_not_run(tmp_path: Path, verifier: Path, legacy: bool) -> None:
+    source, canary = write_checkpoint(tmp_path / "source"), tmp_path / "canary"
+    (source / "model.safetensors").unlink()
+    file = source / "pytorch_model.bin"
+    torch.save(
+        source_tensors() | {"x": Malicious(canary)},
+        file,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    torch.load(file, weights_only=False)
+    assert canary.exists()  # the pickle does harm if it is run
+    canary.unlink()
+    with pytest.raises(UnsafeCheckpointError):
+        convert(source, tmp_path / "out", verifier)
+    assert not canary.exists()
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Converted checkpoints compute what the reference implementation computes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +10,19 @@ from torch import Tensor
 from helpers import (
     GOLDEN_NAMES,
     HIDDEN,
+    PLAIN,
     TOLERANCE,
     VOCABULARY,
     golden_vectors,
     largest_difference,
+    save_quietly,
     source_config,
     source_tensors,
+    tiny_llama,
+    write_checkpoint,
 )
 from plain_draft import plain_draft
+from speculators.convert.eagle import EagleConverter
 from speculators.models.eagle import EagleOutput, EagleSpeculator
 
 every_golden = pytest.mark.parametrize("name", GOLDEN_NAMES)
@@ -141,6 +147,75 @@ def test_the_golden_mask_hides_the_padding(
     assert largest_difference(hidden[1, padding:], alone) < TOLERANCE
     # and it matters:
     assert largest_difference(hidden[1, padding:], g["output_hidden"][1, padding:]) > 0.1
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_causal_without_a_mask(converted: dict[str, Path], attention: str) -> None:
+    model = EagleSpeculator.from_pretrained(converted[PLAIN], attn_implementation=attention)
+    g = golden_vectors(PLAIN)
+    ids, states = g["input_ids"].clone(), g["hidden_states"].clone()
+    before = model(ids, states).logits
+    ids[:, 12:] = 5
+    states[:, 12:] = 100.0
+    after = model(ids, states).logits
+    assert largest_difference(after[:, :12], before[:, :12]) < TOLERANCE
+    assert largest_difference(after[:, 12:], before[:, 12:]) > 1
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "theta": {"rope_theta": 500000.0},
+    "no theta": {"rope_theta": None},
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        }
+    },
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "dynamic, within": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "dynamic, beyond": {
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        "max_position_embeddings": 1000,
+    },
+    "as transformers 5 writes it": {
+        "rope_theta": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 70000.0},
+    },
+}
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())
+def test_the_draft_runs_with_its_own_rope(tmp_path: Path, rope: dict[str, Any]) -> None:
+    """Compare over 2048 positions, with a verifier that has another RoPE."""
+    scaled = {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}
+    verifier = save_quietly(tiny_llama(rope_parameters=scaled), tmp_path / "verifier")
+    config = {"max_position_embeddings": 2048, **rope}
+    source = write_checkpoint(tmp_path / "source", config=config)
+    model = EagleSpeculator.from_pretrained(
+        EagleConverter().convert(source, tmp_path / "out", verifier)
+    )
+
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCABULARY, (2048,), generator=generator)
+    states = torch.randn(2048, HIDDEN, generator=generator)
+    known = {k: v for k, v in (source_config() | config).items() if v is not None}
+    known = known | {k: v for k, v in known.get("rope_parameters", {}).items() if k == "rope_theta"}
+    expected = plain_draft(source_tensors(), known, ids, states)
+    with torch.inference_mode():
+        found = model(ids[None], states[None]).last_hidden_state[0]
+    # Angles up to 2048 are off by 2048 * 2**-24 in float32, and the error propagates.
+    assert largest_difference(found, expected) < 5e-3
+    assert (found.double() - expected).abs().mean() < TOLERANCE
+    wrong = plain_draft(
+        source_tensors(),
+        known | {"rope_theta": 77.0, "rope_scaling": None},
+        ids[:256],
+        states[:256],
+    )
+    assert largest_difference(found[:256], wrong) > 1
 
 
 @every_golden

@@ -40,11 +40,34 @@ def forked(tmp_path: Path, verifier: Path, *arguments: str) -> list[SimpleNamesp
 
 # Stopped
 
+KINDS = {
+    *("before tempfile.mkdtemp", "before fcntl.flock", "before open", "before shutil.rmtree"),
+    *(f"{when} {call}" for when in ("before", "after") for call in ("copy_file_range", "fsync")),
+}
+"""Kinds of moments that every conversion has."""
+
+some_or_every_moment = pytest.mark.parametrize(
+    ("moments", "least"),
+    [
+        ("some", 20),
+        pytest.param("every", 50, marks=pytest.mark.exhaustive),
+    ],
+)
+
+
+def kinds(outcomes: list[SimpleNamespace]) -> set[str]:
+    return {" ".join(outcome.event.split()[:2]) for outcome in outcomes}
+
 
 @pytest.mark.parametrize("scenario", ALL)
-def test_killed_at_any_moment(tmp_path: Path, verifier: Path, scenario: str) -> None:
-    *killed, lived = forked(tmp_path, verifier, "stop", "SIGKILL", scenario)
-    assert len(killed) >= 50
+@some_or_every_moment
+def test_killed_at_any_moment(
+    tmp_path: Path, verifier: Path, scenario: str, moments: str, least: int
+) -> None:
+    """Some: at the first and the last call of each function, and at every rename."""
+    *killed, lived = forked(tmp_path, verifier, "stop", "SIGKILL", moments, scenario)
+    assert len(killed) >= least
+    assert kinds(killed) >= KINDS
     assert {outcome.status for outcome in killed} == {-signal.SIGKILL}
     assert (lived.status, lived.output, lived.siblings) == (0, "first", 0)
     for outcome in killed:
@@ -70,12 +93,20 @@ def test_killed_at_any_moment(tmp_path: Path, verifier: Path, scenario: str) -> 
         ("SIGTERM", 143, "overwrite without swap"),
     ],
 )
+@some_or_every_moment
 def test_told_to_stop_at_any_moment(
-    tmp_path: Path, verifier: Path, number: str, status: int, scenario: str
+    tmp_path: Path,
+    verifier: Path,
+    number: str,
+    status: int,
+    scenario: str,
+    moments: str,
+    least: int,
 ) -> None:
     """Nothing is left, unless it is stopped while the sibling is being locked or removed."""
-    *stopped, _ = forked(tmp_path, verifier, "stop", number, scenario)
-    assert len(stopped) >= 50
+    *stopped, _ = forked(tmp_path, verifier, "stop", number, moments, scenario)
+    assert len(stopped) >= least
+    assert kinds(stopped) >= KINDS
     assert {outcome.status for outcome in stopped} == {status}
     events = [outcome.event for outcome in stopped]
     removing = next(i for i, event in enumerate(events) if event.startswith("before shutil.rmtree"))

@@ -1,6 +1,7 @@
 """Greedy speculation generates what the verifier's own generate does, in fewer passes."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from helpers import GOLDEN_NAMES, golden_vectors, tiny_llama
+from pairwise import pairwise
 from plain_speculation import (
     plain_chain,
     plain_dynamic_tree,
@@ -65,15 +67,24 @@ def draft(verifier: PreTrainedModel) -> EagleSpeculator:
     return knowing_draft(verifier)
 
 
-@pytest.mark.parametrize("name", VERIFIERS)
-@every_proposal
-def test_every_token_is_the_verifiers(name: str, proposal: ProposalMethod | str) -> None:
+CASES: dict[str, tuple[Any, int, int]] = {
+    "a token": (knowing_draft, 1, 12),
+    "a prompt": (knowing_draft, 8, 32),
+    "a draft that knows nothing": (partial(random_draft, layernorms=True), 4, 10),
+}
+"""A draft, the length of the prompt, and the number of tokens to generate."""
+
+
+@pairwise(name=[*VERIFIERS], proposal=PROPOSALS, case=CASES)
+def test_every_token_is_the_verifiers(
+    name: str, proposal: ProposalMethod | str, case: tuple[Any, int, int]
+) -> None:
+    """Each verifier with each proposal, and both with each case; exhaustive: all three."""
     verifier = tiny_verifier(name)
-    knowing, unknowing = knowing_draft(verifier), random_draft(verifier, layernorms=True)
-    for draft, length, new in ((knowing, 1, 12), (knowing, 8, 32), (unknowing, 4, 10)):
-        ids = prompt(length, seed=length)
-        result = speculated(draft, ids, max_new_tokens=new, proposal=proposal)
-        assert torch.equal(result.sequences, plain(verifier, ids, max_new_tokens=new))
+    make, length, new = case
+    ids = prompt(length, seed=length)
+    result = speculated(make(verifier), ids, max_new_tokens=new, proposal=proposal)
+    assert torch.equal(result.sequences, plain(verifier, ids, max_new_tokens=new))
 
 
 @pytest.mark.parametrize("name", VERIFIERS)

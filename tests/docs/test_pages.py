@@ -9,18 +9,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
 import typer
+from loguru import logger
 from typer.core import TyperGroup
 
 from helpers import GOLDEN, PLAIN, source_tensors
 from hub_server import MEMBER, HubServer, patch_hub
 from pages import PAGES, ROOT, RUN, SHOWN, Block, blocks
+from speculators.cli import main
 from speculators.cli.app import app
 from speculators.convert.eagle import EagleConverter
 
@@ -38,6 +41,8 @@ FOUND_BY_HOME = ("HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PA
 """Removed from the environment: pages show what a user sees who sets at most HF_HOME."""
 
 OPERATORS = frozenset({";", "|", "||", "&&", ">"})
+SIMPLE = re.compile(r"(?:HF_TOKEN=(?P<token>\w*) )?(?P<call>speculators [^;&|<>()$*?~`]*)")
+"""Matches a call of `speculators` that needs no shell."""
 
 ALL = [block for page in PAGES for block in blocks(page)]
 
@@ -135,8 +140,15 @@ def test_most_blocks_run() -> None:
     assert sum(block.remark != "not run" for block in runnable) > 20
 
 
+@pytest.mark.parametrize(
+    "own_process", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["here", "alone"]
+)
 @pytest.mark.parametrize("page", PAGES)
-def test_what_is_shown_is_what_happens(page: str, directory: Path) -> None:
+def test_what_is_shown_is_what_happens(page: str, own_process: bool, directory: Path) -> None:
+    """Calls of `speculators` alone run in this process, which has torch; all else in a shell.
+
+    Exhaustive: everything runs in a shell, as it does for a reader.
+    """
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.remark == "file":
@@ -149,7 +161,7 @@ def test_what_is_shown_is_what_happens(page: str, directory: Path) -> None:
             run_python(block, namespace)
         elif block.language == "console":
             for command, shown in block.sessions:
-                run_command(block, command, shown)
+                run_command(block, command, shown, own_process=own_process)
     assert not (directory / "owned").exists()
 
 
@@ -160,7 +172,28 @@ def run_python(block: Block, namespace: dict[str, Any]) -> None:
         assert stdout.getvalue() == block.printed, block.where
 
 
-def run_command(block: Block, command: str, shown: str) -> None:
+def run_command(block: Block, command: str, shown: str, *, own_process: bool) -> None:
+    simple = SIMPLE.fullmatch(command)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FOUND_BY_HOME:
+            patch.delenv(name, raising=False)
+        if own_process or simple is None:
+            status, output = run_shell(command)
+        else:
+            if simple["token"] is not None:
+                patch.setenv("HF_TOKEN", simple["token"])
+            status, output = run_here(simple["call"])
+    where = f"{block.where}: {command}{output}"
+    if not shown or block.remark == "not compared":
+        assert status == 0, where
+    else:
+        expected = re.escape(masked(shown)).replace("\\.\\.\\.\\\n", r"(?:.*\n)*")
+        printed = "".join(f"{line.rstrip()}\n" for line in output.rstrip().splitlines())
+        assert re.fullmatch(expected, masked(printed)), where
+
+
+def run_shell(command: str) -> tuple[int, str]:
+    """The exit status of a command, and what it prints."""
     done = subprocess.run(
         command,
         shell=True,
@@ -168,15 +201,51 @@ def run_command(block: Block, command: str, shown: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={key: value for key, value in os.environ.items() if key not in FOUND_BY_HOME},
     )
-    where = f"{block.where}: {command}{done.stdout}"
-    if not shown or block.remark == "not compared":
-        assert done.returncode == 0, where
-    else:
-        expected = re.escape(masked(shown)).replace("\\.\\.\\.\\\n", r"(?:.*\n)*")
-        printed = "".join(f"{line.rstrip()}\n" for line in done.stdout.rstrip().splitlines())
-        assert re.fullmatch(expected, masked(printed)), where
+    return done.returncode, done.stdout
+
+
+def run_here(command: str) -> tuple[int, str]:
+    """The same for a call of `speculators`, made in this process."""
+    status: object = 0
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as file,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "argv", words_of(command))
+        # By which help tells `speculators` from `python -m pytest`.
+        patch.setattr(sys.modules["__main__"], "__package__", None)
+        with streams_into(file):
+            try:
+                main()
+            except SystemExit as stop:
+                status = stop.code or 0
+            finally:
+                logger.remove()
+        file.seek(0)
+        output = file.read()
+    assert isinstance(status, int)
+    return status, output
+
+
+@contextlib.contextmanager
+def streams_into(file: TextIO) -> Iterator[None]:
+    """Redirect the streams of this process and of those that it starts, buffered as in a pipe."""
+    saved = [os.dup(descriptor) for descriptor in (1, 2)]
+    try:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        with (
+            open(2, "w", buffering=1, encoding="utf-8", closefd=False) as stderr,
+            open(1, "w", encoding="utf-8", closefd=False) as stdout,
+            contextlib.redirect_stderr(stderr),
+            contextlib.redirect_stdout(stdout),
+        ):
+            yield
+    finally:
+        for descriptor, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, descriptor)
+            os.close(copy)
 
 
 def masked(text: str) -> str:
@@ -185,12 +254,17 @@ def masked(text: str) -> str:
     return text
 
 
+def words_of(command: str) -> list[str]:
+    """The words of a command for the shell; operators are words of their own."""
+    return [*shlex.shlex(command.replace("\\\n", " "), posix=True, punctuation_chars=True)]
+
+
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Every call of `speculators` in a console, run or not: its place, and its arguments."""
     for block in ALL:
         for command, _ in block.sessions:
             for line in command.replace("\\\n", " ").splitlines():
-                words = [*shlex.shlex(line, posix=True, punctuation_chars=True)]
+                words = words_of(line)
                 if words[:1] == ["speculators"]:
                     ends = (at for at, word in enumerate(words) if word in OPERATORS)
                     yield block.where, words[1 : next(ends, None)]

@@ -1,12 +1,12 @@
 """The command: what it measures, what it writes, how it stops, and its errors."""
 
+import io
 import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from helpers import (
     Tensors,
     entries,
     golden_vectors,
-    run_process,
     save_quietly,
     source_tensors,
     tiny_llama,
@@ -317,16 +316,22 @@ def test_progress_is_shown_on_a_terminal_unless_quiet(
 
 
 def test_names_that_the_output_cannot_encode_are_shown_all_the_same(
-    pair: Pair, prompts: Path, tmp_path: Path
+    pair: Pair,
+    prompts: Path,
+    speculators: CommandLine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     draft = shutil.copytree(pair.draft, tmp_path / "pr\xe9")
-    run = run_process(
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    run = speculators(
         *("evaluate", draft, "--prompts", prompts, "--limit=1", "--max-new-tokens=3"),
         *("--output", tmp_path / "report"),
-        PYTHONIOENCODING="ascii",
     )
+    sys.stdout.flush()
     assert (run.status, run.errors) == (0, [])
-    assert "pr\\xe9, drafting for" in run.stdout
+    assert b"pr\\xe9, drafting for" in shown.getvalue()
     assert entries(tmp_path / "report") == REPORT_FILES
 
 
@@ -408,26 +413,24 @@ def test_loading_leaves_the_progress_bars_of_transformers_as_they_were(
 
 
 def test_an_interrupted_evaluation_keeps_what_was_measured(
-    arguments: list[str], tmp_path: Path
+    arguments: list[str], speculators: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = """
-import os, signal
-from speculators.evaluate.evaluation import Evaluation
-run = Evaluation.run
-def interrupted(self):
-    for result in run(self):
-        yield result
-        if len(self.measured) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-Evaluation.run = interrupted
-from speculators.cli import main
-main()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], check=False, capture_output=True, text=True
-    )
-    assert done.returncode == 128 + signal.SIGINT, done.stderr
-    assert "Traceback" not in done.stderr
+    run = Evaluation.run
+
+    def interrupted(self: Evaluation) -> Iterator[PromptResult]:
+        for result in run(self):
+            yield result
+            if len(self.measured) == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Evaluation, "run", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = speculators(*arguments)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.status == 128 + signal.SIGINT, done.stderr
+    assert done.errors == ["Interrupted."]
     report = report_in(tmp_path / "report")
     assert not report.complete
     assert [prompt.id for prompt in report.prompts] == ["81", "82"]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 """``make test`` creates this before the tests run."""
 
-PROMPTS, COMPARED, DRAFT_TOKENS, NEW_TOKENS = 4, 2, 3, 24
+DRAFT_TOKENS = 3
 
 
 def published_tensors(directory: Path) -> dict[str, Tensor]:
@@ -33,11 +33,12 @@ def published_tensors(directory: Path) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def plain_acceptance(
-    verifier: Any, tensors: dict[str, Tensor], config: dict[str, Any], prompt: list[int]
+    verifier: Any, tensors: dict[str, Tensor], config: dict[str, Any], prompt: list[int], new: int
 ) -> list[int]:
-    """The number of drafted tokens accepted in each verification step, without any cache.
+    """The number of drafted tokens accepted in each step to ``new`` tokens, without any cache.
 
-    It shares no code with the product: the published tensors are evaluated by ``plain_draft``.
+    It shares no code with the product: the published tensors are evaluated by ``plain_draft``. A
+    pass that checks drafted tokens also gives the states of those that are accepted.
     """
     head = verifier.lm_head.weight
     tensors = tensors | {"embed_tokens.weight": verifier.model.embed_tokens.weight}
@@ -50,50 +51,67 @@ def plain_acceptance(
     def best(state: Tensor) -> int:
         return int((head @ state.to(head.dtype)).argmax())
 
-    tokens, accepted = [*prompt, best(states(prompt)[-1])], list[int]()
-    while len(tokens) < len(prompt) + NEW_TOKENS:
-        fed, drafted = states(tokens[:-1]).double(), list[int]()
+    seen, accepted = states(prompt), list[int]()
+    tokens = [*prompt, best(seen[-1])]
+    while len(tokens) < len(prompt) + new:
+        fed, drafted = seen[: len(tokens) - 1].double(), list[int]()
         for _ in range(DRAFT_TOKENS):
             ids = torch.tensor([*tokens[1:], *drafted])
             fed = torch.cat([fed, plain_draft(tensors, config, ids, fed)[-1:]])
             drafted.append(best(plain_norm(tensors, config, "lm_head_layernorm", fed[-1])))
-        checked = [best(state) for state in states([*tokens, *drafted])[len(tokens) - 1 :]]
+        seen = states([*tokens, *drafted])
+        checked = [best(state) for state in seen[len(tokens) - 1 :]]
         right = next((i for i, t in enumerate(drafted) if t != checked[i]), DRAFT_TOKENS)
         accepted.append(right)
         tokens += checked[: right + 1]
     return accepted
 
 
+@pytest.fixture(scope="module")
+def verifier() -> Any:
+    return AutoModelForCausalLM.from_pretrained(VERIFIER, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "compared", "tokens"),
+    [(1, 1, 16), pytest.param(4, 2, 24, marks=pytest.mark.exhaustive)],
+)
 @pytest.mark.parametrize("name", ["eagle1", "hass", "layernorms"])
 def test_a_trained_draft_is_accepted_as_often_as_before_conversion(
-    tmp_path: Path, speculators: CommandLine, name: str
+    tmp_path: Path,
+    speculators: CommandLine,
+    verifier: Any,
+    name: str,
+    prompts: int,
+    compared: int,
+    tokens: int,
 ) -> None:
+    """One prompt, which is compared; exhaustive: four, of which two are compared, and longer."""
     published = ROOT / "examples" / f"smollm2-135m-{name}"
     draft, report = tmp_path / "draft", tmp_path / "report"
     converting = ("convert", "eagle", published, draft, VERIFIER, "--no-validate")
     assert speculators(*converting).status == 0
     run = speculators(
-        "evaluate", draft, f"--limit={PROMPTS}", f"--max-new-tokens={NEW_TOKENS}",
+        "evaluate", draft, f"--limit={prompts}", f"--max-new-tokens={tokens}",
         f"--num-draft-tokens={DRAFT_TOKENS}", "--output", report,
     )  # fmt: skip
     assert run.status == 0, run.stderr
     measured = Report.model_validate_json((report / "report.json").read_text())
     result = measured.results[0].overall
-    assert result.identical == PROMPTS
+    assert result.identical == prompts
     assert result.acceptance_length is not None
     assert result.acceptance_length > 1.8  # 1 is a draft that never guesses right
 
     tensors = published_tensors(published)
     config = json.loads((published / "config.json").read_text())
-    verifier: Any = AutoModelForCausalLM.from_pretrained(VERIFIER, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(VERIFIER)
-    prompts = read_prompts(OWN_PROMPTS)[:COMPARED]
-    for prompt, found in zip(prompts, measured.prompts[:COMPARED], strict=True):
-        asked = tokenizer.apply_chat_template(
+    asked = read_prompts(OWN_PROMPTS)[:compared]
+    for prompt, found in zip(asked, measured.prompts[:compared], strict=True):
+        ids = tokenizer.apply_chat_template(
             [message.model_dump() for message in prompt.messages],
             add_generation_prompt=True,
             return_dict=True,
-        )
-        expected = plain_acceptance(verifier, tensors, config, asked["input_ids"])
+        )["input_ids"]
+        expected = plain_acceptance(verifier, tensors, config, ids, tokens)
         acceptance = found.speculative[0].acceptance
         assert (acceptance.steps, sum(acceptance.accepted)) == (len(expected), sum(expected))

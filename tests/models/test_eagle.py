@@ -214,6 +214,26 @@ def test_attach_takes_a_model_and_shares_it(model: EagleSpeculator) -> None:
     assert largest_difference(logits_of(model), expected) < 2 * TOLERANCE
 
 
+def test_from_pretrained_takes_a_verifier(converted: dict[str, Path], verifier: Path) -> None:
+    g = golden_vectors(PLAIN)
+    for given in (tiny_llama(g["lm_head.weight"]), verifier, str(verifier)):
+        model = EagleSpeculator.from_pretrained(converted[PLAIN], verifier=given)
+        assert model.verifier is not None
+        logits = model(g["input_ids"], g["hidden_states"]).logits
+        assert largest_difference(logits, g["logits"]) < TOLERANCE
+
+
+def test_a_bfloat16_verifier_serves_a_float32_draft(converted: dict[str, Path]) -> None:
+    g = golden_vectors(PLAIN)
+    verifier = tiny_llama(g["lm_head.weight"]).bfloat16()
+    model = EagleSpeculator.from_pretrained(converted[PLAIN], verifier=verifier)
+    output = model(g["input_ids"], g["hidden_states"].bfloat16())
+    assert model.fc.weight.dtype == torch.float32
+    assert output.logits.dtype == torch.bfloat16
+    # States, head and product are rounded once each; see test_golden for the bound.
+    assert largest_difference(output.logits, g["logits"]) < 2**-5 * g["logits"].abs().max()
+
+
 @pytest.mark.parametrize("kind", [str, Path])
 def test_attach_takes_a_path(
     model: EagleSpeculator, verifier: Path, kind: Callable[[Path], str | Path]
@@ -330,6 +350,24 @@ def test_where_the_verifier_is_gone_a_warning_and_later_an_error(
             model.draft(g["input_ids"], g["hidden_states"])
     model.attach_verifier(tmp_path / "moved")
     assert is_golden(model)
+
+
+def test_an_embedding_of_its_own_is_used_instead_of_the_verifiers(
+    converted: dict[str, Path],
+) -> None:
+    """The verifier has another embedding, and the golden logits were computed with the draft's."""
+    own = source_tensors()["embed_tokens.weight"]
+    assert torch.equal(stored_tensors(converted[PLAIN])["embed_tokens.weight"], own)
+    model = EagleSpeculator.from_pretrained(converted[PLAIN])
+    embedding = tiny_llama().get_input_embeddings()
+    assert isinstance(embedding.weight, torch.Tensor)
+    assert not torch.equal(embedding.weight, own)
+    g = golden_vectors(PLAIN)
+    logits = model(g["input_ids"], g["hidden_states"]).logits
+    assert largest_difference(logits, g["logits"]) < TOLERANCE
+    model.attach_verifier(tiny_llama(g["lm_head.weight"]))
+    logits = model(g["input_ids"], g["hidden_states"]).logits
+    assert largest_difference(logits, g["logits"]) < TOLERANCE
 
 
 # What is not a converted draft
