@@ -26,7 +26,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
-from transformers.utils.generic import ModelOutput
 
 from speculators import __version__
 from speculators.checkpoint.hub.upload import README, SAVED, check_upload, upload
@@ -45,6 +44,7 @@ from speculators.format.config import (
 )
 from speculators.format.layouts import LEGACY_PREFIXES
 from speculators.format.tensors import features_of
+from speculators.models.output import CACHE, DraftOutput, the_cache
 from speculators.models.placement import device_of
 from speculators.models.tensors import read_tensor
 
@@ -184,21 +184,8 @@ class EagleSpeculatorConfig(PreTrainedConfig):
         return self.to_dict()
 
 
-@dataclass
-class EagleOutput(ModelOutput):
-    """The output of a forward pass.
-
-    Attributes:
-        logits: (batch, sequence, vocabulary), in the head's dtype.
-        last_hidden_state: (batch, sequence, hidden), the layer's output, before the norm ahead of
-            the head: this is fed back as the next position's hidden state.
-        past_key_values: the layer's cache, if one is used.
-
-    """
-
-    logits: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
+EagleOutput = DraftOutput
+"""The name of ``DraftOutput`` from before there were other drafts than EAGLE's."""
 
 
 class EagleSpeculator(PreTrainedModel):
@@ -215,7 +202,7 @@ class EagleSpeculator(PreTrainedModel):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -508,8 +495,9 @@ class EagleSpeculator(PreTrainedModel):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
-    ) -> EagleOutput | tuple[Any, ...]:
+    ) -> DraftOutput | tuple[Any, ...]:
         """Compute the draft's logits from tokens and the verifier's hidden states.
 
         Position t takes token t+1 and the verifier's last hidden state at token t (after the final
@@ -523,8 +511,9 @@ class EagleSpeculator(PreTrainedModel):
             position_ids: (batch, sequence); if not given, they continue from the cache.
             past_key_values: the cache that an earlier call returned.
             use_cache: return a cache; implied by ``past_key_values``.
-            return_dict: ``False`` for a tuple instead of an ``EagleOutput``.
+            return_dict: ``False`` for a tuple instead of a ``DraftOutput``.
             logits_to_keep: compute logits for this many positions at the end; 0 for all.
+            cache: the other name of ``past_key_values``.
             **kwargs: passed on to the attention.
 
         Raises:
@@ -538,15 +527,15 @@ class EagleSpeculator(PreTrainedModel):
             hidden_states,
             attention_mask,
             position_ids,
-            past_key_values,
+            the_cache(cache, past_key_values),
             use_cache,
             **kwargs,
         )
         assert drafted.last_hidden_state is not None
-        output = EagleOutput(
+        output = DraftOutput(
             logits=self.logits(drafted.last_hidden_state[:, -logits_to_keep:]),
             last_hidden_state=drafted.last_hidden_state,
-            past_key_values=drafted.past_key_values,
+            cache=drafted.cache,
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -559,7 +548,7 @@ class EagleSpeculator(PreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> EagleOutput:
+    ) -> DraftOutput:
         """Run ``forward`` without the head; ``logits`` is ``None`` in the output."""
         device, dtype = self.device, self.fc.weight.dtype
         input_ids = input_ids.to(device)
@@ -582,19 +571,19 @@ class EagleSpeculator(PreTrainedModel):
             config=self.config.layer,
             inputs_embeds=fused,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: past_key_values},
         )
         x = self.layers[0](
             fused,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=past_key_values is not None,
             position_embeddings=self.rotary_emb(fused, position_ids=position_ids),
+            **{CACHE: past_key_values},
             **kwargs,
         )
-        return EagleOutput(last_hidden_state=x.to(device), past_key_values=past_key_values)
+        return DraftOutput(last_hidden_state=x.to(device), cache=past_key_values)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Apply the head, as ``forward`` does after the layer.
