@@ -29,7 +29,7 @@ from speculators.decode.refusals import (
     check_proposal,
     left_padding,
 )
-from speculators.decode.sampling import Choice, Warp, warp_of
+from speculators.decode.sampling import Choice, Warp, for_row, warp_of
 from speculators.decode.steps import Steps
 from speculators.decode.stopping import Stopping
 from speculators.decode.tree import Tree
@@ -123,6 +123,7 @@ class Prompt:
     """One prompt and the tokens generated so far."""
 
     tokens: list[int]
+    choice: Choice
     stopping: Stopping
     streamer: BaseStreamer | None
     ended: bool = False
@@ -154,7 +155,6 @@ def _decode(
     **inputs: Any,
 ) -> Generation:
     """The decoding loop that transformers' ``generate`` calls once it has prepared its inputs."""
-    choice = Choice(logits_processor, bool(generation_config.do_sample), input_ids.device)
     stopping = Stopping(stopping_criteria, input_ids.device)
     check_generation(generation_config, logits_processor)
     if len(input_ids) > 1:
@@ -164,11 +164,17 @@ def _decode(
     warp = warp_of(logits_processor)
     max_length = int(generation_config.max_length or 0)
 
-    prompts = [Prompt(tokens, stopping, streamer) for tokens in input_ids.tolist()]
+    do_sample, device = bool(generation_config.do_sample), input_ids.device
+    prompts = [
+        Prompt(
+            tokens, Choice(for_row(logits_processor, row), do_sample, device), stopping, streamer
+        )
+        for row, tokens in enumerate(input_ids.tolist())
+    ]
     with steps_of(draft, verifier, padding, proposal, warp, max_length, workspace) as steps:
         logits, states = steps.prefill(input_ids, attention_mask, inputs.get("position_ids"))
         for prompt, last in zip(prompts, logits, strict=True):
-            prompt.extend([choice(prompt.tokens, last)])
+            prompt.extend([prompt.choice(prompt.tokens, last)])
         unseen = [prompt.tokens[-1:] for prompt in prompts]  # by the draft
         active = prompts
         while going_on := [row for row, prompt in enumerate(active) if not prompt.ended]:
@@ -178,7 +184,7 @@ def _decode(
                 states = states[going_on, : max(map(len, unseen))]
                 steps.select(going_on)
             tree = steps.propose(unseen, states)
-            paths, unseen = _follow(tree, *steps.verify(tree), active, choice)
+            paths, unseen = _follow(tree, *steps.verify(tree), active)
             states = steps.keep(tree, paths)
     if streamer is not None:
         streamer.end()
@@ -214,7 +220,7 @@ def steps_of(
 
 
 def _follow(
-    tree: Tree, logits: Tensor, told: Tensor, prompts: Sequence[Prompt], choice: Choice
+    tree: Tree, logits: Tensor, told: Tensor, prompts: Sequence[Prompt]
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Follow the verifier's choices down each row's tree, and add its tokens to the prompts.
 
@@ -225,8 +231,8 @@ def _follow(
     tokens, parents, best = told.tolist()
     paths, chosen = [], []
     for row, prompt in enumerate(prompts):
-        choose = _chooser(tree, logits, row, prompt, choice)
-        if choice.is_best:
+        choose = _chooser(tree, logits, row, prompt)
+        if prompt.choice.is_best:
             choose = best[row].__getitem__
         path, drawn = walk(children_of(tokens[row], parents[row]), choose)
         prompt.accepted.append(len(path) - 1)
@@ -237,9 +243,7 @@ def _follow(
     return paths, chosen
 
 
-def _chooser(
-    tree: Tree, logits: Tensor, row: int, prompt: Prompt, choice: Choice
-) -> Callable[[int], int]:
+def _chooser(tree: Tree, logits: Tensor, row: int, prompt: Prompt) -> Callable[[int], int]:
     """A function from a node of a row to the verifier's choice after it.
 
     It must be called for the nodes of one path, in order, starting at the root.
@@ -250,7 +254,7 @@ def _chooser(
         proposed = q = None
         if tree.probabilities is not None and node < tree.probabilities.shape[1]:
             proposed, q = tree.tokens[row, node + 1 : node + 2], tree.probabilities[row, node]
-        before.append(choice(before, logits[row, node], proposed, q))
+        before.append(prompt.choice(before, logits[row, node], proposed, q))
         return before[-1]
 
     return choose
