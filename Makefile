@@ -10,11 +10,15 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
+# Of each part of the suite, what would notice that a dependency has changed.
+WITH_OTHER_RELEASES := tests/models tests/convert/test_golden.py tests/decode/test_greedy.py \
+	tests/cli tests/inspection tests/checkpoint/test_hub.py
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm lint docs bench bench-vllm clean
+.PHONY: help demo test test-oldest test-newest test-vllm lint docs bench bench-vllm clean
 
 help:  ## list what can be made
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +38,19 @@ demo: $(VERIFIER)  ## convert a real trained draft, prove it, and measure how we
 
 test: $(VERIFIER)  ## run the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+.venv-oldest/.installed .venv-newest/.installed: \
+.venv-%/.installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints-$*.txt --editable '.[evaluate]' accelerate hypothesis pytest-xdist
+	touch $@
+
+test-oldest:  ## test with the oldest releases of what is needed
+test-newest:  ## test with the newest releases of what is needed
+test-oldest test-newest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest -n 2 $(WITH_OTHER_RELEASES)
 
 # Where a wheel of vLLM's CPU backend or of torch for it is not to be had, there is no test.
 $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
@@ -71,4 +88,4 @@ bench-vllm: $(VERIFIER) $(VLLM_INSTALLED)  ## compare the plugin with vLLM's own
 	$(VLLM_BIN)/python benchmarks/serving.py
 
 clean:  ## remove what was made here
-	rm -rf $(VENV) $(VLLM_VENV) $(CACHE) build dist site
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VLLM_VENV) $(CACHE) build dist site

@@ -1,6 +1,23 @@
 """Convert draft models to one standard format, prove them, run them and measure them."""
 
-__all__ = ["__version__"]
+import os.path  # pathlib would take longer to import
+
+__all__ = ["ANOTHERS", "HOMEPAGE", "__version__"]
+
+HOMEPAGE: str | None = None
+"""The address of the project's repository, once it has a public one; the only place that says it."""
+
+ANOTHERS = "config.py"
+"""A module that every release of the PyPI project called speculators has, and this one has not."""
+
+if os.path.exists(os.path.join(os.path.dirname(__file__), ANOTHERS)):  # noqa: PTH110, PTH118, PTH120
+    import warnings
+
+    warnings.warn(
+        "Two projects called speculators are installed over each other, so that neither works as "
+        "it should; `speculators doctor` says what to do.",
+        stacklevel=2,
+    )
 
 
 def __getattr__(name: str) -> str:

@@ -1,6 +1,7 @@
 """`speculators doctor`, on simulated installations, which consist of package metadata only."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import speculators as package
 from helpers import CommandLine, run_process
 from hub_server import MEMBER, HubServer, hub_environment, patch_hub
 from speculators import __version__
@@ -109,6 +111,37 @@ def test_another_python(site: Path, speculators: CommandLine) -> None:
     code, checks = diagnosed(speculators)
     assert code == 1
     assert checks["python"]["status"] == "broken"
+
+
+# The other project of this name
+
+
+def test_metadata_of_the_other_project(site: Path, speculators: CommandLine) -> None:
+    install(site, "speculators", "0.9.0", "Requires-Python: >=3.11")
+    record = site / "speculators-0.9.0.dist-info" / "RECORD"
+    record.write_text("speculators/__init__.py,,\nspeculators/config.py,,\n")
+    code, checks = diagnosed(speculators)
+    assert code == 1
+    assert checks["another speculators"]["status"] == "broken"
+    assert checks["another speculators"]["found"] == f"0.9.0 in {site / 'speculators'}"
+
+
+def test_files_of_the_other_project_among_ours(tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed" / "speculators"
+    shutil.copytree(Path(package.__file__).parent, mixed)
+    (mixed / "config.py").write_text("")
+    run = run_process("doctor", cwd=None, PYTHONPATH=str(mixed.parent), COLUMNS="400")
+    assert run.status == 1
+    assert "`speculators doctor` says what to do" in run.stderr
+    line = next(it for it in run.stdout.splitlines() if "another speculators" in it)
+    assert line.startswith("broken")
+    assert f"delete {mixed}" in line
+
+
+def test_alone_there_is_no_notice(speculators: CommandLine) -> None:
+    _, checks = diagnosed(speculators)
+    assert "another speculators" not in checks
+    assert run_process("--version", cwd=None).stderr == ""
 
 
 # vLLM

@@ -662,15 +662,3 @@ def test_a_borrowed_head_is_not_trained(model: EagleSpeculator) -> None:
     logits.logits.sum().backward()
     assert head.weight.grad is None
     assert model.fc.weight.grad is not None
-
-
-# The output
-
-
-def test_an_output_by_name_key_and_position(model: EagleSpeculator) -> None:
-    g = golden_vectors(PLAIN)
-    output = model(g["input_ids"], g["hidden_states"], use_cache=True)
-    assert list(output.keys()) == ["logits", "last_hidden_state", "past_key_values"]
-    assert output["logits"] is output.logits is output[0]
-    assert output["last_hidden_state"] is output[1]
-    assert output.past_key_values.get_seq_length() == 24

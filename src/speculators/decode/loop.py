@@ -30,7 +30,7 @@ from speculators.decode.refusals import (
     check_proposal,
     left_padding,
 )
-from speculators.decode.sampling import Choice, Warp, warp_of
+from speculators.decode.sampling import Choice, Warp, for_row, warp_of
 from speculators.decode.steps import Steps
 from speculators.decode.stopping import Stopping
 from speculators.decode.tree import Tree
@@ -125,6 +125,7 @@ class Continuation:
 
     Attributes:
         tokens: of both, padding included.
+        choice: how the verifier chooses its tokens.
         stopping: tells when it ends.
         streamer: receives each new token.
         ended: whether it has ended.
@@ -134,6 +135,7 @@ class Continuation:
     """
 
     tokens: list[int]
+    choice: Choice
     stopping: Stopping
     streamer: BaseStreamer | None
     ended: bool = False
@@ -165,7 +167,7 @@ def _decode(
     **inputs: Any,
 ) -> Generation:
     """The decoding loop that transformers' ``generate`` calls once it has prepared its inputs."""
-    choice = Choice(logits_processor, bool(generation_config.do_sample), input_ids.device)
+    do_sample, device = bool(generation_config.do_sample), input_ids.device
     stopping = Stopping(stopping_criteria, input_ids.device)
     check_generation(generation_config, logits_processor)
     if len(input_ids) > 1:
@@ -175,11 +177,16 @@ def _decode(
     warp = warp_of(logits_processor)
     max_length = int(generation_config.max_length or 0)
 
-    continuations = [Continuation(tokens, stopping, streamer) for tokens in input_ids.tolist()]
+    continuations = [
+        Continuation(
+            tokens, Choice(for_row(logits_processor, row), do_sample, device), stopping, streamer
+        )
+        for row, tokens in enumerate(input_ids.tolist())
+    ]
     with steps_of(draft, verifier, padding, proposal, warp, max_length, workspace) as steps:
         logits, states = steps.prefill(input_ids, attention_mask, inputs.get("position_ids"))
         for continuation, last in zip(continuations, logits, strict=True):
-            continuation.extend([choice(continuation.tokens, last)])
+            continuation.extend([continuation.choice(continuation.tokens, last)])
         unseen = [continuation.tokens[-1:] for continuation in continuations]  # by the draft
         active = continuations
         while remaining := [row for row, one in enumerate(active) if not one.ended]:
@@ -189,7 +196,7 @@ def _decode(
                 states = states[remaining, : max(map(len, unseen))]
                 steps.select(remaining)
             tree = steps.propose(unseen, states)
-            paths, unseen = _follow(tree, *steps.verify(tree), active, choice)
+            paths, unseen = _follow(tree, *steps.verify(tree), active)
             states = steps.keep(tree, paths)
     if streamer is not None:
         streamer.end()
@@ -231,7 +238,6 @@ def _follow(
     logits: Tensor,
     packed: Tensor,
     continuations: Sequence[Continuation],
-    choice: Choice,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Follow the verifier's choices down each row's tree, and add its tokens to the continuations.
 
@@ -240,7 +246,6 @@ def _follow(
         logits: (rows, nodes, vocabulary), the verifier's.
         packed: see ``packed_for_host``.
         continuations: by row.
-        choice: how the verifier chooses.
 
     Returns:
         by row, the nodes on the path, and the verifier's token after each of them.
@@ -249,8 +254,8 @@ def _follow(
     tokens, parents, best = packed.tolist()
     paths, chosen = [], []
     for row, continuation in enumerate(continuations):
-        choose = _chooser(tree, logits, row, continuation, choice)
-        if choice.is_argmax:
+        choose = _chooser(tree, logits, row, continuation)
+        if continuation.choice.is_argmax:
             choose = best[row].__getitem__
         path, drawn = walk(children_of(tokens[row], parents[row]), choose)
         continuation.accepted.append(len(path) - 1)
@@ -262,7 +267,7 @@ def _follow(
 
 
 def _chooser(
-    tree: Tree, logits: Tensor, row: int, continuation: Continuation, choice: Choice
+    tree: Tree, logits: Tensor, row: int, continuation: Continuation
 ) -> Callable[[int], int]:
     """A function from a node of a row to the verifier's choice after it.
 
@@ -274,7 +279,7 @@ def _chooser(
         proposed = q = None
         if tree.probabilities is not None and node < tree.probabilities.shape[1]:
             proposed, q = tree.tokens[row, node + 1 : node + 2], tree.probabilities[row, node]
-        before.append(choice(before, logits[row, node], proposed, q))
+        before.append(continuation.choice(before, logits[row, node], proposed, q))
         return before[-1]
 
     return choose

@@ -29,7 +29,7 @@ __all__ = [
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
-ARGUMENTS = ("assistant_model", "custom_generate", "inputs_embeds", "past_key_values")
+ARGUMENTS = ("assistant_model", "custom_generate", "inputs_embeds", "past_key_values", "cache")
 """Arguments of ``generate`` that would replace a part of speculative decoding."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {

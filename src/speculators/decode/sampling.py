@@ -12,6 +12,7 @@ arXiv:2211.17192; Chen et al., 2023, arXiv:2302.01318). The proposed token is ac
 probability min(1, p/q); otherwise a token is sampled from max(0, p - q), normalised.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ from transformers.generation.logits_process import (
 
 from speculators.errors import GenerationError
 
-__all__ = ["Choice", "Warp", "coupled_draw", "draw", "warp_of"]
+__all__ = ["Choice", "Warp", "coupled_draw", "draw", "for_row", "warp_of"]
 
 WARPERS = (
     EpsilonLogitsWarper,
@@ -110,6 +111,20 @@ class Choice:
                 "sampling settings leave none. If it overflows in float16, load it in bfloat16."
             )
         return token
+
+
+def for_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The processors for one row of a batch.
+
+    From transformers 5.23 on the repetition penalty knows how much of each row is padding.
+    """
+    alone = LogitsProcessorList(processors)
+    for at, processor in enumerate(processors):
+        lengths = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(lengths, Tensor):
+            alone[at] = copy.copy(processor)
+            alone[at].prompt_ignore_length = lengths[row : row + 1]
+    return alone
 
 
 def draw(p: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class VerifierPass:
         self.last_position = max(known, max_length) - 1
         takes = inspect.signature(type(model).forward).parameters
         self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        # transformers calls it past_key_values until 5.23, and cache from 5.24 on.
+        self.cache_argument = "cache" if "cache" in takes else "past_key_values"
         # The device of the prompts, set by ``prefill``: later tokens go there too, wherever the
         # layers of a model are that is spread over several devices.
         self._device = model.device
@@ -146,8 +148,8 @@ class VerifierPass:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_argument: self.cache},
             **settings,
         ).logits
         return logits, self._capture.take()

@@ -1,4 +1,4 @@
-"""Whether the installation works: versions, vLLM and its plugin, the Hub and its cache.
+"""Whether the installation works: versions, namesakes, vLLM and its plugin, the Hub and its cache.
 
 Nothing heavy is imported: what is installed is read from the packages' metadata.
 """
@@ -10,14 +10,15 @@ import shutil
 from collections.abc import Collection, Iterator
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict
 
-from speculators import __version__
+import speculators
+from speculators import ANOTHERS, __version__
 
 __all__ = ["Check", "Diagnosis", "diagnose"]
 
@@ -61,7 +62,7 @@ class Diagnosis(BaseModel):
 
 def diagnose() -> Diagnosis:
     """Check everything that can be checked without importing torch or using the network."""
-    checks = [check for look in (_python, _packages, _vllm, _hub) for check in look()]
+    checks = [check for look in (_python, _namesake, _packages, _vllm, _hub) for check in look()]
     return Diagnosis(ok=all(check.status != "broken" for check in checks), checks=checks)
 
 
@@ -69,6 +70,26 @@ def _python() -> Iterator[Check]:
     yield Check(name="speculators", status="ok", found=__version__)
     expected = metadata.metadata("speculators")["Requires-Python"]
     yield _versioned("python", platform.python_version(), SpecifierSet(expected))
+
+
+def _namesake() -> Iterator[Check]:
+    """The project called speculators on PyPI, whose package has the same name as this one's."""
+    others = [
+        (distribution.version, Path(str(distribution.locate_file("speculators"))))
+        for distribution in metadata.distributions(name="speculators")
+        if PurePosixPath("speculators", ANOTHERS) in (distribution.files or ())
+    ]
+    here = Path(speculators.__file__).parent
+    if not others and (here / ANOTHERS).exists():
+        others.append(("some release", here))
+    for version, folder in others:
+        yield Check(
+            name="another speculators",
+            status="broken",
+            found=f"{version} in {folder}",
+            advice=f"pip uninstall speculators, until there is none left, then delete {folder} "
+            "and install this project again",
+        )
 
 
 def _packages() -> Iterator[Check]:

@@ -15,13 +15,14 @@ from transformers.masking_utils import create_causal_mask
 from speculators.families.eagle import EAGLE
 from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.layers import LAYER_CLASSES
-from speculators.models.output import DraftOutput
+from speculators.models.output import CACHE, DraftOutput
 from speculators.models.placement import device_of
 from speculators.models.speculator import Speculator
 
 __all__ = ["EagleOutput", "EagleSpeculator", "EagleSpeculatorConfig"]
 
 EagleOutput = DraftOutput
+"""The name of ``DraftOutput`` from before there were other drafts than EAGLE's."""
 
 
 class EagleSpeculatorConfig(SpeculatorPretrainedConfig):
@@ -113,23 +114,24 @@ class EagleSpeculator(Speculator):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + fused.shape[1], device=device).unsqueeze(0)
+        cached: dict[str, Any] = {CACHE: past_key_values}
         mask = create_causal_mask(
             config=self.config.layer,
             inputs_embeds=fused,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **cached,
         )
         x = self.layers[0](
             fused,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=past_key_values is not None,
             position_embeddings=self.rotary_emb(fused, position_ids=position_ids),
+            **cached,
             **kwargs,
         )
-        return DraftOutput(last_hidden_state=x.to(device), past_key_values=past_key_values)
+        return DraftOutput(last_hidden_state=x.to(device), cache=past_key_values)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Apply the head, as ``forward`` does after the layer.

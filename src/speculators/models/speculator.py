@@ -26,7 +26,7 @@ from speculators.families.card import model_card
 from speculators.families.converted import Converted, open_converted
 from speculators.format.config import ProposalMethod
 from speculators.models.config import SpeculatorPretrainedConfig
-from speculators.models.output import DraftOutput
+from speculators.models.output import DraftOutput, the_cache
 from speculators.models.placement import device_of
 from speculators.models.tensors import read_tensor
 
@@ -69,7 +69,7 @@ class Speculator(PreTrainedModel):
     config: SpeculatorPretrainedConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -416,6 +416,7 @@ class Speculator(PreTrainedModel):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> DraftOutput | tuple[Any, ...]:
         """Compute the draft's logits from tokens and the verifier's hidden states.
@@ -431,8 +432,9 @@ class Speculator(PreTrainedModel):
             position_ids: (batch, sequence); if not given, they continue from the cache.
             past_key_values: the cache that an earlier call returned.
             use_cache: return a cache; implied by ``past_key_values``.
-            return_dict: ``False`` for a tuple instead of an ``DraftOutput``.
+            return_dict: ``False`` for a tuple instead of a ``DraftOutput``.
             logits_to_keep: compute logits for this many positions at the end; 0 for all.
+            cache: the other name of ``past_key_values``.
             **kwargs: passed on to the attention.
 
         Raises:
@@ -446,7 +448,7 @@ class Speculator(PreTrainedModel):
             self.project(hidden_states),
             attention_mask,
             position_ids,
-            past_key_values,
+            the_cache(cache, past_key_values),
             use_cache,
             **kwargs,
         )
@@ -454,7 +456,7 @@ class Speculator(PreTrainedModel):
         output = DraftOutput(
             logits=self.logits(drafted.last_hidden_state[:, -logits_to_keep:]),
             last_hidden_state=drafted.last_hidden_state,
-            past_key_values=drafted.past_key_values,
+            cache=drafted.cache,
         )
         return output if return_dict is not False else output.to_tuple()
 
