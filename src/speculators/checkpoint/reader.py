@@ -10,6 +10,7 @@ from loguru import logger
 from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.files.safetensors_file import read_safetensors_file
 from speculators.checkpoint.files.torch_file import read_torch_file
+from speculators.checkpoint.identity import FileIdentity
 from speculators.checkpoint.repository import Repository
 from speculators.checkpoint.tensor import TensorInfo, check_name
 from speculators.errors import CheckpointError, NoWeightsError, printable
@@ -67,6 +68,15 @@ class Checkpoint:
     commit: str | None = None
     """The commit that the files come from, if they come from the Hub."""
 
+    config_identity: FileIdentity | None = None
+    """What ``config_file`` was when it was read."""
+
+    @property
+    def files(self) -> dict[Path, FileIdentity | None]:
+        """The files that config and tensors lie in, and what they were when they were read."""
+        tensors = {info.file: info.identity for info in self.tensors.values()}
+        return {self.config_file: self.config_identity, **tensors}
+
 
 def read_checkpoint(repository: Repository) -> Checkpoint:
     """Read a checkpoint's config.json and the headers of its weight files.
@@ -77,9 +87,9 @@ def read_checkpoint(repository: Repository) -> Checkpoint:
 
     """
     _weights_of(repository)
-    config, config_file = read_config(repository)
+    config, config_file, identity = _read_config(repository)
     tensors = read_tensors(repository)
-    return Checkpoint(repository.name, config, config_file, tensors, repository.commit)
+    return Checkpoint(repository.name, config, config_file, tensors, repository.commit, identity)
 
 
 def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:
@@ -90,6 +100,11 @@ def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:
         HubError: if it cannot be fetched from the Hub.
 
     """
+    config, path, _ = _read_config(repository)
+    return config, path
+
+
+def _read_config(repository: Repository) -> tuple[dict[str, Any], Path, FileIdentity]:
     path = repository.file("config.json")
     if path is None:
         where = " beside it" if repository.weights else ""
@@ -97,7 +112,8 @@ def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:
             f"{repository.name} has no config.json{where}, so it is not a checkpoint; "
             "give the directory that holds config.json and the weights."
         )
-    return read_json(path), path
+    identity = FileIdentity.at(path)
+    return read_json(path, identity=identity), path, identity
 
 
 def read_tensors(

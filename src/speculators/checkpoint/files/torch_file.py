@@ -11,11 +11,12 @@ rebuild functions in ``torch/_utils.py``.
 
 import io
 import math
+import os
 import struct
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from loguru import logger
 
@@ -29,6 +30,7 @@ from speculators.checkpoint.files.pickle_data import (
     Refused,
     read_pickle,
 )
+from speculators.checkpoint.identity import FileIdentity, open_unchanged
 from speculators.checkpoint.tensor import MAX_SIZE, TensorInfo, check_name, check_sizes
 from speculators.errors import CheckpointError, printable
 
@@ -143,7 +145,9 @@ def read_torch_file(path: Path) -> dict[str, TensorInfo]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing or is not a file: check the path.")
     try:
-        with path.open("rb") as file:
+        with open_unchanged(path, None) as raw:
+            identity = FileIdentity.at(raw.fileno())
+            file = io.BufferedReader(cast("io.RawIOBase", raw))
             refuse_other_files(file, path, OTHER_FILES)
             read = _read_zip if file.read(2) == b"PK" else _read_legacy
             file.seek(0)
@@ -151,7 +155,9 @@ def read_torch_file(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): check it.") from error
     tensors = _find_tensors(value, path)
-    return {name: _tensor_info(name, tensor, spans, path) for name, tensor in tensors.items()}
+    return {
+        name: _tensor_info(name, tensor, spans, path, identity) for name, tensor in tensors.items()
+    }
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -196,7 +202,10 @@ _GLOBALS: dict[tuple[str, str], object] = {
 
 
 class _Storages(dict[str, _Storage]):
-    """The storages that a pickle's persistent ids name, by key."""
+    """The storages that the persistent ids of a file's pickle name, by key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def add(self, persistent_id: object) -> _Storage:
         match persistent_id:
@@ -205,8 +214,16 @@ class _Storages(dict[str, _Storage]):
                 if count < 0 or view not in ([], [None]):
                     raise ValueError("not a whole storage")
                 storage = _Storage(key, dtype, count * dtype.size)
-                if self.setdefault(key, storage).nbytes != storage.nbytes:
+                first = self.setdefault(key, storage)
+                if first.nbytes != storage.nbytes:
                     raise ValueError("one storage has two sizes")
+                # torch.load would read both as the first; torch.save writes no such file.
+                if first.dtype != dtype and storage.nbytes:
+                    raise CheckpointError(
+                        f"{self.path} has the storage {printable(key)} as {first.dtype.name} and "
+                        f"as {dtype.name}, so what it holds depends on who reads it: save the "
+                        "weights again."
+                    )
                 return storage
         raise Refused("a persistent id that names no storage")
 
@@ -235,7 +252,7 @@ def _read_zip(file: IO[bytes], path: Path) -> _Content:
         raise _big_endian(path)
     file.seek(pickled.start)
     value = read_pickle(
-        file, name=str(path), size=pickled.size, admitted=_GLOBALS, persistent=_Storages().add
+        file, name=str(path), size=pickled.size, admitted=_GLOBALS, persistent=_Storages(path).add
     )
     if file.tell() != pickled.start + pickled.size:
         raise _damaged(path, "its pickle ends before its entry does")
@@ -252,12 +269,13 @@ def _zip_entries(file: IO[bytes], path: Path) -> dict[str, _Span]:
     verified, because ``torch.save`` can be told to leave them out.
     """
     try:
-        with _CautiousReader(io.FileIO(path)) as reader, zipfile.ZipFile(reader) as archive:
+        raw = io.FileIO(file.fileno(), closefd=False)
+        with _CautiousReader(raw) as reader, zipfile.ZipFile(reader) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     except (zipfile.BadZipFile, NotImplementedError, struct.error, *MALFORMED):
         raise _damaged(path, "it has no readable zip directory at its end") from None
     entries: dict[str, _Span] = {}
-    size, end = path.stat().st_size, 0
+    size, end = os.fstat(file.fileno()).st_size, 0
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ZIP_ENCRYPTED:
             raise CheckpointError(
@@ -286,8 +304,8 @@ def _zip_entries(file: IO[bytes], path: Path) -> dict[str, _Span]:
 
 
 def _read_legacy(file: IO[bytes], path: Path) -> _Content:
-    size = path.stat().st_size
-    storages = _Storages()
+    size = os.fstat(file.fileno()).st_size
+    storages = _Storages(path)
 
     def read() -> object:
         left = size - file.tell()
@@ -386,7 +404,9 @@ def _shown(key: object) -> str:
     return printable(key) if isinstance(key, str) else f"<{type(key).__name__}>"
 
 
-def _tensor_info(name: str, tensor: _Tensor, spans: dict[str, _Span], path: Path) -> TensorInfo:
+def _tensor_info(
+    name: str, tensor: _Tensor, spans: dict[str, _Span], path: Path, identity: FileIdentity
+) -> TensorInfo:
     """Check what the pickle says about a tensor against the bytes that the file has for it."""
     check_name(name, path)
     which = f"{path} is not readable, for its tensor {printable(name)}"
@@ -424,6 +444,7 @@ def _tensor_info(name: str, tensor: _Tensor, spans: dict[str, _Span], path: Path
         file=path,
         offset=span.start + offset * dtype.size if needed else span.start,
         strides=strides if needed and not _row_major(shape, strides) else None,
+        identity=identity,
     )
 
 
