@@ -26,6 +26,7 @@ from speculators.checkpoint.files.pickle_data import (
     PYTHON_GLOBALS,
     Builder,
     Ignored,
+    Instance,
     Items,
     Refused,
     read_pickle,
@@ -134,7 +135,8 @@ def read_torch_file(path: Path) -> dict[str, TensorInfo]:
     """List the tensors of a file that ``torch.save`` wrote, in its order.
 
     A dict of tensors under one of ``WRAPPERS`` is unwrapped. What else is beside the tensors
-    (optimizer state, epoch numbers) is left out and named in a debug line of the log.
+    (optimizer state, epoch numbers, arguments) is left out and named in a debug line of the log;
+    other tensors there are named in a warning.
 
     Raises:
         UnsafeCheckpointError: its pickle asks for more than tensors and plain values.
@@ -193,6 +195,7 @@ _GLOBALS: dict[tuple[str, str], object] = {
     ("torch._utils", "_rebuild_parameter_with_state"): Builder(lambda tensor, *_: tensor),
     ("torch.nn.parameter", "Parameter"): Builder(lambda tensor, *_: tensor),
     ("torch", "Size"): Builder(lambda sizes: sizes),
+    ("torch.torch_version", "TorchVersion"): Builder(lambda *_: Instance("TorchVersion")),
     ("torch", "device"): Builder(lambda *_: Ignored("torch.device")),
     ("torch.serialization", "_get_layout"): Builder(lambda _: Ignored("torch.layout")),
     ("torch.storage", "UntypedStorage"): _StorageClass(_Dtype("uint8", "U8", 1)),
@@ -349,7 +352,8 @@ def _big_endian(path: Path) -> CheckpointError:
 
 def _find_tensors(value: object, path: Path) -> dict[str, _Tensor]:
     """Find the one dict of tensors in ``value``: itself, or one under keys of ``WRAPPERS``."""
-    left_out: list[object] = []
+    left_out: list[tuple[object, object]] = []
+    where = "its top"
     for depth in reversed(range(MAX_WRAPPERS + 1)):
         wrapped = _wrapped(value, depth)
         if len(wrapped) > 1:
@@ -358,12 +362,17 @@ def _find_tensors(value: object, path: Path) -> dict[str, _Tensor]:
                 "wanted ones, with torch.save."
             )
         for wrapper, inner in wrapped.items():
-            left_out += [key for key, _ in _pairs(value) if key != wrapper]
-            value = inner
+            left_out += [(key, item) for key, item in _pairs(value) if key != wrapper]
+            value, where = inner, repr(wrapper)
     tensors: dict[str, _Tensor] = {}
     for key, item in _pairs(value):
+        if isinstance(item, Instance) and isinstance(key, str) and "." in key:
+            raise CheckpointError(
+                f"{path} holds under {printable(key)}, where tensors are, an object of the class "
+                f"{item.kind}, which may be one: save plain tensors, with torch.save."
+            )
         if not isinstance(item, _Tensor):
-            left_out.append(key)
+            left_out.append((key, item))
         elif isinstance(key, str) and key not in tensors:
             tensors[key] = item
         else:
@@ -372,14 +381,43 @@ def _find_tensors(value: object, path: Path) -> dict[str, _Tensor]:
                 "each: save the weights with torch.save(model.state_dict(), ...)."
             )
     if not tensors:
-        raise CheckpointError(
-            f"{path} holds no dict of tensors, neither at its top nor under one of "
-            f"{', '.join(WRAPPERS)}: save the weights with torch.save(model.state_dict(), ...)."
+        raise CheckpointError(f"{path} holds no dict of tensors{_what_instead(value)}")
+    others = [key for key, item in left_out if _has_tensors(item)]
+    if others:
+        logger.warning(
+            f"{path} holds more tensors than those at {where}, which are left out: {_listed(others)}"
         )
     if left_out:
-        names = ", ".join(map(_shown, left_out[:20])) + (", ..." if len(left_out) > 20 else "")
+        names = _listed([key for key, _ in left_out])
         logger.debug("{}: left out, as they are not among the weights: {}", path, names)
     return tensors
+
+
+def _what_instead(value: object) -> str:
+    """What a file without weights holds, and what to do; the end of a sentence."""
+    keys = {key for key, _ in _pairs(value) if isinstance(key, str)}
+    if {"state", "param_groups"} <= keys:
+        return ", but an optimizer's state: give the file of the weights, which is saved beside it."
+    if "optimizer_state_dict" in keys:
+        return (
+            ", but a part of a DeepSpeed checkpoint: let the zero_to_fp32.py that is saved with it "
+            "make weights of its folder."
+        )
+    return (
+        f", neither at its top nor under one of {', '.join(WRAPPERS)}: save the weights with "
+        "torch.save(model.state_dict(), ...)."
+    )
+
+
+def _has_tensors(value: object) -> bool:
+    """Whether a value is a tensor, or a dict of tensors by name."""
+    return isinstance(value, _Tensor) or any(
+        isinstance(key, str) and isinstance(item, _Tensor) for key, item in _pairs(value)
+    )
+
+
+def _listed(keys: list[object]) -> str:
+    return ", ".join(map(_shown, keys[:20])) + (", ..." if len(keys) > 20 else "")
 
 
 def _wrapped(value: object, depth: int) -> dict[str, object]:
