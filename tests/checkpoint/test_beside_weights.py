@@ -148,7 +148,9 @@ def two_views(*kinds: str, count: bytes = b"K\x02") -> bytes:
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
-@pytest.mark.parametrize("kinds", [("FloatStorage", "IntStorage"), ("HalfStorage", "BFloat16Storage")])
+@pytest.mark.parametrize(
+    "kinds", [("FloatStorage", "IntStorage"), ("HalfStorage", "BFloat16Storage")]
+)
 def test_one_storage_of_two_types_is_an_error(
     tmp_path: Path, kinds: tuple[str, str], form: str
 ) -> None:
@@ -170,6 +172,8 @@ def test_one_storage_of_two_types_is_an_error(
 def test_an_empty_storage_has_any_type(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", two_views("FloatStorage", "IntStorage", count=b"K\x00"))
+        archive.writestr(
+            "archive/data.pkl", two_views("FloatStorage", "IntStorage", count=b"K\x00")
+        )
         archive.writestr("archive/data/0", b"")
     assert [info.dtype for info in read_torch_file(path).values()] == ["F32", "I32"]

@@ -6,9 +6,9 @@ opcodes that are used to write tensors, and the globals that the caller admits. 
 imported; its name stands for a value, or for a replacement of the function. Whatever is in neither
 table is refused by name before its argument is even read.
 
-Scripts also pickle objects of their own beside the weights, such as their arguments. A class that is
-in neither table may be instantiated if it comes with no part of Python, torch or numpy: what stands
-for the object is its name alone. Nothing may be called by such a name, and it is not imported either.
+Scripts also pickle objects of their own beside the weights, such as their arguments. A class that
+is in neither table may be instantiated, unless it is a part of Python, torch or numpy: its name
+stands for the object. Nothing may be called by such a name, and it is not imported either.
 
 Each opcode means what Python's ``pickletools`` says, whose argument readers are used here, except
 for the names of globals.
@@ -326,8 +326,8 @@ def _call(machine: _Machine, _: None) -> None:
 
 def _instantiate(machine: _Machine, _: None) -> None:
     if isinstance(machine.stack[-2], _Foreign):
-        _, cls = machine.stack.pop(), machine.stack.pop()
-        machine.stack.append(Instance(cast("_Foreign", cls).kind))
+        machine.stack.pop()
+        machine.stack.append(Instance(cast("_Foreign", machine.stack.pop()).kind))
     else:
         _call(machine, None)
 
@@ -442,7 +442,10 @@ PYTHON_GLOBALS: dict[tuple[str, str], object] = {
         for name in ("dict", "float", "int", "list")
     },
     ("typing", "Any"): Ignored("typing.Any"),
-    **{(kind.rpartition(".")[0], kind.rpartition(".")[2]): _instance(kind) for kind in _PLAIN_CLASSES},
+    **{
+        (kind.rpartition(".")[0], kind.rpartition(".")[2]): _instance(kind)
+        for kind in _PLAIN_CLASSES
+    },
     ("numpy", "dtype"): _ignore("numpy.dtype"),
     ("numpy", "ndarray"): Ignored("numpy.ndarray"),
     **{

@@ -385,7 +385,8 @@ def _find_tensors(value: object, path: Path) -> dict[str, _Tensor]:
     others = [key for key, item in left_out if _has_tensors(item)]
     if others:
         logger.warning(
-            f"{path} holds more tensors than those at {where}, which are left out: {_listed(others)}"
+            f"{path} holds more tensors than those at {where}, which are left out: "
+            f"{_listed(others)}"
         )
     if left_out:
         names = _listed([key for key, _ in left_out])

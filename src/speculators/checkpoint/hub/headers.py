@@ -87,6 +87,7 @@ class _HeadersOnly:
         if cached is None or cached.is_file():
             return cached
         path = self.folder / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w+b") as file:
             _StandIn(self.hub, filename, file).fill()
         return path
@@ -98,6 +99,14 @@ class _HeadersOnly:
     def holds(self, filename: str) -> bool:
         """See ``Repository``."""
         return self.hub.holds(filename)
+
+    def names(self) -> list[str]:
+        """See ``Repository``."""
+        return self.hub.names()
+
+    def unseen(self) -> str | None:
+        """See ``Repository``."""
+        return self.hub.unseen()
 
 
 class _StandIn:

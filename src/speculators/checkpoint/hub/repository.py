@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from speculators.checkpoint.digest import sha256_of_file
@@ -182,6 +182,30 @@ class HubRepository:
         """
         return self.location(filename) is not None
 
+    def names(self) -> list[str]:
+        """See ``Repository``; asks the Hub, or the cache if it does not answer."""
+        from huggingface_hub import constants, list_repo_files
+
+        try:
+            if constants.HF_HUB_OFFLINE:
+                return self._cached_names()
+            files = list_repo_files(self.name, revision=self.commit or self.revision)
+        except Exception:
+            return self._cached_names()
+        folders = {f"{parent}/" for it in files for parent in map(str, PurePosixPath(it).parents)}
+        return [*files, *sorted(folders - {"./"})]
+
+    def unseen(self) -> str | None:
+        """See ``Repository``."""
+        from huggingface_hub import constants
+
+        if not constants.HF_HUB_OFFLINE:
+            return None
+        return (
+            f"only what is in the cache {self._cache()} was looked at, since offline mode is on: "
+            "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to have the rest fetched"
+        )
+
     def location(self, filename: str) -> Path | None:
         """Where ``filename`` is in the local cache, or would be; downloads nothing.
 
@@ -318,6 +342,9 @@ class HubRepository:
 
     def _is_cached(self) -> bool:
         """Whether the cache holds any file of this repository at this revision."""
+        return bool(self._cached_names())
+
+    def _cached_names(self) -> list[str]:
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
@@ -325,7 +352,7 @@ class HubRepository:
         revision = self.commit or self.revision or constants.DEFAULT_REVISION
         ref = folder / "refs" / revision
         snapshot = folder / "snapshots" / (ref.read_text() if ref.is_file() else revision)
-        return snapshot.is_dir() and any(snapshot.iterdir())
+        return [it.relative_to(snapshot).as_posix() for it in snapshot.rglob("*") if it.is_file()]
 
     def _cache(self) -> Path:
         from huggingface_hub import constants
