@@ -96,6 +96,12 @@ class Fault:
     """Announce this ETag (HEAD)."""
     whole: bool = False
     """Answer a request for a range of bytes with the whole file."""
+    shift: int = 0
+    """Answer a request for a range of bytes with a range that begins so much later."""
+    data: bytes | None = None
+    """Send these bytes instead."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """With ``status``, send these headers."""
 
 
 class HubServer(ThreadingHTTPServer):
@@ -486,12 +492,13 @@ class HubHandler(BaseHTTPRequestHandler):
         if fault.delay:
             self.server.closing.wait(fault.delay)
         if fault.status:
-            raise Refusal(fault.status, None, HTTPStatus(fault.status).phrase)
+            phrase = HTTPStatus(fault.status).phrase
+            raise Refusal(fault.status, None, phrase, **fault.headers)
         return fault
 
     def reply_file(self, path: Path, file: str, headers: dict[str, str]) -> None:
         fault = self.begin_fault(file)
-        body = path.read_bytes()
+        body = path.read_bytes() if fault.data is None else fault.data
         headers["Accept-Ranges"] = "bytes"
         if fault.etag:
             headers["ETag"] = f'"{fault.etag}"'
@@ -499,6 +506,7 @@ class HubHandler(BaseHTTPRequestHandler):
         asked = "" if fault.whole else self.headers.get("Range", "")
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", asked):
             first, last = int(match[1]), min(int(match[2] or len(body)), len(body) - 1)
+            first, last = first + fault.shift, last + fault.shift
             if first > last:
                 total = {"Content-Range": f"bytes */{len(body)}"}
                 self.reply(416, headers=headers | total)

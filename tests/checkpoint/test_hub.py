@@ -477,14 +477,6 @@ def test_an_etag_that_is_no_hash(server: HubServer) -> None:
     assert HubRepository("org/draft").file("model.safetensors") is not None
 
 
-def test_the_hash_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    checked: list[Path] = []
-    monkeypatch.setattr(hub, "_check_hash", checked.append)
-    first = HubRepository("org/draft").file("model.safetensors")
-    assert HubRepository("org/draft").file("model.safetensors") == first
-    assert checked == [first]
-
-
 # Offline
 
 

@@ -109,7 +109,8 @@ def test_told_to_stop_at_any_moment(
     assert kinds(stopped) >= KINDS
     assert {outcome.status for outcome in stopped} == {status}
     events = [outcome.event for outcome in stopped]
-    removing = next(i for i, event in enumerate(events) if event.startswith("before shutil.rmtree"))
+    removal = ("before shutil.rmtree", "before os.remove")
+    removing = next(i for i, event in enumerate(events) if event.startswith(removal))
     for outcome in stopped[:removing]:
         assert set(outcome.errors) <= {"Interrupted.", "Terminated."}
         assert outcome.output in {"before", "first"}, outcome.event
@@ -260,7 +261,8 @@ def test_a_disk_that_is_full(
     run = speculators(*arguments, "--overwrite", *options)
     assert run.status == 1
     assert len(run.errors) == 1
-    assert "could not be written: No space left on device; make room there" in run.errors[0]
+    assert "could not be written: it takes " in run.errors[0]
+    assert " are free; make room there" in run.errors[0]
     assert {path.name: path.read_bytes() for path in (small_disk / "out").iterdir()} == before
     assert sorted(path.name for path in small_disk.iterdir()) == ["filler", "out"]
     (small_disk / "filler").unlink()
@@ -361,6 +363,6 @@ def test_a_source_that_is_cut_off_while_it_is_copied(
         write_safetensors_file(*arguments, **options)
 
     monkeypatch.setattr(conversion, "write_safetensors_file", cut)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated: it ends within"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was written to \(it had"):
         convert(source, tmp_path / "out", verifier, dtype=dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -1,5 +1,6 @@
 """Read the config and the table of tensors of a repository, but not the tensors' data."""
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,7 +11,9 @@ from loguru import logger
 from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.files.safetensors_file import read_safetensors_file
 from speculators.checkpoint.files.torch_file import read_torch_file
-from speculators.checkpoint.repository import Repository
+from speculators.checkpoint.folders import deepspeed_weights, describe_folder
+from speculators.checkpoint.identity import FileIdentity
+from speculators.checkpoint.repository import LocalDirectory, Repository
 from speculators.checkpoint.tensor import TensorInfo, check_name
 from speculators.errors import CheckpointError, NoWeightsError, printable
 
@@ -53,6 +56,21 @@ WEIGHTS = {
 """Name of a weight file or index → its format, in order of preference: the first found is read."""
 
 
+PARTS = {
+    ".lora_A.": (
+        "a LoRA adapter",
+        "merge it into the checkpoint that it was trained on (merge_and_unload of PEFT)",
+    ),
+    "_flat_param": (
+        "flattened shards of FSDP",
+        "let the trainer save a full state dict (FSDP's FULL_STATE_DICT)",
+    ),
+}
+"""Part of a tensor's name → what shows itself by it, and what to do to get whole weights."""
+
+ELSEWHERE = re.compile("|".join(map(re.escape, PARTS)))
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A config and a table of tensors, as they were read."""
@@ -67,6 +85,15 @@ class Checkpoint:
     commit: str | None = None
     """The commit that the files come from, if they come from the Hub."""
 
+    config_identity: FileIdentity | None = None
+    """What ``config_file`` was when it was read."""
+
+    @property
+    def files(self) -> dict[Path, FileIdentity | None]:
+        """The files that config and tensors lie in, and what they were when they were read."""
+        tensors = {info.file: info.identity for info in self.tensors.values()}
+        return {self.config_file: self.config_identity, **tensors}
+
 
 def read_checkpoint(repository: Repository) -> Checkpoint:
     """Read a checkpoint's config.json and the headers of its weight files.
@@ -77,9 +104,9 @@ def read_checkpoint(repository: Repository) -> Checkpoint:
 
     """
     _weights_of(repository)
-    config, config_file = read_config(repository)
+    config, config_file, identity = _read_config(repository)
     tensors = read_tensors(repository)
-    return Checkpoint(repository.name, config, config_file, tensors, repository.commit)
+    return Checkpoint(repository.name, config, config_file, tensors, repository.commit, identity)
 
 
 def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:
@@ -90,14 +117,21 @@ def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:
         HubError: if it cannot be fetched from the Hub.
 
     """
+    config, path, _ = _read_config(repository)
+    return config, path
+
+
+def _read_config(repository: Repository) -> tuple[dict[str, Any], Path, FileIdentity]:
     path = repository.file("config.json")
     if path is None:
         where = " beside it" if repository.weights else ""
+        advice = _say_what_is_there(repository)
         raise CheckpointError(
             f"{repository.name} has no config.json{where}, so it is not a checkpoint; "
-            "give the directory that holds config.json and the weights."
+            f"{advice or 'give the directory that holds config.json and the weights'}."
         )
-    return read_json(path), path
+    identity = FileIdentity.at(path)
+    return read_json(path, identity=identity), path, identity
 
 
 def read_tensors(
@@ -128,11 +162,47 @@ def read_tensors(
             _say_what_is_passed_over(repository, filename, weights)
         if filename.endswith(INDEX):
             return _read_shards(repository, container, path, only)
-        return container.read(path)
+        return _read_file(container, path)
+    if repository.weights is None and (path := _find_deepspeed_weights(repository)):
+        return _read_file(CONTAINERS[-1], path)
+    advice = _say_what_is_there(repository)
     raise NoWeightsError(
-        f"{repository.name} has no weights: none of {', '.join(weights)} is there; a file of "
-        "another name can be given itself."
+        f"{repository.name} has no weights: none of {', '.join(weights)} is there; "
+        f"{advice or 'a file of another name can be given itself'}."
     )
+
+
+def _say_what_is_there(repository: Repository) -> str | None:
+    """What a repository is that lacks a config or weights; ``None`` if that is not known."""
+    local = isinstance(repository, LocalDirectory)
+    name = str(repository.path) if isinstance(repository, LocalDirectory) else repository.name
+    return repository.unseen() or describe_folder(name, repository.names(), local=local)
+
+
+def _find_deepspeed_weights(repository: Repository) -> Path | None:
+    latest = repository.file("latest")
+    newest = latest.read_text(errors="replace").strip() if latest else None
+    found = deepspeed_weights(repository.names(), newest)
+    if found is None:
+        return None
+    logger.info(f"{repository.name} is a DeepSpeed checkpoint: {found} is read")
+    return repository.file(found)
+
+
+def _read_file(container: Container, path: Path) -> dict[str, TensorInfo]:
+    """Read a file of weights, and refuse one whose weights are elsewhere or of another kind."""
+    tensors = container.read(path)
+    for name, info in tensors.items():
+        if info.shape == (0,) and name.endswith("weight"):
+            raise CheckpointError(
+                f"{path} has only a placeholder of shape (0) for {name}, as DeepSpeed's ZeRO stage "
+                "3 leaves it: make weights with the zero_to_fp32.py that is saved with the "
+                "checkpoint, or save them with stage3_gather_16bit_weights_on_model_save."
+            )
+        if ELSEWHERE.search(name):
+            what, todo = next(it for part, it in PARTS.items() if part in name)
+            raise CheckpointError(f"{path} holds {what} ({name}): {todo}.")
+    return tensors
 
 
 def _weights_of(repository: Repository) -> dict[str, Container]:
@@ -184,10 +254,10 @@ def _read_shards(
         if path is None:
             raise CheckpointError(
                 f"{repository.name} has no {shard}, which {index.name} names; "
-                "fetch the missing file."
+                f"{repository.unseen() or 'fetch the missing file'}."
             )
         _check_stays(path, index)
-        for name, info in container.read(path).items():
+        for name, info in _read_file(container, path).items():
             if shards.get(name) == shard:
                 tensors[name] = info
             elif only is None:

@@ -4,15 +4,31 @@ Both answer one question, "where is the file of this name?". Readers ask only fo
 need, so a Hub repository is never downloaded whole.
 """
 
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 from loguru import logger
 
-from speculators.errors import CheckpointError
+from speculators.errors import CheckpointError, SpeculatorsError, printable
 
-__all__ = ["LocalDirectory", "Repository", "looks_like_a_path", "open_repository"]
+__all__ = ["LocalDirectory", "Repository", "local_path", "looks_like_a_path", "open_repository"]
+
+MAX_NAMES = 2000
+
+CREDENTIALS = re.compile(r"(?<=//)[^/\s]*(?=@)")
+
+_ID = r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)"
+HUB_URL = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|hf:/+)(?:models/)?"
+    rf"(?!datasets/|spaces/){_ID}(?:@(?P<at>[^/]+))?"
+    r"(?:/(?:(?P<file>blob|resolve)|tree)/(?P<revision>[^/?#]+))?"
+    r"(?:/(?P<folder>[^?#]*[^?#/]))?/?(?:[?#].*)?"
+)
+HUB_FOLDER = re.compile(rf"{_ID}/(?P<folder>[\w./-]*\w)/?", re.ASCII)
+"""A path that could be a folder of a repository, looked at if there is no such path here."""
 
 
 class Repository(Protocol):
@@ -40,6 +56,12 @@ class Repository(Protocol):
     def holds(self, filename: str) -> bool:
         """Whether the repository has ``filename``; never downloads it."""
 
+    def names(self) -> list[str]:
+        """The files in it and in its folders, with ``/`` between them; folders end with it."""
+
+    def unseen(self) -> str | None:
+        """Why a file that is missing may exist all the same, and what to do; else ``None``."""
+
 
 class LocalDirectory:
     """A local directory, or one weight file with the files beside it."""
@@ -62,6 +84,19 @@ class LocalDirectory:
     def holds(self, filename: str) -> bool:
         """See ``Repository``."""
         return (self.path / filename).is_file()
+
+    def names(self) -> list[str]:
+        """See ``Repository``; two levels deep, and not more than some thousands."""
+        found: list[str] = []
+        for pattern in ("*", "*/*"):
+            for path in islice(self.path.glob(pattern), MAX_NAMES):
+                name = path.relative_to(self.path).as_posix()
+                found.append(f"{name}/" if path.is_dir() else name)
+        return found
+
+    def unseen(self) -> str | None:
+        """See ``Repository``."""
+        return None
 
 
 def open_repository(
@@ -86,7 +121,7 @@ def open_repository(
             directory.
 
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.exists() and revision is not None:
         logger.warning(f"{path} is on this machine, so the revision {revision} is ignored")
     if path.is_dir():
@@ -95,12 +130,73 @@ def open_repository(
         return LocalDirectory(path.parent, path.name)
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json.")
+    if isinstance(source, str) and (advice := _say_what_is_meant(source)):
+        raise CheckpointError(advice)
     if isinstance(source, Path) or looks_like_a_path(source):
         raise CheckpointError(f"{path} does not exist; give a directory, or a Hugging Face id.")
 
     from speculators.checkpoint.hub.repository import HubRepository
 
     return HubRepository(source, revision=revision, cache_dir=cache_dir)
+
+
+def local_path(
+    given: str | Path, error: Callable[[str], SpeculatorsError] = CheckpointError
+) -> Path:
+    """A path as the user gave it, with ``~`` expanded.
+
+    Args:
+        given: the path.
+        error: makes the error, given its sentence.
+
+    Raises:
+        SpeculatorsError: if it has a NUL or bytes that are not UTF-8, or begins with ``~`` and the
+            name of nobody.
+
+    """
+    text = str(given)
+    if "\0" in text or not _is_text(text):
+        raise error(f"The path {printable(text)} has bytes that are no text; rename it.")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise error(f"The path {text} begins with ~ and nobody's name; write it out.") from None
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that are not UTF-8 are escaped as lone surrogates
+        return False
+    return True
+
+
+def _say_what_is_meant(source: str) -> str | None:
+    """What to give instead of a URL, or of a folder of a repository on the Hub."""
+    shown = printable(CREDENTIALS.sub("***", source))
+    if match := HUB_URL.fullmatch(source):
+        revision = match["revision"] or match["at"]
+        option = f" with --revision {revision}" if revision not in {None, "main"} else ""
+        folder = match["folder"] or ""
+        if match["file"]:
+            folder = folder.rpartition("/")[0]
+        if folder:
+            return f"{shown} is a URL; {_get_folder(match['repo'], folder)}."
+        return f"{shown} is a URL; give the id {match['repo']}{option}."
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", source):
+        return f"{shown} is a URL; download what it leads to, and give the directory."
+    if match := HUB_FOLDER.fullmatch(source):
+        return (
+            f"{source} does not exist; give a directory, or a Hugging Face id (if the folder "
+            f"{match['folder']} of the repository {match['repo']} is meant, "
+            f"{_get_folder(match['repo'], match['folder'])})."
+        )
+    return None
+
+
+def _get_folder(repo: str, folder: str) -> str:
+    command = f"hf download {repo} --include '{folder}/*' --local-dir DIR"
+    return f"get it with `{command}`, and give DIR/{folder}"
 
 
 def looks_like_a_path(source: str) -> bool:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from speculators.checkpoint.identity import FileIdentity
 from speculators.errors import CheckpointError, printable
 
 __all__ = [
@@ -86,6 +87,7 @@ class TensorInfo:
             when the elements lie contiguously in row-major order.
         rows: which rows of the stored tensor these are, the first and the one after the last;
             ``None`` for the whole tensor.
+        identity: what ``file`` was when its header was read; a file that changed since is refused.
 
     """
 
@@ -96,6 +98,7 @@ class TensorInfo:
     offset: int
     strides: tuple[int, ...] | None = None
     rows: tuple[int, int] | None = None
+    identity: FileIdentity | None = None
 
     @property
     def elements(self) -> int:

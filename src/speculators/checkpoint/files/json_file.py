@@ -1,5 +1,6 @@
 """JSON objects from untrusted files: configs, indexes, the headers of weight files."""
 
+import codecs
 import json
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from loguru import logger
 
+from speculators.checkpoint.identity import FileIdentity, open_unchanged
 from speculators.errors import CheckpointError, printable
 
 __all__ = ["MAX_JSON_BYTES", "parse_json", "read_json"]
@@ -14,6 +16,9 @@ __all__ = ["MAX_JSON_BYTES", "parse_json", "read_json"]
 # An index has some 150 bytes per tensor, and the largest models have 150,000 tensors. A hostile
 # file may take twenty times its size in memory once it is parsed.
 MAX_JSON_BYTES = 32 << 20
+
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How a file begins that PowerShell writes by default, or an editor saves as "Unicode"."""
 
 
 def parse_json(raw: bytes) -> tuple[dict[str, Any], str | None]:
@@ -46,26 +51,41 @@ def parse_json(raw: bytes) -> tuple[dict[str, Any], str | None]:
     return value, twice[0] if twice else None
 
 
-def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
+def read_json(
+    path: Path, *, unique: bool = False, identity: FileIdentity | None = None
+) -> dict[str, Any]:
+    """Read a file that holds a JSON object, in UTF-8 with or without a byte order mark.
 
     Args:
         path: the file.
         unique: whether a duplicate key is an error. In a config it is only worth a warning:
             transformers, too, takes the last one.
+        identity: what the file was when it was first read; see ``open_unchanged``.
 
     Raises:
         CheckpointError: if it holds anything else, is too large, or has a duplicate key that is an
             error.
 
     """
-    if path.stat().st_size > MAX_JSON_BYTES:
+    with open_unchanged(path, identity) as file:
+        raw = file.read(MAX_JSON_BYTES + 1)
+    if len(raw) > MAX_JSON_BYTES:
         raise CheckpointError(
             f"{path} has more than {MAX_JSON_BYTES >> 20} MiB, as no config or index has; "
             "fetch it again."
         )
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    if raw.startswith(UTF16) or raw[:2].count(0) == 1:
+        raise CheckpointError(f"{path} is not valid JSON, but UTF-16; save it as UTF-8.")
     try:
-        value, twice = parse_json(path.read_bytes())
+        raw.decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not valid JSON, since its byte {error.start} is not UTF-8; save it as "
+            "UTF-8, or fetch it again."
+        ) from error
+    try:
+        value, twice = parse_json(raw)
     except ValueError as error:
         raise CheckpointError(f"{path} {error}; fetch it again.") from error
     if twice and unique:

@@ -6,11 +6,17 @@ opcodes that are used to write tensors, and the globals that the caller admits. 
 imported; its name stands for a value, or for a replacement of the function. Whatever is in neither
 table is refused by name before its argument is even read.
 
+Scripts also pickle objects of their own beside the weights, such as their arguments. A class that
+is in neither table may be instantiated, unless it is a part of Python, torch or numpy: its name
+stands for the object. Nothing may be called by such a name, and it is not imported either.
+
 Each opcode means what Python's ``pickletools`` says, whose argument readers are used here, except
 for the names of globals.
 """
 
 import pickletools
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
@@ -24,6 +30,7 @@ __all__ = [
     "Builder",
     "Globals",
     "Ignored",
+    "Instance",
     "Items",
     "OrderedItems",
     "Refused",
@@ -36,6 +43,9 @@ MAX_BYTES = 16 << 20
 MAX_OPCODES = 500_000
 MAX_LINE = 1024
 MAX_ARGUMENTS = 16
+
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+_NOT_FOREIGN = frozenset(sys.stdlib_module_names) | {"__torch__", "numpy", "torch"}
 
 # What argument readers, handlers and builders can raise on a malformed pickle.
 MALFORMED = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
@@ -71,6 +81,18 @@ class Ignored:
     """A value that no tensor needs; only its kind is kept."""
 
     kind: str
+
+
+class Instance(Ignored):
+    """An object of the class that ``kind`` names; what is put into it is dropped."""
+
+    __slots__ = ()
+
+
+class _Foreign(Ignored):
+    """A class of a library, or of the script itself; ``kind`` is its name."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -179,9 +201,12 @@ class _Machine:
         return items
 
     def find_global(self, module: str, name: str) -> object:
-        if (module, name) not in self.admitted:
-            raise Refused(f"the global {printable(f'{module}.{name}')}")
-        return self.admitted[module, name]
+        if (module, name) in self.admitted:
+            return self.admitted[module, name]
+        full = f"{module}.{name}"
+        if _NAME.fullmatch(full) and module.partition(".")[0] not in _NOT_FOREIGN:
+            return _Foreign(full)
+        raise Refused(f"the global {printable(full)}")
 
 
 def _run(machine: _Machine, source: _Source) -> object:
@@ -248,12 +273,16 @@ def _add_items(machine: _Machine, _: None) -> None:
 
 def _extend(machine: _Machine, items: list[object]) -> None:
     target = machine.stack[-1]
+    if isinstance(target, Instance):
+        return
     _expect(target, list, "APPEND")
     cast("list[object]", target).extend(items)
 
 
 def _set_items(machine: _Machine, items: list[object]) -> None:
     target = machine.stack[-1]
+    if isinstance(target, Instance):
+        return
     _expect(target, Items, "SETITEM")
     cast("Items", target).pairs.extend(zip(items[::2], items[1::2], strict=True))
 
@@ -285,12 +314,22 @@ def _stack_global(machine: _Machine, _: None) -> None:
 
 def _call(machine: _Machine, _: None) -> None:
     arguments, function = machine.stack.pop(), machine.stack.pop()
+    if isinstance(function, _Foreign):
+        raise Refused(f"the global {function.kind}")
     if not isinstance(function, Builder):
         raise Refused(f"a call of a {type(function).__name__}, which is not a function")
     # Passing arguments copies them: a long tuple passed again and again would take forever.
     if not isinstance(arguments, tuple) or len(arguments) > MAX_ARGUMENTS:
         raise TypeError("arguments are a short tuple")
     machine.stack.append(function.build(*arguments))
+
+
+def _instantiate(machine: _Machine, _: None) -> None:
+    if isinstance(machine.stack[-2], _Foreign):
+        machine.stack.pop()
+        machine.stack.append(Instance(cast("_Foreign", machine.stack.pop()).kind))
+    else:
+        _call(machine, None)
 
 
 def _drop_state(machine: _Machine, _: None) -> None:
@@ -336,7 +375,7 @@ OPCODES: dict[str, Handler] = {
     "GLOBAL": _global,
     "STACK_GLOBAL": _stack_global,
     "REDUCE": _call,
-    "NEWOBJ": _call,
+    "NEWOBJ": _instantiate,
     "BUILD": _drop_state,
     "BINPERSID": _persistent,
 }
@@ -346,6 +385,36 @@ _BY_CODE = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opco
 def _ignore(kind: str) -> Builder:
     return Builder(lambda *_: Ignored(kind))
 
+
+def _instance(kind: str) -> Builder:
+    return Builder(lambda *_: Instance(kind))
+
+
+_PLAIN_CLASSES = (
+    "argparse.Namespace",
+    "collections.deque",
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.time",
+    "datetime.timedelta",
+    "datetime.timezone",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    *(
+        f"{module}.{flavour}{system}Path"
+        for module in ("pathlib", "pathlib._local")
+        for flavour in ("", "Pure")
+        for system in ("", "Posix", "Windows")
+    ),
+    "transformers.trainer_utils.EvaluationStrategy",
+    "transformers.trainer_utils.HubStrategy",
+    "transformers.trainer_utils.IntervalStrategy",
+    "transformers.trainer_utils.SaveStrategy",
+    "transformers.trainer_utils.SchedulerType",
+    "transformers.training_args.OptimizerNames",
+    "types.SimpleNamespace",
+    "uuid.UUID",
+)
+"""Classes of plain values that scripts save, and that a pickle calls to make one."""
 
 PYTHON_GLOBALS: dict[tuple[str, str], object] = {
     ("collections", "OrderedDict"): Builder(OrderedItems),
@@ -371,6 +440,11 @@ PYTHON_GLOBALS: dict[tuple[str, str], object] = {
         (module, name): Ignored(name)
         for module in ("builtins", "__builtin__")
         for name in ("dict", "float", "int", "list")
+    },
+    ("typing", "Any"): Ignored("typing.Any"),
+    **{
+        (kind.rpartition(".")[0], kind.rpartition(".")[2]): _instance(kind)
+        for kind in _PLAIN_CLASSES
     },
     ("numpy", "dtype"): _ignore("numpy.dtype"),
     ("numpy", "ndarray"): Ignored("numpy.ndarray"),

@@ -11,11 +11,12 @@ rebuild functions in ``torch/_utils.py``.
 
 import io
 import math
+import os
 import struct
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from loguru import logger
 
@@ -25,10 +26,12 @@ from speculators.checkpoint.files.pickle_data import (
     PYTHON_GLOBALS,
     Builder,
     Ignored,
+    Instance,
     Items,
     Refused,
     read_pickle,
 )
+from speculators.checkpoint.identity import FileIdentity, open_unchanged
 from speculators.checkpoint.tensor import MAX_SIZE, TensorInfo, check_name, check_sizes
 from speculators.errors import CheckpointError, printable
 
@@ -132,7 +135,8 @@ def read_torch_file(path: Path) -> dict[str, TensorInfo]:
     """List the tensors of a file that ``torch.save`` wrote, in its order.
 
     A dict of tensors under one of ``WRAPPERS`` is unwrapped. What else is beside the tensors
-    (optimizer state, epoch numbers) is left out and named in a debug line of the log.
+    (optimizer state, epoch numbers, arguments) is left out and named in a debug line of the log;
+    other tensors there are named in a warning.
 
     Raises:
         UnsafeCheckpointError: its pickle asks for more than tensors and plain values.
@@ -143,7 +147,9 @@ def read_torch_file(path: Path) -> dict[str, TensorInfo]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing or is not a file: check the path.")
     try:
-        with path.open("rb") as file:
+        with open_unchanged(path, None) as raw:
+            identity = FileIdentity.at(raw.fileno())
+            file = io.BufferedReader(cast("io.RawIOBase", raw))
             refuse_other_files(file, path, OTHER_FILES)
             read = _read_zip if file.read(2) == b"PK" else _read_legacy
             file.seek(0)
@@ -151,7 +157,9 @@ def read_torch_file(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): check it.") from error
     tensors = _find_tensors(value, path)
-    return {name: _tensor_info(name, tensor, spans, path) for name, tensor in tensors.items()}
+    return {
+        name: _tensor_info(name, tensor, spans, path, identity) for name, tensor in tensors.items()
+    }
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -187,6 +195,7 @@ _GLOBALS: dict[tuple[str, str], object] = {
     ("torch._utils", "_rebuild_parameter_with_state"): Builder(lambda tensor, *_: tensor),
     ("torch.nn.parameter", "Parameter"): Builder(lambda tensor, *_: tensor),
     ("torch", "Size"): Builder(lambda sizes: sizes),
+    ("torch.torch_version", "TorchVersion"): Builder(lambda *_: Instance("TorchVersion")),
     ("torch", "device"): Builder(lambda *_: Ignored("torch.device")),
     ("torch.serialization", "_get_layout"): Builder(lambda _: Ignored("torch.layout")),
     ("torch.storage", "UntypedStorage"): _StorageClass(_Dtype("uint8", "U8", 1)),
@@ -196,7 +205,10 @@ _GLOBALS: dict[tuple[str, str], object] = {
 
 
 class _Storages(dict[str, _Storage]):
-    """The storages that a pickle's persistent ids name, by key."""
+    """The storages that the persistent ids of a file's pickle name, by key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def add(self, persistent_id: object) -> _Storage:
         match persistent_id:
@@ -205,8 +217,16 @@ class _Storages(dict[str, _Storage]):
                 if count < 0 or view not in ([], [None]):
                     raise ValueError("not a whole storage")
                 storage = _Storage(key, dtype, count * dtype.size)
-                if self.setdefault(key, storage).nbytes != storage.nbytes:
+                first = self.setdefault(key, storage)
+                if first.nbytes != storage.nbytes:
                     raise ValueError("one storage has two sizes")
+                # torch.load would read both as the first; torch.save writes no such file.
+                if first.dtype != dtype and storage.nbytes:
+                    raise CheckpointError(
+                        f"{self.path} has the storage {printable(key)} as {first.dtype.name} and "
+                        f"as {dtype.name}, so what it holds depends on who reads it: save the "
+                        "weights again."
+                    )
                 return storage
         raise Refused("a persistent id that names no storage")
 
@@ -235,7 +255,7 @@ def _read_zip(file: IO[bytes], path: Path) -> _Content:
         raise _big_endian(path)
     file.seek(pickled.start)
     value = read_pickle(
-        file, name=str(path), size=pickled.size, admitted=_GLOBALS, persistent=_Storages().add
+        file, name=str(path), size=pickled.size, admitted=_GLOBALS, persistent=_Storages(path).add
     )
     if file.tell() != pickled.start + pickled.size:
         raise _damaged(path, "its pickle ends before its entry does")
@@ -252,12 +272,13 @@ def _zip_entries(file: IO[bytes], path: Path) -> dict[str, _Span]:
     verified, because ``torch.save`` can be told to leave them out.
     """
     try:
-        with _CautiousReader(io.FileIO(path)) as reader, zipfile.ZipFile(reader) as archive:
+        raw = io.FileIO(file.fileno(), closefd=False)
+        with _CautiousReader(raw) as reader, zipfile.ZipFile(reader) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     except (zipfile.BadZipFile, NotImplementedError, struct.error, *MALFORMED):
         raise _damaged(path, "it has no readable zip directory at its end") from None
     entries: dict[str, _Span] = {}
-    size, end = path.stat().st_size, 0
+    size, end = os.fstat(file.fileno()).st_size, 0
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ZIP_ENCRYPTED:
             raise CheckpointError(
@@ -286,8 +307,8 @@ def _zip_entries(file: IO[bytes], path: Path) -> dict[str, _Span]:
 
 
 def _read_legacy(file: IO[bytes], path: Path) -> _Content:
-    size = path.stat().st_size
-    storages = _Storages()
+    size = os.fstat(file.fileno()).st_size
+    storages = _Storages(path)
 
     def read() -> object:
         left = size - file.tell()
@@ -331,7 +352,8 @@ def _big_endian(path: Path) -> CheckpointError:
 
 def _find_tensors(value: object, path: Path) -> dict[str, _Tensor]:
     """Find the one dict of tensors in ``value``: itself, or one under keys of ``WRAPPERS``."""
-    left_out: list[object] = []
+    left_out: list[tuple[object, object]] = []
+    where = "its top"
     for depth in reversed(range(MAX_WRAPPERS + 1)):
         wrapped = _wrapped(value, depth)
         if len(wrapped) > 1:
@@ -340,12 +362,17 @@ def _find_tensors(value: object, path: Path) -> dict[str, _Tensor]:
                 "wanted ones, with torch.save."
             )
         for wrapper, inner in wrapped.items():
-            left_out += [key for key, _ in _pairs(value) if key != wrapper]
-            value = inner
+            left_out += [(key, item) for key, item in _pairs(value) if key != wrapper]
+            value, where = inner, repr(wrapper)
     tensors: dict[str, _Tensor] = {}
     for key, item in _pairs(value):
+        if isinstance(item, Instance) and isinstance(key, str) and "." in key:
+            raise CheckpointError(
+                f"{path} holds under {printable(key)}, where tensors are, an object of the class "
+                f"{item.kind}, which may be one: save plain tensors, with torch.save."
+            )
         if not isinstance(item, _Tensor):
-            left_out.append(key)
+            left_out.append((key, item))
         elif isinstance(key, str) and key not in tensors:
             tensors[key] = item
         else:
@@ -354,14 +381,44 @@ def _find_tensors(value: object, path: Path) -> dict[str, _Tensor]:
                 "each: save the weights with torch.save(model.state_dict(), ...)."
             )
     if not tensors:
-        raise CheckpointError(
-            f"{path} holds no dict of tensors, neither at its top nor under one of "
-            f"{', '.join(WRAPPERS)}: save the weights with torch.save(model.state_dict(), ...)."
+        raise CheckpointError(f"{path} holds no dict of tensors{_what_instead(value)}")
+    others = [key for key, item in left_out if _has_tensors(item)]
+    if others:
+        logger.warning(
+            f"{path} holds more tensors than those at {where}, which are left out: "
+            f"{_listed(others)}"
         )
     if left_out:
-        names = ", ".join(map(_shown, left_out[:20])) + (", ..." if len(left_out) > 20 else "")
+        names = _listed([key for key, _ in left_out])
         logger.debug("{}: left out, as they are not among the weights: {}", path, names)
     return tensors
+
+
+def _what_instead(value: object) -> str:
+    """What a file without weights holds, and what to do; the end of a sentence."""
+    keys = {key for key, _ in _pairs(value) if isinstance(key, str)}
+    if {"state", "param_groups"} <= keys:
+        return ", but an optimizer's state: give the file of the weights, which is saved beside it."
+    if "optimizer_state_dict" in keys:
+        return (
+            ", but a part of a DeepSpeed checkpoint: let the zero_to_fp32.py that is saved with it "
+            "make weights of its folder."
+        )
+    return (
+        f", neither at its top nor under one of {', '.join(WRAPPERS)}: save the weights with "
+        "torch.save(model.state_dict(), ...)."
+    )
+
+
+def _has_tensors(value: object) -> bool:
+    """Whether a value is a tensor, or a dict of tensors by name."""
+    return isinstance(value, _Tensor) or any(
+        isinstance(key, str) and isinstance(item, _Tensor) for key, item in _pairs(value)
+    )
+
+
+def _listed(keys: list[object]) -> str:
+    return ", ".join(map(_shown, keys[:20])) + (", ..." if len(keys) > 20 else "")
 
 
 def _wrapped(value: object, depth: int) -> dict[str, object]:
@@ -386,7 +443,9 @@ def _shown(key: object) -> str:
     return printable(key) if isinstance(key, str) else f"<{type(key).__name__}>"
 
 
-def _tensor_info(name: str, tensor: _Tensor, spans: dict[str, _Span], path: Path) -> TensorInfo:
+def _tensor_info(
+    name: str, tensor: _Tensor, spans: dict[str, _Span], path: Path, identity: FileIdentity
+) -> TensorInfo:
     """Check what the pickle says about a tensor against the bytes that the file has for it."""
     check_name(name, path)
     which = f"{path} is not readable, for its tensor {printable(name)}"
@@ -424,6 +483,7 @@ def _tensor_info(name: str, tensor: _Tensor, spans: dict[str, _Span], path: Path
         file=path,
         offset=span.start + offset * dtype.size if needed else span.start,
         strides=strides if needed and not _row_major(shape, strides) else None,
+        identity=identity,
     )
 
 

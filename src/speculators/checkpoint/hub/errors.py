@@ -13,14 +13,24 @@ from typing import NoReturn
 
 from speculators.errors import HubError
 
-__all__ = ["kinds_of", "raise_told"]
+__all__ = ["hide_secrets", "kinds_of", "raise_told"]
 
 # What the client wraps around the cause: "not in the local cache", and "Error while uploading".
 _WRAPPERS = {"LocalEntryNotFoundError", "RuntimeError"}
 # The client's words for a file of the wrong size.
 _SIZES = re.compile(r"^Consistency check failed.* of size (\d+) but has size (\d+).*", re.DOTALL)
-# Access tokens, in a header or bare, and credentials in a URL.
-_SECRET = re.compile(r"(?<=Bearer )[^\s'\"]+|\bhf_\w{8,}|(?<=//)[^/@\s]+(?=@)")
+# Access tokens, in a header or bare, and credentials in a URL: all up to the last @ of its host.
+_SECRET = re.compile(r"(?<=Bearer )[^\s'\"]+|\bhf_\w{8,}|(?<=//)[^/\s]+(?=@)")
+
+
+def hide_secrets(text: str) -> str:
+    """A text without access tokens and passwords."""
+    from huggingface_hub import constants
+
+    # A password may have a slash in it, which a pattern takes for the end of the host.
+    _, _, endpoint = constants.ENDPOINT.partition("//")
+    credentials, _, _ = endpoint.rpartition("@")
+    return _SECRET.sub("***", text.replace(credentials, "***") if credentials else text)
 
 
 def raise_told(error: Exception, sentences: Mapping[str, str], **words: object) -> NoReturn:
@@ -38,13 +48,14 @@ def raise_told(error: Exception, sentences: Mapping[str, str], **words: object) 
 
     told = next(sentences[kind] for kind in kinds_of(error) if kind in sentences) + "."
     message = told.format(
-        endpoint=_SECRET.sub("***", constants.ENDPOINT),
+        endpoint=hide_secrets(constants.ENDPOINT),
         kind=type(error).__name__,
         reason=_reason(error),
         **words,
     )
     # A traceback would show the cause's own text, with the secret in it.
-    raise HubError(message) from (None if _SECRET.search(str(error)) else error)
+    secret = hide_secrets(str(error)) != str(error)
+    raise HubError(message) from (None if secret else error)
 
 
 def kinds_of(error: BaseException) -> Iterator[str]:
@@ -89,4 +100,4 @@ def _reason(error: BaseException) -> str:
         text = _SIZES.sub(r"\1 bytes were announced and \2 came", str(error))
     line = next(iter(text.strip().splitlines()), type(error).__name__)
     line = re.sub(r"^\[Errno -?\d+\] ", "", line).rstrip(".")
-    return textwrap.shorten(_SECRET.sub("***", line), 200, placeholder=" ...")
+    return textwrap.shorten(hide_secrets(line), 200, placeholder=" ...")

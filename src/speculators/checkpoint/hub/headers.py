@@ -16,7 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from speculators.checkpoint.files.safetensors_file import PREFIX_BYTES, find_data
+from speculators.checkpoint.files.safetensors_file import (
+    PREFIX_BYTES,
+    find_data,
+    read_safetensors_file,
+)
+from speculators.checkpoint.files.torch_file import read_torch_file
 from speculators.checkpoint.hub.repository import HubRepository
 from speculators.checkpoint.repository import Repository
 from speculators.errors import CheckpointError, NoWeightsError
@@ -84,9 +89,12 @@ class _HeadersOnly:
         if not WEIGHTS.fullmatch(filename):
             return self.hub.file(filename)
         cached = self.hub.location(filename)
-        if cached is None or cached.is_file():
-            return cached
+        if cached is None:
+            return None
+        if cached.is_file():
+            return cached if _is_readable(cached) else self.hub.file(filename)
         path = self.folder / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w+b") as file:
             _StandIn(self.hub, filename, file).fill()
         return path
@@ -98,6 +106,24 @@ class _HeadersOnly:
     def holds(self, filename: str) -> bool:
         """See ``Repository``."""
         return self.hub.holds(filename)
+
+    def names(self) -> list[str]:
+        """See ``Repository``."""
+        return self.hub.names()
+
+    def unseen(self) -> str | None:
+        """See ``Repository``."""
+        return self.hub.unseen()
+
+
+def _is_readable(file: Path) -> bool:
+    """Whether the header of a cached file can be read, so that it need not be fetched again."""
+    read = read_safetensors_file if file.suffix == ".safetensors" else read_torch_file
+    try:
+        read(file)
+    except CheckpointError:
+        return False
+    return True
 
 
 class _StandIn:

@@ -2,9 +2,9 @@
 
 The Hub's own client does the work, with its cache, its retries and its environment
 (``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ...). Added here: all files of a
-repository come from one commit, downloaded weights are checked against the hash that the Hub
-announced, single tensors can be fetched from a safetensors file, and every failure is reported in
-one sentence.
+repository come from one commit, files are checked once against the hash that the Hub announced,
+whoever put them into the cache, single tensors can be fetched from a safetensors file, and every
+failure is reported in one sentence.
 
 The client is imported only when a file is requested, since importing it is slow.
 """
@@ -14,18 +14,23 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
-from speculators.checkpoint.digest import sha256_of_file
+from loguru import logger
+
 from speculators.checkpoint.files.safetensors_file import (
     PREFIX_BYTES,
     encode_header,
     find_data,
     parse_header,
+    read_safetensors_file,
 )
+from speculators.checkpoint.hub.cache import check_place, delete_cached, find_damage
+from speculators.checkpoint.hub.client import WrongRangeError, watched_client
 from speculators.checkpoint.hub.errors import kinds_of, raise_told
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
+from speculators.errors import CheckpointError
 
 __all__ = ["HubRepository"]
 
@@ -77,6 +82,14 @@ _SENTENCES = {
         "{endpoint} has had too many requests from here ({reason}): wait some minutes, or set"
         " HF_TOKEN, which raises the limit"
     ),
+    "LongWaitError": (
+        "{endpoint} asks to wait for {reason} before it serves '{file}' of {repo}: try again then,"
+        " or set HF_TOKEN, which raises the limit"
+    ),
+    "WrongRangeError": (
+        "{endpoint} or a proxy sends the wrong bytes of '{file}' of {repo} ({reason}): try again,"
+        " or without the proxy"
+    ),
     "HTTP 5xx": "{endpoint} fails to serve '{file}' of {repo} ({reason}): try again later",
     "HfHubHTTPError": (
         "{endpoint} does not serve '{file}' of {repo} ({reason}): check the id, the revision and"
@@ -108,8 +121,17 @@ _SENTENCES = {
         " choose another cache with --cache-dir or HF_HOME"
     ),
     "_DamagedDownloadError": (
-        "'{file}' of {repo} arrived damaged, its SHA-256 is not the one that {endpoint} announced,"
+        "'{file}' of {repo} arrived damaged, its {reason} is not the one that {endpoint} announced,"
         " and was deleted: try again"
+    ),
+    "_DamagedCacheError": (
+        "'{file}' of {repo} is damaged in the cache {cache}, its {reason} is not the one that was"
+        " announced, and offline mode forbids fetching it again: unset HF_HUB_OFFLINE and"
+        " TRANSFORMERS_OFFLINE"
+    ),
+    "OutsideError": (
+        "The Hub's client keeps '{file}' of {repo} outside of the cache {cache}, in {reason}, so it"
+        " is not read: check HF_ENDPOINT, and the links in the cache"
     ),
     # The client's check of the size raises a bare OSError without an errno.
     "OSError": "'{file}' of {repo} did not arrive whole ({reason}): try again",
@@ -118,9 +140,6 @@ _SENTENCES = {
         " revision and the HF_* environment variables"
     ),
 }
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
 
 HEADER_GUESS = 128 << 10
 """Bytes of a safetensors file that are read first; few headers are longer."""
@@ -182,6 +201,31 @@ class HubRepository:
         """
         return self.location(filename) is not None
 
+    def names(self) -> list[str]:
+        """See ``Repository``; asks the Hub, or the cache if it does not answer."""
+        from huggingface_hub import constants, list_repo_files
+
+        try:
+            if constants.HF_HUB_OFFLINE:
+                return self._cached_names()
+            with watched_client():
+                files = list_repo_files(self.name, revision=self.commit or self.revision)
+        except Exception:
+            return self._cached_names()
+        folders = {f"{parent}/" for it in files for parent in map(str, PurePosixPath(it).parents)}
+        return [*files, *sorted(folders - {"./"})]
+
+    def unseen(self) -> str | None:
+        """See ``Repository``."""
+        from huggingface_hub import constants
+
+        if not constants.HF_HUB_OFFLINE:
+            return None
+        return (
+            f"only what is in the cache {self._cache()} was looked at, since offline mode is on: "
+            "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to have the rest fetched"
+        )
+
     def location(self, filename: str) -> Path | None:
         """Where ``filename`` is in the local cache, or would be; downloads nothing.
 
@@ -237,20 +281,19 @@ class HubRepository:
         part = self._part_file(filename, tensors) if self.commit else None
         if part is None or not part.is_file():
             whole = self.location(filename)
-            if whole is None or whole.is_file():
-                return whole
+            if whole is None:
+                return None
+            if whole.is_file():
+                return self.file(filename)
             part = self._part_file(filename, tensors)
-        if part.is_file() or self._fetch_part(filename, tensors, part):
+        if _is_whole(part) or self._fetch_part(filename, tensors, part):
             return part
         return self.file(filename)
 
     def _part_file(self, filename: str, tensors: Collection[str]) -> Path:
         """Where a part is kept: in the assets cache, the client's folder for derived files."""
-        from huggingface_hub import constants
-
         assert self.commit is not None
-        assets = self.cache_dir / "assets" if self.cache_dir else Path(constants.HF_ASSETS_CACHE)
-        folder = assets / "speculators" / self.name.replace("/", "--") / self.commit
+        folder = self._assets() / self.name.replace("/", "--") / self.commit
         digest = hashlib.sha256("\n".join([filename, *sorted(tensors)]).encode()).hexdigest()
         return folder / f"{Path(filename).stem}-{digest[:16]}.safetensors"
 
@@ -283,10 +326,12 @@ class HubRepository:
             "cache_dir": self.cache_dir,
         }
         try:
-            if dry_run:
-                path = Path(hf_hub_download(**wanted, dry_run=True).local_path)
-            else:
-                path = _download(wanted)
+            with watched_client():
+                if dry_run:
+                    path = Path(hf_hub_download(**wanted, dry_run=True).local_path)
+                    check_place(path, self._cache(), self._folder())
+                else:
+                    path = self._download(wanted)
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:  # the client lets errors of many libraries through
@@ -297,10 +342,35 @@ class HubRepository:
         self.commit = path.parents[filename.count("/")].name
         return path
 
+    def _download(self, wanted: dict[str, Any]) -> Path:
+        """Get a file, and check it if that was not done before; fetch a damaged one again."""
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+        cached = try_to_load_from_cache(**wanted)
+        path = Path(_retried(lambda: hf_hub_download(**wanted), "GET 5xx"))
+        wrong = self._find_damage(path)
+        if wrong and isinstance(cached, str) and path.samefile(cached):
+            if constants.HF_HUB_OFFLINE:
+                raise _DamagedCacheError(wrong)
+            logger.info(f"{path} is damaged, and is fetched again")
+            delete_cached(path)
+            path = Path(_retried(lambda: hf_hub_download(**wanted), "GET 5xx"))
+            wrong = self._find_damage(path)
+        if wrong:
+            delete_cached(path)
+            raise _DamagedDownloadError(wrong)
+        return path
+
+    def _find_damage(self, path: Path) -> str | None:
+        """See ``find_damage``; before that, check that the path is in the cache."""
+        check_place(path, self._cache(), self._folder())
+        return find_damage(path, self._assets() / "checked")
+
     @contextmanager
     def _told(self, filename: str) -> Iterator[None]:
         try:
-            yield
+            with watched_client():
+                yield
         except Exception as error:  # as above
             self._tell(error, filename)
 
@@ -318,14 +388,29 @@ class HubRepository:
 
     def _is_cached(self) -> bool:
         """Whether the cache holds any file of this repository at this revision."""
-        from huggingface_hub import constants
-        from huggingface_hub.file_download import repo_folder_name
+        return bool(self._cached_names())
 
-        folder = self._cache() / repo_folder_name(repo_id=self.name, repo_type="model")
+    def _cached_names(self) -> list[str]:
+        from huggingface_hub import constants
+
+        folder = self._folder()
         revision = self.commit or self.revision or constants.DEFAULT_REVISION
         ref = folder / "refs" / revision
         snapshot = folder / "snapshots" / (ref.read_text() if ref.is_file() else revision)
-        return snapshot.is_dir() and any(snapshot.iterdir())
+        return [it.relative_to(snapshot).as_posix() for it in snapshot.rglob("*") if it.is_file()]
+
+    def _folder(self) -> Path:
+        """The repository's folder in the cache."""
+        from huggingface_hub.file_download import repo_folder_name
+
+        return self._cache() / repo_folder_name(repo_id=self.name, repo_type="model")
+
+    def _assets(self) -> Path:
+        """The client's folder for derived files, and in it our own."""
+        from huggingface_hub import constants
+
+        assets = self.cache_dir / "assets" if self.cache_dir else Path(constants.HF_ASSETS_CACHE)
+        return assets / "speculators"
 
     def _cache(self) -> Path:
         from huggingface_hub import constants
@@ -376,7 +461,10 @@ def _read_range(url: str, start: int, size: int) -> tuple[bytes, int] | None:
             total = re.fullmatch(rf"bytes {start}-\d+/(\d+)", came)
             if response.status_code != 206 or total is None:
                 return None
-            return response.read()[:size], int(total[1])
+            data = response.read()
+            if len(data) != min(size, int(total[1]) - start):
+                raise WrongRangeError(f"{len(data)} bytes came of {came}")
+            return data, int(total[1])
 
     return _retried(read, "TransportError")
 
@@ -422,33 +510,20 @@ def _write_part(part: Path, tensors: Mapping[str, TensorInfo], url: str) -> None
 
 
 class _DamagedDownloadError(Exception):
-    """The bytes that arrived are not those that the Hub announced."""
+    """The bytes that arrived are not those that the Hub announced; says by which hash."""
 
 
-def _download(wanted: dict[str, Any]) -> Path:
-    """Download a file, and check it unless it was cached already."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(**wanted)
-    path = Path(_retried(lambda: hf_hub_download(**wanted), "GET 5xx"))
-    if not (isinstance(cached, str) and path.samefile(cached)):
-        _check_hash(path)
-    return path
+class _DamagedCacheError(Exception):
+    """The same of bytes in the cache, which cannot be fetched again."""
 
 
-def _check_hash(path: Path) -> None:
-    """Check a fresh download, which the client does not, and delete it if it is damaged.
-
-    A cached file is a symlink to ``blobs/<ETag>``, and the ETag of a file in large-file storage is
-    its SHA-256. Nothing is checked if the ETag is not a SHA-256 (other files have a git hash, and
-    mirrors may send anything), nor in a cache without symlinks, which does not keep it.
-    """
-    if not path.is_symlink():
-        return
-    blob = path.parent / path.readlink()
-    if not _SHA256.fullmatch(blob.name):
-        return
-    if sha256_of_file(blob) != blob.name:
-        path.unlink()
-        blob.unlink()
-        raise _DamagedDownloadError
+def _is_whole(part: Path) -> bool:
+    """Whether a part is there and as long as its header says; a damaged one is deleted."""
+    if not part.is_file():
+        return False
+    try:
+        read_safetensors_file(part)
+    except CheckpointError:
+        part.unlink(missing_ok=True)
+        return False
+    return True

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
+from speculators.checkpoint.hub.client import watched_client
 from speculators.checkpoint.hub.errors import raise_told
 from speculators.checkpoint.output.staging import CONVERTED
 from speculators.checkpoint.output.stamp import is_stamped
@@ -57,6 +58,7 @@ _SENTENCES = {
     ),
     "HTTP 412": "{repo} was changed by somebody else while it was uploaded to: try again",
     "HTTP 429": "{endpoint} has had too many requests from here ({reason}): wait some minutes",
+    "LongWaitError": "{endpoint} asks to wait for {reason} before it takes more: try again then",
     "HTTP 5xx": "{endpoint} fails to take the files for {repo} ({reason}): try again later",
     "HfHubHTTPError": (
         "{endpoint} does not take the files for {repo} ({reason}): check the id, the access token"
@@ -182,7 +184,7 @@ def upload(
 def _told(repo_id: str) -> Iterator[None]:
     """Run the client quietly, and turn what it raises into a sentence."""
     try:
-        with _client_kept_quiet():
+        with watched_client(), _client_kept_quiet():
             yield
     except Exception as error:  # the client lets errors of many libraries through
         raise_told(error, _SENTENCES, repo=repo_id)

@@ -5,19 +5,23 @@ Everything is written into a sibling of the output, with a name that can be reco
     .NAME.speculators-XXXXXXXX/lock    locked while the run that made it is alive
     .NAME.speculators-XXXXXXXX/new     what becomes the output
     .NAME.speculators-XXXXXXXX/old     the previous output, while it is being replaced
+    .NAME.speculators-XXXXXXXX/copy    a copy of it, where it cannot be renamed
 
 ``new`` is synced and takes the output's place in one step. On a file system that cannot swap two
 directories in one step, replacing takes two, and ``old`` keeps the previous output in between. A
+directory of a lower layer of an overlay file system (as in a container's image) cannot be renamed
+at all: it is copied, removed, and put back from the copy if ``new`` does not get to its place. A
 run that is killed leaves at most such a sibling: the next run to the same output puts the previous
-output back if there is none, and removes the sibling.
+output back if need be, and removes the sibling.
 """
 
 import ctypes
 import errno
 import fcntl
-import glob
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,11 +30,14 @@ from pathlib import Path
 
 from loguru import logger
 
-from speculators.errors import OutputError
+from speculators.errors import OutputError, printable
 
 __all__ = ["CONVERTED", "Kind", "check_output", "staged_directory"]
 
-LOCK, NEW, OLD = "lock", "new", "old"
+LOCK, NEW, OLD, COPY, COPYING = "lock", "new", "old", "copy", "copying"
+DIRECTORIES = (NEW, OLD, COPY, COPYING)
+
+MOUNTS = Path("/proc/self/mountinfo")
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # from linux/fs.h
@@ -73,11 +80,13 @@ def check_output(output: Path, *, overwrite: bool, kind: Kind | None = CONVERTED
         OutputError: if it may not.
 
     """
+    output = _located(output)
     if not output.exists() and not output.is_symlink():
         return
     if not output.is_dir() or output.is_symlink():
         raise OutputError(f"{output} exists and is not a directory; choose another output.")
-    if output.is_mount():
+    mounts = _mounts_in(output)
+    if output.is_mount() or output.resolve() in mounts:
         raise OutputError(
             f"{output} is where a file system is mounted, so it cannot be replaced; "
             "choose a directory within it."
@@ -96,6 +105,35 @@ def check_output(output: Path, *, overwrite: bool, kind: Kind | None = CONVERTED
             f"{output} is not {kind.name}, so --overwrite does not replace it; "
             "choose another output."
         )
+    if mounts:
+        raise OutputError(
+            f"{output} holds {mounts[0]}, where a file system is mounted, so it is not replaced; "
+            "unmount that, or choose another output."
+        )
+
+
+def _located(output: Path) -> Path:
+    """The same place, by a path that ends with its name and does not lead up again."""
+    if "\0" in str(output):
+        raise OutputError(f"{printable(str(output))} has a NUL in it; choose another output.")
+    if output.name in {"", ".."}:
+        return output.resolve()
+    return output.parent.resolve() / output.name if ".." in output.parts else output
+
+
+def _mounts_in(directory: Path) -> list[Path]:
+    """Where file systems are mounted at or below a directory, or files and folders are bound.
+
+    The kernel lists them; elsewhere than on Linux, none are found.
+    """
+    try:
+        lines = MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return []
+    escaped = (line.split(b" ")[4] for line in lines)
+    points = (re.sub(rb"\\(\d{3})", lambda it: bytes([int(it[1], 8)]), point) for point in escaped)
+    place = directory.resolve()
+    return [path for path in map(Path, map(os.fsdecode, points)) if path.is_relative_to(place)]
 
 
 @contextmanager
@@ -110,6 +148,7 @@ def staged_directory(
         OutputError: if something is in the way, or writing fails.
 
     """
+    output = _located(output)
     new_parents = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -137,8 +176,7 @@ def staged_directory(
             "(nothing was left there that was not there before)."
         ) from error
     finally:
-        _discard(sibling, output)
-        os.close(lock)
+        _discard(sibling, output, lock)
         _remove_empty(new_parents)
 
 
@@ -147,7 +185,7 @@ def _make_locked_sibling(output: Path) -> tuple[Path, int]:
     while True:
         sibling = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
         try:
-            lock = _open_lock(sibling)
+            lock = os.open(sibling / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         except FileNotFoundError:
             continue  # another run took it for a leftover
         # Some network file systems have no locks: there, leftovers are never removed.
@@ -160,9 +198,14 @@ def _make_locked_sibling(output: Path) -> tuple[Path, int]:
 
 def _remove_leftovers(output: Path) -> None:
     """Clean up after runs that were killed: remove siblings that no living process has locked."""
-    for leftover in output.parent.glob(f"{glob.escape(_prefix(output))}*"):
+    # The names that ``tempfile.mkdtemp`` makes.
+    form = re.compile(re.escape(_prefix(output)) + "[a-z0-9_]{8}")
+    for leftover in [it for it in output.parent.iterdir() if form.fullmatch(it.name)]:
         try:
-            lock = _open_lock(leftover)
+            if not _is_ours(leftover):
+                logger.debug(f"{leftover} is not ours to remove: it holds something else")
+                continue
+            lock = os.open(leftover / LOCK, os.O_RDWR | os.O_NOFOLLOW)
         except OSError as error:
             logger.debug(f"{leftover} is not ours to remove: {error.strerror}")
             continue
@@ -170,25 +213,78 @@ def _remove_leftovers(output: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             logger.debug(f"{leftover} belongs to a run that is going on: {error.strerror}")
-        else:
-            _discard(leftover, output)
-            logger.debug(f"Removed {leftover}, left by a run that was stopped")
-        finally:
             os.close(lock)
+        else:
+            _discard(leftover, output, lock)
+            logger.debug(f"Removed {leftover}, left by a run that was stopped")
 
 
-def _open_lock(sibling: Path) -> int:
-    return os.open(sibling / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+def _is_ours(leftover: Path) -> bool:
+    """Whether a directory holds what a run leaves, and nothing else.
+
+    An empty one, as a run makes it at its start and leaves it at its end, is removed here.
+
+    Raises:
+        OSError: if it cannot be read.
+
+    """
+    status = leftover.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        return False
+    modes = {path.name: path.lstat().st_mode for path in leftover.iterdir()}
+    if not modes and stat.S_IMODE(status.st_mode) == 0o700:
+        leftover.rmdir()
+    return stat.S_ISREG(modes.pop(LOCK, 0)) and all(
+        name in DIRECTORIES and stat.S_ISDIR(mode) for name, mode in modes.items()
+    )
 
 
-def _discard(sibling: Path, output: Path) -> None:
-    """Remove a sibling; put the previous output back first if nothing has taken its place."""
-    old = sibling / OLD
+def _discard(sibling: Path, output: Path, lock: int) -> None:
+    """Remove a sibling; put the previous output back first if nothing has taken its place.
+
+    The lock goes last, since what has none is not taken for a leftover.
+    """
+    old, copy = sibling / OLD, sibling / COPY
     if old.exists() and not output.exists():
         old.rename(output)
         logger.warning(f"{output} is as it was: the run that was to replace it was stopped")
+    elif copy.exists() and (sibling / NEW).exists() and _is_part_of(output, copy):
+        shutil.rmtree(output, ignore_errors=True)
+        copy.rename(output)
+        logger.warning(f"{output} is as it was: the run that was to replace it was stopped")
     # After a replacement, the previous output is where the new one was, and goes with the sibling.
-    shutil.rmtree(sibling, ignore_errors=True)
+    left: list[OSError] = []
+    for name in DIRECTORIES:
+        if (sibling / name).exists():
+            left += _remove_tree(sibling / name)
+    if left:
+        logger.warning(
+            f"{sibling} could not be removed whole ({left[0].strerror}: {left[0].filename}): what "
+            f"is left there was a part of {output}; remove it yourself"
+        )
+        os.close(lock)
+        return
+    with suppress(OSError):
+        (sibling / LOCK).unlink()
+    os.close(lock)  # before the directory goes: on NFS, an open file stays in it
+    with suppress(OSError):
+        sibling.rmdir()
+
+
+def _remove_tree(directory: Path) -> list[OSError]:
+    """Remove as much as possible; return the errors."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        try:
+            shutil.rmtree(directory)
+        except OSError as error:
+            return [error]
+    return []
+
+
+def _is_part_of(output: Path, copy: Path) -> bool:
+    """Whether everything that is left of a directory is in its copy."""
+    return all(os.path.lexists(copy / it.relative_to(output)) for it in output.rglob("*"))
 
 
 def _remove_empty(directories: list[Path]) -> None:
@@ -206,16 +302,30 @@ def _publish(sibling: Path, output: Path, *, overwrite: bool) -> None:
     Renaming a directory replaces at most an empty one, so what another process has put there
     meanwhile is not lost.
     """
-    new = sibling / NEW
-    if overwrite and output.exists():
+    new, old = sibling / NEW, sibling / OLD
+    if not overwrite or not output.exists():
+        new.rename(output)
+        return
+    try:
         if _exchange(new, output):
             return
-        old = sibling / OLD
         output.rename(old)
-        new.rename(output)
-        old.rename(new)  # a half-removed directory must not be put back
-    else:
-        new.rename(output)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _replace_by_copy(sibling, output)
+        return
+    new.rename(output)
+    old.rename(new)  # a half-removed directory must not be put back
+
+
+def _replace_by_copy(sibling: Path, output: Path) -> None:
+    """Replace a directory that cannot be renamed; see the top of this module."""
+    shutil.copytree(output, sibling / COPYING, symlinks=True)
+    (sibling / COPYING).rename(sibling / COPY)
+    if errors := _remove_tree(output):
+        raise errors[0]
+    (sibling / NEW).rename(output)
 
 
 def _exchange(one: Path, other: Path) -> bool:
