@@ -34,6 +34,14 @@ class Unavailable:
         """Raise the error."""
         raise self.error
 
+    def names(self) -> list[str]:
+        """Raise the error."""
+        raise self.error
+
+    def unseen(self) -> str | None:
+        """Raise the error."""
+        raise self.error
+
 
 def verifier_of(written: Converted) -> Verifier:
     """The verifier that a draft names or, if it cannot be opened, what the config says of it."""
