@@ -5,7 +5,7 @@ from typing import Any
 from speculators.errors import FormatError
 from speculators.format.config import parse_config
 from speculators.format.tensors import required_tensors
-from speculators.integrations.vllm.plugin import ARCHITECTURE
+from speculators.integrations.vllm.models import ARCHITECTURE
 
 __all__ = ["update_eagle"]
 
