@@ -18,12 +18,28 @@ def support_torch_compile(*, enable_if=None): ...
 def support_torch_compile(cls): ...
 def support_torch_compile(cls=None, *, dynamic_arg_dims=None, enable_if=None): ...
 """,
-    "config/__init__.py": "from vllm.config.model import ModelConfig\nclass VllmConfig: ...\n",
+    "config/__init__.py": """
+from vllm.config.model import ModelConfig
+from vllm.config.speculative import SpeculativeConfig
+class VllmConfig: ...
+""",
     "config/model.py": """
 class ModelConfig:
+    architecture, values = "", {}
+    @property
+    def architectures(self) -> list[str]:
+        return [self.architecture]
+    def compute_hash(self) -> str:
+        return str(self.values)
     def get_hidden_size(self) -> int: ...
     def get_num_layers(self, parallel_config) -> int: ...
     def get_vocab_size(self) -> int: ...
+""",
+    "config/speculative.py": """
+class SpeculativeConfig:
+    draft_model_config: "ModelConfig | None" = None
+    def compute_hash(self) -> str:
+        return "eagle"
 """,
     "model_executor/layers/layernorm.py": """
 class RMSNorm:

@@ -158,6 +158,39 @@ def test_it_steps_aside_where_a_part_cannot_be_imported(
     assert "cannot import name 'nothing' from 'vllm'" in record.getMessage()
 
 
+def key(architecture: str | None, **values: Any) -> str:
+    """The part of the compile cache's key that comes from speculation, in a vLLM up to 0.29."""
+    config = import_module("vllm.config").SpeculativeConfig()
+    if architecture:
+        config.draft_model_config = import_module("vllm.config").ModelConfig()
+        config.draft_model_config.architecture = architecture
+        config.draft_model_config.values = values
+    found: str = config.compute_hash()
+    return found
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_the_draft_s_config_is_in_the_key_of_compiled_graphs(
+    vllm: Install, architecture: str
+) -> None:
+    vllm("0.26.0")
+    before = key(architecture, rms_norm_eps=1e-5)
+    assert key(architecture, rms_norm_eps=0.5) == before  # otherwise there is nothing to mend
+    register()
+    register()
+    assert key(architecture, rms_norm_eps=1e-5) != before
+    assert key(architecture, rms_norm_eps=1e-5) == key(architecture, rms_norm_eps=1e-5)
+    assert key(architecture, rms_norm_eps=1e-5) != key(architecture, rms_norm_eps=0.5)
+
+
+@pytest.mark.parametrize("architecture", [None, "Eagle3LlamaForCausalLM"])
+def test_the_key_of_other_drafts_is_vllm_s_own(vllm: Install, architecture: str | None) -> None:
+    vllm("0.26.0")
+    before = key(architecture)
+    register()
+    assert key(architecture) == before
+
+
 def test_what_is_registered_is_there() -> None:
     """Check this without importing it, which works only within vLLM."""
     for model in MODELS.values():

@@ -4,6 +4,7 @@ import logging
 from multiprocessing import parent_process
 from pathlib import Path
 
+from speculators.integrations.vllm.compile_cache import add_draft_to_key
 from speculators.integrations.vllm.config import update_eagle
 from speculators.integrations.vllm.models import MODELS
 from speculators.integrations.vllm.releases import INSTALL, is_tested, missing_parts
@@ -29,12 +30,15 @@ def register() -> None:
         _step_aside(version, "; ".join(missing))
         return
     try:
+        from vllm.config import SpeculativeConfig
         from vllm.model_executor.models.registry import ModelRegistry
         from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
     except ImportError as error:
         _step_aside(version, str(error))
         return
-    if "eagle" not in SUPPORTED_SPECULATORS_TYPES and not is_tested(version):
+    if SUPPORTED_SPECULATORS_TYPES.get("eagle") is update_eagle:
+        return
+    if not is_tested(version):
         _warn(
             f"The speculators plugin was not tested with vLLM {version}. It goes on, since the "
             "parts of vLLM that it uses look the same. If converted drafts do not work: "
@@ -43,6 +47,7 @@ def register() -> None:
     SUPPORTED_SPECULATORS_TYPES["eagle"] = update_eagle
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)
+    add_draft_to_key(SpeculativeConfig)
 
 
 def _step_aside(version: str, why: str) -> None:

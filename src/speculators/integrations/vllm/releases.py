@@ -22,11 +22,17 @@ INSTALL = (
 
 PARTS: dict[str, dict[str, tuple[str, ...] | None]] = {
     "compilation/decorators.py": {"support_torch_compile": ("cls",)},
-    "config/__init__.py": {"ModelConfig": None, "VllmConfig": None},
+    "config/__init__.py": {"ModelConfig": None, "SpeculativeConfig": None, "VllmConfig": None},
     "config/model.py": {
+        "ModelConfig.architectures": None,
+        "ModelConfig.compute_hash": (),
         "ModelConfig.get_hidden_size": (),
         "ModelConfig.get_num_layers": ("parallel_config",),
         "ModelConfig.get_vocab_size": (),
+    },
+    "config/speculative.py": {
+        "SpeculativeConfig.compute_hash": (),
+        "SpeculativeConfig.draft_model_config": None,
     },
     "model_executor/layers/layernorm.py": {"RMSNorm.__init__": ("hidden_size", "eps")},
     "model_executor/layers/linear.py": {
