@@ -1,4 +1,4 @@
-"""The plugin in versions of vLLM that it does not support, and the config that it gives to vLLM.
+"""What the plugin does in releases of vLLM, and the config that it gives to vLLM.
 
 What it does in the real engine is tested by `make test-vllm`.
 """
@@ -6,9 +6,11 @@ What it does in the real engine is tested by `make test-vllm`.
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.metadata import entry_points
+from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,45 +18,36 @@ import pytest
 from helpers import GOLDEN_NAMES, config_of, source_tensors, stored_tensors
 from speculators.errors import FormatError
 from speculators.integrations.vllm.config import update_eagle
-from speculators.integrations.vllm.plugin import ARCHITECTURE, MODELS, SUPPORTED_RELEASES, register
+from speculators.integrations.vllm.models import ARCHITECTURE, MODELS
+from speculators.integrations.vllm.plugin import register
+from vllm_stand_in import ALGORITHMS, LAYERS, REGISTRY, write_stand_in
 
-ALGORITHMS = "vllm.transformers_utils.configs.speculators.algos"
-REGISTRY = "vllm.model_executor.models.registry"
-
-
-class Registry:
-    """Stands in for vLLM's ``ModelRegistry``."""
-
-    def __init__(self) -> None:
-        self.models: dict[str, str] = {}
-
-    def register_model(self, name: str, model: str) -> None:
-        self.models[name] = model
+Install = Callable[[str], Path]
 
 
 @pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Stands in for vLLM, as far as the plugin uses it."""
-    modules = {
-        name: ModuleType(name)
-        for module in (ALGORITHMS, REGISTRY)
-        for name in (module.rsplit(".", n)[0] for n in range(module.count(".") + 1))
-    }
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    vllm: Any = modules["vllm"]
-    vllm.__version__ = f"{SUPPORTED_RELEASES[-1]}.0+cpu"
-    algorithms: Any = modules[ALGORITHMS]
-    algorithms.SUPPORTED_SPECULATORS_TYPES = {"eagle3": "their own"}
-    registry: Any = modules[REGISTRY]
-    registry.ModelRegistry = Registry()
-    stand_in: ModuleType = vllm
-    return stand_in
+def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Installs a stand-in for vLLM of a version, and returns its directory."""
+
+    def install(version: str) -> Path:
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return write_stand_in(tmp_path, version)
+
+    yield install
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
 
 
 def registered() -> tuple[dict[str, Any], dict[str, str]]:
-    algorithms, registry = (sys.modules[name] for name in (ALGORITHMS, REGISTRY))
+    algorithms, registry = (
+        import_module("vllm." + file.removesuffix(".py").replace("/", "."))
+        for file in (ALGORITHMS, REGISTRY)
+    )
     return algorithms.SUPPORTED_SPECULATORS_TYPES, registry.ModelRegistry.models
+
+
+EVERYTHING = ({"eagle3": "their own", "eagle": update_eagle}, MODELS)
+NOTHING: tuple[dict[str, Any], dict[str, str]] = ({"eagle3": "their own"}, {})
 
 
 def test_vllm_finds_the_plugin() -> None:
@@ -62,12 +55,140 @@ def test_vllm_finds_the_plugin() -> None:
     assert found["speculators"].load() is register
 
 
-@pytest.mark.usefixtures("vllm")
-def test_a_known_release_is_taught(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("version", ["0.26.0", "0.31.0", "0.32.0", "0.32.0+cpu"])
+def test_a_tested_release_gets_everything_in_silence(
+    vllm: Install, caplog: pytest.LogCaptureFixture, version: str
+) -> None:
+    vllm(version)
     register()
     register()  # vLLM may do so, too
-    assert registered() == ({"eagle3": "their own", "eagle": update_eagle}, MODELS)
+    assert registered() == EVERYTHING
     assert not caplog.records
+
+
+@pytest.mark.parametrize("version", ["0.30.0", "0.32.1", "0.33.0", "1.0.0", "dev", ""])
+def test_another_release_of_the_same_parts_is_tried_with_one_warning(
+    vllm: Install, caplog: pytest.LogCaptureFixture, version: str
+) -> None:
+    vllm(version)
+    register()
+    register()
+    assert registered() == EVERYTHING
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.name.startswith("vllm.")
+    assert f"was not tested with vLLM {version}. It goes on" in record.getMessage()
+    assert "vLLM 0.26.0, 0.31.0 and 0.32.0 are known to work" in record.getMessage()
+
+
+def test_its_further_processes_do_not_repeat_the_warning(
+    vllm: Install, capfd: pytest.CaptureFixture[str]
+) -> None:
+    vllm("0.33.0")
+    process = get_context("spawn").Process(target=register)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def change(package: Path, file: str, old: str, new: str) -> None:
+    source = (package / file).read_text()
+    assert old in source
+    (package / file).write_text(source.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "why"),
+    [
+        (ALGORITHMS, "SUPPORTED_", "KNOWN_", "algos.py: no SUPPORTED_SPECULATORS_TYPES"),
+        (REGISTRY, "model_cls", "model", "_ModelRegistry.register_model has other parameters"),
+        (LAYERS, "config=None", "config=None, *, cache", "LlamaDecoderLayer.__init__ has other"),
+        (LAYERS, "inputs_embeds=None", "inputs_embeds", "EagleLlamaForCausalLM.forward has other"),
+        (LAYERS, "hf_to_vllm_mapper", "mapper", "llama_eagle.py: no LlamaModel.hf_to_vllm_mapper"),
+        (LAYERS, "def load_weights", "def load", "no EagleLlamaForCausalLM.load_weights"),
+    ],
+)
+@pytest.mark.parametrize("version", ["0.32.0", "0.34.0"])
+def test_it_steps_aside_where_a_part_is_another(
+    vllm: Install,
+    caplog: pytest.LogCaptureFixture,
+    version: str,
+    file: str,
+    old: str,
+    new: str,
+    why: str,
+) -> None:
+    change(vllm(version), file, old, new)
+    register()
+    (record,) = caplog.records
+    assert f"does nothing, since vLLM {version} differs from what it needs" in record.getMessage()
+    assert why in record.getMessage()
+    assert (
+        "vLLM 0.26.0, 0.31.0 and 0.32.0 are known to work (pip install vllm==0.32.0)"
+        in record.getMessage()
+    )
+    assert "vllm.transformers_utils" not in sys.modules
+
+
+def test_it_steps_aside_where_a_module_is_gone(
+    vllm: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    (vllm("0.32.0") / LAYERS).unlink()
+    register()
+    (record,) = caplog.records
+    assert "llama_eagle.py: no such module" in record.getMessage()
+    assert registered() == NOTHING
+
+
+def test_further_parameters_do_no_harm(vllm: Install, caplog: pytest.LogCaptureFixture) -> None:
+    change(vllm("0.32.0"), LAYERS, "config=None", "config=None, cache=None, **more")
+    register()
+    assert registered() == EVERYTHING
+    assert not caplog.records
+
+
+def test_it_steps_aside_where_a_part_cannot_be_imported(
+    vllm: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = vllm("0.32.0") / REGISTRY
+    file.write_text("from vllm import nothing\n" + file.read_text())
+    register()
+    (record,) = caplog.records
+    assert "cannot import name 'nothing' from 'vllm'" in record.getMessage()
+
+
+def key(architecture: str | None, **values: Any) -> str:
+    """The part of the compile cache's key that comes from speculation, in a vLLM up to 0.29."""
+    config = import_module("vllm.config").SpeculativeConfig()
+    if architecture:
+        config.draft_model_config = import_module("vllm.config").ModelConfig()
+        config.draft_model_config.architecture = architecture
+        config.draft_model_config.values = values
+    found: str = config.compute_hash()
+    return found
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_the_draft_s_config_is_in_the_key_of_compiled_graphs(
+    vllm: Install, architecture: str
+) -> None:
+    vllm("0.26.0")
+    before = key(architecture, rms_norm_eps=1e-5)
+    assert key(architecture, rms_norm_eps=0.5) == before  # otherwise there is nothing to mend
+    register()
+    register()
+    assert key(architecture, rms_norm_eps=1e-5) != before
+    assert key(architecture, rms_norm_eps=1e-5) == key(architecture, rms_norm_eps=1e-5)
+    assert key(architecture, rms_norm_eps=1e-5) != key(architecture, rms_norm_eps=0.5)
+
+
+@pytest.mark.parametrize("architecture", [None, "Eagle3LlamaForCausalLM"])
+def test_the_key_of_other_drafts_is_vllm_s_own(vllm: Install, architecture: str | None) -> None:
+    vllm("0.26.0")
+    before = key(architecture)
+    register()
+    assert key(architecture) == before
 
 
 def test_what_is_registered_is_there() -> None:
@@ -78,30 +199,6 @@ def test_what_is_registered_is_there() -> None:
             module.rpartition(".")[2] + ".py"
         )
         assert f"class {name}(" in file.read_text()
-
-
-@pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "0.3.2", "1.0.0", "dev", ""])
-def test_it_steps_aside_in_an_unknown_release(
-    vllm: ModuleType, caplog: pytest.LogCaptureFixture, version: str
-) -> None:
-    vllm.__version__ = version  # type: ignore[attr-defined]
-    register()
-    assert registered() == ({"eagle3": "their own"}, {})
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert record.name.startswith("vllm.")
-    assert f"it does not know vLLM {version}, only" in record.getMessage()
-
-
-@pytest.mark.parametrize("gone", [ALGORITHMS, REGISTRY])
-@pytest.mark.usefixtures("vllm")
-def test_it_steps_aside_in_a_release_that_is_built_otherwise(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, gone: str
-) -> None:
-    monkeypatch.setitem(sys.modules, gone, None)
-    register()
-    (record,) = caplog.records
-    assert "is not built as the release is" in record.getMessage()
 
 
 def test_it_is_harmless_without_vllm(

@@ -19,6 +19,12 @@ from pydantic import BaseModel, ConfigDict
 
 import speculators
 from speculators import ANOTHERS, __version__
+from speculators.integrations.vllm.releases import (
+    INSTALL,
+    TESTED_RELEASES,
+    is_tested,
+    missing_parts,
+)
 
 __all__ = ["Check", "Diagnosis", "diagnose"]
 
@@ -128,19 +134,19 @@ def _vllm() -> Iterator[Check]:
         for plugin in metadata.entry_points(group=PLUGIN_GROUP)
         if plugin.module.partition(".")[0] == "speculators"
     ]
-    known, problem = _known_releases(plugins)
+    problem = _load_problem(plugins)
     if not installed:
         yield Check(
             name="vllm", status="absent", advice="to serve drafts, install vllm beside speculators"
         )
     for name, version in installed.items():
-        fits = not known or ".".join(version.split(".")[:2]) in known
+        advice = None if is_tested(version) else f"{_in_an_untested_vllm()}; {INSTALL}"
         yield Check(
             name=name,
-            status="ok" if fits else "warning",
+            status="warning" if advice else "ok",
             found=version,
-            expected=", ".join(f"=={release}.*" for release in known) or None,
-            advice=None if fits else "the plugin steps aside in this vLLM; install one it knows",
+            expected=", ".join(f"=={release}" for release in TESTED_RELEASES),
+            advice=advice,
         )
     if not plugins:
         problem = f"speculators has no entry point in {PLUGIN_GROUP}: install it again"
@@ -152,15 +158,27 @@ def _vllm() -> Iterator[Check]:
     )
 
 
-def _known_releases(plugins: Collection[metadata.EntryPoint]) -> tuple[tuple[str, ...], str | None]:
-    """The vLLM releases that the plugin supports; or none, and why it cannot be loaded."""
-    releases: tuple[str, ...] = ()
+def _load_problem(plugins: Collection[metadata.EntryPoint]) -> str | None:
+    """Why the plugin cannot be loaded."""
     for plugin in plugins:
         try:
-            releases += import_module(plugin.module).SUPPORTED_RELEASES
-        except (ImportError, AttributeError) as error:
-            return (), f"it cannot be loaded ({error}): install speculators again"
-    return releases, None
+            import_module(plugin.module)
+        except ImportError as error:
+            return f"it cannot be loaded ({error}): install speculators again"
+    return None
+
+
+def _in_an_untested_vllm() -> str:
+    """What the plugin does in the installed vLLM, which is not a tested release."""
+    spec = find_spec("vllm")
+    missing = [
+        problem
+        for directory in (spec and spec.submodule_search_locations) or ()
+        for problem in missing_parts(Path(directory))
+    ]
+    if missing:
+        return f"the plugin does nothing in this vLLM ({'; '.join(missing)})"
+    return "the plugin was not tested with this vLLM, but the parts of it that it uses look right"
 
 
 def _hub() -> Iterator[Check]:

@@ -6,7 +6,7 @@ from speculators.errors import FormatError
 from speculators.families.converted import parse_config
 from speculators.families.eagle import TENSORS, EagleConfig
 from speculators.format.tensors import required_tensors
-from speculators.integrations.vllm.plugin import ARCHITECTURE
+from speculators.integrations.vllm.models import ARCHITECTURE
 
 __all__ = ["update_eagle"]
 

@@ -52,11 +52,13 @@ class EagleDecoder(nn.Module):
         super().__init__()
         self.config = config = vllm_config.speculative_config.draft_model_config.hf_config
         self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens")
+            num_embeddings=config.vocab_size,
+            embedding_dim=config.hidden_size,
+            prefix=maybe_prefix(prefix, "embed_tokens"),
         )
         self.fc = ReplicatedLinear(
-            2 * config.hidden_size,
-            config.hidden_size,
+            input_size=2 * config.hidden_size,
+            output_size=config.hidden_size,
             bias=config.fusion_bias,
             params_dtype=vllm_config.model_config.dtype,
             quant_config=get_draft_quant_config(vllm_config),
@@ -66,7 +68,7 @@ class EagleDecoder(nn.Module):
         self.layers = nn.ModuleList(
             [
                 LlamaDecoderLayer(
-                    vllm_config,
+                    vllm_config=vllm_config,
                     disable_input_layernorm=True,
                     prefix=maybe_prefix(prefix, f"layers.{layer_index}"),
                     config=config,
@@ -74,9 +76,10 @@ class EagleDecoder(nn.Module):
             ]
         )
         if config.layernorms:
-            self.post_embedding_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.hidden_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.pre_lm_head_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            size = {"hidden_size": config.hidden_size, "eps": config.rms_norm_eps}
+            self.post_embedding_layernorm = RMSNorm(**size)
+            self.hidden_layernorm = RMSNorm(**size)
+            self.pre_lm_head_layernorm = RMSNorm(**size)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
@@ -128,7 +131,7 @@ class EagleDraft(EagleLlamaForCausalLM):
             prefix=maybe_prefix(prefix, "model"),
             layer_index=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
         )
-        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.logits_processor = LogitsProcessor(vocab_size=self.config.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load the draft's tensors, named as in the format or in an older layout.

@@ -1,25 +1,15 @@
-"""The entry point that vLLM calls in each of its processes before it reads any model.
-
-An exception in a plugin aborts vLLM's start, and SUPPORTED_SPECULATORS_TYPES is not a public
-interface. So the plugin acts only in releases that it was tested with; otherwise it logs a warning
-and changes nothing.
-"""
+"""The entry point that vLLM calls in each of its processes before it reads any model."""
 
 import logging
+from multiprocessing import parent_process
+from pathlib import Path
 
-__all__ = ["ARCHITECTURE", "MODELS", "SUPPORTED_RELEASES", "register"]
+from speculators.integrations.vllm.compile_cache import add_draft_to_key
+from speculators.integrations.vllm.config import update_eagle
+from speculators.integrations.vllm.models import MODELS
+from speculators.integrations.vllm.releases import INSTALL, is_tested, missing_parts
 
-SUPPORTED_RELEASES = ("0.32",)
-"""The releases of vLLM (major.minor) that `make test-vllm` was run with."""
-
-ARCHITECTURE = "EagleSpeculatorDraft"
-"""What vLLM calls the draft's model; no checkpoint names it."""
-
-MODELS = {
-    ARCHITECTURE: "speculators.integrations.vllm.draft:EagleDraft",
-    "EagleLlamaForCausalLM": "speculators.integrations.vllm.plain:PlainEagle",
-}
-"""vLLM's model names → classes, which vLLM imports later: no device may be initialised yet."""
+__all__ = ["register"]
 
 # A child of vLLM's own logger, so that its level, format and handlers apply.
 logger = logging.getLogger("vllm.plugins.speculators")
@@ -28,31 +18,47 @@ logger = logging.getLogger("vllm.plugins.speculators")
 def register() -> None:
     """Register the speculators type "eagle" with vLLM in this process; never raises.
 
-    vLLM may call it several times in one process.
+    vLLM may call it several times in one process. In a release without the parts that the plugin
+    needs, it logs a warning and changes nothing.
     """
     try:
-        from vllm import __version__ as version
+        import vllm
     except ImportError:
         return
-    if ".".join(version.split(".")[:2]) not in SUPPORTED_RELEASES:
-        _step_aside(f"it does not know vLLM {version}, only {', '.join(SUPPORTED_RELEASES)}")
+    version = vllm.__version__
+    if missing := missing_parts(Path(vllm.__file__).parent):
+        _step_aside(version, "; ".join(missing))
         return
     try:
+        from vllm.config import SpeculativeConfig
         from vllm.model_executor.models.registry import ModelRegistry
         from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
-
-        from speculators.integrations.vllm.config import update_eagle
     except ImportError as error:
-        _step_aside(f"this vLLM {version} is not built as the release is ({error})")
+        _step_aside(version, str(error))
         return
+    if SUPPORTED_SPECULATORS_TYPES.get("eagle") is update_eagle:
+        return
+    if not is_tested(version):
+        _warn(
+            f"The speculators plugin was not tested with vLLM {version}. It goes on, since the "
+            "parts of vLLM that it uses look the same. If converted drafts do not work: "
+            f"{INSTALL}"
+        )
     SUPPORTED_SPECULATORS_TYPES["eagle"] = update_eagle
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)
+    add_draft_to_key(SpeculativeConfig)
 
 
-def _step_aside(why: str) -> None:
-    logger.warning(
-        "The speculators plugin does nothing, since %s. Converted EAGLE drafts cannot be served: "
-        "install another release, or export plain ones: speculators export DIR OUT --to vllm",
-        why,
+def _step_aside(version: str, why: str) -> None:
+    _warn(
+        f"The speculators plugin does nothing, since vLLM {version} differs from what it needs "
+        f"({why}). Converted EAGLE drafts cannot be served. {INSTALL}. Or export plain ones: "
+        "speculators export DIR OUT --to vllm"
     )
+
+
+def _warn(message: str) -> None:
+    """Log it once: vLLM's further processes load the plugin, too."""
+    if parent_process() is None:
+        logger.warning(message)
