@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "convert": {"models", "families", "format", "checkpoint", "errors"},
     "evaluate": {"decode", "models", "families", "format", "checkpoint", "errors"},
     "integrations": {"families", "format", "checkpoint", "errors"},
-    "inspection": {"convert", "families", "format", "checkpoint", "errors"},
+    "inspection": {"convert", "integrations", "families", "format", "checkpoint", "errors"},
     "publish": {"convert", "evaluate", "families", "format", "checkpoint", "errors"},
     "batch": {"publish", "convert", "families", "format", "checkpoint", "errors"},
     "cli": {
