@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import multiprocessing.context
 import os
 import pickle
 import re
@@ -215,6 +216,9 @@ def run_here(command: str) -> tuple[int, str]:
         patch.setattr(sys, "argv", words_of(command))
         # By which help tells `speculators` from `python -m pytest`.
         patch.setattr(sys.modules["__main__"], "__package__", None)
+        # The processes of a batch are forked from this one, and so have torch, too.
+        forking = multiprocessing.get_context("fork")
+        patch.setitem(multiprocessing.context._concrete_contexts, "spawn", forking)
         with streams_into(file):
             try:
                 main()
