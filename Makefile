@@ -11,10 +11,10 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm lint docs bench bench-vllm clean
+.PHONY: help demo test test-exhaustive test-vllm lint docs bench bench-vllm clean
 
 help:  ## list what can be made
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,8 +32,11 @@ demo: $(VERIFIER)  ## convert a real trained draft, prove it, and measure how we
 	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite
 	$(BIN)/speculators evaluate $(CONVERTED) --limit 4 --max-new-tokens 48 --num-draft-tokens 2
 
-test: $(VERIFIER)  ## run the whole test suite
-	$(BIN)/python -m pytest -n 2
+test: $(VERIFIER)  ## run the test suite
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-exhaustive: $(VERIFIER)  ## run every case of the tests of which `make test` runs some
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m exhaustive
 
 # Where a wheel of vLLM's CPU backend or of torch for it is not to be had, there is no test.
 $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
