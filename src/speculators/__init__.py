@@ -5,7 +5,7 @@ import os.path  # pathlib would take longer to import
 __all__ = ["ANOTHERS", "HOMEPAGE", "__version__"]
 
 HOMEPAGE: str | None = None
-"""The address of the project's repository, once it has a public one; the only place that says it."""
+"""The address of the project's repository, once it is public; no other place tells it."""
 
 ANOTHERS = "config.py"
 """A module that every release of the PyPI project called speculators has, and this one has not."""
