@@ -69,7 +69,7 @@ def test_a_wheel_built_from_it_has_the_whole_package(unpacked: Path, tmp_path: P
 
 def test_without_an_address_the_readme_names_files(unpacked: Path, tmp_path: Path) -> None:
     _, metadata = contents(build(unpacked, "wheel", tmp_path / "wheel"))
-    readme = metadata.get_payload()
+    readme = str(metadata.get_payload())
     assert metadata["Project-URL"] is None
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert RELATIVE_LINK.search((ROOT / "README.md").read_text("utf-8"))
@@ -85,7 +85,7 @@ def test_an_address_is_told_in_one_place(unpacked: Path, tmp_path: Path) -> None
     assert told != text
     module.write_text(told, "utf-8")
     _, metadata = contents(build(unpacked, "wheel", tmp_path / "wheel"))
-    readme = metadata.get_payload()
+    readme = str(metadata.get_payload())
     assert metadata.get_all("Project-URL") == [f"Homepage, {address}"]
     assert not RELATIVE_LINK.search(readme)
     assert f"({address}/blob/HEAD/docs/serving.md#what-is-served)" in readme

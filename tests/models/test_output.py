@@ -40,17 +40,17 @@ def test_the_older_name_of_the_output() -> None:
     assert EagleOutput is DraftOutput
 
 
-def outputs_with(cache: object) -> dict[str, DraftOutput]:
+def outputs_with(cache: DynamicCache | None) -> dict[str, DraftOutput]:
     """The same output, made in every way."""
     state = torch.zeros(1, 2, 3)
     set_later, by_key = (DraftOutput(last_hidden_state=state) for _ in range(2))
     set_later.past_key_values = cache  # type: ignore[misc]
     by_key["past_key_values"] = cache
-    made = DraftOutput(None, state, cache)  # type: ignore[arg-type]
+    made = DraftOutput(None, state, cache)
     return {
         "by position": made,
-        "by keyword": DraftOutput(last_hidden_state=state, cache=cache),  # type: ignore[arg-type]
-        "by the older keyword": DraftOutput(last_hidden_state=state, past_key_values=cache),  # type: ignore[arg-type]
+        "by keyword": DraftOutput(last_hidden_state=state, cache=cache),
+        "by the older keyword": DraftOutput(last_hidden_state=state, past_key_values=cache),
         "set as an attribute": set_later,
         "set as a key": by_key,
         "copied": copy.copy(made),
@@ -83,7 +83,7 @@ def test_an_output_survives_pickle_and_pytrees() -> None:
     cache = DynamicCache()
     output = DraftOutput(last_hidden_state=torch.ones(1, 2, 3), cache=cache)
     again = pickle.loads(pickle.dumps(output))
-    assert torch.equal(again.last_hidden_state, output.last_hidden_state)
+    assert largest_difference(again.last_hidden_state, torch.ones(1, 2, 3)) == 0
     assert isinstance(again.past_key_values, DynamicCache)
     leaves, spec = torch.utils._pytree.tree_flatten(output)
     rebuilt = torch.utils._pytree.tree_unflatten(leaves, spec)

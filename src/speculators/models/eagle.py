@@ -567,12 +567,13 @@ class EagleSpeculator(PreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + fused.shape[1], device=device).unsqueeze(0)
+        cached: dict[str, Any] = {CACHE: past_key_values}
         mask = create_causal_mask(
             config=self.config.layer,
             inputs_embeds=fused,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE: past_key_values},
+            **cached,
         )
         x = self.layers[0](
             fused,
@@ -580,7 +581,7 @@ class EagleSpeculator(PreTrainedModel):
             position_ids=position_ids,
             use_cache=past_key_values is not None,
             position_embeddings=self.rotary_emb(fused, position_ids=position_ids),
-            **{CACHE: past_key_values},
+            **cached,
             **kwargs,
         )
         return DraftOutput(last_hidden_state=x.to(device), cache=past_key_values)

@@ -63,7 +63,7 @@ class DraftOutput(ModelOutput):
         self.logits = logits
         self.last_hidden_state = last_hidden_state
         self.cache = the_cache(cache, past_key_values)
-        self.__post_init__()
+        self.__post_init__()  # type: ignore[no-untyped-call]
 
     @property
     def past_key_values(self) -> Cache | None:
@@ -73,13 +73,13 @@ class DraftOutput(ModelOutput):
     # transformers would take the older name for another field, or give notice of its deprecation.
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(_field(name), value)
+        super().__setattr__(_field(name), value)  # type: ignore[no-untyped-call]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(_field(key), value)
+        super().__setitem__(_field(key), value)  # type: ignore[no-untyped-call]
 
     def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(_field(key))
+        return super().__getitem__(_field(key))  # type: ignore[no-untyped-call]
 
     def __contains__(self, key: object) -> bool:
         return super().__contains__(_field(key))
