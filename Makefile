@@ -12,7 +12,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 # Of each part of the suite, what would notice that a dependency has changed.
 WITH_OTHER_RELEASES := tests/models tests/convert/test_golden.py tests/decode/test_greedy.py \
-	tests/cli tests/inspection tests/checkpoint/test_hub.py
+	tests/decode/test_settings.py tests/cli tests/inspection tests/checkpoint/test_hub.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-exhaustive test-oldest test-newest test-vllm lint docs bench bench-vllm clean
