@@ -12,8 +12,9 @@ from loguru import logger
 
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
+from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.tensor import DTYPE_BITS, Constant, PlannedTensor
-from speculators.errors import ConversionError
+from speculators.errors import ConversionError, OutputError
 from speculators.families.converted import Converted, open_converted
 from speculators.families.family import Target
 from speculators.format.tensors import TensorSpec
@@ -66,7 +67,7 @@ def export(
         OutputError: the output exists or cannot be written.
 
     """
-    directory = Path(output).expanduser()
+    directory = local_path(output, OutputError)
     check_output(directory, overwrite=False, kind=None)
     converted = open_converted(source, revision=revision, cache_dir=cache_dir)
     target = converted.family.targets.get(to)
