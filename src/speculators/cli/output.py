@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.table import Column, Table
 
+from speculators.errors import visible
+
 __all__ = ["bordered", "labelled", "show", "table"]
 
 UNLIMITED = 1 << 20
@@ -21,6 +23,9 @@ BORDERLESS: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 2, 
 def show(*renderables: RenderableType) -> None:
     """Print to standard output, one after another."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    renderables = tuple(
+        "\n".join(map(visible, it.split("\n"))) if isinstance(it, str) else it for it in renderables
+    )
     console = Console(markup=False, highlight=False, emoji=False)
     if console.is_terminal:
         for renderable in renderables:
@@ -40,7 +45,7 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
         *(Column(head, overflow="fold") for head in heads), header_style="bold", **BORDERLESS
     )
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(visible, row))
     return made
 
 
@@ -54,5 +59,5 @@ def labelled(lines: Iterable[tuple[str, Iterable[str]]]) -> Table:
     made = Table.grid(Column(style="bold"), Column(overflow="fold"), padding=(0, 2, 0, 0))
     for label, sentences in lines:
         for index, sentence in enumerate(sentences):
-            made.add_row("" if index else label, sentence)
+            made.add_row("" if index else label, visible(sentence))
     return made
