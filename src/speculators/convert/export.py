@@ -68,7 +68,7 @@ def export(
 
     """
     directory = local_path(output, OutputError)
-    check_output(directory, overwrite=False, kind=None)
+    check_output(directory, overwrite=False, marker=None)
     converted = open_converted(source, revision=revision, cache_dir=cache_dir)
     target = converted.family.targets.get(to)
     if target is None:
@@ -79,7 +79,7 @@ def export(
     plan = plan_export(converted, target)
     for remark in plan.remarks:
         logger.warning(f"{converted.checkpoint.name}: {remark}")
-    with staged_directory(directory, kind=None) as staging:
+    with staged_directory(directory, marker=None) as staging:
         config = json.dumps(plan.config, indent=2, ensure_ascii=False)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
         write_safetensors_file(staging / "model.safetensors", plan.tensors)
