@@ -108,5 +108,4 @@ bench-vllm: $(VERIFIER) $(VLLM_INSTALLED)  ## compare the plugin with vLLM's own
 	$(VLLM_BIN)/python benchmarks/serving.py
 
 clean:  ## remove what was made here
-.PHONY: help demo test test-exhaustive test-oldest test-newest test-vllm $(VLLM_OLDER_TESTS) lint docs
-.PHONY: bench bench-vllm clean
+	rm -rf $(VENV) $(VENV)-* $(CACHE) build dist site
