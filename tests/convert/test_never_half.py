@@ -41,7 +41,7 @@ def forked(tmp_path: Path, verifier: Path, *arguments: str) -> list[SimpleNamesp
 # Stopped
 
 KINDS = {
-    *("before tempfile.mkdtemp", "before fcntl.flock", "before open", "before shutil.rmtree"),
+    *("before tempfile.mkdtemp", "before fcntl.flock", "before open", "before os.rmdir"),
     *(f"{when} {call}" for when in ("before", "after") for call in ("copy_file_range", "fsync")),
 }
 """Kinds of moments that every conversion has."""
