@@ -12,7 +12,7 @@ from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.tensor import FLOATS
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.convert.plan import ConversionPlan, plan_conversion
+from speculators.convert.plan import ConversionPlan, head_left_out, plan_conversion
 from speculators.convert.provenance import (
     changed_source_files,
     check_files,
@@ -98,6 +98,9 @@ def convert(
             from speculators.convert.validation import validate_conversion
 
             unchecked = validate_conversion(planned, open_converted(staging), progress=progress)
+        else:
+            for head in planned.heads:
+                logger.warning(head_left_out(head))
         record = record_conversion(planned, staging, unchecked=unchecked, progress=progress)
         (staging / CONVERSION_FILE).write_text(
             record.model_dump_json(indent=2) + "\n", encoding="utf-8"
@@ -230,6 +233,8 @@ def _log(planned: ConversionPlan) -> None:
         "dtype": planned.config.torch_dtype,
     }
     logger.debug(f"Detected: {', '.join(f'{key}={value}' for key, value in detected.items())}")
+    if planned.prefix:
+        logger.info(f"Every tensor's name begins with {planned.prefix}, which is taken off")
     for name, tensor in planned.tensors.items():
         if name != tensor.label:
             logger.debug(f"Remapped: {tensor.label} -> {name}")

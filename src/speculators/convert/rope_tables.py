@@ -4,7 +4,6 @@ They are left out, since they follow from the config. That they do is checked he
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -20,16 +19,7 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.float64]
 
-__all__ = ["check_rope_table", "is_rope_table"]
-
-ROPE_TABLE = re.compile(
-    r"(.*\.)?("
-    r"(rotary|rope|rotary_emb|rotary_embedding|rotary_pos_emb|rope_emb)\.[^.]+"
-    r"|(original_)?inv_freqs?|freqs_(cis|cos|sin)|rope_(cache|freqs)"
-    r"|(cos|sin)_(cached?|table)|cos_sin_cached?"
-    r")"
-)
-"""Names under which models keep RoPE's frequencies, or the cosines and sines of its angles."""
+__all__ = ["check_rope_table"]
 
 MOST_ROWS = 1024
 """Rows of a table that are compared; a wrong frequency shows in the first ones."""
@@ -38,11 +28,6 @@ MOST_BYTES = 64 << 20
 
 TOLERANCES = {"F64": 2e-3, "F32": 2e-3, "C64": 2e-3, "F16": 1e-2, "BF16": 2e-2}
 """Dtype → how far values may be off: it covers rounding, also that of the angles."""
-
-
-def is_rope_table(name: str) -> bool:
-    """Whether a tensor of this name is a table of RoPE, by its name."""
-    return ROPE_TABLE.fullmatch(name) is not None
 
 
 def check_rope_table(info: TensorInfo, config: LayerConfig, config_file: str) -> str | None:

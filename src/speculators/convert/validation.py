@@ -20,11 +20,16 @@ from speculators.checkpoint.tensor import (
     float_name,
 )
 from speculators.checkpoint.verifier import Verifier
-from speculators.convert.plan import ConversionPlan
-from speculators.errors import SpeculatorsError, ValidationError, VerifierError
+from speculators.convert.plan import ConversionPlan, head_left_out
+from speculators.errors import (
+    IncompleteVerifierError,
+    SpeculatorsError,
+    ValidationError,
+    VerifierError,
+)
 from speculators.families.converted import Converted
 from speculators.families.family import imported
-from speculators.families.recognition import recognise, strip_prefix
+from speculators.families.recognition import recognise
 from speculators.models.loading import load_converted, without_progress_bar
 from speculators.models.speculator import Speculator
 from speculators.models.tensors import TORCH_DTYPES, read_planned, read_tensor
@@ -186,6 +191,7 @@ class _ForwardCheck:
         self.input_ids = torch.randint(vocabulary, (BATCH, LENGTH), generator=generator)
         self.hidden_states = torch.randn(BATCH, LENGTH, width, generator=generator)
         if model.get_input_embeddings() is None:
+            _refuse_incomplete(plan.verifier)
             self._leave_unchecked(
                 "The verifier's embedding is not available: a random one takes its place"
             )
@@ -239,15 +245,18 @@ class _ForwardCheck:
                 info = self.plan.verifier.head()
             except SpeculatorsError as error:
                 _refuse_draft_as_verifier(self.plan.verifier)
+                if isinstance(error, IncompleteVerifierError):
+                    raise
                 self._leave_unchecked(
                     "Logits were not validated, since the verifier's head is not available: "
                     f"{error}"
                 )
+                for own in self.plan.heads:
+                    self._leave_unchecked(head_left_out(own))
                 return
             head = read_tensor(info)
-            for left_out in self.plan.left_out:
-                if strip_prefix(left_out) == "lm_head.weight":
-                    _check_head_of_source(self.plan.source.tensors[left_out], info)
+            for own in self.plan.heads:
+                _check_head_of_source(own, info)
         _check_same(
             "The logits are not those of the verifier's head",
             self.model(input_ids=self.input_ids, hidden_states=self.hidden_states).logits,
@@ -316,6 +325,17 @@ def _refuse_draft_as_verifier(verifier: Verifier) -> None:
             f"The verifier {verifier.name} holds {signature.title}; give the language model that "
             "the draft was trained for."
         )
+
+
+def _refuse_incomplete(verifier: Verifier) -> None:
+    """Refuse a verifier whose weights are there, but not its embedding."""
+    try:
+        verifier.embedding()
+    except IncompleteVerifierError:
+        _refuse_draft_as_verifier(verifier)
+        raise
+    except SpeculatorsError:
+        return  # the caller says that it is not available
 
 
 def _check_head_of_source(own: TensorInfo, verifiers: TensorInfo) -> None:

@@ -22,7 +22,7 @@ from speculators.families.keys import (
 from speculators.format.config import LayerConfig
 from speculators.format.problems import first_problem
 
-__all__ = ["DerivedLayer", "derive_layer"]
+__all__ = ["REFERENCE_ROPE_BASE", "DerivedLayer", "derive_layer"]
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 """Required keys, which have no sensible default."""
@@ -167,26 +167,11 @@ def derive_layer(
 
     discrepancies += rope.discrepancies
     _check_window(keys, config, rope.layer_type)
-    known = values.keys() | READ | ABOUT_WINDOWS | WITHOUT_EFFECT.keys() | left_out.keys()
-    known |= hints.keys() | set(QUANTIZATION)
-    unknown = []
-    for key in [*keys.all, *rope.parameters]:
-        if key.name in {*CHANGES, *PARAMETERS_THAT_CHANGE} and key.plain not in left_out:
-            if key.name == "rope_local_base_freq" and rope.layer_type == FULL:
-                continue  # that of the other layers
-            _check_neutral(key, config, where)
-        elif not _is_empty(key.value) and (
-            key.name not in known or (key.name in WINDOWS and not isinstance(key.value, int))
-        ):
-            unknown.append(key.path)
+    interpreted = values.keys() | hints.keys() | left_out.keys()
+    discrepancies += _judge_the_rest(keys, rope, config, interpreted, left_out)
     discrepancies += _contradicted_hints(keys, HINTS | dict(hints), source.features)
     discrepancies += _contradicted_by_tensors(keys, config)
     discrepancies += keys.discrepancies
-    if unknown:
-        discrepancies.append(
-            f"what the config's {', '.join(unknown)} means for the layer is not known; it is left "
-            "out, so check that the training did not use it"
-        )
     reasons = WITHOUT_EFFECT | dict(left_out) | rope.fates
     written = values.keys() | READ
     return DerivedLayer(
@@ -221,13 +206,37 @@ def _is_empty(value: Any) -> bool:
     return value is None or value in ({}, [], "")
 
 
-def _check_neutral(key: Key, config: LayerConfig, where: str) -> None:
-    if not is_neutral(key.value, CHANGES.get(key.name, ()), config):
+def _judge_the_rest(
+    keys: SourceKeys,
+    rope: "_Rope",
+    config: LayerConfig,
+    interpreted: Collection[str],
+    left_out: Collection[str],
+) -> list[str]:
+    """Check the keys that the layer does not compute with; a clause on those that are not known."""
+    known = {*interpreted, *READ, *ABOUT_WINDOWS, *WITHOUT_EFFECT, *QUANTIZATION}
+    unknown, changing = list[str](), list[str]()
+    for key in [*keys.all, *rope.parameters]:
+        if key.name in {*CHANGES, *PARAMETERS_THAT_CHANGE} and key.plain not in left_out:
+            of_others = key.name == "rope_local_base_freq" and rope.layer_type == FULL
+            if not of_others and not is_neutral(key.value, CHANGES.get(key.name, ()), config):
+                changing.append(f"{key.path} {key.shown}")
+        elif not _is_empty(key.value) and (
+            key.name not in known or (key.name in WINDOWS and not isinstance(key.value, int))
+        ):
+            unknown.append(key.path)
+    if changing:
         raise ConversionError(
-            f"{where}, key {key.path}: {key.shown} changes what the draft computes, and the "
-            "format cannot say so; if the training ignored it, as the reference does, remove the "
-            "key."
+            f"{keys.where} has {', '.join(changing)}, with which the draft would compute what the "
+            "format cannot say; if the training ignored it, as the reference does, remove it from "
+            "the config."
         )
+    if not unknown:
+        return []
+    return [
+        f"what the config's {', '.join(unknown)} means for the layer is not known; it is left "
+        "out, so check that the training did not use it"
+    ]
 
 
 def _check_window(keys: SourceKeys, config: LayerConfig, layer_type: str | None) -> None:
@@ -274,10 +283,7 @@ class _Rope:
     fates: dict[str, str] = field(default_factory=dict)
 
     def read(self) -> dict[str, Any]:
-        """RoPE's base and scaling, as the reference computes them (EAGLE, cnets1.py, `_init_rope`).
-
-        The reference passes ``rope_theta`` on only if there is no scaling.
-        """
+        """RoPE's base and scaling, in either spelling."""
         self.layer_type = self._layer_type()
         found = [
             it
@@ -303,13 +309,6 @@ class _Rope:
                     f"{self.keys.where}, key {path}: the type {rope_type} needs {name}, a number "
                     f"over 0; found {value!r}."
                 )
-        number = isinstance(theta, int | float)
-        if number and rope_type in {"linear", "dynamic"} and theta != REFERENCE_ROPE_BASE:
-            self.discrepancies.append(
-                f"rope_theta {theta:g} is not used: with {rope_type} scaling the reference, and so "
-                f"the training, used {REFERENCE_ROPE_BASE:g}"
-            )
-            theta = REFERENCE_ROPE_BASE
         return {"rope_theta": theta, "rope_scaling": {"rope_type": rope_type, **parameters}}
 
     def _layer_type(self) -> str | None:
