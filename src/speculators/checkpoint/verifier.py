@@ -28,6 +28,8 @@ PARTS = (
     "model.text_model.",
     "model.decoder.",
     "decoder.",
+    "language_model.decoder.",
+    "language_model.model.decoder.",
     "thinker.",
     "thinker.model.",
     "llm.",

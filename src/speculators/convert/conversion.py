@@ -14,10 +14,11 @@ from speculators.checkpoint.tensor import FLOATS
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.convert.plan import ConversionPlan, head_left_out, plan_conversion
 from speculators.convert.provenance import (
-    changed_source_files,
     check_files,
+    check_record,
     read_record,
     record_conversion,
+    tell_of_another_source,
 )
 from speculators.convert.replan import plan_of_itself, verifier_of
 from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
@@ -93,15 +94,17 @@ def convert(
         config = planned.config.model_dump_json(indent=2, exclude_none=True)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
         write_safetensors_file(staging / "model.safetensors", planned.tensors, progress=progress)
-        unchecked = None
         if validate:
             from speculators.convert.validation import validate_conversion
 
             unchecked = validate_conversion(planned, open_converted(staging), progress=progress)
         else:
-            for head in planned.heads:
-                logger.warning(head_left_out(head))
-        record = record_conversion(planned, staging, unchecked=unchecked, progress=progress)
+            unchecked = [head_left_out(head) for head in planned.heads]
+            for sentence in unchecked:
+                logger.warning(sentence)
+        record = record_conversion(
+            planned, staging, validated=validate, unchecked=unchecked, progress=progress
+        )
         (staging / CONVERSION_FILE).write_text(
             record.model_dump_json(indent=2) + "\n", encoding="utf-8"
         )
@@ -151,11 +154,14 @@ def validate(
         logger.warning(f"{directory} has no {CONVERSION_FILE}: what was written is not known")
     else:
         check_files(record, directory, progress)
+        check_record(record, written)
     verifier = verifier_of(written)
 
     from speculators.convert.validation import validate_conversion, validate_model
 
     if source is None:
+        for sentence in record.unchecked if record else ():
+            logger.warning(f"The conversion could not check this: {sentence}")
         validate_model(plan_of_itself(written, verifier), written)
     else:
         planned = _plan(
@@ -165,10 +171,8 @@ def validate(
             dtype=record.dtype if record else None,
         )
         validate_conversion(planned, written, progress=progress)
-        for name in changed_source_files(record, planned.source, progress) if record else ():
-            logger.warning(
-                f"{name} of {source} is not the file that was converted, but gives the same"
-            )
+        if record is not None:
+            tell_of_another_source(record, planned, progress)
     logger.success(f"Valid: {directory}")
 
 

@@ -1,6 +1,7 @@
 """Proof that a written directory holds and computes what its source does."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -42,6 +43,17 @@ TOLERANCE = 1e-4
 SEED, BATCH, LENGTH = 20240126, 2, 24
 
 
+FRESH_DEVIATIONS = (0.02, 1.0)
+"""The standard deviations that embeddings are initialised with: transformers', and torch's."""
+
+NORMAL_KURTOSIS, KURTOSIS_TOLERANCE = 3.0, 0.15
+"""Of a normal distribution; training gives an embedding heavier tails."""
+
+LIKENESS = 0.5
+"""Correlation from which on an embedding is the verifier's, or was trained from it."""
+
+SAMPLED_ROWS = 4096
+
 NOT_OF_THE_SOURCE = {"speculators_version", "speculators_config"}
 """Keys of config.json that do not come from the source: who wrote it, and how to speculate."""
 
@@ -66,6 +78,7 @@ def validate_conversion(
     logger.info("Validating converted checkpoint...")
     _compare_configs(plan, written)
     _compare_tensors(plan, written, progress)
+    _tell_of_untrained_embedding(plan)
     return validate_model(plan, written)
 
 
@@ -146,6 +159,44 @@ def _compare_tensors(plan: ConversionPlan, converted: Converted, progress: Progr
                 f"{f' rounded to {float_name(plan.rounded_to)}' if plan.rounded_to else ''}."
             )
     logger.debug(f"{len(written)} tensors are those of the source")
+
+
+def _tell_of_untrained_embedding(plan: ConversionPlan) -> None:
+    """Tell of an embedding that is as an initialisation leaves it, and not the verifier's."""
+    planned = plan.tensors.get("embed_tokens.weight")
+    if planned is None or len(planned.sources) != 1:
+        return
+    sample = _sample(planned.sources[0])
+    deviation, mean = sample.std().item(), sample.mean().item()
+    kurtosis = ((sample - mean) / max(deviation, 1e-30)).pow(4).mean().item()
+    layer = plan.config.transformer_layer_config
+    fresh = any(
+        math.isclose(deviation, usual, rel_tol=0.03) and abs(mean) < 0.03 * usual
+        for usual in {*FRESH_DEVIATIONS, layer.initializer_range}
+    )
+    if not fresh or abs(kurtosis - NORMAL_KURTOSIS) > KURTOSIS_TOLERANCE:
+        return
+    try:
+        verifiers = _sample(plan.verifier.embedding())
+    except (SpeculatorsError, KeyError):
+        others = "the verifier's is not there to compare"
+    else:
+        both = torch.stack((sample.flatten(), verifiers.flatten()))
+        if torch.corrcoef(both)[0, 1].item() > LIKENESS:
+            return
+        others = "it is not like the verifier's"
+    logger.warning(
+        f"{planned.label} looks untrained: its values are normally distributed with a deviation of "
+        f"{deviation:.2g}, as initialisation leaves them, and {others}; check that the draft was "
+        "saved whole, or remove it to draft with the verifier's embedding"
+    )
+
+
+def _sample(info: TensorInfo) -> Tensor:
+    """Rows from the middle of a matrix, in float32."""
+    rows = min(info.shape[0], SAMPLED_ROWS)
+    start = (info.shape[0] - rows) // 2
+    return read_tensor(info.slice(start, start + rows)).float()
 
 
 def _same_numbers(tensor: PlannedTensor, copy: TensorInfo, advance: Callable[[int], None]) -> bool:

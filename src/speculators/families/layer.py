@@ -233,10 +233,11 @@ def _judge_the_rest(
         )
     if not unknown:
         return []
-    return [
+    clause = (
         f"what the config's {', '.join(unknown)} means for the layer is not known; it is left "
         "out, so check that the training did not use it"
-    ]
+    )
+    return [clause]
 
 
 def _check_window(keys: SourceKeys, config: LayerConfig, layer_type: str | None) -> None:
