@@ -15,14 +15,28 @@ from speculators.checkpoint.tensor import (
     float_name,
 )
 from speculators.checkpoint.verifier import Verifier
+from speculators.convert.rope_tables import check_rope_table
 from speculators.errors import ConversionError
 from speculators.families.family import Derived, Family, Source
-from speculators.families.recognition import listed, recognise, strip_prefix
+from speculators.families.fused import split
+from speculators.families.keys import SourceKeys
+from speculators.families.recognition import listed, recognise, short_names
 from speculators.families.registry import families
+from speculators.families.rope_names import is_rope_table
 from speculators.format.config import ProposalMethod, SpeculatorConfig
 from speculators.format.tensors import TensorSpec, compare, required_tensors
 
-__all__ = ["ConversionPlan", "DraftPlan", "family_of", "plan_conversion", "plan_draft"]
+__all__ = [
+    "ConversionPlan",
+    "DraftPlan",
+    "family_of",
+    "head_left_out",
+    "plan_conversion",
+    "plan_draft",
+]
+
+
+ROPE_TABLE = "it is computed from the config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +51,7 @@ class DraftPlan:
         dtype: the dtype of the weights, by torch's name; ``float32`` if they differ.
         tensors: name in the format → the source's tensor.
         left_out: source name → why the tensor is left out.
+        prefix: what was taken off every name of the source, beside ``model.``; may be empty.
 
     """
 
@@ -47,6 +62,7 @@ class DraftPlan:
     dtype: str
     tensors: dict[str, TensorInfo]
     left_out: dict[str, str]
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +81,7 @@ class ConversionPlan:
         discrepancies: clauses for the log: where config, tensors and reference disagree.
         rounded_to: the dtype that all weights are rounded to, a key of ``FLOATS``; ``None`` if each
             keeps its own.
+        prefix: what was taken off every name of the source, beside ``model.``; may be empty.
 
     """
 
@@ -78,11 +95,28 @@ class ConversionPlan:
     config_left_out: dict[str, str] = field(default_factory=dict)
     discrepancies: list[str] = field(default_factory=list)
     rounded_to: str | None = None
+    prefix: str = ""
+
+    @property
+    def heads(self) -> list[TensorInfo]:
+        """The source's own heads that are left out, since the verifier's take their place."""
+        short = short_names(self.source.tensors).short
+        return [
+            self.source.tensors[name] for name in self.left_out if short[name] == "lm_head.weight"
+        ]
 
     @property
     def nbytes(self) -> int:
         """The size of all tensors as written, in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def head_left_out(head: TensorInfo) -> str:
+    """What to say of a source's own head that cannot be compared with the verifier's."""
+    return (
+        f"{head.name} of the draft was left out unchecked: whether it is the verifier's head, "
+        "which takes its place, is not known"
+    )
 
 
 def plan_conversion(
@@ -136,6 +170,7 @@ def plan_conversion(
     )
     vocabulary, hidden = config.verifier_sizes
     verifier.check_fits(hidden, vocabulary)
+    discrepancies = draft.derived.discrepancies + _check_rope_tables(draft)
     return ConversionPlan(
         source=checkpoint,
         family=family,
@@ -149,8 +184,9 @@ def plan_conversion(
         },
         left_out=draft.left_out,
         config_left_out=draft.derived.left_out,
-        discrepancies=draft.derived.discrepancies,
+        discrepancies=discrepancies,
         rounded_to=rounded_to,
+        prefix=draft.prefix,
     )
 
 
@@ -170,18 +206,19 @@ def plan_draft(
 
     """
     _refuse_others(family, checkpoint)
-    stored = _without_prefix(checkpoint)
+    names = short_names(checkpoint.tensors)
+    stored = _by_short_name(checkpoint, names.short)
+    _check_head(family, checkpoint, stored)
 
     left_out = {
         info.name: why
         for name, info in stored.items()
         if (why := _reason_to_leave_out(family, name))
     }
-    tensors = {
-        family.names.in_format(name): info
-        for name, info in stored.items()
-        if info.name not in left_out
-    }
+    kept = {name: info for name, info in stored.items() if info.name not in left_out}
+    keys = SourceKeys(checkpoint.config, str(checkpoint.config_file))
+    kept = split(kept, keys.get("num_attention_heads"), keys.get("num_key_value_heads"))
+    tensors = {family.names.in_format(name): info for name, info in kept.items()}
     layers = _count_layers(tensors)
     features = family.features_of(tensors, layers)
     required = required_tensors(family.tensors, features, layers)
@@ -193,7 +230,7 @@ def plan_draft(
     ).sizes
     _check_shapes(checkpoint, tensors, required, sizes)
     dtype = _dtype_of(tensors.values())
-    return DraftPlan(checkpoint, family, derived, features, dtype, tensors, left_out)
+    return DraftPlan(checkpoint, family, derived, features, dtype, tensors, left_out, names.prefix)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -219,6 +256,11 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]}), not "
             f"{' or '.join(nouns)}; {found.signature.advice}."
         )
+    if not checkpoint.tensors:
+        raise ConversionError(
+            f"{checkpoint.name} has no tensors, and they decide what it is; give {nouns[0]} with "
+            "its weights."
+        )
     if found.quantized:
         raise ConversionError(
             f"{checkpoint.name} holds quantized weights ({found.quantized[0]}), which are not "
@@ -237,21 +279,58 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
         )
 
 
-def _without_prefix(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+def _by_short_name(checkpoint: Checkpoint, short: Mapping[str, str]) -> dict[str, TensorInfo]:
     stored: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
-        short = strip_prefix(name)
-        if short in stored:
+        if short[name] in stored:
             raise ConversionError(
-                f"{checkpoint.name} has {stored[short].name} and {name}, which are the same "
+                f"{checkpoint.name} has {stored[short[name]].name} and {name}, which are the same "
                 "tensor to the reference; remove the one that was not trained."
             )
-        stored[short] = info
+        stored[short[name]] = info
     return stored
+
+
+def _check_head(family: Family, checkpoint: Checkpoint, stored: Mapping[str, TensorInfo]) -> None:
+    """Check the shape of a head that is left out, since the verifier's takes its place."""
+    head = stored.get("lm_head.weight")
+    if head is None or _reason_to_leave_out(family, "lm_head.weight") is None:
+        return
+    keys = SourceKeys(checkpoint.config, str(checkpoint.config_file))
+    vocabulary, hidden = keys.get("vocab_size"), keys.get("hidden_size")
+    if not isinstance(vocabulary, int) or head.shape == (vocabulary, hidden):
+        return
+    shape = describe_shape(head.shape)
+    if len(head.shape) == 2 and head.shape[1] == hidden and head.shape[0] < vocabulary:
+        raise ConversionError(
+            f"{head.file}: {head.name} {shape} has {head.shape[0]} of {vocabulary} rows: the draft "
+            "has a frequency-trimmed vocabulary (as FR-Spec makes it), while the format's EAGLE "
+            "drafts use the verifier's whole head; remove the head to draft with the whole "
+            "vocabulary."
+        )
+    raise ConversionError(
+        f"{head.file}: {head.name} has the shape {shape}, but with {checkpoint.config_file.name} a "
+        f"head has ({vocabulary}, {hidden}); give the config that belongs to the tensors."
+    )
+
+
+def _check_rope_tables(draft: DraftPlan) -> list[str]:
+    """Compare stored tables of RoPE with the derived config; clauses on what was not compared."""
+    unchecked = []
+    for name, why in draft.left_out.items():
+        if why == ROPE_TABLE:
+            reason = check_rope_table(
+                draft.source.tensors[name], draft.derived.layer, str(draft.source.config_file)
+            )
+            if reason:
+                unchecked.append(f"{name} was left out unchecked: {reason}")
+    return unchecked
 
 
 def _reason_to_leave_out(family: Family, name: str) -> str | None:
     """Why the tensor called ``name`` (without prefix) is left out; ``None`` if it is not."""
+    if is_rope_table(name):
+        return ROPE_TABLE
     return next((why for form, why in family.omissions.items() if re.fullmatch(form, name)), None)
 
 
@@ -281,10 +360,17 @@ def _check_names(
             if names
         ]
         shown = ", ".join(family.features[feature] for feature in sorted(features))
+        advice = (
+            "nothing is invented, so give the complete checkpoint"
+            if not unknown
+            else "nothing is dropped, so it is another architecture, or remove what was not trained"
+            if not missing
+            else "nothing is invented or dropped, and a draft with these tensors is another "
+            "architecture"
+        )
         raise ConversionError(
             f"{checkpoint.name} does not have the tensors of {family.noun}"
-            f"{f' with {shown}' if shown else ''}: {', and '.join(problems)}; "
-            "nothing is invented or dropped, so give the complete checkpoint."
+            f"{f' with {shown}' if shown else ''}: {', and '.join(problems)}; {advice}."
         )
 
 
@@ -295,6 +381,8 @@ def _check_dtypes(
 ) -> None:
     expected = {tensors[name].name: spec.dtypes for name, spec in required.items()}
     for info in stored:
+        if is_rope_table(info.name):
+            continue
         dtypes = expected.get(info.name, tuple(FLOATS))
         if info.dtype not in dtypes:
             raise ConversionError(

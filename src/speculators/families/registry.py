@@ -12,11 +12,20 @@ __all__ = ["KNOWN", "families", "family_named", "signatures"]
 
 KNOWN: tuple[Family | Signature, ...] = (
     foreign.CONVERTED,
+    foreign.DRAFT_IN_MODEL,
+    foreign.GRIFFIN,
+    foreign.MINICPM,
     foreign.EAGLE3,
     foreign.LANGUAGE_MODEL,
     foreign.SEVERAL_LAYERS,
     foreign.MEDUSA,
     foreign.MLP_SPECULATOR,
+    foreign.ONE_MATRIX,
+    foreign.LLAMA4,
+    foreign.GROUPED_HEADS,
+    foreign.QK_NORMS,
+    foreign.WITH_NORMS,
+    foreign.MISTRAL,
     EAGLE,
 )
 """A checkpoint belongs to the first one that it matches."""
