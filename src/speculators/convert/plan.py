@@ -269,7 +269,7 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
     if found.family and family and found.family is not family:
         raise ConversionError(
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]}); convert it "
-            f"with: speculators convert {found.family.name}"
+            f"with: speculators convert {found.family.name}."
         )
 
 

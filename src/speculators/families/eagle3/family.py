@@ -41,5 +41,6 @@ EAGLE3 = Family(
     ),
     export_config=export_config,
     targets=TARGETS,
+    instead="`speculators inspect` says what it can be exported to",
     unusual=("mask_hidden", "fc_norm", "input_norm", "fc_bias", "attention_bias", "mlp_bias"),
 )
