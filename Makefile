@@ -12,13 +12,13 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 # Of each part of the suite, what would notice that a dependency has changed.
 WITH_OTHER_RELEASES := tests/models tests/convert/test_golden.py tests/decode/test_greedy.py \
-	tests/cli tests/inspection tests/checkpoint/test_hub.py
+	tests/decode/test_settings.py tests/cli tests/inspection tests/checkpoint/test_hub.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest test-vllm lint docs bench bench-vllm clean
+.PHONY: help demo test test-exhaustive test-oldest test-newest test-vllm lint docs bench bench-vllm clean
 
 help:  ## list what can be made
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/' | expand -t 18
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,8 +36,11 @@ demo: $(VERIFIER)  ## convert a real trained draft, prove it, and measure how we
 	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite
 	$(BIN)/speculators evaluate $(CONVERTED) --limit 4 --max-new-tokens 48 --num-draft-tokens 2
 
-test: $(VERIFIER)  ## run the whole test suite
-	$(BIN)/python -m pytest -n 2
+test: $(VERIFIER)  ## run the test suite
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-exhaustive: $(VERIFIER)  ## run every case of the tests of which `make test` runs some
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m exhaustive
 
 .venv-oldest/.installed .venv-newest/.installed: \
 .venv-%/.installed: pyproject.toml constraints-%.txt

@@ -20,7 +20,7 @@ import typer
 from loguru import logger
 from typer.core import TyperGroup
 
-from helpers import GOLDEN, PLAIN, source_tensors
+from helpers import GOLDEN, PLAIN, fork_processes, source_tensors
 from hub_server import MEMBER, HubServer, patch_hub
 from pages import PAGES, ROOT, RUN, SHOWN, Block, blocks
 from speculators.cli import main
@@ -215,6 +215,7 @@ def run_here(command: str) -> tuple[int, str]:
         patch.setattr(sys, "argv", words_of(command))
         # By which help tells `speculators` from `python -m pytest`.
         patch.setattr(sys.modules["__main__"], "__package__", None)
+        fork_processes(patch)
         with streams_into(file):
             try:
                 main()

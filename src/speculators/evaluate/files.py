@@ -28,7 +28,6 @@ def save_report(report: Report, output: Path, *, overwrite: bool = False) -> Non
             write_plots(report, staging)
         except ImportError:
             logger.warning(
-                "The report has no plots, since matplotlib is not installed: "
-                "pip install 'speculators[evaluate]'"
+                "The report has no plots, since matplotlib is not installed: pip install matplotlib"
             )
     logger.success(f"Saved to: {output}")

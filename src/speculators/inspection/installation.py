@@ -36,6 +36,9 @@ VLLM = re.compile(r"vllm(-cpu.*)?")
 CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+(?=@)")
 """The user name and password in a URL."""
 
+MORE_ADVICE = {"torch": "; its build for CPUs is a tenth as large (docs/installation.md)"}
+"""By package, what to know before it is installed."""
+
 LITTLE_SPACE = 10 * 10**9
 """Bytes; a verifier of eight billion parameters takes 16 GB, its head alone 1 GB."""
 
@@ -112,7 +115,7 @@ def _versioned(name: str, found: str | None, expected: SpecifierSet) -> Check:
         status="ok" if fits else "broken",
         found=found,
         expected=str(expected),
-        advice=None if fits else f"install {name} {expected}",
+        advice=None if fits else f"install {name} {expected}{MORE_ADVICE.get(name, '')}",
     )
 
 

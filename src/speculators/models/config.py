@@ -56,6 +56,7 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
         if isinstance(self.speculators_config, SpeculatorsConfig):
             self.speculators_config = self.speculators_config.model_dump()
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        self.architectures = self.draft_architectures
 
     @property
     def layer(self) -> Any:
@@ -77,12 +78,17 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
             }
         )
 
+    @property
+    def draft_architectures(self) -> list[str]:
+        """The value of ``architectures``, which transformers sets to its own when it saves."""
+        return [self.family.model.rpartition(":")[2]]
+
     def checked(self) -> SpeculatorConfig:
         """The config.json of the family, without keys that only transformers uses."""
         own = self.family.config.model_fields.keys() - COMMON_KEYS
         return self.family.config.model_validate(
             {
-                "architectures": self.architectures,
+                "architectures": self.draft_architectures,
                 "speculators_model_type": self.family.name,
                 "speculators_version": self.speculators_version,
                 "torch_dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,

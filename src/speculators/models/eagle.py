@@ -46,10 +46,15 @@ class EagleSpeculatorConfig(SpeculatorPretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        decoder_layer = LAYER_CLASSES[self.layer.model_type].decoder_layer.__name__
         if self.transformer_layer_architecture == "auto":
-            self.transformer_layer_architecture = decoder_layer
-        self.architectures = ["EagleSpeculator", self.transformer_layer_architecture]
+            decoder_layer = LAYER_CLASSES[self.layer.model_type].decoder_layer
+            self.transformer_layer_architecture = decoder_layer.__name__
+        self.architectures = self.draft_architectures
+
+    @property
+    def draft_architectures(self) -> list[str]:
+        """The draft's class, then that of its layer."""
+        return ["EagleSpeculator", self.transformer_layer_architecture]
 
 
 class EagleSpeculator(Speculator):
