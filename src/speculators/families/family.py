@@ -276,6 +276,7 @@ class Family:
         targets: what it can be exported to, by the names on the command line.
         flags: the features that its conversion can be asked to require.
         options: what else a user can say about a checkpoint.
+        facts: what is worth telling about a converted draft, by its config: label → text.
         complete: what follows from a source's tensors before they are judged.
         converts_again: whether a directory in the format, by its config.json, leaves out what this
             version writes, so that it is a source like any other.
@@ -305,6 +306,7 @@ class Family:
     targets: Mapping[str, Target] = field(default_factory=dict)
     flags: tuple[Flag, ...] = ()
     options: tuple[Option, ...] = ()
+    facts: Callable[[Any], dict[str, str]] = lambda config: {}  # noqa: ARG005
     complete: Callable[[Source], Completion] = lambda source: Completion()  # noqa: ARG005
     converts_again: Callable[[Mapping[str, Any]], bool] = lambda config: False  # noqa: ARG005
     example: tuple[str, str] = ("ORG/DRAFT", "ORG/VERIFIER")

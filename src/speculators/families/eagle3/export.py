@@ -63,7 +63,10 @@ def several_layers(config: Eagle3Config) -> str | None:
 
 def residual_norm(config: Eagle3Config) -> str | None:
     """A residual that is normalised."""
-    return "takes its residual after the norm (norm_before_residual)" * config.norm_before_residual or None
+    return (
+        "takes its residual after the norm (norm_before_residual)" * config.norm_before_residual
+        or None
+    )
 
 
 def feedback_norm(config: Eagle3Config) -> str | None:
@@ -348,8 +351,7 @@ TARGETS: dict[str, Eagle3Target] = {
     "modelopt": Eagle3Target(
         reader="ModelOpt",
         layers=_llama("LlamaForCausalLMEagle3"),
-        lacks=BIASES_AND_NORMS
-        | {"embedding", "fc_bias", "fc_norm", "input_norm", "mask_hidden"},
+        lacks=BIASES_AND_NORMS | {"embedding", "fc_bias", "fc_norm", "input_norm", "mask_hidden"},
         refuses=refusal(
             "ModelOpt", several_layers, residual_norm, feedback_norm, other_width, embeddings_read
         ),

@@ -29,6 +29,7 @@ EAGLE3 = Family(
     omissions=OMISSIONS,
     derive=derive,
     complete=complete,
+    facts=Eagle3Config.facts,
     converts_again=converts_again,
     options=OPTIONS,
     borrows=("embedding",),
