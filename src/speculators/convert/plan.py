@@ -20,7 +20,7 @@ from speculators.families.family import Derived, Family, Source
 from speculators.families.recognition import listed, recognise, strip_prefix
 from speculators.families.registry import families
 from speculators.format.config import ProposalMethod, SpeculatorConfig
-from speculators.format.tensors import TensorSpec, compare, required_tensors
+from speculators.format.tensors import TensorSpec, compare, counts_shown, required_tensors
 
 __all__ = ["ConversionPlan", "DraftPlan", "family_of", "plan_conversion", "plan_draft"]
 
@@ -182,9 +182,10 @@ def plan_draft(
         for name, info in stored.items()
         if info.name not in left_out
     }
-    layers = _count_layers(tensors)
-    features = family.features_of(tensors, layers)
-    required = required_tensors(family.tensors, features, layers)
+    features = family.features_of(tensors)
+    required = required_tensors(
+        family.tensors, features, counts_shown(family.tensors, tensors)
+    )
     _check_names(family, checkpoint, tensors, required, features)
     _check_dtypes(stored.values(), tensors, required)
     derived = family.derive(Source(checkpoint, tensors, features, verifier))
@@ -253,12 +254,6 @@ def _without_prefix(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 def _reason_to_leave_out(family: Family, name: str) -> str | None:
     """Why the tensor called ``name`` (without prefix) is left out; ``None`` if it is not."""
     return next((why for form, why in family.omissions.items() if re.fullmatch(form, name)), None)
-
-
-def _count_layers(names: Collection[str]) -> int:
-    """The number of decoder layers, by the numbers in the names of their tensors."""
-    numbers = {int(found[1]) for name in names if (found := re.match(r"layers\.(\d+)\.", name))}
-    return max(numbers, default=-1) + 1
 
 
 def _check_names(

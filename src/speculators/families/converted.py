@@ -113,10 +113,10 @@ def check_converted(checkpoint: Checkpoint, cache_dir: Path | None = None) -> Co
     """
     family, config = parse_config(checkpoint.config, checkpoint.name)
     tensors = {family.names.current(name): info for name, info in checkpoint.tensors.items()}
-    features = family.features_of(tensors, config.layers)
+    features = family.features_of(tensors)
     # What is borrowed may be the draft's own; a config does not say so.
     own = features & set(family.borrows)
-    required = required_tensors(family.tensors, config.features | own, config.layers)
+    required = required_tensors(family.tensors, config.features | own, config.counts)
     difference = compare(tensors, required, config.sizes)
     if difference.missing or difference.unknown:
         problem = (

@@ -14,7 +14,7 @@ from speculators.checkpoint.tensor import TensorInfo
 from speculators.checkpoint.verifier import Verifier
 from speculators.families.signature import Signature
 from speculators.format.config import LayerConfig, SpeculatorConfig
-from speculators.format.tensors import TensorSpec, features_shown
+from speculators.format.tensors import TensorSpec, counts_shown, features_shown
 
 __all__ = ["Card", "Derived", "Family", "Flag", "Names", "Source", "Target", "imported"]
 
@@ -101,19 +101,25 @@ class Names:
     Args:
         renames: name in a research checkpoint → name in the format, where they differ.
         older: prefix of names that earlier versions wrote → prefix now; the first match counts.
+        prefixes: prefix of names that some research checkpoints have → prefix in the format;
+            others have the format's.
 
     """
 
     def __init__(
-        self, renames: Mapping[str, str] | None = None, older: Mapping[str, str] | None = None
+        self,
+        renames: Mapping[str, str] | None = None,
+        older: Mapping[str, str] | None = None,
+        prefixes: Mapping[str, str] | None = None,
     ) -> None:
         self.renames = dict(renames or {})
         self.older = dict(older or {})
+        self.prefixes = dict(prefixes or {})
         self._research = {current: research for research, current in self.renames.items()}
 
     def in_format(self, research: str) -> str:
         """The name in the format of a research checkpoint's tensor."""
-        return self.renames.get(research, research)
+        return self.renames.get(research) or _with_prefix(research, self.prefixes)
 
     def in_research(self, name: str) -> str:
         """The name in a research checkpoint of a tensor of the format."""
@@ -121,10 +127,15 @@ class Names:
 
     def current(self, name: str) -> str:
         """The name in the format, whichever version wrote it."""
-        for old, new in self.older.items():
-            if name.startswith(old):
-                return new + name.removeprefix(old)
-        return name
+        return _with_prefix(name, self.older)
+
+
+def _with_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    """``name`` with the first of the prefixes that it has replaced."""
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +179,8 @@ class Family:
         flags: the options of its conversion.
         example: the Hub ids of a draft and its verifier, for the help of the command line.
         unusual: the features that are worth naming in a title.
+        model_types: the values of ``speculators_model_type`` in the configs of its drafts, if there
+            are others than its name.
         ambiguity: what a checkpoint's tensors cannot tell, given its name, for ``inspect``.
 
     """
@@ -191,10 +204,11 @@ class Family:
     example: tuple[str, str] = ("ORG/DRAFT", "ORG/VERIFIER")
     unusual: tuple[str, ...] = ()
     ambiguity: Callable[[str], str] | None = None
+    model_types: tuple[str, ...] = ()
 
-    def features_of(self, names: Collection[str], layers: int = 1) -> frozenset[str]:
+    def features_of(self, names: Collection[str]) -> frozenset[str]:
         """The features that tensors of these names in the format show."""
-        shown = features_shown(self.tensors, names, layers)
+        shown = features_shown(self.tensors, names, counts_shown(self.tensors, names))
         return frozenset(feature for feature, found in shown.items() if found)
 
 

@@ -5,6 +5,7 @@ A new family is one line here.
 
 from speculators.families import foreign
 from speculators.families.eagle import EAGLE
+from speculators.families.eagle3 import EAGLE3
 from speculators.families.family import Family
 from speculators.families.signature import Signature
 
@@ -12,7 +13,7 @@ __all__ = ["KNOWN", "families", "family_named", "signatures"]
 
 KNOWN: tuple[Family | Signature, ...] = (
     foreign.CONVERTED,
-    foreign.EAGLE3,
+    EAGLE3,
     foreign.LANGUAGE_MODEL,
     foreign.SEVERAL_LAYERS,
     foreign.MEDUSA,
@@ -28,8 +29,8 @@ def families() -> list[Family]:
 
 
 def family_named(name: object) -> Family | None:
-    """The family of this name, which is also its ``speculators_model_type``."""
-    return next((family for family in families() if family.name == name), None)
+    """The family of this name, or with drafts of this ``speculators_model_type``."""
+    return next((it for it in families() if name in {it.name, *it.model_types}), None)
 
 
 def signatures() -> list[tuple[Signature, Family | None]]:

@@ -177,6 +177,11 @@ class SpeculatorConfig(Model):
         return self.transformer_layer_config.num_hidden_layers
 
     @property
+    def counts(self) -> dict[str, int]:
+        """How many numbered parts the draft has, by the words in ``TensorSpec.name``."""
+        return {"layer": self.layers}
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The sizes that tensor shapes consist of, by the names in ``TensorSpec.dimensions``."""
         return self.transformer_layer_config.sizes()

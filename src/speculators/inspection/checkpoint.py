@@ -19,7 +19,7 @@ from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
 from speculators.families.recognition import recognise, strip_prefix
 from speculators.families.registry import family_named
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
-from speculators.format.tensors import features_shown
+from speculators.format.tensors import counts_shown, features_shown
 from speculators.inspection.findings import (
     ConversionFinding,
     Finding,
@@ -268,7 +268,7 @@ def _layout(targets: Mapping[str, str]) -> Literal["current", "0.1.0 to 0.3.0"]:
 def _features(family: Family, names: Mapping[str, str]) -> dict[str, list[str]]:
     """Feature → stored names of the tensors that show it, given stored → current names."""
     stored = {name: where for where, name in names.items()}
-    shown = features_shown(family.tensors, stored)
+    shown = features_shown(family.tensors, stored, counts_shown(family.tensors, stored))
     return {
         feature: [stored[name] for name in shown.get(feature, ())] for feature in family.features
     }

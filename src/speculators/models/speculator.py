@@ -293,7 +293,7 @@ class Speculator(PreTrainedModel):
             family,
             config,
             parameters=sum(parameter.numel() for parameter in own.values()),
-            features=family.features_of(own, config.layers),
+            features=family.features_of(own),
             tags=[tags] if isinstance(tags, str) else tags or (),
         )
         write_stamped(directory / README, card)
