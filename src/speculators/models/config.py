@@ -32,6 +32,7 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
         family: the family.
         transformer_layer_config: a transformers config for the draft's decoder layers; a dictionary
             with ``model_type`` is turned into one.
+        speculators_model_type: the family's name, or another one of its ``model_types``.
         speculators_config: proposal methods and the verifier, as a dictionary.
 
     """
@@ -46,7 +47,7 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
     speculators_config: dict[str, Any] | SpeculatorsConfig | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.speculators_model_type = self.family.name
+        self.speculators_model_type = self.speculators_model_type or self.family.name
         layer = self.transformer_layer_config
         if not isinstance(layer, PreTrainedConfig):
             layer = dict(layer or {})
@@ -73,7 +74,7 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
         return SpeculatorsConfig.model_validate(
             self.speculators_config
             or {
-                "algorithm": self.family.name,
+                "algorithm": self.speculators_model_type,
                 "verifier": {"name_or_path": None, "architectures": []},
             }
         )
@@ -89,7 +90,7 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
         return self.family.config.model_validate(
             {
                 "architectures": self.draft_architectures,
-                "speculators_model_type": self.family.name,
+                "speculators_model_type": self.speculators_model_type,
                 "speculators_version": self.speculators_version,
                 "torch_dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
                 "transformer_layer_config": self._layer_keys(),
