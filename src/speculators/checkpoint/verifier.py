@@ -14,6 +14,8 @@ __all__ = ["Verifier", "open_verifier"]
 
 HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
 EMBEDDING_NAMES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""The keys by which configs give the number of decoder layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Verifier:
         vocab_size: the number of rows of its head.
         tied: whether the head is the embedding.
         repository: where its files are.
+        layers: the number of its decoder layers, if its config.json says so.
 
     """
 
@@ -36,6 +39,7 @@ class Verifier:
     vocab_size: int
     tied: bool
     repository: Repository
+    layers: int | None = None
 
     def check_fits(self, hidden_size: int, vocab_size: int) -> None:
         """Check that a draft of these sizes can be used with this verifier.
@@ -113,6 +117,7 @@ def open_verifier(base_model: str | Path, *, cache_dir: str | Path | None = None
     nested = config.get("text_config")
     text: dict[str, Any] = nested if isinstance(nested, dict) and nested else config
     sizes = {key: text.get(key) for key in ("hidden_size", "vocab_size")}
+    layers = next((text[key] for key in LAYER_COUNTS if key in text), None)
     architectures = config.get("architectures")
     named = isinstance(architectures, list) and all(isinstance(it, str) for it in architectures)
     if not all(isinstance(size, int) for size in sizes.values()) or not architectures or not named:
@@ -131,4 +136,5 @@ def open_verifier(base_model: str | Path, *, cache_dir: str | Path | None = None
         vocab_size=text["vocab_size"],
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
         repository=repository,
+        layers=layers if type(layers) is int else None,
     )

@@ -111,13 +111,24 @@ def plan_export(converted: Converted, target: Target) -> ExportPlan:
             f"{target.activation}."
         )
 
+    if why := target.refuses(converted.config):
+        raise ConversionError(f"{name} {why}.")
+
+    def named(current: str) -> str:
+        research = family.names.in_research(current)
+        for prefix, theirs in target.prefixes.items():
+            if research.startswith(prefix):
+                return theirs + research.removeprefix(prefix)
+        return research
+
     tensors = {
-        family.names.in_research(name): PlannedTensor.copy_of(info)
+        named(name): PlannedTensor.copy_of(info)
         for name, info in converted.tensors.items()
+        if name not in target.drops
     }
     for spec in family.tensors:
         if spec.feature in target.zeros - converted.features:
-            tensors[family.names.in_research(spec.name)] = _zeros(spec, converted)
+            tensors[named(spec.name)] = _zeros(spec, converted)
     return ExportPlan(
         config=family.export_config(converted.config, target),
         tensors=tensors,

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from speculators import __version__
 from speculators.checkpoint.reader import Checkpoint
@@ -16,7 +17,7 @@ from speculators.checkpoint.tensor import (
 )
 from speculators.checkpoint.verifier import Verifier
 from speculators.errors import ConversionError
-from speculators.families.family import Derived, Family, Source
+from speculators.families.family import Derived, Family, Source, read_options
 from speculators.families.recognition import listed, recognise, strip_prefix
 from speculators.families.registry import families
 from speculators.format.config import ProposalMethod, SpeculatorConfig
@@ -36,6 +37,7 @@ class DraftPlan:
         features: the features that the tensors show.
         dtype: the dtype of the weights, by torch's name; ``float32`` if they differ.
         tensors: name in the format → the source's tensor.
+        made: name in the format → a tensor that follows from others.
         left_out: source name → why the tensor is left out.
 
     """
@@ -46,6 +48,7 @@ class DraftPlan:
     features: frozenset[str]
     dtype: str
     tensors: dict[str, TensorInfo]
+    made: dict[str, PlannedTensor]
     left_out: dict[str, str]
 
 
@@ -65,6 +68,7 @@ class ConversionPlan:
         discrepancies: clauses for the log: where config, tensors and reference disagree.
         rounded_to: the dtype that all weights are rounded to, a key of ``FLOATS``; ``None`` if each
             keeps its own.
+        options: what the user said about the checkpoint: name of an option → its value.
 
     """
 
@@ -78,6 +82,7 @@ class ConversionPlan:
     config_left_out: dict[str, str] = field(default_factory=dict)
     discrepancies: list[str] = field(default_factory=list)
     rounded_to: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +96,7 @@ def plan_conversion(
     verifier: Verifier,
     *,
     asked: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
     rounded_to: str | None = None,
 ) -> ConversionPlan:
     """Plan the conversion of a checkpoint.
@@ -100,6 +106,7 @@ def plan_conversion(
         checkpoint: its config and table of tensors.
         verifier: the model that it was trained for.
         asked: the features that it must have. The tensors decide in any case.
+        options: what the user says about it: name of an option of the family → its value.
         rounded_to: the dtype to round all weights to, a key of ``FLOATS``; each keeps its own if
             not given.
 
@@ -109,24 +116,26 @@ def plan_conversion(
         VerifierError: if the verifier has other sizes.
 
     """
-    draft = plan_draft(family, checkpoint, verifier)
+    said = read_options(family.options, options or {})
+    draft = plan_draft(family, checkpoint, verifier, said)
     for feature in asked:
         if feature not in draft.features:
             raise ConversionError(
                 f"{checkpoint.name} has no {family.features[feature].removeprefix('a ')}, which "
                 f"{feature} asks for; omit it: features are detected from the tensors."
             )
+    model_type = draft.derived.model_type or family.name
     config = family.config.model_validate(
         {
             "architectures": draft.derived.architectures,
-            "speculators_model_type": family.name,
+            "speculators_model_type": model_type,
             "speculators_version": __version__,
             "torch_dtype": float_name(rounded_to) or draft.dtype,
             "transformer_layer_config": draft.derived.layer.model_dump(),
             **draft.derived.keys,
             "speculators_config": {
-                "algorithm": family.name,
-                "proposal_methods": [ProposalMethod().model_dump()],
+                "algorithm": model_type,
+                "proposal_methods": draft.derived.proposals or [ProposalMethod().model_dump()],
                 "verifier": {
                     "name_or_path": verifier.name,
                     "architectures": list(verifier.architectures),
@@ -146,16 +155,21 @@ def plan_conversion(
             # A table of integers is never rounded.
             name: PlannedTensor.copy_of(info, rounded_to if info.dtype in FLOATS else None)
             for name, info in draft.tensors.items()
-        },
+        }
+        | draft.made,
         left_out=draft.left_out,
         config_left_out=draft.derived.left_out,
         discrepancies=draft.derived.discrepancies,
         rounded_to=rounded_to,
+        options=said,
     )
 
 
 def plan_draft(
-    family: Family, checkpoint: Checkpoint, verifier: Verifier | None = None
+    family: Family,
+    checkpoint: Checkpoint,
+    verifier: Verifier | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> DraftPlan:
     """Plan what becomes of a draft's tensors and config.
 
@@ -163,6 +177,7 @@ def plan_draft(
         family: the family that it has to belong to.
         checkpoint: its config and table of tensors.
         verifier: the model that it was trained for; ``None`` if it is not known yet.
+        options: what the user said about it, checked.
 
     Raises:
         ConversionError: if the tensors are not those of such a checkpoint, or contradict the
@@ -182,19 +197,39 @@ def plan_draft(
         for name, info in stored.items()
         if info.name not in left_out
     }
-    features = family.features_of(tensors)
-    required = required_tensors(
-        family.tensors, features, counts_shown(family.tensors, tensors)
+    source = Source(checkpoint, tensors, family.features_of(tensors), verifier, options or {})
+    completion = family.complete(source)
+    tensors = {
+        name: info
+        for name, info in tensors.items()
+        if name not in completion.made and info.name not in completion.left_out
+    }
+    whole = tensors | completion.made
+    features = family.features_of(whole)
+    required = required_tensors(family.tensors, features, counts_shown(family.tensors, whole))
+    _check_names(family, checkpoint, whole, required, features)
+    _check_dtypes(
+        [info for info in stored.values() if info.name not in completion.left_out],
+        tensors,
+        required,
     )
-    _check_names(family, checkpoint, tensors, required, features)
-    _check_dtypes(stored.values(), tensors, required)
-    derived = family.derive(Source(checkpoint, tensors, features, verifier))
+    derived = family.derive(replace(source, tensors=tensors, features=features))
+    derived.discrepancies[:0] = completion.discrepancies
     sizes = family.config.model_construct(
         transformer_layer_config=derived.layer, **derived.keys
     ).sizes
     _check_shapes(checkpoint, tensors, required, sizes)
     dtype = _dtype_of(tensors.values())
-    return DraftPlan(checkpoint, family, derived, features, dtype, tensors, left_out)
+    return DraftPlan(
+        checkpoint,
+        family,
+        derived,
+        features,
+        dtype,
+        tensors,
+        completion.made,
+        left_out | completion.left_out,
+    )
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -259,13 +294,13 @@ def _reason_to_leave_out(family: Family, name: str) -> str | None:
 def _check_names(
     family: Family,
     checkpoint: Checkpoint,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, TensorInfo | PlannedTensor],
     required: Mapping[str, TensorSpec],
     features: frozenset[str],
 ) -> None:
     difference = compare(tensors, required)
     missing = [family.names.in_research(name) for name in difference.missing]
-    unknown = [tensors[name].name for name in difference.unknown]
+    unknown = [tensors[name].label for name in difference.unknown]
     if unknown or missing:
         problems = [
             text
@@ -288,7 +323,9 @@ def _check_dtypes(
     tensors: Mapping[str, TensorInfo],
     required: Mapping[str, TensorSpec],
 ) -> None:
-    expected = {tensors[name].name: spec.dtypes for name, spec in required.items()}
+    expected = {
+        tensors[name].name: spec.dtypes for name, spec in required.items() if name in tensors
+    }
     for info in stored:
         dtypes = expected.get(info.name, tuple(FLOATS))
         if info.dtype not in dtypes:

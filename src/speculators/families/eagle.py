@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from speculators.families.family import Card, Derived, Family, Flag, Names, Source, Target
-from speculators.families.layer import derive_layer
+from speculators.families.layer import REFERENCE_ROPE_BASE, derive_layer
 from speculators.families.signature import Signature
 from speculators.format.config import LayerConfig, SpeculatorConfig, SpeculatorsConfig
 from speculators.format.tensors import TensorSpec, required_tensors
@@ -134,6 +134,15 @@ def derive(source: Source) -> Derived:
         HINTS,
         {"tie_word_embeddings": "the head is always the verifier's"},
     )
+    rope_type, base = layer.config.rope_type, layer.config.rope_theta
+    if rope_type in {"linear", "dynamic"} and base != REFERENCE_ROPE_BASE:
+        # The reference passes rope_theta on only without scaling (cnets1.py, `_init_rope`).
+        layer.config.rope_theta = REFERENCE_ROPE_BASE
+        layer.discrepancies.insert(
+            0,
+            f"rope_theta {base:g} is not used: with {rope_type} scaling the reference, and so the "
+            f"training, used {REFERENCE_ROPE_BASE:g}",
+        )
     decoder_layer = DECODER_LAYERS[layer.config.model_type]
     return Derived(
         layer.config,

@@ -13,7 +13,7 @@ from speculators.families.family import Source
 from speculators.format.config import LayerConfig
 from speculators.format.problems import first_problem
 
-__all__ = ["DerivedLayer", "derive_layer"]
+__all__ = ["REFERENCE_ROPE_BASE", "DerivedLayer", "derive_layer"]
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 """Required keys, which have no sensible default."""
@@ -105,7 +105,7 @@ def derive_layer(
     values: dict[str, Any] = {key: given[key] for key in SIZES}
     values |= {key: given.get(key, default) for key, default in CARRIED_OVER.items()}
     values |= fixed
-    values |= _rope(given, str(where), discrepancies)
+    values |= _rope(given, str(where))
     for key in ("pad_token_id", "bos_token_id"):
         if isinstance(values[key], list):
             discrepancies.append(
@@ -147,11 +147,8 @@ def derive_layer(
     )
 
 
-def _rope(given: Mapping[str, Any], where: str, discrepancies: list[str]) -> dict[str, Any]:
-    """RoPE's base and scaling, as the reference computes them (EAGLE, cnets1.py, `_init_rope`).
-
-    The reference passes ``rope_theta`` on only if there is no scaling.
-    """
+def _rope(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """RoPE's base and scaling, in either spelling."""
     key = "rope_parameters" if given.get("rope_parameters") else "rope_scaling"
     found = given.get(key) or {}
     if not isinstance(found, dict):
@@ -175,12 +172,6 @@ def _rope(given: Mapping[str, Any], where: str, discrepancies: list[str]) -> dic
                 f"{where}, key {key}: the type {rope_type} needs {name}, a number over 0; "
                 f"found {value!r}."
             )
-    if rope_type in {"linear", "dynamic"} and theta != REFERENCE_ROPE_BASE:
-        discrepancies.append(
-            f"rope_theta {theta:g} is not used: with {rope_type} scaling the reference, and so the "
-            f"training, used {REFERENCE_ROPE_BASE:g}"
-        )
-        theta = REFERENCE_ROPE_BASE
     return {"rope_theta": theta, "rope_scaling": {"rope_type": rope_type, **parameters}}
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from speculators.checkpoint.tensor import TensorInfo, describe_shape
 from speculators.families.family import Family
-from speculators.families.registry import signatures
+from speculators.families.foreign import CONVERTED
+from speculators.families.registry import family_named, signatures
 from speculators.families.signature import Signature
 
 __all__ = ["Near", "Recognition", "listed", "recognise", "strip_prefix"]
@@ -94,6 +95,10 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> R
     for signature, family in signatures():
         evidence = _evidence(signature, config, whole)
         if evidence:
+            if signature is CONVERTED:
+                written = family_named(config.get("speculators_model_type"))
+                if written is not None and written.converts_again(config):
+                    signature, family = written.signature, written
             return Recognition(signature, family, tuple(evidence), tuple(quantization), ())
     return Recognition(None, None, (), tuple(quantization), _nearest(whole))
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from speculators.checkpoint.tensor import FLOATS, TensorInfo
+from speculators.checkpoint.tensor import FLOATS, PlannedTensor, TensorInfo
 
 __all__ = [
     "Difference",
@@ -120,7 +120,7 @@ class Difference:
 
 
 def compare(
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, TensorInfo | PlannedTensor],
     required: Mapping[str, TensorSpec],
     sizes: Mapping[str, int] | None = None,
 ) -> Difference:

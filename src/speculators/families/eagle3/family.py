@@ -1,8 +1,9 @@
 """The family of EAGLE-3, EAGLE-3.1 and P-EAGLE drafts (SafeAILab/EAGLE, eagle/model/cnets.py)."""
 
 from speculators.families.eagle3.config import Eagle3Config
-from speculators.families.eagle3.derive import derive
+from speculators.families.eagle3.derive import complete, converts_again, derive
 from speculators.families.eagle3.export import TARGETS, export_config
+from speculators.families.eagle3.options import OPTIONS
 from speculators.families.eagle3.tensors import FEATURES, OLDER_PREFIXES, OMISSIONS, TENSORS
 from speculators.families.family import Card, Family, Names
 from speculators.families.signature import Signature
@@ -27,6 +28,9 @@ EAGLE3 = Family(
     names=Names(prefixes=OLDER_PREFIXES),
     omissions=OMISSIONS,
     derive=derive,
+    complete=complete,
+    converts_again=converts_again,
+    options=OPTIONS,
     borrows=("embedding",),
     model="speculators.models.eagle3:Eagle3Speculator",
     reference="speculators.convert.references.eagle3:Eagle3Reference",
