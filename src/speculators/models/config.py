@@ -10,9 +10,6 @@ from speculators.format.config import LayerConfig, SpeculatorConfig, Speculators
 
 __all__ = ["SpeculatorPretrainedConfig"]
 
-LAYER_SWITCHES = {"attention_bias", "mlp_bias", "use_sliding_window"}
-"""Keys of the layer's config that the converter writes besides those of ``LayerConfig``."""
-
 NOT_WRITTEN = {"transformers_version", "dtype", "torch_dtype", "architectures", "layer_types"}
 """Keys that transformers adds to the layer's config: the draft's, or derived from others."""
 
@@ -34,10 +31,13 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
             with ``model_type`` is turned into one.
         speculators_model_type: the family's name, or another one of its ``model_types``.
         speculators_config: proposal methods and the verifier, as a dictionary.
+        layer_switches: keys of the layer's config that are written besides those of
+            ``LayerConfig``, even with their defaults.
 
     """
 
     family: ClassVar[Family]
+    layer_switches: ClassVar[frozenset[str]] = frozenset({"attention_bias", "mlp_bias"})
 
     sub_configs = {"transformer_layer_config": AutoConfig}  # type: ignore[dict-item]  # noqa: RUF012
 
@@ -101,7 +101,7 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
 
     def _layer_keys(self) -> dict[str, Any]:
         defaults = type(self.layer)().to_dict()
-        always = LayerConfig.model_fields.keys() | LAYER_SWITCHES
+        always = LayerConfig.model_fields.keys() | self.layer_switches
         keys = {
             key: value
             for key, value in self.layer.to_dict().items()

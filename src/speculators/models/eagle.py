@@ -38,6 +38,7 @@ class EagleSpeculatorConfig(SpeculatorPretrainedConfig):
     """
 
     family = EAGLE
+    layer_switches = frozenset({"attention_bias", "mlp_bias", "use_sliding_window"})
 
     transformer_layer_architecture: str = "auto"
     layernorms: bool = False

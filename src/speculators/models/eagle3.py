@@ -50,6 +50,7 @@ class Eagle3SpeculatorConfig(SpeculatorPretrainedConfig):
     """
 
     family = EAGLE3
+    has_no_defaults_at_init = True  # which states the draft reads has no default
 
     draft_vocab_size: int | None = None
     eagle_aux_hidden_state_layer_ids: list[int] | None = None

@@ -456,9 +456,12 @@ class Speculator(PreTrainedModel):
                 "Give either hidden_states, which are the verifier's, or draft_states, which an "
                 "earlier call returned as last_hidden_state."
             )
+        if hidden_states is not None:
+            draft_states = self.project(hidden_states)
+        assert draft_states is not None
         drafted = self.draft(
             input_ids,
-            draft_states if hidden_states is None else self.project(hidden_states),
+            draft_states,
             attention_mask,
             position_ids,
             the_cache(cache, past_key_values),
