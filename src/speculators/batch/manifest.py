@@ -88,8 +88,9 @@ class Conversion(Entry):
 
 
 def read_manifest(file: Path, family: Family | None) -> list[Conversion]:
-    """Read a manifest of conversions of a family, or any: JSON if it is named ``*.json``, else YAML.
+    """Read a manifest: JSON if it is named ``*.json``, else YAML.
 
+    Its conversions are of one family, or of any if ``None`` is given.
     Relative paths in it are relative to its directory. An input or verifier that neither exists
     there nor looks like a path is a Hugging Face id.
 

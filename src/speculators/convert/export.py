@@ -122,7 +122,7 @@ def plan_export(converted: Converted, target: Target) -> ExportPlan:
     return ExportPlan(
         config=family.export_config(config, target),
         tensors=tensors | dict(target.adds(config)),
-        remarks=[*remarks, *target.advice(config)],
+        remarks=[*remarks, *filter(None, [target.advice(config)])],
     )
 
 

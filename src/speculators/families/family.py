@@ -173,7 +173,7 @@ class Target:
         prefixes: prefix of names in the format → prefix in this layout, for a config.
         drops: the tensors of the format that this layout has no place for.
         adds: the tensors that it wants beside the format's, for a config.
-        advice: sentences for the log on how to serve a draft with this config.
+        advice: a sentence for the log on how to serve a draft with this config, if one is needed.
         zeros: features whose tensors the reader always wants; a draft without them gets zeros.
         remarks: feature → a sentence for the log on what becomes of it; ``None`` for one that
             concerns every draft.
@@ -188,7 +188,7 @@ class Target:
     prefixes: Callable[[Any], Mapping[str, str]] = lambda config: {}  # noqa: ARG005
     drops: frozenset[str] = frozenset()
     adds: Callable[[Any], Mapping[str, PlannedTensor]] = lambda config: {}  # noqa: ARG005
-    advice: Callable[[Any], Collection[str]] = lambda config: ()  # noqa: ARG005
+    advice: Callable[[Any], str | None] = lambda config: None  # noqa: ARG005
     zeros: frozenset[str] = frozenset()
     remarks: Mapping[str | None, str] = field(default_factory=dict)
 

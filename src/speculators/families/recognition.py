@@ -95,10 +95,11 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> R
     for signature, family in signatures():
         evidence = _evidence(signature, config, whole)
         if evidence:
-            if signature is CONVERTED:
-                written = family_named(config.get("speculators_model_type"))
-                if written is not None and written.converts_again(config):
-                    signature, family = written.signature, written
+            written = family_named(config.get("speculators_model_type"))
+            if signature is CONVERTED and written and written.converts_again(config):
+                return Recognition(
+                    written.signature, written, tuple(evidence), tuple(quantization), ()
+                )
             return Recognition(signature, family, tuple(evidence), tuple(quantization), ())
     return Recognition(None, None, (), tuple(quantization), _nearest(whole))
 

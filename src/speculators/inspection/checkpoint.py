@@ -169,7 +169,7 @@ class Details:
     targets: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     layout: Literal["current", "0.1.0 to 0.3.0"] | None = None
-    facts: Mapping[str, str] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
     exports: list[str] | None = None
     fits: tuple[int, int] | None = None
     verifier: str | None = None

@@ -5,6 +5,7 @@ The keys are those of the PyPI project ``speculators`` 0.9.0 (``models/eagle3/co
 defaults when they are missing. So all of them are written.
 """
 
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -101,7 +102,7 @@ class Eagle3Config(SpeculatorConfig):
     @field_validator("eagle_aux_hidden_state_layer_ids")
     @classmethod
     def _check_ids(cls, ids: list[int]) -> list[int]:
-        if ids[0] < 0 or any(one >= other for one, other in zip(ids, ids[1:], strict=False)):
+        if ids[0] < 0 or any(one >= other for one, other in pairwise(ids)):
             raise ValueError(f"{ids} is not a list of layers in ascending order")
         return ids
 
@@ -146,7 +147,7 @@ class Eagle3Config(SpeculatorConfig):
         layers = ", ".join(map(str, self.eagle_aux_hidden_state_layer_ids))
         of = self.transformer_layer_config.vocab_size
         return {
-            "reads": f"{self.states} of the verifier's states: those that enter its layers {layers}",
+            "reads": f"{self.states} of the verifier's states: those entering its layers {layers}",
             "drafts": f"{self.draft_vocab_size} of {of} tokens",
             "feeds back": f"its output {'after' if self.norm_output else 'before'} the final norm",
             "residual": f"taken {'after' if self.norm_before_residual else 'before'} hidden_norm",

@@ -8,6 +8,7 @@ from typing import Any
 from speculators.checkpoint.tensor import describe_shape
 from speculators.errors import ConversionError
 from speculators.families.eagle3.config import Eagle3LayerConfig
+from speculators.families.eagle3.embedding import compared_embedding
 from speculators.families.eagle3.options import MASK_TOKEN_ID, NORM_OUTPUT, ask
 from speculators.families.eagle3.publishers import (
     MODELOPT,
@@ -17,7 +18,6 @@ from speculators.families.eagle3.publishers import (
     publisher_of,
 )
 from speculators.families.eagle3.states import (
-    LAYER_KEYS,
     count_states,
     state_width,
     verifier_layers,
@@ -29,6 +29,7 @@ from speculators.families.eagle3.vocabulary import (
 )
 from speculators.families.family import Completion, Derived, Source
 from speculators.families.layer import REFERENCE_ROPE_BASE, DerivedLayer, derive_layer
+from speculators.format.config import LayerConfig
 
 __all__ = ["ARCHITECTURES", "complete", "converts_again", "derive"]
 
@@ -46,6 +47,14 @@ REFUSED = {
     r"(.*\.)?parallel_draft_heads\..*": "ModelOpt's parallel draft heads",
 }
 """Pattern of tensors → what they show a checkpoint to be, as it follows "a draft with"."""
+
+SHOWN_BY = {
+    "input_norm": "input_norm",
+    "fc_norm": "fc_norm",
+    "attention_bias": "biases on q, k, v and o",
+    "mlp_bias": "biases in the MLP",
+}
+"""Feature that a config claims → the tensors that show it."""
 
 RENAMED = {
     "aux_hidden_states_layer_ids": "it is written as eagle_aux_hidden_state_layer_ids",
@@ -113,7 +122,7 @@ def derive(source: Source) -> Derived:
     facts = {
         "publisher": publisher.name,
         "reads": f"{states} of the verifier's states"
-        + (f": those that enter its layers {', '.join(map(str, known))}" if known else ""),
+        + (f": those entering its layers {', '.join(map(str, known))}" if known else ""),
         "drafts": f"{drafted} of {layer.config.vocab_size} tokens",
     }
     methods = given.get("speculators_config")
@@ -287,20 +296,10 @@ def _feature(
             if said is not None and bool(said) != shown:
                 raise ConversionError(
                     f"{source.checkpoint.config_file} says {where} {str(said).lower()}, but the "
-                    f"tensors have {'' if shown else 'no '}{_names(source, feature)}; give the "
+                    f"tensors have {'' if shown else 'no '}{SHOWN_BY[feature]}; give the "
                     "config that belongs to the tensors."
                 )
     return shown
-
-
-def _names(source: Source, feature: str) -> str:
-    wanted = {
-        "input_norm": "input_norm",
-        "fc_norm": "fc_norm",
-        "attention_bias": "biases on q, k, v and o",
-        "mlp_bias": "biases in the MLP",
-    }
-    return wanted[feature]
 
 
 def _norm_before_residual(source: Source, publisher: Publisher) -> bool:
@@ -338,7 +337,7 @@ def _norm_output(source: Source, publisher: Publisher, notes: list[str]) -> bool
             f"{NORM_OUTPUT.flag} feedback contradicts {source.checkpoint.config_file}, which says "
             "norm_output false."
         )
-    return answer == "feedback"
+    return bool(answer == "feedback")
 
 
 def _why_norm_output_is_open(said: bool) -> str:
@@ -403,9 +402,11 @@ def _mask_token(source: Source, vocabulary: int, notes: list[str]) -> int | None
     return token
 
 
-def _warn(source: Source, publisher: Publisher, layer: Eagle3LayerConfig, notes: list[str]) -> None:
+def _warn(source: Source, publisher: Publisher, layer: LayerConfig, notes: list[str]) -> None:
     """Tell what cannot be seen in the tensors, and what engines do with the draft."""
     features = source.features
+    if clause := compared_embedding(source):
+        notes.append(clause)
     if publisher is MODELOPT:
         notes.append(
             "ModelOpt (0.47.0) trains with hidden_norm(input_layernorm(x)) where every engine, and "

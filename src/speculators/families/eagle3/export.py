@@ -1,9 +1,9 @@
 """What an EAGLE-3 draft can be exported to, and the config.json that each reader takes.
 
 What each can express is by the sources of SafeAILab/EAGLE (``eagle/model/cnets.py``), vLLM 0.32
-(``model_executor/models/llama_eagle3.py``), SGLang 0.5.23 (``srt/models/llama_eagle3.py``), SpecForge
-0.2.0, ModelOpt 0.47, TensorRT-LLM (``_torch/models/modeling_speculative.py``) and llama.cpp
-(``conversion/llama.py``).
+(``model_executor/models/llama_eagle3.py``), SGLang 0.5.23 (``srt/models/llama_eagle3.py``),
+SpecForge 0.2.0, ModelOpt 0.47, TensorRT-LLM (``_torch/models/modeling_speculative.py``) and
+llama.cpp (``conversion/llama.py``).
 """
 
 from array import array
@@ -63,15 +63,16 @@ def several_layers(config: Eagle3Config) -> str | None:
 
 def residual_norm(config: Eagle3Config) -> str | None:
     """A residual that is normalised."""
-    return (
-        "takes its residual after the norm (norm_before_residual)" * config.norm_before_residual
-        or None
-    )
+    if not config.norm_before_residual:
+        return None
+    return "takes its residual after the norm (norm_before_residual)"
 
 
 def feedback_norm(config: Eagle3Config) -> str | None:
     """EAGLE-3.1's feedback."""
-    return "feeds back the output after the final norm (norm_output)" * config.norm_output or None
+    if not config.norm_output:
+        return None
+    return "feeds back the output after the final norm (norm_output)"
 
 
 def other_width(config: Eagle3Config) -> str | None:
@@ -145,7 +146,7 @@ def other_numbering(config: Eagle3Config) -> str | None:
     """Layers that SGLang would misread for DeepSeek: it adds 1 only if the first one is 1."""
     verifiers = config.speculators_config.verifier.architectures
     deepseek = any("Deepseek" in name for name in verifiers)
-    if not deepseek or config.eagle_aux_hidden_state_layer_ids[0] == 2:  # noqa: PLR2004
+    if not deepseek or config.eagle_aux_hidden_state_layer_ids[0] == 2:
         return None
     return "reads other layers of a DeepSeek verifier than those that start with 2"
 
@@ -256,6 +257,30 @@ def _whole_vocabulary(config: Eagle3Config) -> dict[str, PlannedTensor]:
     }
 
 
+def _advice_on_specforge(config: Eagle3Config) -> str | None:
+    if not config.norm_output:
+        return None
+    return (
+        "SpecForge up to 0.2.0 reads norm_output otherwise, and feeds back the output before the "
+        "final norm; it takes pull request 879 (September 2026)"
+    )
+
+
+def _advice_on_llamacpp(config: Eagle3Config) -> str:
+    verifier = config.speculators_config.verifier.name_or_path
+    return (
+        "give convert_hf_to_gguf.py the option --target-model-dir with the directory of "
+        f"{verifier}: it takes the tokenizer and the layers to read (2, n/2 and n-3) from there"
+    )
+
+
+def _advice_on_trtllm(config: Eagle3Config) -> str:
+    return (
+        "TensorRT-LLM does not read from the draft which states it takes: set "
+        f"eagle3_layers_to_capture to {outputs(config)}"
+    )
+
+
 MIDLAYER: Mapping[str, str] = {"layers.0.": "midlayer."}
 
 
@@ -318,8 +343,8 @@ TARGETS: dict[str, Eagle3Target] = {
         activation="silu",
         remarks={
             "embedding": (
-                "SGLang uses the verifier's embedding, whatever the draft's own holds, unless their "
-                "hidden sizes differ"
+                "SGLang uses the verifier's embedding, whatever the draft's own holds, unless "
+                "their hidden sizes differ"
             ),
         },
     ),
@@ -339,14 +364,7 @@ TARGETS: dict[str, Eagle3Target] = {
         prefixes=_midlayer,
         adds=_whole_vocabulary,
         keys=_keys_of_specforge,
-        advice=lambda config: (
-            [
-                "SpecForge up to 0.2.0 reads norm_output otherwise, and feeds back the output "
-                "before the final norm; it takes pull request 879 (September 2026)"
-            ]
-            if config.norm_output
-            else []
-        ),
+        advice=_advice_on_specforge,
     ),
     "modelopt": Eagle3Target(
         reader="ModelOpt",
@@ -372,11 +390,7 @@ TARGETS: dict[str, Eagle3Target] = {
         prefixes=_midlayer,
         keys=_keys_of_llamacpp,
         activation="silu",
-        advice=lambda config: [
-            "give convert_hf_to_gguf.py the option --target-model-dir with the directory of "
-            f"{config.speculators_config.verifier.name_or_path}: it takes the tokenizer and the "
-            "layers to read (2, n/2 and n-3) from there"
-        ],
+        advice=_advice_on_llamacpp,
     ),
     "trtllm": Eagle3Target(
         reader="TensorRT-LLM",
@@ -388,13 +402,10 @@ TARGETS: dict[str, Eagle3Target] = {
         activation="silu",
         remarks={
             "embedding": (
-                "TensorRT-LLM uses the verifier's embedding, whatever the draft's own holds, unless "
-                "their hidden sizes differ"
+                "TensorRT-LLM uses the verifier's embedding, whatever the draft's own holds, "
+                "unless their hidden sizes differ"
             ),
         },
-        advice=lambda config: [
-            "TensorRT-LLM does not read from the draft which states it takes: set "
-            f"eagle3_layers_to_capture to {outputs(config)}"
-        ],
+        advice=_advice_on_trtllm,
     ),
 }

@@ -72,6 +72,16 @@ class Publisher:
     usual_layers: bool = False
 
 
+def eagle_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that ModelOpt, SpecForge and NVIDIA nest; empty if there is none."""
+    nested = config.get("eagle_config")
+    return nested if isinstance(nested, dict) else {}
+
+
+def _is_like_specforge(layout: Layout) -> bool:
+    return layout.is_called("LlamaForCausalLMEagle3") and layout.has(r"midlayer\..*")
+
+
 SPECULATORS = Publisher(
     "speculators",
     lambda it: "speculators_model_type" in it.config,
@@ -86,8 +96,13 @@ MODELOPT = Publisher(
 NEMO = Publisher(
     "NeMo Automodel",
     lambda it: (
-        "model.fc.weight" in it.names
-        and bool({"num_aux_hidden_states", "num_depths", "parallel_drafting"} & it.config.keys())
+        (
+            "model.fc.weight" in it.names
+            and bool(
+                {"num_aux_hidden_states", "num_depths", "parallel_drafting"} & it.config.keys()
+            )
+        )
+        or it.is_called("LlamaEagle3DraftModel")
     ),
     feeds_back=True,
 )
@@ -113,7 +128,7 @@ PUBLISHERS = (
         numbering="output",
         usual_layers=True,
     ),
-    Publisher("SpecForge, or in its layout", lambda it: _is_like_specforge(it), usual_layers=True),
+    Publisher("SpecForge, or in its layout", _is_like_specforge, usual_layers=True),
     Publisher(
         "SafeAILab",
         lambda it: (
@@ -132,13 +147,3 @@ def publisher_of(source: Source) -> Publisher:
     """The publisher of a checkpoint, by its layout."""
     layout = Layout(source.checkpoint.config, frozenset(source.checkpoint.tensors))
     return next(publisher for publisher in PUBLISHERS if publisher.wrote(layout))
-
-
-def eagle_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that ModelOpt, SpecForge and NVIDIA nest; empty if there is none."""
-    nested = config.get("eagle_config")
-    return nested if isinstance(nested, dict) else {}
-
-
-def _is_like_specforge(layout: Layout) -> bool:
-    return layout.is_called("LlamaForCausalLMEagle3") and layout.has(r"midlayer\..*")

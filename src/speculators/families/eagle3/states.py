@@ -11,7 +11,7 @@ from speculators.families.eagle3.options import AUX_LAYERS, AUX_NUMBERING, ask
 from speculators.families.eagle3.publishers import Publisher, eagle_config
 from speculators.families.family import Source
 
-__all__ = ["LAYER_KEYS", "count_states", "state_width", "verifier_layers"]
+__all__ = ["count_states", "state_width", "verifier_layers"]
 
 LAYER_KEYS = (
     "eagle_aux_hidden_state_layer_ids",
@@ -137,10 +137,10 @@ def _said(config: Mapping[str, Any], where: str, *, decided: bool) -> tuple[str,
     for key, value in found.items():
         if not isinstance(value, list) or not all(type(layer) is int for layer in value):
             raise ConversionError(f"{where}, key {key}: {value!r} is not a list of layers.")
-        for other in found:
-            if found[other] != value and not decided:
+        for other, another in found.items():
+            if another != value and not decided:
                 raise ConversionError(
-                    f"{where} says {key} {value} and {other} {found[other]}; say which is right "
+                    f"{where} says {key} {value} and {other} {another}; say which is right "
                     f"with {AUX_LAYERS.flag}, or correct it."
                 )
     return next(iter(found.items()), ("", None))

@@ -68,20 +68,7 @@ def complete_vocabulary(source: Source, vocabulary: int) -> Completion:
             "d2t nor t2d is there to say which; nothing is invented: look for them in another file "
             "of the publisher's."
         )
-    for info, name, size in ((d2t, "d2t", drafted), (t2d, "t2d", vocabulary)):
-        if info is not None and info.shape != (size,):
-            raise ConversionError(
-                f"{info.file}: {info.name} has the shape {describe_shape(info.shape)}, but the "
-                f"{'head' if name == 'd2t' else 'vocabulary'} has {size} tokens."
-            )
-    if d2t is not None and d2t.dtype not in INTEGERS:
-        raise ConversionError(
-            f"{d2t.file}: {d2t.name} has the type {d2t.dtype}, so it holds no offsets."
-        )
-    if t2d is not None and t2d.dtype != "BOOL":
-        raise ConversionError(
-            f"{t2d.file}: {t2d.name} has the type {t2d.dtype}, but says yes or no for each token."
-        )
+    _check_forms(d2t, t2d, drafted, vocabulary)
     if source.verifier is None:
         tokens = list(range(drafted))  # no data is read, and what is made here is not written
     else:
@@ -114,6 +101,26 @@ def complete_vocabulary(source: Source, vocabulary: int) -> Completion:
         )
         completion.discrepancies.append("it has no t2d, which is derived from d2t")
     return completion
+
+
+def _check_forms(
+    d2t: TensorInfo | None, t2d: TensorInfo | None, drafted: int, vocabulary: int
+) -> None:
+    """Check the shapes and dtypes of the tables."""
+    for info, name, size in ((d2t, "d2t", drafted), (t2d, "t2d", vocabulary)):
+        if info is not None and info.shape != (size,):
+            raise ConversionError(
+                f"{info.file}: {info.name} has the shape {describe_shape(info.shape)}, but the "
+                f"{'head' if name == 'd2t' else 'vocabulary'} has {size} tokens."
+            )
+    if d2t is not None and d2t.dtype not in INTEGERS:
+        raise ConversionError(
+            f"{d2t.file}: {d2t.name} has the type {d2t.dtype}, so it holds no offsets."
+        )
+    if t2d is not None and t2d.dtype != "BOOL":
+        raise ConversionError(
+            f"{t2d.file}: {t2d.name} has the type {t2d.dtype}, but says yes or no for each token."
+        )
 
 
 def _tokens(
