@@ -42,7 +42,7 @@ MAIN = "from speculators.cli import main; main()"
 
 
 def test_this_test_sees_what_is_loaded() -> None:
-    assert loaded_after("import speculators.models.eagle")[1] >= {"torch", "transformers"}
+    assert loaded_after("import torch, transformers")[1] >= {"torch", "transformers"}
 
 
 @pytest.mark.parametrize(

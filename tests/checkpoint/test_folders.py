@@ -343,6 +343,7 @@ def test_a_path_that_exists_is_that_path(tmp_path: Path, monkeypatch: pytest.Mon
         ("a\0b", r"The path a\x00b has bytes that are no text"),
         ("./a\0b", r"The path ./a\x00b has bytes that are no text"),
         ("caf\udce9", r"The path caf\udce9 has bytes that are no text"),
+        ("./" + "x" * 5000, "xx... cannot be looked up: File name too long."),
     ],
 )
 def test_paths_that_cannot_be(path: str, told_of: str) -> None:

@@ -11,13 +11,14 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from helpers import GOLDEN_NAMES, config_of, source_tensors, stored_tensors
 from speculators.errors import FormatError
-from speculators.integrations.vllm.config import update_eagle
+from speculators.integrations.vllm.config import cover_positions, update_eagle
 from speculators.integrations.vllm.models import ARCHITECTURE, MODELS
 from speculators.integrations.vllm.plugin import register
 from vllm_stand_in import ALGORITHMS, LAYERS, REGISTRY, write_stand_in
@@ -245,6 +246,27 @@ def test_rope_is_the_draft_s_own(converted: dict[str, Path]) -> None:
     }
     plain = vllm_s_config(config_of(converted["llama31_gqa_nobias"]))
     assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 500000.0}
+
+
+@pytest.mark.parametrize(
+    ("rope_type", "max_model_len", "expected"),
+    [
+        ("default", 8192, 8192),
+        ("linear", 8192, 8192),
+        ("llama3", 8192, 8192),
+        ("default", 1024, 2048),
+        ("dynamic", 8192, 2048),  # its angles depend on this number
+    ],
+)
+def test_the_table_of_rotary_embeddings_covers_the_served_context(
+    converted: dict[str, Path], rope_type: str, max_model_len: int, expected: int
+) -> None:
+    config = vllm_s_config(config_of(converted["llama31_gqa_nobias"]))
+    config["max_position_embeddings"] = 2048
+    config["rope_parameters"]["rope_type"] = rope_type
+    draft = SimpleNamespace(**config)
+    cover_positions(draft, max_model_len)
+    assert draft.max_position_embeddings == expected
 
 
 def test_an_older_config_is_filled_in(converted: dict[str, Path]) -> None:

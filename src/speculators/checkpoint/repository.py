@@ -150,17 +150,22 @@ def local_path(
         error: makes the error, given its sentence.
 
     Raises:
-        SpeculatorsError: if it has a NUL or bytes that are not UTF-8, or begins with ``~`` and the
-            name of nobody.
+        SpeculatorsError: if it has a NUL or bytes that are not UTF-8, begins with ``~`` and the
+            name of nobody, or is too long or otherwise impossible.
 
     """
     text = str(given)
     if "\0" in text or not _is_text(text):
         raise error(f"The path {printable(text)} has bytes that are no text; rename it.")
     try:
-        return Path(given).expanduser()
+        path = Path(given).expanduser()
+        path.exists()
     except RuntimeError:
         raise error(f"The path {text} begins with ~ and nobody's name; write it out.") from None
+    except OSError as problem:
+        shown = printable(text)
+        raise error(f"The path {shown} cannot be looked up: {problem.strerror}.") from problem
+    return path
 
 
 def _is_text(text: str) -> bool:

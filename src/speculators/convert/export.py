@@ -15,10 +15,11 @@ from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.tensor import DTYPE_BITS, Constant, PlannedTensor
 from speculators.errors import ConversionError
 from speculators.families.converted import Converted, open_converted
-from speculators.families.family import Target
+from speculators.families.family import Family, Target, with_prefix
+from speculators.format.config import SpeculatorConfig
 from speculators.format.tensors import TensorSpec
 
-__all__ = ["ExportPlan", "export", "plan_export"]
+__all__ = ["ExportPlan", "export", "obstacle", "plan_export"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,29 +98,13 @@ def plan_export(converted: Converted, target: Target) -> ExportPlan:
         ConversionError: if the draft has a feature that the target cannot express.
 
     """
-    family, name = converted.family, converted.checkpoint.name
-    if lacking := converted.features & target.lacks:
-        raise ConversionError(
-            f"{name} has {' and '.join(family.features[it] for it in sorted(lacking))}, which "
-            f"{target.reader} cannot compute; serve it with vLLM and the plugin that comes with "
-            "speculators."
-        )
-    activation = converted.config.transformer_layer_config.hidden_act
-    if target.activation not in {None, activation}:
-        raise ConversionError(
-            f"{name} has the activation {activation}, and {target.reader} computes only "
-            f"{target.activation}."
-        )
+    family, config = converted.family, converted.config
+    if why := obstacle(family, config, converted.features, target):
+        raise ConversionError(f"{converted.checkpoint.name} {why}.")
+    prefixes = target.prefixes(config)
 
-    if why := target.refuses(converted.config):
-        raise ConversionError(f"{name} {why}.")
-
-    def named(current: str) -> str:
-        research = family.names.in_research(current)
-        for prefix, theirs in target.prefixes.items():
-            if research.startswith(prefix):
-                return theirs + research.removeprefix(prefix)
-        return research
+    def named(name: str) -> str:
+        return with_prefix(family.names.in_research(name), prefixes)
 
     tensors = {
         named(name): PlannedTensor.copy_of(info)
@@ -129,15 +114,35 @@ def plan_export(converted: Converted, target: Target) -> ExportPlan:
     for spec in family.tensors:
         if spec.feature in target.zeros - converted.features:
             tensors[named(spec.name)] = _zeros(spec, converted)
+    remarks = [
+        remark
+        for feature, remark in target.remarks.items()
+        if feature is None or feature in converted.features
+    ]
     return ExportPlan(
-        config=family.export_config(converted.config, target),
-        tensors=tensors,
-        remarks=[
-            remark
-            for feature, remark in target.remarks.items()
-            if feature is None or feature in converted.features
-        ],
+        config=family.export_config(config, target),
+        tensors=tensors | dict(target.adds(config)),
+        remarks=[*remarks, *target.advice(config)],
     )
+
+
+def obstacle(
+    family: Family, config: SpeculatorConfig, features: frozenset[str], target: Target
+) -> str | None:
+    """Why a draft cannot be exported to a target, as it follows its name; ``None`` if it can."""
+    if lacking := features & target.lacks:
+        return (
+            f"has {' and '.join(family.features[it] for it in sorted(lacking))}, which "
+            f"{target.reader} cannot compute; {family.instead}"
+        )
+    activation = config.transformer_layer_config.hidden_act
+    if target.activation not in {None, activation}:
+        return (
+            f"has the activation {activation}, and {target.reader} computes only "
+            f"{target.activation}"
+        )
+    refused = target.refuses(config)
+    return refused and f"{refused}; {family.instead}"
 
 
 def _zeros(spec: TensorSpec, converted: Converted) -> PlannedTensor:

@@ -39,6 +39,7 @@ class DraftPlan:
         tensors: name in the format → the source's tensor.
         made: name in the format → a tensor that follows from others.
         left_out: source name → why the tensor is left out.
+        fits: the vocabulary and the hidden size of its verifiers.
 
     """
 
@@ -50,6 +51,7 @@ class DraftPlan:
     tensors: dict[str, TensorInfo]
     made: dict[str, PlannedTensor]
     left_out: dict[str, str]
+    fits: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +217,8 @@ def plan_draft(
     )
     derived = family.derive(replace(source, tensors=tensors, features=features))
     derived.discrepancies[:0] = completion.discrepancies
-    sizes = family.config.model_construct(
-        transformer_layer_config=derived.layer, **derived.keys
-    ).sizes
-    _check_shapes(checkpoint, tensors, required, sizes)
+    config = family.config.model_construct(transformer_layer_config=derived.layer, **derived.keys)
+    _check_shapes(checkpoint, tensors, required, config.sizes)
     dtype = _dtype_of(tensors.values())
     return DraftPlan(
         checkpoint,
@@ -229,6 +229,7 @@ def plan_draft(
         tensors,
         completion.made,
         left_out | completion.left_out,
+        config.verifier_sizes,
     )
 
 
@@ -269,7 +270,7 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
     if found.family and family and found.family is not family:
         raise ConversionError(
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]}); convert it "
-            f"with: speculators convert {found.family.name}"
+            f"with: speculators convert {found.family.name}."
         )
 
 

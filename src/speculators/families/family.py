@@ -29,6 +29,7 @@ __all__ = [
     "Target",
     "imported",
     "read_options",
+    "with_prefix",
 ]
 
 
@@ -169,8 +170,10 @@ class Target:
         activation: the only one that it computes; ``None`` if it computes any.
         refuses: why it cannot compute a draft with this config for other reasons, as a clause that
             follows the draft's name; ``None`` if it can.
-        prefixes: prefix of names in the format → prefix in this layout.
+        prefixes: prefix of names in the format → prefix in this layout, for a config.
         drops: the tensors of the format that this layout has no place for.
+        adds: the tensors that it wants beside the format's, for a config.
+        advice: sentences for the log on how to serve a draft with this config.
         zeros: features whose tensors the reader always wants; a draft without them gets zeros.
         remarks: feature → a sentence for the log on what becomes of it; ``None`` for one that
             concerns every draft.
@@ -182,8 +185,10 @@ class Target:
     lacks: frozenset[str] = frozenset()
     activation: str | None = None
     refuses: Callable[[Any], str | None] = lambda config: None  # noqa: ARG005
-    prefixes: Mapping[str, str] = field(default_factory=dict)
+    prefixes: Callable[[Any], Mapping[str, str]] = lambda config: {}  # noqa: ARG005
     drops: frozenset[str] = frozenset()
+    adds: Callable[[Any], Mapping[str, PlannedTensor]] = lambda config: {}  # noqa: ARG005
+    advice: Callable[[Any], Collection[str]] = lambda config: ()  # noqa: ARG005
     zeros: frozenset[str] = frozenset()
     remarks: Mapping[str | None, str] = field(default_factory=dict)
 
@@ -212,7 +217,7 @@ class Names:
 
     def in_format(self, research: str) -> str:
         """The name in the format of a research checkpoint's tensor."""
-        return self.renames.get(research) or _with_prefix(research, self.prefixes)
+        return self.renames.get(research) or with_prefix(research, self.prefixes)
 
     def in_research(self, name: str) -> str:
         """The name in a research checkpoint of a tensor of the format."""
@@ -220,10 +225,10 @@ class Names:
 
     def current(self, name: str) -> str:
         """The name in the format, whichever version wrote it."""
-        return _with_prefix(name, self.older)
+        return with_prefix(name, self.older)
 
 
-def _with_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+def with_prefix(name: str, prefixes: Mapping[str, str]) -> str:
     """``name`` with the first of the prefixes that it has replaced."""
     for old, new in prefixes.items():
         if name.startswith(old):
@@ -271,11 +276,13 @@ class Family:
         targets: what it can be exported to, by the names on the command line.
         flags: the features that its conversion can be asked to require.
         options: what else a user can say about a checkpoint.
+        facts: what is worth telling about a converted draft, by its config: label → text.
         complete: what follows from a source's tensors before they are judged.
         converts_again: whether a directory in the format, by its config.json, leaves out what this
             version writes, so that it is a source like any other.
         example: the Hub ids of a draft and its verifier, for the help of the command line.
         unusual: the features that are worth naming in a title.
+        instead: what to do with a draft that a target cannot compute.
         model_types: the values of ``speculators_model_type`` in the configs of its drafts, if there
             are others than its name.
         ambiguity: what a checkpoint's tensors cannot tell, given its name, for ``inspect``.
@@ -295,15 +302,17 @@ class Family:
     model: str
     reference: str
     card: Card
-    export_config: Callable[[Any, Target], dict[str, Any]]
+    export_config: Callable[[Any, Any], dict[str, Any]]
     targets: Mapping[str, Target] = field(default_factory=dict)
     flags: tuple[Flag, ...] = ()
     options: tuple[Option, ...] = ()
+    facts: Callable[[Any], dict[str, str]] = lambda config: {}  # noqa: ARG005
     complete: Callable[[Source], Completion] = lambda source: Completion()  # noqa: ARG005
     converts_again: Callable[[Mapping[str, Any]], bool] = lambda config: False  # noqa: ARG005
     example: tuple[str, str] = ("ORG/DRAFT", "ORG/VERIFIER")
     unusual: tuple[str, ...] = ()
     ambiguity: Callable[[str], str] | None = None
+    instead: str = "serve it with vLLM and the plugin that comes with speculators"
     model_types: tuple[str, ...] = ()
 
     def features_of(self, names: Collection[str]) -> frozenset[str]:

@@ -42,7 +42,9 @@ class Eagle3LayerConfig(LayerConfig):
             scaled = scaling.get("rope_type", "default") != "default"
             said = {"rope_theta": parameters.get("rope_theta", data.get("rope_theta"))}
             said["rope_scaling"] = scaling if scaled else None
-            return data | {key: value for key, value in said.items() if key != "rope_theta" or value}
+            return data | {
+                key: value for key, value in said.items() if key != "rope_theta" or value
+            }
         scaling = data.get("rope_scaling") or {}
         theta = data.get("rope_theta", 10000.0)
         return data | {"rope_parameters": {"rope_type": "default", **scaling, "rope_theta": theta}}
@@ -138,6 +140,17 @@ class Eagle3Config(SpeculatorConfig):
     def verifier_hidden_size(self) -> int:
         """The width of each of them."""
         return self.target_hidden_size or self.transformer_layer_config.hidden_size
+
+    def facts(self) -> dict[str, str]:
+        """What is worth telling about the draft: label → text."""
+        layers = ", ".join(map(str, self.eagle_aux_hidden_state_layer_ids))
+        of = self.transformer_layer_config.vocab_size
+        return {
+            "reads": f"{self.states} of the verifier's states: those that enter its layers {layers}",
+            "drafts": f"{self.draft_vocab_size} of {of} tokens",
+            "feeds back": f"its output {'after' if self.norm_output else 'before'} the final norm",
+            "residual": f"taken {'after' if self.norm_before_residual else 'before'} hidden_norm",
+        }
 
     @property
     def features(self) -> frozenset[str]:

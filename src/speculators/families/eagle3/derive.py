@@ -112,9 +112,9 @@ def derive(source: Source) -> Derived:
     _warn(source, publisher, layer.config, notes)
     facts = {
         "publisher": publisher.name,
-        "states": f"{states} of the verifier's, of width {width}"
-        + (f": those entering the layers {known}" if known else ""),
-        "vocabulary": f"{drafted} of {layer.config.vocab_size} tokens",
+        "reads": f"{states} of the verifier's states"
+        + (f": those that enter its layers {', '.join(map(str, known))}" if known else ""),
+        "drafts": f"{drafted} of {layer.config.vocab_size} tokens",
     }
     methods = given.get("speculators_config")
     return Derived(
@@ -149,7 +149,8 @@ def _refuse_variants(source: Source) -> None:
             raise refuse("with a Llama-4 MLP", f"config.json says {key} {layer[key]}")
     if eagle_config(config).get("use_aux_hidden_state") is False:
         raise refuse(
-            "that reads only the verifier's last state", "config.json says use_aux_hidden_state false"
+            "that reads only the verifier's last state",
+            "config.json says use_aux_hidden_state false",
         )
     fc, norm = tensors.get("fc.weight"), tensors.get("norm.weight")
     if fc is None:
@@ -164,7 +165,9 @@ def _refuse_variants(source: Source) -> None:
         raise refuse("with M-RoPE", "config.json says mrope")
     for where in (layer, rope):
         if where.get("partial_rotary_factor", 1) not in {1, None}:
-            raise refuse("with a partial rotary embedding", "config.json says partial_rotary_factor")
+            raise refuse(
+                "with a partial rotary embedding", "config.json says partial_rotary_factor"
+            )
     if layer.get("use_sliding_window") or "sliding_attention" in (layer.get("layer_types") or ()):
         raise refuse("with a sliding window", "config.json says so")
 
@@ -211,7 +214,9 @@ def _derive_layer(source: Source) -> DerivedLayer:
             f"{source.checkpoint.config_file} says model_type {given.get('model_type')}, but the "
             f"tensors have {'' if normed else 'no '}q_norm and k_norm."
         )
-    biased = {key: _feature(source, key, key, within=given) for key in ("attention_bias", "mlp_bias")}
+    biased = {
+        key: _feature(source, key, key, within=given) for key in ("attention_bias", "mlp_bias")
+    }
     if given.get("bias") and not {"fc_bias", "attention_bias"} & source.features:
         raise ConversionError(
             f"{source.checkpoint.config_file} says bias {given['bias']}, but neither fc nor the "
@@ -275,7 +280,10 @@ def _feature(
     config = source.checkpoint.config if within is None else within
     shown = feature in source.features
     for key in keys:
-        for where, said in ((key, config.get(key)), (f"eagle_config.{key}", eagle_config(config).get(key))):
+        for where, said in (
+            (key, config.get(key)),
+            (f"eagle_config.{key}", eagle_config(config).get(key)),
+        ):
             if said is not None and bool(said) != shown:
                 raise ConversionError(
                     f"{source.checkpoint.config_file} says {where} {str(said).lower()}, but the "
@@ -395,9 +403,7 @@ def _mask_token(source: Source, vocabulary: int, notes: list[str]) -> int | None
     return token
 
 
-def _warn(
-    source: Source, publisher: Publisher, layer: Eagle3LayerConfig, notes: list[str]
-) -> None:
+def _warn(source: Source, publisher: Publisher, layer: Eagle3LayerConfig, notes: list[str]) -> None:
     """Tell what cannot be seen in the tensors, and what engines do with the draft."""
     features = source.features
     if publisher is MODELOPT:

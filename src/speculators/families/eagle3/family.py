@@ -29,6 +29,7 @@ EAGLE3 = Family(
     omissions=OMISSIONS,
     derive=derive,
     complete=complete,
+    facts=Eagle3Config.facts,
     converts_again=converts_again,
     options=OPTIONS,
     borrows=("embedding",),
@@ -41,5 +42,6 @@ EAGLE3 = Family(
     ),
     export_config=export_config,
     targets=TARGETS,
+    instead="`speculators inspect` says what it can be exported to",
     unusual=("mask_hidden", "fc_norm", "input_norm", "fc_bias", "attention_bias", "mlp_bias"),
 )

@@ -7,7 +7,15 @@ from typing import Any, Literal
 
 from speculators.families.family import Source
 
-__all__ = ["MODELOPT", "NEMO", "PUBLISHERS", "SPECULATORS", "Publisher", "eagle_config", "publisher_of"]
+__all__ = [
+    "MODELOPT",
+    "NEMO",
+    "PUBLISHERS",
+    "SPECULATORS",
+    "Publisher",
+    "eagle_config",
+    "publisher_of",
+]
 
 Numbering = Literal["input", "output"]
 
@@ -97,9 +105,11 @@ PUBLISHERS = (
     ),
     Publisher(
         "SpecForge",
-        lambda it: it.is_called("PEagleDraftModel")
-        # Its exports repeat RoPE's base in the older spelling.
-        or (_is_like_specforge(it) and {"rope_parameters", "rope_theta"} <= it.config.keys()),
+        lambda it: (
+            it.is_called("PEagleDraftModel")
+            # Its exports repeat RoPE's base in the older spelling.
+            or (_is_like_specforge(it) and {"rope_parameters", "rope_theta"} <= it.config.keys())
+        ),
         numbering="output",
         usual_layers=True,
     ),

@@ -168,7 +168,11 @@ def _told(
         return said
     if numbering is None and publisher.numbering is None:
         notes.append(
-            ask(source, AUX_NUMBERING, f"how its layers {said} are numbered is not known: {NUMBERINGS}.")
+            ask(
+                source,
+                AUX_NUMBERING,
+                f"how its layers {said} are numbered is not known: {NUMBERINGS}.",
+            )
         )
         return None
     if numbering is not None and publisher.numbering not in {None, numbering}:
@@ -180,6 +184,7 @@ def _told(
         f"its layers {said} are numbered by the states that leave them"
         f"{'' if numbering else f' ({publisher.name})'}; they are written as {layers}, by the "
         "states that enter them"
+        + (", unless the verifier has no more layers than the last says" if depth is None else "")
     )
     return layers
 
