@@ -4,6 +4,7 @@ What each target can express is in the family's table.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from loguru import logger
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.tensor import DTYPE_BITS, Constant, PlannedTensor
-from speculators.errors import ConversionError
+from speculators.errors import ConversionError, SpeculatorsError
 from speculators.families.converted import Converted, open_converted
 from speculators.families.family import Family, Target, with_prefix
 from speculators.format.config import SpeculatorConfig
@@ -99,7 +100,7 @@ def plan_export(converted: Converted, target: Target) -> ExportPlan:
 
     """
     family, config = converted.family, converted.config
-    if why := obstacle(family, config, converted.features, target):
+    if why := obstacle(family, config, converted.features, target, lambda: _depth(converted)):
         raise ConversionError(f"{converted.checkpoint.name} {why}.")
     prefixes = target.prefixes(config)
 
@@ -127,9 +128,22 @@ def plan_export(converted: Converted, target: Target) -> ExportPlan:
 
 
 def obstacle(
-    family: Family, config: SpeculatorConfig, features: frozenset[str], target: Target
+    family: Family,
+    config: SpeculatorConfig,
+    features: frozenset[str],
+    target: Target,
+    depth: Callable[[], int | None] = lambda: None,
 ) -> str | None:
-    """Why a draft cannot be exported to a target, as it follows its name; ``None`` if it can."""
+    """Why a draft cannot be exported to a target, as it follows its name; ``None`` if it can.
+
+    Args:
+        family: the family of the draft.
+        config: its config.
+        features: its features.
+        target: the layout to export to.
+        depth: gives the number of its verifier's layers, if that is known.
+
+    """
     if lacking := features & target.lacks:
         return (
             f"has {' and '.join(family.features[it] for it in sorted(lacking))}, which "
@@ -141,8 +155,15 @@ def obstacle(
             f"has the activation {activation}, and {target.reader} computes only "
             f"{target.activation}"
         )
-    refused = target.refuses(config)
+    refused = target.refuses(config, depth)
     return refused and f"{refused}; {family.instead}"
+
+
+def _depth(converted: Converted) -> int | None:
+    try:
+        return converted.open_verifier().layers
+    except SpeculatorsError:
+        return None
 
 
 def _zeros(spec: TensorSpec, converted: Converted) -> PlannedTensor:

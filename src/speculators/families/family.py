@@ -169,7 +169,8 @@ class Target:
         lacks: the features that it cannot express.
         activation: the only one that it computes; ``None`` if it computes any.
         refuses: why it cannot compute a draft with this config for other reasons, as a clause that
-            follows the draft's name; ``None`` if it can.
+            follows the draft's name; ``None`` if it can. It may ask for the number of the
+            verifier's layers, which is ``None`` if that is not known.
         prefixes: prefix of names in the format → prefix in this layout, for a config.
         drops: the tensors of the format that this layout has no place for.
         adds: the tensors that it wants beside the format's, for a config.
@@ -184,7 +185,7 @@ class Target:
     layers: Mapping[str, Mapping[str, Any]]
     lacks: frozenset[str] = frozenset()
     activation: str | None = None
-    refuses: Callable[[Any], str | None] = lambda config: None  # noqa: ARG005
+    refuses: Callable[[Any, Callable[[], int | None]], str | None] = lambda config, depth: None  # noqa: ARG005
     prefixes: Callable[[Any], Mapping[str, str]] = lambda config: {}  # noqa: ARG005
     drops: frozenset[str] = frozenset()
     adds: Callable[[Any], Mapping[str, PlannedTensor]] = lambda config: {}  # noqa: ARG005

@@ -85,13 +85,14 @@ def other_number(config: Eagle3Config) -> str | None:
     return f"reads {config.states} states" if config.states != USUAL_STATES else None
 
 
-def other_layers(config: Eagle3Config) -> str | None:
-    """Other layers than 2, n//2 and n-3, for whatever number n of layers."""
+def other_layers(config: Eagle3Config, depth: int | None) -> str | None:
+    """Other layers than 2, n//2 and n-3 of n; if n is not known, of the n that it could be."""
     layers = config.eagle_aux_hidden_state_layer_ids
-    depth = layers[-1] + 3
-    if layers == [2, depth // 2, layers[-1]]:
+    depth = depth or layers[-1] + 3
+    usual = [2, depth // 2, depth - 3]
+    if layers == usual:
         return None
-    return f"reads the states that enter the layers {layers}, and not 2, n/2 and n-3 of n"
+    return f"reads the states that enter the layers {layers}, and not {usual}"
 
 
 def embeddings_read(config: Eagle3Config) -> str | None:
@@ -156,11 +157,22 @@ def unless_parallel(limit: Limit) -> Limit:
     return lambda config: None if config.parallel else limit(config)
 
 
-def refusal(reader: str, *limits: Limit) -> Callable[[Eagle3Config], str | None]:
-    """Why a reader cannot compute a draft: by the first of the limits that it exceeds."""
+def refusal(
+    reader: str, *limits: Limit, usual_layers: bool = False
+) -> Callable[[Eagle3Config, Callable[[], int | None]], str | None]:
+    """Why a reader cannot compute a draft: by the first of the limits that it exceeds.
 
-    def refuses(config: Eagle3Config) -> str | None:
+    Args:
+        reader: the reader.
+        *limits: what it cannot compute.
+        usual_layers: whether it always reads the reference's layers, whatever it is told.
+
+    """
+
+    def refuses(config: Eagle3Config, depth: Callable[[], int | None]) -> str | None:
         exceeded = next(filter(None, (limit(config) for limit in limits)), None)
+        if exceeded is None and usual_layers:
+            exceeded = other_layers(config, depth())
         return exceeded and f"{exceeded}, which {reader} cannot compute"
 
     return refuses
@@ -306,9 +318,9 @@ TARGETS: dict[str, Eagle3Target] = {
             residual_norm,
             feedback_norm,
             other_number,
-            other_layers,
             own_head_size,
             newer_rope,
+            usual_layers=True,
         ),
         prefixes=_midlayer,
     ),
@@ -386,7 +398,9 @@ TARGETS: dict[str, Eagle3Target] = {
         reader="llama.cpp's convert_hf_to_gguf.py",
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"fc_bias", "fc_norm", "input_norm", "mask_hidden"},
-        refuses=refusal("llama.cpp", several_layers, feedback_norm, other_number, other_layers),
+        refuses=refusal(
+            "llama.cpp", several_layers, feedback_norm, other_number, usual_layers=True
+        ),
         prefixes=_midlayer,
         keys=_keys_of_llamacpp,
         activation="silu",

@@ -42,11 +42,12 @@ def state_width(source: Source, said: object, hidden: int) -> int:
     if source.verifier is None:
         return said if type(said) is int else hidden
     width = source.verifier.hidden_size
-    if said not in {None, width}:
+    if width != (hidden if said is None else said):
+        says = "no target_hidden_size" if said is None else f"target_hidden_size {said}"
         raise ConversionError(
-            f"{source.checkpoint.config_file} says target_hidden_size {said}, but the verifier "
-            f"{source.verifier.name} has the hidden size {width}; give the model that the draft "
-            "was trained for."
+            f"The draft does not fit the verifier {source.verifier.name}, whose hidden size is "
+            f"{width}: {source.checkpoint.config_file} says {says}, and the draft's own is "
+            f"{hidden}; give the model that it was trained for."
         )
     return width
 
