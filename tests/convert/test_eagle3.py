@@ -18,7 +18,12 @@ from speculators.batch.manifest import read_manifest
 from speculators.batch.state import is_done
 from speculators.convert.conversion import convert, validate
 from speculators.convert.eagle3 import Eagle3Converter
-from speculators.errors import ConversionError, ManifestError, VerifierError
+from speculators.errors import (
+    ConversionError,
+    ManifestError,
+    ValidationError,
+    VerifierError,
+)
 from speculators.families.eagle import EAGLE
 from speculators.families.eagle3 import EAGLE3
 
@@ -770,6 +775,78 @@ def test_an_embedding_that_is_not_the_verifiers_is_told(
     expected = {0.0: [], 0.2: ["is not quite"], 9.0: ["as if it were random"]}[noise]
     assert len(said) == len(expected)
     assert all(part in line for part, line in zip(expected, said, strict=True))
+
+
+# What the converter of the PyPI project speculators (0.9.0) gets wrong
+
+
+def test_the_dtype_is_that_of_the_tensors(tmp_path: Path) -> None:
+    def halve(tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+    source = write(tmp_path / "source", SPECFORGE, {"dtype": "bfloat16"}, halve)
+    out = converted(source, tmp_path / "out")
+    assert stored_tensors(out)["fc.weight"].dtype == torch.bfloat16
+    assert config_of(out)["torch_dtype"] == config_of(out)["dtype"] == "bfloat16"
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}},
+    ],
+)
+def test_rope_is_written_in_both_spellings(tmp_path: Path, keys: dict[str, Any]) -> None:
+    out = converted(write(tmp_path / "source", SAILAB, keys), tmp_path / "out")
+    layer = config_of(out)["transformer_layer_config"]
+    assert layer["rope_theta"] == 5e5
+    assert layer["rope_scaling"] == LLAMA3
+    assert layer["rope_parameters"] == {"rope_theta": 5e5, **LLAMA3}
+
+
+def test_missing_sizes_are_those_of_the_tensors(tmp_path: Path) -> None:
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    without = ("draft_vocab_size", "hidden_size", "intermediate_size", "vocab_size")
+    out = config_of(
+        converted(write(tmp_path / "source", SAILAB, config, without=without), tmp_path / "out")
+    )
+    assert out["draft_vocab_size"] == 96
+    layer = out["transformer_layer_config"]
+    assert (layer["hidden_size"], layer["intermediate_size"], layer["vocab_size"]) == (64, 96, 320)
+    every = write(tmp_path / "every", "fullvocab", {"num_key_value_heads": None})
+    with pytest.raises(ConversionError, match=r"k_proj\.weight has the shape \(32, 128\)"):
+        converted(every, tmp_path / "none")
+
+
+def test_positions_are_the_drafts_own(tmp_path: Path) -> None:
+    long = verifier(tmp_path / "long", max_position_embeddings=4096)
+    out = config_of(converted(write(tmp_path / "source"), tmp_path / "out", long))
+    assert out["transformer_layer_config"]["max_position_embeddings"] == 256
+
+
+def test_the_residual_is_the_sources(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", SAILAB, {"norm_before_residual": True})
+    assert config_of(converted(source, tmp_path / "out"))["norm_before_residual"] is True
+
+
+def test_values_that_are_not_finite_are_found(tmp_path: Path) -> None:
+    def spoil(tensors: Tensors) -> None:
+        tensors["norm.weight"][3] = torch.nan
+
+    with pytest.raises(ValidationError, match=r"norm\.weight has values that are not finite"):
+        convert(EAGLE3, write(tmp_path / "source", edit=spoil), tmp_path / "out", TARGET)
 
 
 # Where options can be said
