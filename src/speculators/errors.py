@@ -21,6 +21,7 @@ __all__ = [
     "VerifierError",
     "printable",
     "sentence",
+    "visible",
 ]
 
 
@@ -83,6 +84,13 @@ class ValidationError(SpeculatorsError, ValueError):
 def printable(text: str) -> str:
     """Make text from a file safe to show in a message: short, without control characters."""
     return ascii(text[:100])[1:-1] + ("..." if len(text) > 100 else "")
+
+
+def visible(text: str) -> str:
+    """Text with its control characters escaped, so that it cannot forge a line or a colour."""
+    if text.isprintable():
+        return text
+    return "".join(it if it.isprintable() else ascii(it)[1:-1] for it in text)
 
 
 def sentence(error: Exception) -> str:

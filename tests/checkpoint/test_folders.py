@@ -12,8 +12,9 @@ from torch import nn
 
 from hub_server import HubServer, patch_hub
 from speculators.checkpoint.hub.repository import HubRepository
+from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint
-from speculators.checkpoint.repository import local_path, open_repository
+from speculators.checkpoint.repository import open_repository
 from speculators.errors import CheckpointError, OutputError
 
 WEIGHTS = {"fc.weight": torch.arange(6.0).reshape(2, 3), "fc.bias": torch.zeros(2)}

@@ -169,7 +169,7 @@ def test_vllm_and_the_plugin(
     assert code == 0
     assert checks[name]["status"] == status
     assert checks[name]["found"] == version
-    assert checks[name]["expected"] == "==0.26.0, ==0.31.0, ==0.32.0"
+    assert checks[name]["expected"] == "==0.26.0, ==0.29.0, ==0.31.0, ==0.32.0"
     assert (checks["vllm plugin"]["status"], checks["vllm plugin"]["found"]) == ("ok", plugin)
     assert "vllm-flash-attn" not in checks
 

@@ -56,7 +56,7 @@ def test_vllm_finds_the_plugin() -> None:
     assert found["speculators"].load() is register
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.31.0", "0.32.0", "0.32.0+cpu"])
+@pytest.mark.parametrize("version", ["0.26.0", "0.29.0", "0.31.0", "0.32.0", "0.32.0+cpu"])
 def test_a_tested_release_gets_everything_in_silence(
     vllm: Install, caplog: pytest.LogCaptureFixture, version: str
 ) -> None:
@@ -79,7 +79,7 @@ def test_another_release_of_the_same_parts_is_tried_with_one_warning(
     assert record.levelno == logging.WARNING
     assert record.name.startswith("vllm.")
     assert f"was not tested with vLLM {version}. It goes on" in record.getMessage()
-    assert "vLLM 0.26.0, 0.31.0 and 0.32.0 are known to work" in record.getMessage()
+    assert "vLLM 0.26.0, 0.29.0, 0.31.0 and 0.32.0 are known to work" in record.getMessage()
 
 
 def test_its_further_processes_do_not_repeat_the_warning(
@@ -126,7 +126,7 @@ def test_it_steps_aside_where_a_part_is_another(
     assert f"does nothing, since vLLM {version} differs from what it needs" in record.getMessage()
     assert why in record.getMessage()
     assert (
-        "vLLM 0.26.0, 0.31.0 and 0.32.0 are known to work (pip install vllm==0.32.0)"
+        "vLLM 0.26.0, 0.29.0, 0.31.0 and 0.32.0 are known to work (pip install vllm==0.32.0)"
         in record.getMessage()
     )
     assert "vllm.transformers_utils" not in sys.modules

@@ -8,7 +8,7 @@ import typer
 
 from speculators.batch.manifest import read_manifest
 from speculators.batch.run import Batch, Outcome, State
-from speculators.cli.output import show, table
+from speculators.cli.output import Listing, show
 from speculators.families.family import Family
 
 __all__ = ["run_batch"]
@@ -44,7 +44,7 @@ def _print(outcomes: Sequence[Outcome]) -> None:
         for number, outcome in enumerate(outcomes, start=1)
     )
     show(
-        table(("entry", "output", "outcome", "seconds", "error or URL"), rows),
+        Listing(("entry", "output", "outcome", "seconds", "error or URL"), rows),
         "",
         ", ".join(f"{counts[state]} {state.value}" for state in State if counts[state]) + ".",
     )

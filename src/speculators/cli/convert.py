@@ -280,9 +280,10 @@ def convert_draft(
 def _warn_of_what_is_in_the_way(output: Path, *, overwrite: bool) -> None:
     """Warn on a dry run of what would otherwise be an error: the plan is useful all the same."""
     from speculators.checkpoint.output.staging import check_output
+    from speculators.checkpoint.paths import local_path
 
     try:
-        check_output(output.expanduser(), overwrite=overwrite)
+        check_output(local_path(output, OutputError), overwrite=overwrite)
     except OutputError as error:
         logger.warning(f"Without --dry-run this would fail: {error}")
 

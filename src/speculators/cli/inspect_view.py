@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich.filesize import decimal
 
 from speculators.checkpoint.tensor import describe_shape
-from speculators.cli.output import labelled, show, table
+from speculators.cli.output import Listing, labelled, show
 from speculators.families.readers import READERS
 from speculators.families.registry import family_named
 from speculators.inspection.findings import Finding, TensorFinding, VerifierFinding
@@ -30,7 +30,7 @@ def print_finding(finding: Finding) -> None:
             (tensor.name, tensor.dtype, describe_shape(tuple(tensor.shape)), _becomes(tensor))
             for tensor in finding.tensors
         )
-        show("", table(heads, (row[: len(heads)] for row in rows)))
+        show("", Listing(heads, (row[: len(heads)] for row in rows)))
 
 
 def _lines(finding: Finding) -> Iterator[tuple[str, list[str]]]:

@@ -8,6 +8,7 @@ from loguru import logger
 
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
+from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import open_repository
@@ -81,7 +82,7 @@ def convert(
     """
     kind = f"{family.name.capitalize()} checkpoint" if family else "checkpoint"
     logger.info(f"Converting {kind}: {source}")
-    output = Path(output).expanduser()
+    output = local_path(output, OutputError)
     _refuse_same_directory(source, output)
     _refuse_to_replace_what_is_read({"input": source, "verifier": base_model}, output)
     check_output(output, overwrite=overwrite)
@@ -98,13 +99,17 @@ def convert(
     with staged_directory(output, overwrite=overwrite) as staging:
         config = planned.config.model_dump_json(indent=2, exclude_none=True)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
-        write_safetensors_file(staging / "model.safetensors", planned.tensors, progress=progress)
+        hashes = write_safetensors_file(
+            staging / "model.safetensors", planned.tensors, progress=progress, hashed=validate
+        )
         unchecked = None
         if validate:
             from speculators.convert.validation import validate_conversion
 
             unchecked = validate_conversion(planned, open_converted(staging), progress=progress)
-        record = record_conversion(planned, staging, unchecked=unchecked, progress=progress)
+        record = record_conversion(
+            planned, staging, unchecked=unchecked, hashes=hashes, progress=progress
+        )
         (staging / CONVERSION_FILE).write_text(
             record.model_dump_json(indent=2) + "\n", encoding="utf-8"
         )
@@ -144,7 +149,7 @@ def validate(
             source does.
 
     """
-    directory = Path(directory).expanduser()
+    directory = local_path(directory)
     logger.info(f"Checking converted checkpoint: {directory}")
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; give a converted checkpoint.")
@@ -258,18 +263,18 @@ def _log(planned: ConversionPlan) -> None:
 
 def _refuse_to_replace_what_is_read(read: dict[str, str | Path], output: Path) -> None:
     for what, path in read.items():
-        source = Path(path).expanduser()
+        source = local_path(path)
         if source.exists() and output.is_dir() and output.resolve() in source.resolve().parents:
             raise OutputError(f"{output} holds the {what} {source}; choose another output.")
 
 
 def _refuse_same_directory(source: str | Path, output: Path) -> None:
-    if _are_same(Path(source).expanduser(), output):
+    if _are_same(local_path(source), output):
         raise OutputError(f"{output} is the input too; choose another output.")
 
 
 def _refuse_draft_as_its_own_verifier(input_path: str | Path, base_model: str | Path) -> None:
-    source, verifier = Path(input_path).expanduser(), Path(base_model).expanduser()
+    source, verifier = local_path(input_path), local_path(base_model)
     if source == verifier or _are_same(source, verifier):
         raise VerifierError(
             f"{base_model} is given as the draft and as its verifier; give the language model that "

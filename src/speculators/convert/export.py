@@ -13,8 +13,9 @@ from loguru import logger
 
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
+from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.tensor import DTYPE_BITS, Constant, PlannedTensor
-from speculators.errors import ConversionError, SpeculatorsError
+from speculators.errors import ConversionError, OutputError, SpeculatorsError
 from speculators.families.converted import Converted, open_converted
 from speculators.families.family import Family, Target, with_prefix
 from speculators.format.config import SpeculatorConfig
@@ -68,8 +69,8 @@ def export(
         OutputError: the output exists or cannot be written.
 
     """
-    directory = Path(output).expanduser()
-    check_output(directory, overwrite=False, kind=None)
+    directory = local_path(output, OutputError)
+    check_output(directory, overwrite=False, marker=None)
     converted = open_converted(source, revision=revision, cache_dir=cache_dir)
     target = converted.family.targets.get(to)
     if target is None:
@@ -80,7 +81,7 @@ def export(
     plan = plan_export(converted, target)
     for remark in plan.remarks:
         logger.warning(f"{converted.checkpoint.name}: {remark}")
-    with staged_directory(directory, kind=None) as staging:
+    with staged_directory(directory, marker=None) as staging:
         config = json.dumps(plan.config, indent=2, ensure_ascii=False)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
         write_safetensors_file(staging / "model.safetensors", plan.tensors)

@@ -5,13 +5,14 @@ does not validate lets the kernel copy the bytes; hashing them would take longer
 only sizes are recorded. For a source on the Hub, its commit is recorded in either case.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from loguru import logger
 
 from speculators.checkpoint.digest import sha256_of_files
 from speculators.checkpoint.files.json_file import read_json
+from speculators.checkpoint.identity import FileIdentity
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint
 from speculators.checkpoint.tensor import float_name
@@ -34,6 +35,7 @@ def record_conversion(
     directory: Path,
     *,
     unchecked: list[str] | None,
+    hashes: Mapping[Path, str],
     progress: Progress = silent,
 ) -> ConversionRecord:
     """Record what ``directory`` was made from.
@@ -43,6 +45,7 @@ def record_conversion(
         directory: what was written; all files in it are recorded.
         unchecked: what its validation could not check; ``None`` if it was not validated, in which
             case no file is hashed.
+        hashes: the SHA-256 of the files that were hashed as they were copied.
         progress: reports the bytes hashed.
 
     Raises:
@@ -51,7 +54,13 @@ def record_conversion(
     """
     validated = unchecked is not None
     sources, written = _source_files(plan.source), sorted(directory.iterdir())
-    files = _describe(sources + written, hashed=validated, progress=progress)
+    files = _describe(
+        sources + written,
+        hashed=validated,
+        progress=progress,
+        hashes=hashes,
+        identities=plan.source.files,
+    )
     return ConversionRecord(
         speculators_version=plan.config.speculators_version,
         source=SourceRecord(
@@ -135,10 +144,22 @@ def _source_files(source: Checkpoint) -> list[Path]:
 
 
 def _describe(
-    paths: Collection[Path], *, hashed: bool, progress: Progress
+    paths: Collection[Path],
+    *,
+    hashed: bool,
+    progress: Progress,
+    hashes: Mapping[Path, str] | None = None,
+    identities: Mapping[Path, FileIdentity | None] | None = None,
 ) -> dict[Path, FileRecord]:
-    sizes = {path: path.stat().st_size for path in paths}
-    hashes: dict[Path, str] = {}
+    """Sizes and, if asked for, hashes of files; known hashes are not computed again."""
+    identities = identities or {}
+    sizes = {
+        path: identity.size if (identity := identities.get(path)) else path.stat().st_size
+        for path in paths
+    }
+    known = dict(hashes or {})
     if hashed:
-        hashes = sha256_of_files(paths, progress("Hashing", sum(sizes.values())))
-    return {path: FileRecord(bytes=size, sha256=hashes.get(path)) for path, size in sizes.items()}
+        left = [path for path in paths if path not in known]
+        advance = progress("Hashing", sum(sizes[path] for path in left))
+        known |= sha256_of_files(left, advance, identities)
+    return {path: FileRecord(bytes=size, sha256=known.get(path)) for path, size in sizes.items()}

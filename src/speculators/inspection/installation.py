@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
@@ -86,7 +86,7 @@ def _namesake() -> Iterator[Check]:
     others = [
         (distribution.version, Path(str(distribution.locate_file("speculators"))))
         for distribution in metadata.distributions(name="speculators")
-        if PurePosixPath("speculators", ANOTHERS) in (distribution.files or ())
+        if f"speculators/{ANOTHERS}," in (distribution.read_text("RECORD") or "")
     ]
     here = Path(speculators.__file__).parent
     if not others and (here / ANOTHERS).exists():

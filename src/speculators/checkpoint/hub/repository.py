@@ -29,7 +29,7 @@ from speculators.checkpoint.files.safetensors_file import (
 from speculators.checkpoint.hub.cache import check_place, delete_cached, find_damage
 from speculators.checkpoint.hub.client import WrongRangeError, watched_client
 from speculators.checkpoint.hub.errors import kinds_of, raise_told
-from speculators.checkpoint.repository import local_path
+from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.errors import CheckpointError
 
