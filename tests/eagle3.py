@@ -53,7 +53,9 @@ def narrow_verifier(width: int) -> PreTrainedModel:
     """A verifier like ``TARGET``, of another width."""
     torch.manual_seed(4)
     sizes = json.loads((TARGET / "config.json").read_text())
-    return LlamaForCausalLM(LlamaConfig(**(sizes | {"hidden_size": width, "head_dim": 12}))).eval()
+    config = LlamaConfig(**(sizes | {"hidden_size": width, "head_dim": 12}))
+    model: PreTrainedModel = LlamaForCausalLM(config).eval()
+    return model
 
 
 def knowing_eagle3(

@@ -156,6 +156,8 @@ LIGHT = [
     not in {
         # Validation needs the model.
         "speculators.convert.references.eagle",
+        "speculators.convert.references.eagle3",
+        "speculators.convert.references.operations",
         "speculators.convert.validation",
     }
 ]

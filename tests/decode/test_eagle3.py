@@ -252,3 +252,33 @@ def test_a_parallel_draft_grows_no_trees(verifier: PreTrainedModel) -> None:
     for proposal in (TREE, STATIC_TREE):
         with pytest.raises(GenerationError, match="choose greedy or sampling"):
             generated(draft, prompt(4), proposal=proposal)
+
+
+OFFLOADED = {
+    "embed_tokens": "cpu",
+    "fc": "disk",
+    "fc_norm": "disk",
+    "layers": "disk",
+    "norm": "cpu",
+    "lm_head": "disk",
+    "d2t": "cpu",
+    "t2d": "cpu",
+    "mask_hidden": "cpu",
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys")
+@pytest.mark.parametrize("device_map", ["auto", OFFLOADED], ids=["auto", "offloaded"])
+def test_a_spread_draft(
+    verifier: PreTrainedModel, draft: Eagle3Speculator, device_map: Any, tmp_path: Path
+) -> None:
+    draft.save_pretrained(tmp_path / "draft")
+    spread = load_draft(
+        tmp_path / "draft", verifier=verifier, device_map=device_map, offload_folder=tmp_path
+    )
+    ids = prompt(8, seed=8)
+    for proposal in methods(draft):
+        found = generated(spread, ids, proposal=proposal)
+        assert torch.equal(found.sequences, own(verifier, ids))
+        if proposal is not SAMPLED:
+            assert found.accepted == generated(draft, ids, proposal=proposal).accepted

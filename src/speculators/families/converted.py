@@ -167,7 +167,7 @@ def parse_config(config: dict[str, Any], where: str) -> tuple[Family, Speculator
         raise FormatError(
             f"Missing or incorrect speculators_model_type in {where}: expected "
             f"{' or '.join(map(repr, names))}, {found}. Convert the checkpoint first: speculators "
-            f"convert {'|'.join(names)} {where} OUTPUT BASE_MODEL"
+            f"convert auto {where} OUTPUT BASE_MODEL"
         )
     try:
         return family, family.config.model_validate(config)
