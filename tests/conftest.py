@@ -11,6 +11,7 @@ from hypothesis import settings
 from loguru import logger
 from transformers.utils import logging as transformers_logging
 
+from eagle3 import NAMES, convert_golden3
 from helpers import (
     GOLDEN,
     GOLDEN_NAMES,
@@ -61,6 +62,13 @@ def converted(
         name: EagleConverter().convert(GOLDEN / name, root / name, verifiers[name])
         for name in GOLDEN_NAMES
     }
+
+
+@pytest.fixture(scope="session")
+def eagle3_drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every golden EAGLE-3 draft, converted with validation; tests must not change these."""
+    root = tmp_path_factory.mktemp("eagle3")
+    return {name: convert_golden3(name, root / name) for name in NAMES}
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import speculators
+from eagle3 import GOLDEN3, TARGET
 from helpers import entries, write_checkpoint
 
 HEAVY = ("torch", "transformers", "numpy")
@@ -52,6 +53,8 @@ def test_this_test_sees_what_is_loaded() -> None:
         ["--version"],
         ["convert", "--help"],
         ["convert", "eagle", "--help"],
+        ["convert", "eagle3", "--help"],
+        ["convert", "auto", "--help"],
         ["evaluate", "--help"],
         ["export", "--help"],
         ["-h"],
@@ -76,6 +79,15 @@ def test_a_conversion_without_validation_needs_no_torch(
     arguments = ["convert", "eagle", str(source), "out", str(verifier), option]
     assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
     assert ("out/model.safetensors" in entries(tmp_path)) == (option == "--no-validate")
+
+
+def test_an_eagle3_draft_needs_no_torch(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(GOLDEN3 / "modelopt_4aux" / name)  # t2d is derived
+    arguments = ["convert", "auto", str(tmp_path), "out", str(TARGET), "--no-validate"]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
+    for command in (["inspect", "out"], ["export", "out", "modelopt", "--to", "modelopt"]):
+        assert loaded_after(MAIN, *command, cwd=tmp_path) == (0, set())
 
 
 @pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
@@ -144,6 +156,8 @@ LIGHT = [
     not in {
         # Validation needs the model.
         "speculators.convert.references.eagle",
+        "speculators.convert.references.eagle3",
+        "speculators.convert.references.operations",
         "speculators.convert.validation",
     }
 ]

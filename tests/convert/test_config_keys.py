@@ -5,6 +5,7 @@ expected here is written down, not computed by the product.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,7 @@ def angles(base: float) -> torch.Tensor:
     return torch.outer(torch.arange(128).float(), frequencies(base)).repeat(1, 2)
 
 
-TABLES = {
+TABLES: dict[str, Callable[[float], torch.Tensor]] = {
     "layers.0.self_attn.rotary_emb.inv_freq": frequencies,
     "rotary_emb.inv_freq": lambda base: frequencies(base).half(),
     "rotary_emb.original_inv_freq": frequencies,

@@ -20,6 +20,7 @@ import typer
 from loguru import logger
 from typer.core import TyperGroup
 
+from eagle3 import GOLDEN3, TARGET
 from helpers import GOLDEN, PLAIN, fork_processes, source_tensors
 from hub_server import MEMBER, HubServer, patch_hub
 from pages import PAGES, ROOT, RUN, SHOWN, Block, blocks
@@ -84,6 +85,10 @@ def directory(
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).symlink_to(target)
 
+    (here / "verifier3").symlink_to(TARGET)
+    (here / "draft3").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN3 / "eagle31_specforge" / name, here / "draft3")
     shutil.copytree(ROOT / "examples", here / "examples")
     config = GOLDEN / PLAIN / "config.json"
     for name in ("draft", "pointer", "hostile"):

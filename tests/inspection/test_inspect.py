@@ -224,10 +224,10 @@ def test_a_record_that_is_damaged(
 
 
 def test_a_type_that_this_version_does_not_read(tmp_path: Path, speculators: CommandLine) -> None:
-    source = write_checkpoint(tmp_path / "s", config={"speculators_model_type": "eagle3"})
+    source = write_checkpoint(tmp_path / "s", config={"speculators_model_type": "newer"})
     found = finding(speculators, source)
     assert found["kind"] == "speculators"
-    assert "to the type eagle3, which this version does not read" in found["conversion"]["why_not"]
+    assert "to the type newer, which this version does not read" in found["conversion"]["why_not"]
 
 
 # Other kinds
@@ -282,7 +282,7 @@ def test_other_kinds(tmp_path: Path, speculators: CommandLine, case: str) -> Non
     assert found["kind"] == kind
     assert any(re.search(evidence, clause) for clause in found["evidence"]), found["evidence"]
     assert not found["conversion"]["possible"]
-    refused = speculators("convert", "eagle", source, tmp_path / "out", source)
+    refused = speculators("convert", "auto", source, tmp_path / "out", source)
     assert refused.errors == [found["conversion"]["why_not"]]
 
 

@@ -291,14 +291,13 @@ def _work(
 
 
 def _convert(conversion: Conversion, cache_dir: Path | None) -> None:
-    family = family_named(conversion.family)
-    assert family is not None
     convert(
-        family,
+        family_named(conversion.family),
         conversion.input,
         conversion.output,
         conversion.base_model,
         asked=conversion.asked,
+        options=conversion.options,
         validate=conversion.validated,
         cache_dir=cache_dir,
         revision=conversion.revision,

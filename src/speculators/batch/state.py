@@ -81,7 +81,8 @@ def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str
             conversion.dtype != record.dtype
         ),
         "it was not validated": conversion.validated and not record.validated,
-        f"it is {family.noun}": family.name != conversion.family,
+        f"it is {family.noun}": conversion.family not in {None, family.name},
+        f"its options were {record.options or 'none'}": conversion.options != record.options,
     }
     yield from (clause for clause, different in differs.items() if different)
     for feature in conversion.asked:

@@ -78,6 +78,8 @@ EMBEDDINGS = (
 )
 HEAD_NAMES = tuple(part + name for name in HEADS for part in PARTS)
 EMBEDDING_NAMES = tuple(part + name for name in EMBEDDINGS for part in PARTS)
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""The keys by which configs give the number of decoder layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class Verifier:
         tied: whether its config.json says that the head is the embedding; ``None`` if it says
             nothing. A head that is stored is the head in any case.
         repository: where its files are.
+        layers: the number of its decoder layers, if its config.json says so.
 
     """
 
@@ -101,6 +104,7 @@ class Verifier:
     vocab_size: int
     tied: bool | None
     repository: Repository
+    layers: int | None = None
 
     def check_fits(self, hidden_size: int, vocab_size: int) -> None:
         """Check that a draft of these sizes can be used with this verifier.
@@ -193,6 +197,7 @@ def open_verifier(base_model: str | Path, *, cache_dir: str | Path | None = None
     nested = config.get("text_config")
     text: dict[str, Any] = nested if isinstance(nested, dict) and nested else config
     sizes = {key: text.get(key) for key in ("hidden_size", "vocab_size")}
+    layers = next((text[key] for key in LAYER_COUNTS if key in text), None)
     architectures = config.get("architectures")
     named = isinstance(architectures, list) and all(isinstance(it, str) for it in architectures)
     if not all(isinstance(size, int) for size in sizes.values()) or not architectures or not named:
@@ -212,6 +217,7 @@ def open_verifier(base_model: str | Path, *, cache_dir: str | Path | None = None
         # In models of several parts either of the two may say it.
         tied=any(said) if (said := _flags(config, text, "tie_word_embeddings")) else None,
         repository=repository,
+        layers=layers if type(layers) is int else None,
     )
 
 

@@ -15,7 +15,7 @@ __all__ = ["run_batch"]
 
 
 def run_batch(
-    manifest: Path, family: Family, *, jobs: int, cache_dir: Path | None, dry_run: bool
+    manifest: Path, family: Family | None, *, jobs: int, cache_dir: Path | None, dry_run: bool
 ) -> None:
     """Run a manifest, or with ``dry_run`` only find what is done; exit with 1 if any failed."""
     batch = Batch(read_manifest(manifest, family), jobs=jobs, cache_dir=cache_dir)

@@ -41,7 +41,7 @@ def config_diff(plan: ConversionPlan) -> list[ConfigChange]:
     """
     after = _flat(plan.config.model_dump(exclude_none=True))
     changes = []
-    for key, before in plan.source.config.items():
+    for key, before in _flat(plan.source.config).items():
         target = next((it for it in (f"transformer_layer_config.{key}", key) if it in after), None)
         why = plan.config_left_out.get(key)
         if target is not None:
@@ -59,6 +59,8 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= (
-            {f"{key}.{inner}": it for inner, it in value.items()} if key in NESTED else {key: value}
+            {f"{key}.{inner}": it for inner, it in value.items()}
+            if key in NESTED and isinstance(value, dict)
+            else {key: value}
         )
     return flat

@@ -1,7 +1,8 @@
 """Conversion: read, plan, write, validate, and only then move into place."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 
@@ -13,7 +14,12 @@ from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.tensor import FLOATS
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.convert.plan import ConversionPlan, head_left_out, plan_conversion
+from speculators.convert.plan import (
+    ConversionPlan,
+    family_of,
+    head_left_out,
+    plan_conversion,
+)
 from speculators.convert.provenance import (
     check_files,
     check_record,
@@ -31,12 +37,13 @@ __all__ = ["convert", "plan", "validate"]
 
 
 def convert(
-    family: Family,
+    family: Family | None,
     source: str | Path,
     output: str | Path,
     base_model: str | Path,
     *,
     asked: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
     validate: bool = True,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
@@ -50,12 +57,14 @@ def convert(
     Until then, and if anything fails, ``output`` is left as it was.
 
     Args:
-        family: the family that the checkpoint has to belong to.
+        family: the family that the checkpoint has to belong to; any if ``None``.
         source: a directory, a file of weights beside a config.json, or a Hugging Face id.
         output: the directory to create: config.json, model.safetensors and conversion.json.
         base_model: the verifier that the draft was trained for: a directory or a Hugging
             Face id. Its config is read, and its weights only for validation.
         asked: the features that the checkpoint must have.
+        options: what is said about the checkpoint where its files leave it open: name of an option
+            of the family → its value.
         validate: prove the result before it appears, see ``validate_conversion``.
         cache_dir: where downloads are kept; the Hub client's default cache if not given.
         revision: a branch, tag or commit of ``source`` on the Hub.
@@ -77,7 +86,8 @@ def convert(
         ValidationError: the result does not hold or compute what the source does.
 
     """
-    logger.info(f"Converting {family.name.capitalize()} checkpoint: {source}")
+    kind = f"{family.name.capitalize()} checkpoint" if family else "checkpoint"
+    logger.info(f"Converting {kind}: {source}")
     output = local_path(output, OutputError)
     _refuse_same_directory(source, output)
     _refuse_to_replace_what_is_read({"input": source, "verifier": base_model}, output)
@@ -87,6 +97,7 @@ def convert(
         source,
         base_model,
         asked=asked,
+        options=options,
         cache_dir=cache_dir,
         revision=revision,
         dtype=dtype,
@@ -177,6 +188,7 @@ def validate(
             _read(source, revision, cache_dir),
             verifier,
             dtype=record.dtype if record else None,
+            options=record.options if record else None,
         )
         validate_conversion(planned, written, progress=progress)
         if record is not None:
@@ -185,11 +197,12 @@ def validate(
 
 
 def plan(
-    family: Family,
+    family: Family | None,
     source: str | Path,
     base_model: str | Path,
     *,
     asked: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
     dtype: str | None = None,
@@ -200,6 +213,7 @@ def plan(
         _read(source, revision, cache_dir),
         open_verifier(base_model, cache_dir=cache_dir),
         asked=asked,
+        options=options,
         dtype=dtype,
     )
     _refuse_draft_as_its_own_verifier(source, base_model)
@@ -215,15 +229,21 @@ def _read(source: str | Path, revision: str | None, cache_dir: str | Path | None
 
 
 def _plan(
-    family: Family,
+    family: Family | None,
     checkpoint: Checkpoint,
     verifier: Verifier,
     *,
     dtype: str | None,
     asked: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> ConversionPlan:
     planned = plan_conversion(
-        family, checkpoint, verifier, asked=asked, rounded_to=_stored_dtype(dtype)
+        family or family_of(checkpoint),
+        checkpoint,
+        verifier,
+        asked=asked,
+        options=options,
+        rounded_to=_stored_dtype(dtype),
     )
     _log(planned)
     return planned

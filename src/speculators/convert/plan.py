@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from speculators import __version__
 from speculators.checkpoint.reader import Checkpoint
@@ -17,14 +18,14 @@ from speculators.checkpoint.tensor import (
 from speculators.checkpoint.verifier import Verifier
 from speculators.convert.rope_tables import check_rope_table
 from speculators.errors import ConversionError
-from speculators.families.family import Derived, Family, Source
+from speculators.families.family import Derived, Family, Source, read_options
 from speculators.families.fused import split
 from speculators.families.keys import SourceKeys
 from speculators.families.recognition import listed, recognise, short_names
 from speculators.families.registry import families
 from speculators.families.rope_names import is_rope_table
 from speculators.format.config import ProposalMethod, SpeculatorConfig
-from speculators.format.tensors import TensorSpec, compare, required_tensors
+from speculators.format.tensors import TensorSpec, compare, counts_shown, required_tensors
 
 __all__ = [
     "ConversionPlan",
@@ -50,7 +51,9 @@ class DraftPlan:
         features: the features that the tensors show.
         dtype: the dtype of the weights, by torch's name; ``float32`` if they differ.
         tensors: name in the format → the source's tensor.
+        made: name in the format → a tensor that follows from others.
         left_out: source name → why the tensor is left out.
+        fits: the vocabulary and the hidden size of its verifiers.
         prefix: what was taken off every name of the source, beside ``model.``; may be empty.
 
     """
@@ -61,7 +64,9 @@ class DraftPlan:
     features: frozenset[str]
     dtype: str
     tensors: dict[str, TensorInfo]
+    made: dict[str, PlannedTensor]
     left_out: dict[str, str]
+    fits: tuple[int, int]
     prefix: str = ""
 
 
@@ -82,6 +87,7 @@ class ConversionPlan:
         rounded_to: the dtype that all weights are rounded to, a key of ``FLOATS``; ``None`` if each
             keeps its own.
         prefix: what was taken off every name of the source, beside ``model.``; may be empty.
+        options: what the user said about the checkpoint: name of an option → its value.
 
     """
 
@@ -96,6 +102,7 @@ class ConversionPlan:
     discrepancies: list[str] = field(default_factory=list)
     rounded_to: str | None = None
     prefix: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def heads(self) -> list[TensorInfo]:
@@ -125,6 +132,7 @@ def plan_conversion(
     verifier: Verifier,
     *,
     asked: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
     rounded_to: str | None = None,
 ) -> ConversionPlan:
     """Plan the conversion of a checkpoint.
@@ -134,6 +142,7 @@ def plan_conversion(
         checkpoint: its config and table of tensors.
         verifier: the model that it was trained for.
         asked: the features that it must have. The tensors decide in any case.
+        options: what the user says about it: name of an option of the family → its value.
         rounded_to: the dtype to round all weights to, a key of ``FLOATS``; each keeps its own if
             not given.
 
@@ -143,24 +152,26 @@ def plan_conversion(
         VerifierError: if the verifier has other sizes.
 
     """
-    draft = plan_draft(family, checkpoint, verifier)
+    said = read_options(family.options, options or {})
+    draft = plan_draft(family, checkpoint, verifier, said)
     for feature in asked:
         if feature not in draft.features:
             raise ConversionError(
                 f"{checkpoint.name} has no {family.features[feature].removeprefix('a ')}, which "
                 f"{feature} asks for; omit it: features are detected from the tensors."
             )
+    model_type = draft.derived.model_type or family.name
     config = family.config.model_validate(
         {
             "architectures": draft.derived.architectures,
-            "speculators_model_type": family.name,
+            "speculators_model_type": model_type,
             "speculators_version": __version__,
             "torch_dtype": float_name(rounded_to) or draft.dtype,
             "transformer_layer_config": draft.derived.layer.model_dump(),
             **draft.derived.keys,
             "speculators_config": {
-                "algorithm": family.name,
-                "proposal_methods": [ProposalMethod().model_dump()],
+                "algorithm": model_type,
+                "proposal_methods": draft.derived.proposals or [ProposalMethod().model_dump()],
                 "verifier": {
                     "name_or_path": verifier.name,
                     "architectures": list(verifier.architectures),
@@ -181,17 +192,22 @@ def plan_conversion(
             # A table of integers is never rounded.
             name: PlannedTensor.copy_of(info, rounded_to if info.dtype in FLOATS else None)
             for name, info in draft.tensors.items()
-        },
+        }
+        | draft.made,
         left_out=draft.left_out,
         config_left_out=draft.derived.left_out,
         discrepancies=discrepancies,
         rounded_to=rounded_to,
         prefix=draft.prefix,
+        options=said,
     )
 
 
 def plan_draft(
-    family: Family, checkpoint: Checkpoint, verifier: Verifier | None = None
+    family: Family,
+    checkpoint: Checkpoint,
+    verifier: Verifier | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> DraftPlan:
     """Plan what becomes of a draft's tensors and config.
 
@@ -199,6 +215,7 @@ def plan_draft(
         family: the family that it has to belong to.
         checkpoint: its config and table of tensors.
         verifier: the model that it was trained for; ``None`` if it is not known yet.
+        options: what the user said about it, checked.
 
     Raises:
         ConversionError: if the tensors are not those of such a checkpoint, or contradict the
@@ -219,18 +236,38 @@ def plan_draft(
     keys = SourceKeys(checkpoint.config, str(checkpoint.config_file))
     kept = split(kept, keys.get("num_attention_heads"), keys.get("num_key_value_heads"))
     tensors = {family.names.in_format(name): info for name, info in kept.items()}
-    layers = _count_layers(tensors)
-    features = family.features_of(tensors, layers)
-    required = required_tensors(family.tensors, features, layers)
-    _check_names(family, checkpoint, tensors, required, features)
-    _check_dtypes(stored.values(), tensors, required)
-    derived = family.derive(Source(checkpoint, tensors, features, verifier))
-    sizes = family.config.model_construct(
-        transformer_layer_config=derived.layer, **derived.keys
-    ).sizes
-    _check_shapes(checkpoint, tensors, required, sizes)
-    dtype = _dtype_of(tensors.values())
-    return DraftPlan(checkpoint, family, derived, features, dtype, tensors, left_out, names.prefix)
+    source = Source(checkpoint, tensors, family.features_of(tensors), verifier, options or {})
+    completion = family.complete(source)
+    tensors = {
+        name: info
+        for name, info in tensors.items()
+        if name not in completion.made and info.name not in completion.left_out
+    }
+    whole = tensors | completion.made
+    features = family.features_of(whole)
+    required = required_tensors(family.tensors, features, counts_shown(family.tensors, whole))
+    _check_names(family, checkpoint, whole, required, features)
+    _check_dtypes(
+        [info for info in stored.values() if info.name not in completion.left_out],
+        tensors,
+        required,
+    )
+    derived = family.derive(replace(source, tensors=tensors, features=features))
+    derived.discrepancies[:0] = completion.discrepancies
+    config = family.config.model_construct(transformer_layer_config=derived.layer, **derived.keys)
+    _check_shapes(checkpoint, tensors, required, config.sizes)
+    return DraftPlan(
+        source=checkpoint,
+        family=family,
+        derived=derived,
+        features=features,
+        dtype=_dtype_of(tensors.values()),
+        tensors=tensors,
+        made=completion.made,
+        left_out=left_out | completion.left_out,
+        fits=config.verifier_sizes,
+        prefix=names.prefix,
+    )
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -275,7 +312,7 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
     if found.family and family and found.family is not family:
         raise ConversionError(
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]}); convert it "
-            f"with: speculators convert {found.family.name}"
+            f"with: speculators convert {found.family.name}."
         )
 
 
@@ -334,22 +371,16 @@ def _reason_to_leave_out(family: Family, name: str) -> str | None:
     return next((why for form, why in family.omissions.items() if re.fullmatch(form, name)), None)
 
 
-def _count_layers(names: Collection[str]) -> int:
-    """The number of decoder layers, by the numbers in the names of their tensors."""
-    numbers = {int(found[1]) for name in names if (found := re.match(r"layers\.(\d+)\.", name))}
-    return max(numbers, default=-1) + 1
-
-
 def _check_names(
     family: Family,
     checkpoint: Checkpoint,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, TensorInfo | PlannedTensor],
     required: Mapping[str, TensorSpec],
     features: frozenset[str],
 ) -> None:
     difference = compare(tensors, required)
     missing = [family.names.in_research(name) for name in difference.missing]
-    unknown = [tensors[name].name for name in difference.unknown]
+    unknown = [tensors[name].label for name in difference.unknown]
     if unknown or missing:
         problems = [
             text
@@ -379,7 +410,9 @@ def _check_dtypes(
     tensors: Mapping[str, TensorInfo],
     required: Mapping[str, TensorSpec],
 ) -> None:
-    expected = {tensors[name].name: spec.dtypes for name, spec in required.items()}
+    expected = {
+        tensors[name].name: spec.dtypes for name, spec in required.items() if name in tensors
+    }
     for info in stored:
         if is_rope_table(info.name):
             continue

@@ -79,6 +79,7 @@ def record_conversion(
             name=plan.verifier.name, revision=plan.verifier.repository.commit
         ),
         dtype=float_name(plan.rounded_to),
+        options=plan.options,
         tensors={name: tensor.label for name, tensor in plan.tensors.items()},
         left_out=plan.left_out,
         config_left_out=plan.config_left_out,

@@ -42,6 +42,8 @@ TOLERANCE = 1e-4
 
 SEED, BATCH, LENGTH = 20240126, 2, 24
 
+SLOTS = 4
+"""How many tokens are drafted in one pass to check a draft that can do so."""
 
 FRESH_DEVIATIONS = (0.02, 1.0)
 """The standard deviations that embeddings are initialised with: transformers', and torch's."""
@@ -267,6 +269,8 @@ class _ForwardCheck:
             if self.plan.rounded_to:
                 self._log_effect_of_rounding(expected)
         self._check_logits(reference, expected)
+        if self.plan.config.parallel and not reason:
+            self._check_slots(reference)
 
     def _leave_unchecked(self, sentence: str) -> None:
         logger.warning(sentence)
@@ -309,9 +313,26 @@ class _ForwardCheck:
             for own in self.plan.heads:
                 _check_head_of_source(own, info)
         _check_same(
-            "The logits are not those of the verifier's head",
+            f"The logits are not those of the {'draft' if head is None else 'verifier'}'s head",
             self.model(input_ids=self.input_ids, hidden_states=self.hidden_states).logits,
             reference.logits(drafted, None if head is None else head.float()),
+        )
+
+    def _check_slots(self, reference: Any) -> None:
+        config: Any = self.plan.config
+        mask = self._embedded(self.plan, torch.tensor([config.mask_token_id]))
+        expected = [
+            reference.slots(self._embedded(self.plan, ids), states, mask, SLOTS)
+            for ids, states in zip(self.input_ids, self.hidden_states, strict=True)
+        ]
+        _check_same(
+            "What it drafts in one pass is not what the source's tensors compute",
+            self.model(
+                input_ids=self.input_ids,
+                hidden_states=self.hidden_states,
+                num_draft_tokens=SLOTS,
+            ).logits,
+            torch.stack(expected),
         )
 
     def _log_effect_of_rounding(self, rounded: Tensor) -> None:

@@ -118,10 +118,10 @@ def _checked(
 ) -> Converted:
     """Check the names, shapes and dtypes of a draft's tensors against its config."""
     tensors = {family.names.current(name): info for name, info in checkpoint.tensors.items()}
-    features = family.features_of(tensors, config.layers)
+    features = family.features_of(tensors)
     # What is borrowed may be the draft's own; a config does not say so.
     own = features & set(family.borrows)
-    required = required_tensors(family.tensors, config.features | own, config.layers)
+    required = required_tensors(family.tensors, config.features | own, config.counts)
     difference = compare(tensors, required, config.sizes)
     if difference.missing or difference.unknown:
         problem = (
@@ -167,7 +167,7 @@ def parse_config(config: dict[str, Any], where: str) -> tuple[Family, Speculator
         raise FormatError(
             f"Missing or incorrect speculators_model_type in {where}: expected "
             f"{' or '.join(map(repr, names))}, {found}. Convert the checkpoint first: speculators "
-            f"convert {'|'.join(names)} {where} OUTPUT BASE_MODEL"
+            f"convert auto {where} OUTPUT BASE_MODEL"
         )
     try:
         return family, family.config.model_validate(config)

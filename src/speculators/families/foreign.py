@@ -5,7 +5,6 @@ from speculators.families.signature import Signature
 __all__ = [
     "CONVERTED",
     "DRAFT_IN_MODEL",
-    "EAGLE3",
     "GRIFFIN",
     "GROUPED_HEADS",
     "LANGUAGE_MODEL",
@@ -26,17 +25,6 @@ CONVERTED = Signature(
     hints={"speculators_model_type": r".+"},
     decisive=True,
     advice="it is converted already: load it with speculators.models.load_draft",
-)
-
-EAGLE3 = Signature(
-    "eagle3",
-    "an EAGLE-3 draft",
-    marks=r"d2t|t2d|midlayer\..*|layers\.0\.hidden_norm\.weight",
-    fc_inputs=3,
-    attention_inputs=2,
-    hints={"architectures": r".*Eagle3.*"},
-    parts=("fc.weight", "midlayer.self_attn.q_proj.weight", "midlayer.hidden_norm.weight"),
-    advice="EAGLE-3 needs another format; vLLM and SGLang serve EAGLE-3 drafts as published",
 )
 
 LANGUAGE_MODEL = Signature(

@@ -11,12 +11,11 @@ from typing import Any
 
 from speculators.checkpoint.tensor import FLOATS, TensorInfo, describe_shape
 from speculators.families.family import Family
-from speculators.families.foreign import DRAFT_IN_MODEL
+from speculators.families.foreign import CONVERTED, DRAFT_IN_MODEL
 from speculators.families.fused import unfused
-from speculators.families.registry import families, signatures
+from speculators.families.registry import families, family_named, signatures
 from speculators.families.rope_names import is_rope_table
 from speculators.families.signature import Signature
-from speculators.format.tensors import LAYER
 
 __all__ = ["Names", "Near", "Recognition", "listed", "recognise", "short_names"]
 
@@ -114,6 +113,11 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> R
         if signature is DRAFT_IN_MODEL and inside is not None:
             evidence = [inside]
         if evidence:
+            written = family_named(config.get("speculators_model_type"))
+            if signature is CONVERTED and written and written.converts_again(config):
+                return Recognition(
+                    written.signature, written, tuple(evidence), tuple(quantization), ()
+                )
             return Recognition(signature, family, tuple(evidence), tuple(quantization), ())
     return Recognition(None, None, (), tuple(quantization), _nearest(whole))
 
@@ -178,10 +182,7 @@ def _common_prefixes(names: Collection[str]) -> list[str]:
 def _is_exact(family: Family, short: Collection[str]) -> bool:
     """Whether these are all tensors of a draft of a family, and nothing else."""
     named = {family.names.in_format(part) for name in short for part in unfused(name)}
-    pattern = {
-        spec: re.compile(re.escape(spec.name).replace(re.escape(LAYER), r"\d+"))
-        for spec in family.tensors
-    }
+    pattern = {spec: spec.pattern for spec in family.tensors}
     known = {
         spec: {name for name in named if found.fullmatch(name)} for spec, found in pattern.items()
     }

@@ -5,17 +5,18 @@ A new family is one line here.
 
 from speculators.families import foreign
 from speculators.families.eagle import EAGLE
-from speculators.families.family import Family
+from speculators.families.eagle3 import EAGLE3
+from speculators.families.family import Family, Option
 from speculators.families.signature import Signature
 
-__all__ = ["KNOWN", "families", "family_named", "signatures"]
+__all__ = ["KNOWN", "families", "family_named", "options_of", "signatures"]
 
 KNOWN: tuple[Family | Signature, ...] = (
     foreign.CONVERTED,
     foreign.DRAFT_IN_MODEL,
     foreign.GRIFFIN,
     foreign.MINICPM,
-    foreign.EAGLE3,
+    EAGLE3,
     foreign.LANGUAGE_MODEL,
     foreign.SEVERAL_LAYERS,
     foreign.MEDUSA,
@@ -37,8 +38,14 @@ def families() -> list[Family]:
 
 
 def family_named(name: object) -> Family | None:
-    """The family of this name, which is also its ``speculators_model_type``."""
-    return next((family for family in families() if family.name == name), None)
+    """The family of this name, or with drafts of this ``speculators_model_type``."""
+    return next((it for it in families() if name in {it.name, *it.model_types}), None)
+
+
+def options_of(family: Family | None) -> list[Option]:
+    """The options of a family's conversion; those of all families if ``None``."""
+    among = [family] if family else families()
+    return list({option.name: option for it in among for option in it.options}.values())
 
 
 def signatures() -> list[tuple[Signature, Family | None]]:

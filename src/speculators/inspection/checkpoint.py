@@ -11,6 +11,7 @@ from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.hub.headers import headers_only
 from speculators.checkpoint.reader import Checkpoint, read_config, read_tensors
 from speculators.checkpoint.repository import Repository, open_repository
+from speculators.convert.export import obstacle
 from speculators.convert.plan import family_of, plan_draft
 from speculators.errors import CheckpointError, ConversionError, FormatError, NoWeightsError
 from speculators.families.converted import check_converted
@@ -20,7 +21,7 @@ from speculators.families.fused import unfused
 from speculators.families.recognition import recognise, short_names
 from speculators.families.registry import family_named
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
-from speculators.format.tensors import features_shown
+from speculators.format.tensors import counts_shown, features_shown
 from speculators.inspection.findings import (
     ConversionFinding,
     Finding,
@@ -119,6 +120,8 @@ def _inspect(repository: Repository) -> Finding:
         notes=notes + details.notes,
         layout=details.layout,
         features=details.features,
+        facts=details.facts,
+        exports=details.exports,
         sizes=sizes,
         parameters=sum(info.elements for info in tensors.values()),
         bytes=sum(info.nbytes for info in tensors.values()),
@@ -135,7 +138,7 @@ def _inspect(repository: Repository) -> Finding:
             )
             for name, info in tensors.items()
         ],
-        verifier=_verifier(sizes, details.verifier)
+        verifier=_verifier(sizes, details)
         if family is not None or found.signature is LANGUAGE_MODEL or is_converted
         else None,
         conversion=details.conversion,
@@ -153,6 +156,9 @@ class Details:
         targets: stored name → name in the format.
         left_out: stored name → why a conversion leaves the tensor out.
         layout: which version's names a converted draft's tensors have.
+        facts: see ``Finding``.
+        exports: likewise.
+        fits: the vocabulary and the hidden size of a draft's verifiers, if they are not its own.
         verifier: the verifier that a converted draft names.
         notes: what cannot be determined, and what is wrong.
 
@@ -164,6 +170,9 @@ class Details:
     targets: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     layout: Literal["current", "0.1.0 to 0.3.0"] | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+    exports: list[str] | None = None
+    fits: tuple[int, int] | None = None
     verifier: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -227,6 +236,8 @@ def _details_of_draft(checkpoint: Checkpoint, family: Family) -> Details:
         features,
         targets=targets,
         left_out=plan.left_out,
+        facts=plan.derived.facts,
+        fits=plan.fits,
         notes=notes,
     )
 
@@ -235,20 +246,32 @@ def _details_of_converted(checkpoint: Checkpoint, family: Family) -> Details:
     layer = checkpoint.config.get("transformer_layer_config")
     sizes = layer if isinstance(layer, dict) else {}
     targets = {name: family.names.current(name) for name in checkpoint.tensors}
-    verifier, notes = None, []
+    verifier, exports, notes = None, None, []
+    facts: dict[str, str] = {}
+    fits = None
     try:
-        config = check_converted(checkpoint).config
+        converted = check_converted(checkpoint)
+        config = converted.config
     except FormatError as error:
         notes.append(f"It cannot be used: {error}")
     else:
         sizes = config.transformer_layer_config.model_dump()
         verifier = config.speculators_config.verifier.name_or_path
+        facts, fits = family.facts(config), config.verifier_sizes
+        exports = [
+            name
+            for name, target in family.targets.items()
+            if obstacle(family, config, converted.features, target) is None
+        ]
     return Details(
         sizes,
         ConversionFinding(possible=False, why_not=_why_not(checkpoint)),
         _features(family, {target: name for name, target in targets.items()}) if targets else None,
         targets,
         layout=_layout(targets) if targets else None,
+        facts=facts,
+        exports=exports,
+        fits=fits,
         verifier=verifier,
         notes=notes,
     )
@@ -280,17 +303,16 @@ def _layout(targets: Mapping[str, str]) -> Literal["current", "0.1.0 to 0.3.0"]:
 
 def _features(family: Family, stored: Mapping[str, str]) -> dict[str, list[str]]:
     """Feature → stored names of the tensors that show it, given current → stored names."""
-    shown = features_shown(family.tensors, stored)
+    shown = features_shown(family.tensors, stored, counts_shown(family.tensors, stored))
     return {
         feature: [stored[name] for name in shown.get(feature, ())] for feature in family.features
     }
 
 
-def _verifier(sizes: Mapping[str, int], name: str | None) -> VerifierFinding | None:
+def _verifier(sizes: Mapping[str, int], details: Details) -> VerifierFinding | None:
     """What a draft fits, or what fits a model; ``None`` if unknown."""
     try:
-        return VerifierFinding(
-            hidden_size=sizes["hidden_size"], vocab_size=sizes["vocab_size"], name=name
-        )
+        vocabulary, hidden = details.fits or (sizes["vocab_size"], sizes["hidden_size"])
+        return VerifierFinding(hidden_size=hidden, vocab_size=vocabulary, name=details.verifier)
     except KeyError:
         return None
