@@ -16,7 +16,6 @@ from speculators.families.fused import unfused
 from speculators.families.registry import families, signatures
 from speculators.families.rope_names import is_rope_table
 from speculators.families.signature import Signature
-from speculators.format.tensors import LAYER
 
 __all__ = ["Names", "Near", "Recognition", "listed", "recognise", "short_names"]
 
@@ -30,6 +29,9 @@ MOST_TENSORS = 10_000
 """No draft has more."""
 
 LAYERS = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
+
+NUMBER = re.compile(r"\\\{\w+\\\}")
+"""The number of a layer in the escaped name of a ``TensorSpec``."""
 
 FUSION = "fc.weight"
 """The matrix that shows where the names of a draft begin."""
@@ -179,13 +181,13 @@ def _is_exact(family: Family, short: Collection[str]) -> bool:
     """Whether these are all tensors of a draft of a family, and nothing else."""
     named = {family.names.in_format(part) for name in short for part in unfused(name)}
     pattern = {
-        spec: re.compile(re.escape(spec.name).replace(re.escape(LAYER), r"\d+"))
-        for spec in family.tensors
+        spec: re.compile(NUMBER.sub(r"\\d+", re.escape(spec.name))) for spec in family.tensors
     }
     known = {
         spec: {name for name in named if found.fullmatch(name)} for spec, found in pattern.items()
     }
-    if not all(known[spec] for spec in family.tensors if spec.feature is None):
+    single = [it for it in family.tensors if it.feature is None and "{" not in it.name]
+    if not all(known[spec] for spec in single):
         return False
     return all(
         is_rope_table(name) or any(re.fullmatch(form, name) for form in family.omissions)
