@@ -183,8 +183,7 @@ def _tell_of_untrained_embedding(plan: ConversionPlan) -> None:
     except (SpeculatorsError, KeyError):
         others = "the verifier's is not there to compare"
     else:
-        both = torch.stack((sample.flatten(), verifiers.flatten()))
-        if torch.corrcoef(both)[0, 1].item() > LIKENESS:
+        if _correlation(sample, verifiers) > LIKENESS:
             return
         others = "it is not like the verifier's"
     logger.warning(
@@ -192,6 +191,13 @@ def _tell_of_untrained_embedding(plan: ConversionPlan) -> None:
         f"{deviation:.2g}, as initialisation leaves them, and {others}; check that the draft was "
         "saved whole, or remove it to draft with the verifier's embedding"
     )
+
+
+def _correlation(one: Tensor, other: Tensor) -> float:
+    """The correlation of two matrices' values; 0 if their shapes differ."""
+    if one.shape != other.shape:
+        return 0.0
+    return torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1].item()
 
 
 def _sample(info: TensorInfo) -> Tensor:

@@ -114,6 +114,7 @@ def derive_layer(
     fixed: Mapping[str, Any],
     hints: Mapping[str, str],
     left_out: Mapping[str, str],
+    read: Collection[str] = (),
 ) -> DerivedLayer:
     """Derive the config of a draft's decoder layers.
 
@@ -123,6 +124,7 @@ def derive_layer(
         fixed: keys that do not come from the source's config, with their values.
         hints: key of the source's config → the feature whose presence it claims, beside ``HINTS``.
         left_out: key of the source's config that the family sees to itself → why it is left out.
+        read: further keys that the family sees to itself, and that are not left out.
 
     Raises:
         ConversionError: if the config lacks a size, or has a value that is not supported or does
@@ -167,8 +169,8 @@ def derive_layer(
 
     discrepancies += rope.discrepancies
     _check_window(keys, config, rope.layer_type)
-    interpreted = values.keys() | hints.keys() | left_out.keys()
-    discrepancies += _judge_the_rest(keys, rope, config, interpreted, left_out)
+    interpreted = values.keys() | hints.keys()
+    discrepancies += _judge_the_rest(keys, rope, config, interpreted, {*left_out, *read})
     discrepancies += _contradicted_hints(keys, HINTS | dict(hints), source.features)
     discrepancies += _contradicted_by_tensors(keys, config)
     discrepancies += keys.discrepancies
@@ -181,7 +183,7 @@ def derive_layer(
         | {
             key.path: _reason(key, reasons, written)
             for key in keys.all
-            if key.path in reasons or key.path not in written
+            if key.path in reasons or key.path not in {*written, *read}
         },
     )
 
@@ -211,13 +213,13 @@ def _judge_the_rest(
     rope: "_Rope",
     config: LayerConfig,
     interpreted: Collection[str],
-    left_out: Collection[str],
+    seen_to: Collection[str],
 ) -> list[str]:
     """Check the keys that the layer does not compute with; a clause on those that are not known."""
-    known = {*interpreted, *READ, *ABOUT_WINDOWS, *WITHOUT_EFFECT, *QUANTIZATION}
+    known = {*interpreted, *seen_to, *READ, *ABOUT_WINDOWS, *WITHOUT_EFFECT, *QUANTIZATION}
     unknown, changing = list[str](), list[str]()
     for key in [*keys.all, *rope.parameters]:
-        if key.name in {*CHANGES, *PARAMETERS_THAT_CHANGE} and key.plain not in left_out:
+        if key.name in {*CHANGES, *PARAMETERS_THAT_CHANGE} and key.plain not in seen_to:
             of_others = key.name == "rope_local_base_freq" and rope.layer_type == FULL
             if not of_others and not is_neutral(key.value, CHANGES.get(key.name, ()), config):
                 changing.append(f"{key.path} {key.shown}")

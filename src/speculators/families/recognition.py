@@ -30,6 +30,9 @@ MOST_TENSORS = 10_000
 
 LAYERS = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 
+NUMBER = re.compile(r"\\\{\w+\\\}")
+"""The number of a layer in the escaped name of a ``TensorSpec``."""
+
 FUSION = "fc.weight"
 """The matrix that shows where the names of a draft begin."""
 
@@ -186,7 +189,8 @@ def _is_exact(family: Family, short: Collection[str]) -> bool:
     known = {
         spec: {name for name in named if found.fullmatch(name)} for spec, found in pattern.items()
     }
-    if not all(known[spec] for spec in family.tensors if spec.feature is None):
+    single = [it for it in family.tensors if it.feature is None and "{" not in it.name]
+    if not all(known[spec] for spec in single):
         return False
     return all(
         is_rope_table(name) or any(re.fullmatch(form, name) for form in family.omissions)
