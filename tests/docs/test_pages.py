@@ -280,8 +280,13 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 def test_commands_and_options_exist(where: str, arguments: list[str]) -> None:
     command: Any = typer.main.get_command(app)
     words = [*arguments]
-    while isinstance(command, TyperGroup) and words and words[0] in command.commands:
-        command = command.commands[words.pop(0)]
+    context: Any = None
+    while isinstance(command, TyperGroup) and words:
+        found = command.get_command(context, words[0])
+        if found is None:
+            break
+        command = found
+        del words[0]
     assert not isinstance(command, TyperGroup) or words[0].startswith("-"), where
     command.make_parser(command.context_class(command)).parse_args(
         words

@@ -44,5 +44,6 @@ EAGLE3 = Family(
     export_config=export_config,
     targets=TARGETS,
     instead="`speculators inspect` says what it can be exported to",
+    example=("yuhuili/EAGLE3-LLaMA3.1-Instruct-8B", "meta-llama/Llama-3.1-8B-Instruct"),
     unusual=("mask_hidden", "fc_norm", "input_norm", "fc_bias", "attention_bias", "mlp_bias"),
 )
