@@ -872,6 +872,7 @@ def test_on_the_command_line(tmp_path: Path, speculators: CommandLine) -> None:
 def test_auto_takes_whatever_it_is(tmp_path: Path, speculators: CommandLine) -> None:
     help_ = speculators("convert", "auto", "--help").stdout
     assert all(option.flag in help_ for option in EAGLE3.options)
+    assert "--layernorms" in help_
     newer = write(tmp_path / "newer", MODELOPT)
     run = speculators("convert", "auto", newer, tmp_path / "3", TARGET, "--no-validate")
     assert (run.status, run.errors) == (0, [])
@@ -885,6 +886,10 @@ def test_auto_takes_whatever_it_is(tmp_path: Path, speculators: CommandLine) -> 
     )
     assert foreign.status == 1
     assert "aux_layers does not apply to this kind of draft" in foreign.errors[0]
+    flagged = speculators(
+        "convert", "auto", newer, tmp_path / "2", TARGET, "--no-validate", "--layernorms"
+    )
+    assert "has no layernorms, which layernorms asks for" in flagged.errors[0]
 
 
 def test_in_a_manifest(tmp_path: Path, speculators: CommandLine) -> None:

@@ -157,7 +157,7 @@ def plan_conversion(
     for feature in asked:
         if feature not in draft.features:
             raise ConversionError(
-                f"{checkpoint.name} has no {family.features[feature].removeprefix('a ')}, which "
+                f"{checkpoint.name} has no {family.wanted(feature)}, which "
                 f"{feature} asks for; omit it: features are detected from the tensors."
             )
     model_type = draft.derived.model_type or family.name

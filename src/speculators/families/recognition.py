@@ -30,9 +30,6 @@ MOST_TENSORS = 10_000
 
 LAYERS = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 
-NUMBER = re.compile(r"\\\{\w+\\\}")
-"""The number of a layer in the escaped name of a ``TensorSpec``."""
-
 FUSION = "fc.weight"
 """The matrix that shows where the names of a draft begin."""
 

@@ -417,6 +417,11 @@ def _warn(source: Source, publisher: Publisher, layer: LayerConfig, notes: list[
             f"rope_theta {layer.rope_theta:g} is used, as engines do; SafeAILab's and AngelSlim's "
             f"trainers always used {REFERENCE_ROPE_BASE:g}"
         )
+    if "mask_hidden" in features and layer.rope_type != "default" and publisher.usual_layers:
+        notes.append(
+            f"its {layer.rope_type} RoPE scaling is used, as engines do; SpecForge's trainer of "
+            "P-EAGLE ignores it"
+        )
     if "fc_bias" in features:
         notes.append("vLLM and speculators drop fc.bias without a word, and then draft badly")
     if {"qk_norm", "attention_bias"} <= features:

@@ -20,7 +20,7 @@ EAGLE3 = Family(
         marks=r"d2t|t2d|midlayer\..*|layers\.0\.hidden_norm\.weight",
         fc_inputs=3,
         attention_inputs=2,
-        hints={"architectures": r".*Eagle3.*"},
+        hints={"architectures": r".*Eagle3.*|PEagleDraftModel"},
         parts=("fc.weight", "midlayer.self_attn.q_proj.weight", "midlayer.hidden_norm.weight"),
     ),
     config=Eagle3Config,
