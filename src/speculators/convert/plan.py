@@ -295,7 +295,7 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
         )
     if not checkpoint.tensors:
         raise ConversionError(
-            f"{checkpoint.name} has no tensors, and they decide what it is; give {nouns[0]} with "
+            f"{checkpoint.name} has no tensors, and they decide what it is; give a checkpoint with "
             "its weights."
         )
     if found.quantized:
