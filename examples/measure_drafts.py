@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from train_draft import Draft, Recipe
+from train_draft import Draft, Eagle3Draft, Recipe, layers_read
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def load(directory: Path) -> Draft:
+def load(directory: Path) -> Draft | Eagle3Draft:
     """Load the published tensors, in float32, into the draft's training code."""
     weights = directory / "pytorch_model.bin"
     tensors = (
@@ -36,43 +36,69 @@ def load(directory: Path) -> Draft:
         file="",
         bias="fc.bias" in tensors,
         layernorms="embed_layernorm.weight" in tensors,
+        eagle3="d2t" in tensors,
+        eagle31="fc_norm.0.weight" in tensors,
     )
-    draft = Draft(config, recipe)
-    draft.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    if recipe.eagle3:
+        known, (width, read) = tensors["t2d"].nonzero()[:, 0], tensors["fc.weight"].shape
+        draft: Draft | Eagle3Draft = Eagle3Draft(config, recipe, known, read // width)
+    else:
+        draft = Draft(config, recipe)
+    draft.load_state_dict(
+        {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    )
     return draft.eval()
+
+
+def drafted_chain(
+    draft: Draft | Eagle3Draft, verifier: Any, tokens: list[int], states: Tensor, chain: int
+) -> list[int]:
+    """The tokens that a draft drafts after ``tokens``, from the verifier's states before the last.
+
+    All is computed afresh for each of them.
+    """
+    embed, drafted = verifier.get_input_embeddings(), list[int]()
+    fed = draft.read(states) if isinstance(draft, Eagle3Draft) else states
+    for _ in range(chain):
+        embeddings = embed(torch.tensor([[*tokens[1:], *drafted]]))
+        if isinstance(draft, Eagle3Draft):
+            x = draft.midlayer.fused(embeddings, fed, [])[:, -1:]
+            best = int(draft.lm_head(draft.norm(x[0, -1])).argmax())
+            drafted.append(best + int(draft.d2t[best]))
+            own = draft.fed_back(x)
+        else:
+            own = draft(embeddings, fed, [])[:, -1:]
+            drafted.append(int(verifier.lm_head(draft.lm_head_layernorm(own[0, -1])).argmax()))
+        fed = torch.cat((fed, own), 1)
+    return drafted
 
 
 @torch.inference_mode()
 def accepted_by_step(
-    draft: Draft, verifier: Any, prompt: list[int], new: int, chain: int, end: int
+    draft: Draft | Eagle3Draft, verifier: Any, prompt: list[int], new: int, chain: int, end: int
 ) -> list[int]:
     """By step, how many of ``chain`` drafted tokens the verifier accepted.
 
     Stops once there are ``new`` new tokens, or ``end`` is among them.
     """
+    read = layers_read(verifier) if isinstance(draft, Eagle3Draft) else (-1,)
 
-    def states(tokens: list[int]) -> Tensor:
-        last: Tensor = verifier.model(torch.tensor([tokens])).last_hidden_state
-        return last
+    def run(tokens: list[int]) -> tuple[Tensor, list[int]]:
+        """The states that the draft reads, and the verifier's next token after each token."""
+        output = verifier.model(torch.tensor([tokens]), output_hidden_states=True)
+        states = torch.cat([output.hidden_states[layer] for layer in read], -1)
+        return states, verifier.lm_head(output.last_hidden_state[0]).argmax(-1).tolist()
 
-    def best(state: Tensor) -> int:
-        return int(verifier.lm_head(state).argmax())
-
-    true = states(prompt)
-    tokens, accepted = [*prompt, best(true[0, -1])], list[int]()
+    states, chosen = run(prompt)
+    tokens, accepted = [*prompt, chosen[-1]], list[int]()
     while len(tokens) < len(prompt) + new and end not in tokens[len(prompt) :]:
-        fed, drafted = true, list[int]()
-        for _ in range(chain):
-            ids = torch.tensor([[*tokens[1:], *drafted]])
-            own = draft(verifier.get_input_embeddings()(ids), fed, [])[:, -1:]
-            fed = torch.cat((fed, own), 1)
-            drafted.append(best(draft.lm_head_layernorm(own[0, -1])))
-        seen = states([*tokens, *drafted])
-        chosen = [best(state) for state in seen[0, len(tokens) - 1 :]]
+        drafted = drafted_chain(draft, verifier, tokens, states, chain)
+        seen, best = run([*tokens, *drafted])
+        chosen = best[len(tokens) - 1 :]
         right = next((i for i, token in enumerate(drafted) if token != chosen[i]), chain)
         accepted.append(right)
         tokens += chosen[: right + 1]
-        true = seen[:, : len(tokens) - 1]
+        states = seen[:, : len(tokens) - 1]
     return accepted
 
 

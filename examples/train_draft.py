@@ -3,16 +3,20 @@
 The verifier writes its own training data. Its chat template is begun with a few words that people
 open a request with, the verifier samples the rest of the request (as in Magpie, arXiv:2406.08464),
 and then answers it greedily. While it answers, its hidden states and its likeliest next tokens are
-kept: they are what a draft learns from. One layer learns to continue the verifier's hidden states,
-in the forms in which research code publishes such drafts:
+kept: they are what a draft learns from. One layer learns to draft from the verifier's states, in
+the forms in which research code publishes such drafts:
 
 - eagle1: EAGLE-1's training, one step (arXiv:2401.15077, section 4.2); no fc.bias, float16, .bin.
 - hass: the draft learns on its own outputs too, three steps deep, with the attention that it will
   have when it drafts (HASS, arXiv:2408.15766, section 3.2); fc.bias, bfloat16, safetensors.
 - layernorms: the same, with the three extra norms of the layernorm variant.
+- eagle3: EAGLE-3's training-time test (arXiv:2503.01840, section 3.2), three steps deep: the draft
+  reads three of the verifier's states, learns only which token comes next, and has a head over the
+  tokens that answers are mostly made of; float16, safetensors, in SafeAILab's layout.
+- eagle31: the same with EAGLE-3.1's norms, in SpecForge's layout.
 
 A step of hass or layernorms costs three times as much, so these go on from the weights of eagle1
-where it was trained in the same run.
+where it was trained in the same run; eagle31 goes on from eagle3's.
 
 It imports nothing of speculators, so that a draft that drafts as well there as it did here shows
 that the conversion and the model are right. It wants a GPU: minutes there, days without.
@@ -107,6 +111,9 @@ class Recipe:
     file: str
     bias: bool = False
     layernorms: bool = False
+    eagle3: bool = False
+    eagle31: bool = False
+    """For EAGLE-3: with the norms of EAGLE-3.1."""
     config: tuple[tuple[str, Any], ...] = ()
     """Keys of config.json in addition to the sizes."""
 
@@ -127,20 +134,33 @@ RECIPES = {
         layernorms=True,
         config=(("bias", False),),
     ),
+    "eagle3": Recipe(3, torch.float16, "model.safetensors", eagle3=True),
+    "eagle31": Recipe(
+        3,
+        torch.float16,
+        "model.safetensors",
+        eagle3=True,
+        eagle31=True,
+        config=(
+            ("architectures", ["LlamaForCausalLMEagle3"]),
+            ("fc_norm", True),
+            ("norm_output", True),
+        ),
+    ),
 }
 
 
 class Attention(nn.Module):
     """Grouped-query attention with RoPE."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], width: int) -> None:
         super().__init__()
         self.config = config
         hidden, head = config["hidden_size"], config["head_dim"]
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        self.q_proj = nn.Linear(hidden, heads * head, bias=False)
-        self.k_proj = nn.Linear(hidden, kv_heads * head, bias=False)
-        self.v_proj = nn.Linear(hidden, kv_heads * head, bias=False)
+        self.q_proj = nn.Linear(width, heads * head, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * head, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * head, bias=False)
         self.o_proj = nn.Linear(heads * head, hidden, bias=False)
 
     def forward(self, x: Tensor, earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -183,12 +203,12 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A decoder layer without an input norm."""
+    """A decoder layer without an input norm, whose attention may take wider inputs."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], width: int) -> None:
         super().__init__()
         hidden, inner = config["hidden_size"], config["intermediate_size"]
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, width)
         self.post_attention_layernorm = nn.RMSNorm(hidden, config["rms_norm_eps"])
         self.mlp = nn.ModuleDict(
             {
@@ -200,11 +220,30 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
         """See ``Attention``."""
-        x = x + self.self_attn(x, earlier)
+        return self.added(x, x, earlier)
+
+    def added(self, x: Tensor, attending: Tensor, earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """``x`` with what attention on ``attending`` and the MLP add to it."""
+        x = x + self.self_attn(attending, earlier)
         y = self.post_attention_layernorm(x.float())
         gate, up, down = self.mlp.values()
         output: Tensor = x + down(F.silu(gate(y)) * up(y))
         return output
+
+
+class FusingLayer(Layer):
+    """EAGLE-3's layer, which attends with the embedding of the next token beside the state."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        hidden, eps = config["hidden_size"], config["rms_norm_eps"]
+        super().__init__(config, 2 * hidden)
+        self.input_layernorm = nn.RMSNorm(hidden, eps)
+        self.hidden_norm = nn.RMSNorm(hidden, eps)
+
+    def fused(self, embeddings: Tensor, x: Tensor, earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The next states from embeddings and states, all (batch, length, hidden)."""
+        both = torch.cat((self.input_layernorm(embeddings), self.hidden_norm(x)), -1)
+        return self.added(x, both, earlier).float()
 
 
 class Draft(nn.Module):
@@ -214,7 +253,7 @@ class Draft(nn.Module):
         super().__init__()
         hidden = config["hidden_size"]
         self.fc = nn.Linear(2 * hidden, hidden, bias=recipe.bias)
-        self.layers = nn.ModuleList([Layer(config)])
+        self.layers = nn.ModuleList([Layer(config, hidden)])
 
         def norm() -> nn.Module:
             return (
@@ -232,6 +271,62 @@ class Draft(nn.Module):
         return output
 
 
+def layers_read(verifier: Any) -> tuple[int, ...]:
+    """The layers whose incoming states EAGLE-3's reference reads."""
+    layers = verifier.config.num_hidden_layers
+    return 2, layers // 2, layers - 3
+
+
+class Eagle3Draft(nn.Module):
+    """An EAGLE-3 draft, with tensors named as SafeAILab's.
+
+    Args:
+        config: its config.json.
+        recipe: whether it is one of EAGLE-3.1.
+        tokens: the verifier's tokens that it can draft, ascending.
+        states: how many states it reads.
+
+    """
+
+    d2t: Tensor
+    t2d: Tensor
+
+    def __init__(self, config: dict[str, Any], recipe: Recipe, tokens: Tensor, states: int) -> None:
+        super().__init__()
+        hidden, eps = config["hidden_size"], config["rms_norm_eps"]
+        self.fc = nn.Linear(states * hidden, hidden, bias=False)
+        self.fc_norm = (
+            nn.ModuleList(nn.RMSNorm(hidden, eps) for _ in range(states))
+            if recipe.eagle31
+            else None
+        )
+        self.midlayer = FusingLayer(config)
+        self.norm = nn.RMSNorm(hidden, eps)
+        self.lm_head = nn.Linear(hidden, len(tokens), bias=False)
+        self.register_buffer("d2t", tokens - torch.arange(len(tokens), device=tokens.device))
+        t2d = torch.zeros(config["vocab_size"], dtype=torch.bool, device=tokens.device)
+        self.register_buffer("t2d", t2d.index_fill(0, tokens, value=True))
+
+    def read(self, states: Tensor) -> Tensor:
+        """What the verifier's states, (..., states * hidden), become for the layer."""
+        states = states.float()
+        if self.fc_norm is not None:
+            parts = states.chunk(len(self.fc_norm), -1)
+            normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
+            states = torch.cat(normed, -1)
+        read: Tensor = self.fc(states)
+        return read.float()
+
+    def fed_back(self, x: Tensor) -> Tensor:
+        """What the layer's output becomes for its next step."""
+        return x if self.fc_norm is None else cast(Tensor, self.norm(x))
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """Its own ids of the verifier's tokens, -1 for those that it does not have."""
+        numbers = self.t2d.cumsum(0) - 1
+        return numbers.masked_fill(~self.t2d, -1)[tokens]
+
+
 @dataclass
 class Conversations:
     """The verifier's conversations and hidden states, padded at the right.
@@ -242,8 +337,8 @@ class Conversations:
         ids: (conversations, length).
         begin: (conversations,), where the verifier's answer begins.
         size: (conversations,), the number of tokens of the answer.
-        states: (conversations, length, hidden), bfloat16, the verifier's last hidden states, after
-            its final norm.
+        states: (conversations, length, width), bfloat16, the verifier's states that the recipes
+            learn from: the last one after the final norm, then those that EAGLE-3 reads.
         tokens: (conversations, length, ``LIKELIEST``), int32, the verifier's likeliest tokens after
             each, likeliest first; valid from the last token of the prompt on.
         shares: of that shape, bfloat16, their probabilities, normalised to the sum 1.
@@ -323,9 +418,31 @@ Choose = Callable[[Tensor, int, Tensor], Tensor]
 """(indices of rows, column of the last token, states (rows, hidden)) → next tokens, (rows,)."""
 
 
+Keep = Callable[[Tensor], Tensor]
+"""The last hidden states of a pass, (..., hidden) → the states of that pass that are kept."""
+
+
+def keeping(writer: Any, recipes: list[Recipe]) -> Keep:
+    """What to keep of the writer's states for these recipes."""
+    seen = dict[int, Tensor]()
+    read = layers_read(writer) if any(recipe.eagle3 for recipe in recipes) else ()
+    for layer in read:
+
+        def note(_module: nn.Module, arguments: Any, layer: int = layer) -> None:
+            seen[layer] = arguments[0]
+
+        writer.model.layers[layer].register_forward_pre_hook(note)
+
+    def keep(last: Tensor) -> Tensor:
+        wanted = [] if all(recipe.eagle3 for recipe in recipes) else [last]
+        return torch.cat([*wanted, *(seen[layer] for layer in read)], -1)
+
+    return keep
+
+
 @torch.inference_mode()
 def write(
-    writer: Any, prompts: list[list[int]], most: int, end: int, choose: Choose
+    writer: Any, prompts: list[list[int]], most: int, end: int, choose: Choose, keep: Keep
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Continue prompts until ``end``, by ``most`` tokens at most.
 
@@ -359,8 +476,10 @@ def write(
         position_ids=positions[:, :width],
         past_key_values=cache,
     ).last_hidden_state
-    states = thought.new_zeros(len(prompts), length, thought.shape[-1])
-    states[:, :width], thought = thought, thought[:, -1].clone()
+    kept = keep(thought)
+    states = kept.new_zeros(len(prompts), length, kept.shape[-1])
+    states[:, :width], thought = kept, thought[:, -1].clone()
+    del kept
     del prompt_mask, hidden_from
     rows = torch.arange(len(prompts), device=device)
     over = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -383,8 +502,9 @@ def write(
             attention_mask=mask[..., : column + 1],
             position_ids=positions[:, column, None],
             past_key_values=cache,
-        ).last_hidden_state[:, 0]
-        states[rows, column] = thought
+        ).last_hidden_state
+        states[rows, column] = keep(thought)[:, 0]
+        thought = thought[:, 0]
     return ids, starts, states
 
 
@@ -405,7 +525,7 @@ def ask(writer: Any, tokenizer: Any, questions: int, most: int) -> list[list[int
         chosen = (scores.float() / 0.9).softmax(-1).multinomial(1)
         return cast(Tensor, tokens.gather(1, chosen)[:, 0])
 
-    written = write(writer, prompts, most, end, choose)[0].tolist()
+    written = write(writer, prompts, most, end, choose, lambda states: states[..., :0])[0].tolist()
     width = len(written[0]) - most
     rows = []
     for prompt, row in zip(prompts, written, strict=True):
@@ -416,7 +536,7 @@ def ask(writer: Any, tokenizer: Any, questions: int, most: int) -> list[list[int
 
 
 def answer(
-    writer: Any, verifier: Any, tokenizer: Any, prompts: list[list[int]], most: int
+    writer: Any, verifier: Any, tokenizer: Any, prompts: list[list[int]], most: int, keep: Keep
 ) -> Conversations:
     """Have the verifier answer, and keep its hidden states and likeliest tokens."""
     end, width, device = tokenizer.eos_token_id, max(map(len, prompts)), verifier.device
@@ -430,7 +550,7 @@ def answer(
         shares[rows, column] = scores.softmax(-1).bfloat16()
         return cast(Tensor, best[:, 0])
 
-    ids, starts, states = write(writer, prompts, most, end, choose)
+    ids, starts, states = write(writer, prompts, most, end, choose, keep)
     sizes = []
     for row in ids[:, width:].tolist():
         sizes.append(unlooped(row[: row.index(end) + 1] if end in row else row))
@@ -498,26 +618,75 @@ class SoftCrossEntropy(torch.autograd.Function):
         return of_states * gradients[0], None, None, None
 
 
-def losses(
-    draft: Draft, embed: nn.Module, head: Tensor, data: Conversations, tokens: int, depth: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Loss and share of right guesses, for each of ``depth`` steps of drafting.
-
-    At step j, index t takes token t+j+1 and the state at t+j or what stands in for it, and should
-    give the state at t+j+1, whose logits predict token t+j+2. ``tokens`` is the total number of
-    answer tokens, passed so that nothing waits for the GPU to count them. The dtype of ``head`` is
-    used for the computation.
-    """
+def places(data: Conversations, tokens: int) -> tuple[Tensor, Tensor]:
+    """The rows and columns of the states that predict an answer's tokens, both (tokens,)."""
     device = data.ids.device
     row = torch.arange(len(data), device=device)
     row = row.repeat_interleave(data.size, output_size=tokens)
     nth = torch.arange(tokens, device=device) - (data.size.cumsum(0) - data.size)[row]
-    learned = data.begin[row] + nth - 1  # the states that predict an answer's tokens
-    wanted = data.states[row, learned].float()
+    return row, data.begin[row] + nth - 1
+
+
+def losses(
+    draft: nn.Module, embed: nn.Module, head: Tensor, data: Conversations, tokens: int, depth: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Loss and share of right guesses, for each of ``depth`` steps of drafting.
+
+    At step j, index t takes token t+j+1 and the state at t+j or what stands in for it, and gives
+    what stands in for the state at t+j+1, whose logits predict token t+j+2. ``tokens`` is the total
+    number of answer tokens, passed so that nothing waits for the GPU to count them. The dtype of
+    ``head``, the verifier's, is used for the computation.
+    """
+    if isinstance(draft, Eagle3Draft):
+        return eagle3_losses(draft, embed, head.dtype, data, tokens, depth)
+    assert isinstance(draft, Draft)
+    return eagle1_losses(draft, embed, head, data, tokens, depth)
+
+
+def eagle3_losses(
+    draft: Eagle3Draft,
+    embed: nn.Module,
+    dtype: torch.dtype,
+    data: Conversations,
+    tokens: int,
+    depth: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """See ``losses``: the cross-entropy with the verifier's likeliest tokens that the draft has."""
+    row, learned = places(data, tokens)
+    likeliest = draft.own(data.tokens[row, learned].long())
+    shares = data.shares[row, learned].float().masked_fill(likeliest < 0, 0)
+    embeddings = embed(data.ids)
+    length = data.ids.shape[1] - depth
+    earlier = list[tuple[Tensor, Tensor]]()
+
+    def computing() -> Any:
+        return torch.autocast(
+            data.ids.device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32
+        )
+
+    with computing():
+        x = draft.read(data.states[:, :length, -draft.fc.in_features :])
+    for step in range(depth):
+        with computing():
+            x = draft.midlayer.fused(embeddings[:, step + 1 : step + 1 + length], x, earlier)
+            logits = draft.lm_head(draft.norm(x[row, learned - step - 1]))
+        scores = logits.float().log_softmax(-1)
+        cross_entropy = -(shares * scores.gather(1, likeliest.clamp(min=0))).sum(-1).mean()
+        yield cross_entropy, (scores.argmax(-1) == likeliest[:, 0]).float().mean()
+        x = draft.fed_back(x)
+
+
+def eagle1_losses(
+    draft: Draft, embed: nn.Module, head: Tensor, data: Conversations, tokens: int, depth: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """See ``losses``: the cross-entropy, and how far the states are from the verifier's."""
+    device, hidden = data.ids.device, head.shape[1]
+    row, learned = places(data, tokens)
+    wanted = data.states[row, learned, :hidden].float()
     likeliest, shares = data.tokens[row, learned].long(), data.shares[row, learned].float()
     embeddings = embed(data.ids)
     length = data.ids.shape[1] - depth
-    states, earlier = data.states[:, :length].float(), list[tuple[Tensor, Tensor]]()
+    states, earlier = data.states[:, :length, :hidden].float(), list[tuple[Tensor, Tensor]]()
     if draft.training:
         noise = 2 * torch.rand_like(states) - 1
         states = states + NOISE * states.square().mean(-1, keepdim=True).sqrt() * noise
@@ -548,7 +717,7 @@ def start_from(
     sample = data.take(torch.arange(min(len(data), 64)))
     answers = torch.arange(sample.ids.shape[1], device=sample.ids.device) - sample.begin[:, None]
     answers = (answers >= 0) & (answers < sample.size[:, None])
-    states = sample.states[answers].float()
+    states = sample.states[answers][:, : verifier.config.hidden_size].float()
     embeddings = verifier.get_input_embeddings()(sample.ids[answers])
     for norm, values in (
         (draft.embed_layernorm, embeddings),
@@ -559,8 +728,43 @@ def start_from(
             norm.weight.fill_(values.square().mean(-1).sqrt().mean())
 
 
+@torch.inference_mode()
+def begin_eagle3(
+    draft: Eagle3Draft, weights: dict[str, Tensor] | None, verifier: Any, data: Conversations
+) -> None:
+    """Start from the verifier's final norm and its head's rows, or from another draft's weights.
+
+    Norms on the states start as in ``start_from``.
+    """
+    numbers = torch.arange(len(draft.d2t), device=draft.d2t.device)
+    draft.lm_head.weight.copy_(verifier.lm_head.weight[numbers + draft.d2t])
+    draft.norm.weight.copy_(verifier.model.norm.weight)
+    if weights:
+        draft.load_state_dict(weights, strict=False)
+    if draft.fc_norm is not None:
+        states = data.states[:64, :, -draft.fc.in_features :].float()
+        for norm, part in zip(draft.fc_norm, states.chunk(len(draft.fc_norm), -1), strict=True):
+            assert isinstance(norm, nn.RMSNorm)
+            norm.weight.fill_(part.square().mean(-1).sqrt().median())
+
+
+def in_answers(data: list[Conversations]) -> Tensor:
+    """All tokens of answers."""
+    found = []
+    for part in data:
+        columns = torch.arange(part.ids.shape[1], device=part.ids.device) - part.begin[:, None]
+        found.append(part.ids[(columns >= 0) & (columns < part.size[:, None])])
+    return torch.cat(found)
+
+
+def most_frequent(data: list[Conversations], size: int, vocabulary: int) -> Tensor:
+    """The ids of the tokens that answers are mostly made of, ascending."""
+    counts = in_answers(data).bincount(minlength=vocabulary)
+    return counts.topk(size).indices.sort().values
+
+
 def train(
-    draft: Draft,
+    draft: nn.Module,
     verifier: Any,
     recipe: Recipe,
     data: list[Conversations],
@@ -587,6 +791,8 @@ def train(
                 options.learning_rate * min(1, progress * 20) * (0.02 + 0.98 * (1 - progress))
             )
         per_step = [loss for loss, _ in losses(draft, embed, head, batch, count, recipe.steps)]
+        if recipe.eagle3:  # the reference's weights of later steps (traineagle3/main.py)
+            per_step = [0.8**step * loss for step, loss in enumerate(per_step)]
         optimizer.zero_grad()
         torch.stack(per_step).mean().backward()
         nn.utils.clip_grad_norm_(draft.parameters(), 0.5)
@@ -614,7 +820,7 @@ def _batches(data: list[Conversations]) -> list[tuple[int, list[int]]]:
 
 
 @torch.inference_mode()
-def measure(draft: Draft, verifier: Any, held_out: list[Conversations]) -> list[float]:
+def measure(draft: nn.Module, verifier: Any, held_out: list[Conversations]) -> list[float]:
     """How often a draft is right, by the number of tokens it has already drafted on its own."""
     draft.eval()
     right, total = torch.zeros(DEEPEST), 0
@@ -642,6 +848,7 @@ def converse(
     tokenizer: Any,
     options: argparse.Namespace,
     say: Callable[[str], None],
+    keep: Keep,
 ) -> tuple[list[Conversations], list[Conversations]]:
     """Run rounds of questions and answers until time is up.
 
@@ -660,7 +867,7 @@ def converse(
             half = -(-len(prompts) // 2)
             for chunk in (prompts[:half], prompts[half:]):
                 if chunk:
-                    parts.append(answer(writer, verifier, tokenizer, chunk, options.answer))
+                    parts.append(answer(writer, verifier, tokenizer, chunk, options.answer, keep))
         except torch.OutOfMemoryError:
             say(f"{batch} conversations do not fit")
             prompts, batch = [], batch // 2
@@ -684,14 +891,14 @@ def converse(
             return held_out, data
 
 
-def publish(directory: Path, draft: Draft, config: dict[str, Any], recipe: Recipe) -> None:
+def publish(directory: Path, draft: nn.Module, config: dict[str, Any], recipe: Recipe) -> None:
     """Write a draft as research code does: a Llama config and a few tensors."""
     directory.mkdir(parents=True, exist_ok=True)
     published = {key: value for key, value in config.items() if key != "head_dim"}
     published["torch_dtype"] = str(recipe.dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(published, indent=2) + "\n")
     tensors = {
-        name: tensor.detach().to("cpu", recipe.dtype).contiguous()
+        name: (tensor.to(recipe.dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
         for name, tensor in draft.state_dict().items()
     }
     unfinished = directory / f"{recipe.file}.part"
@@ -726,6 +933,33 @@ def draft_config(verifier: Any, recipe: Recipe) -> dict[str, Any]:
     } | dict(recipe.config)
 
 
+def begun(
+    verifier: Any,
+    recipe: Recipe,
+    data: list[Conversations],
+    options: argparse.Namespace,
+    weights: dict[str, Tensor] | None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A draft before its training, and its config; it goes on from ``weights``, if given."""
+    config = draft_config(verifier, recipe)
+    torch.manual_seed(0)
+    if recipe.eagle3:
+        config |= {"intermediate_size": options.mlp, "draft_vocab_size": options.drafted}
+        tokens = most_frequent(data, options.drafted, config["vocab_size"])
+        draft: nn.Module = Eagle3Draft(config, recipe, tokens, len(layers_read(verifier)))
+    else:
+        draft = Draft(config, recipe)
+    draft.to(verifier.device)
+    for parameter in draft.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+    if isinstance(draft, Eagle3Draft):
+        begin_eagle3(draft, weights, verifier, data[0])
+    elif isinstance(draft, Draft) and weights:
+        start_from(draft, weights, verifier, data[0])
+    return draft, config
+
+
 def parsed() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
@@ -748,6 +982,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4096, help="conversations written at a time")
     parser.add_argument("--question", type=int, default=80, help="tokens at most")
     parser.add_argument("--answer", type=int, default=256, help="tokens at most")
+    parser.add_argument("--drafted", type=int, default=5120, help="tokens of an EAGLE-3 vocabulary")
+    parser.add_argument("--mlp", type=int, default=1280, help="width of an EAGLE-3 MLP")
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
 
@@ -773,7 +1009,8 @@ def main() -> None:
     writer = copy.deepcopy(verifier).to(torch.bfloat16)
     writer.set_attn_implementation("grouped")
     before = time.perf_counter()
-    held_out, data = converse(writer, verifier, tokenizer, options, say)
+    keep = keeping(writer, [RECIPES[name] for name in options.recipes])
+    held_out, data = converse(writer, verifier, tokenizer, options, say, keep)
     del writer
     report: dict[str, Any] = {
         "conversations": sum(map(len, data)),
@@ -783,25 +1020,25 @@ def main() -> None:
         "openers": len(set(OPENERS)) - 1,
     }
     say(f"{report}")
-    weights = torch.load(options.start_from / "pytorch_model.bin") if options.start_from else None
-    begun_from = options.start_from.name if options.start_from else None
+    weights = dict[bool, dict[str, Tensor]]()  # by Recipe.eagle3
+    begun_from = dict[bool, str]()
+    if options.start_from:
+        weights[False] = torch.load(options.start_from / "pytorch_model.bin")
+        begun_from[False] = options.start_from.name
     for name in options.recipes:
         recipe = RECIPES[name]
-        config = draft_config(verifier, recipe)
-        torch.manual_seed(0)
-        draft = Draft(config, recipe).to(verifier.device)
-        for parameter in draft.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
-        if weights:
-            start_from(draft, weights, verifier, data[0])
+        draft, config = begun(verifier, recipe, data, options, weights.get(recipe.eagle3))
         trained = train(draft, verifier, recipe, data, held_out, options)
-        report[name] = {"start_from": begun_from, **trained}
+        report[name] = {"start_from": begun_from.get(recipe.eagle3), **trained}
+        if isinstance(draft, Eagle3Draft):
+            known = draft.t2d[in_answers(held_out)].float().mean()
+            report[name]["known_tokens"] = round(known.item(), 4)
         publish(options.output / name, draft, config, recipe)
         (options.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
         say(f"{name}: {report[name]}")
-        if name == "eagle1":
-            weights, begun_from = copy.deepcopy(draft.state_dict()), name
+        if name in {"eagle1", "eagle3"}:
+            weights[recipe.eagle3] = copy.deepcopy(draft.state_dict())
+            begun_from[recipe.eagle3] = name
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Fixtures for the tests of the conversion and the model."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from hypothesis import settings
 from loguru import logger
 from transformers.utils import logging as transformers_logging
 
+from eagle3 import NAMES, convert_golden3
 from helpers import (
     GOLDEN,
     GOLDEN_NAMES,
@@ -25,7 +27,9 @@ from speculators.cli import main
 from speculators.convert.eagle import EagleConverter
 
 transformers_logging.disable_progress_bar()
-torch.set_num_threads(1)  # the matrices are tiny: more threads would only wait for each other
+# The matrices are tiny: more threads would only wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 # The same examples every time, however slow the machine is; random ones are up to the fuzzer.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -58,6 +62,13 @@ def converted(
         name: EagleConverter().convert(GOLDEN / name, root / name, verifiers[name])
         for name in GOLDEN_NAMES
     }
+
+
+@pytest.fixture(scope="session")
+def eagle3_drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every golden EAGLE-3 draft, converted with validation; tests must not change these."""
+    root = tmp_path_factory.mktemp("eagle3")
+    return {name: convert_golden3(name, root / name) for name in NAMES}
 
 
 @pytest.fixture(scope="session")

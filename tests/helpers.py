@@ -1,6 +1,7 @@
 """Shared by several tests: golden vectors, checkpoints and verifiers on disk, the command line."""
 
 import json
+import multiprocessing.context
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -179,3 +181,9 @@ def run_process(*arguments: str | Path, cwd: Path | None = None, **environment: 
         env=os.environ | environment,
     )
     return Run(done.returncode, done.stdout, done.stderr)
+
+
+def fork_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes of a batch from this one, so that they need not import torch again."""
+    contexts = vars(multiprocessing.context)["_concrete_contexts"]
+    monkeypatch.setitem(contexts, "spawn", contexts["fork"])

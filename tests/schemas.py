@@ -8,13 +8,18 @@ from pydantic import BaseModel
 
 from speculators.evaluate.report import Report
 from speculators.families.eagle import EagleConfig
+from speculators.families.eagle3 import Eagle3Config
 from speculators.format.conversion import ConversionRecord
 from speculators.inspection.findings import Finding
 from speculators.inspection.installation import Diagnosis
 
 DOCS = Path(__file__).parents[1] / "docs"
 
-READ: dict[str, type[BaseModel]] = {"config": EagleConfig, "conversion": ConversionRecord}
+READ: dict[str, type[BaseModel]] = {
+    "config": EagleConfig,
+    "conversion": ConversionRecord,
+    "eagle3": Eagle3Config,
+}
 """Files that are read: a key with a default may be missing."""
 
 PRINTED: dict[str, type[BaseModel]] = {

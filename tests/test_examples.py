@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from helpers import CommandLine
-from speculators.convert.eagle import EagleConverter
-from speculators.models.eagle import EagleSpeculator
+from speculators.convert.conversion import convert
+from speculators.models import load_draft
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -18,6 +18,12 @@ VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 """``make test`` creates this before the tests run."""
 
 DRAFTS = sorted(path.parent.name for path in EXAMPLES.glob("*/config.json"))
+
+OPTIONS = {"smollm2-135m-eagle31": {"norm_output": "feedback"}}
+"""What a user has to say about a draft to convert it."""
+
+Answers = list[tuple[Tensor, tuple[Tensor, ...]]]
+"""The ids of conversations, and the verifier's states at them, by layer."""
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -33,8 +39,8 @@ def verifier() -> Any:
 
 
 @pytest.fixture(scope="module")
-def answers(verifier: Any) -> list[tuple[Tensor, Tensor]]:
-    """The verifier's greedy answers: ids and hidden states of the whole conversations."""
+def answers(verifier: Any) -> Answers:
+    """The verifier's greedy answers: ids and all hidden states of the whole conversations."""
     tokenizer = AutoTokenizer.from_pretrained(VERIFIER, padding_side="left")
     asked: Any = tokenizer.apply_chat_template(
         [[{"role": "user", "content": prompt}] for prompt in PROMPTS],
@@ -49,7 +55,7 @@ def answers(verifier: Any) -> list[tuple[Tensor, Tensor]]:
     for row, mask in zip(generated, asked["attention_mask"], strict=True):
         ids = row[None, int((mask == 0).sum()) :]
         with torch.inference_mode():
-            states = verifier(ids, output_hidden_states=True).hidden_states[-1]
+            states = verifier(ids, output_hidden_states=True).hidden_states
         conversations.append((ids, states))
     return conversations
 
@@ -59,21 +65,23 @@ def draft(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     verifier: PreTrainedModel,
-) -> EagleSpeculator:
+) -> Any:
     """A draft of the examples, converted with validation."""
-    output = tmp_path_factory.mktemp("converted") / request.param
-    EagleConverter().convert(EXAMPLES / request.param, output, VERIFIER)
-    return EagleSpeculator.from_pretrained(output, dtype=torch.float32, verifier=verifier)
+    output, name = tmp_path_factory.mktemp("converted") / request.param, request.param
+    convert(None, EXAMPLES / name, output, VERIFIER, options=OPTIONS.get(name))
+    return load_draft(output, dtype=torch.float32, verifier=verifier)
 
 
-def agreement(draft: EagleSpeculator, answers: list[tuple[Tensor, Tensor]], shift: int) -> float:
+def agreement(draft: Any, answers: Answers, shift: int) -> float:
     """The share of the last 60 tokens that the draft guesses, with tokens shifted by ``shift``."""
     right = []
     for ids, states in answers:
         length = ids.shape[1] - 2
-        guesses = draft(
-            input_ids=ids[:, shift : shift + length], hidden_states=states[:, :length]
-        ).logits.argmax(-1)
+        read = torch.cat([states[layer] for layer in draft.verifier_layers or (-1,)], -1)
+        logits = draft(
+            input_ids=ids[:, shift : shift + length], hidden_states=read[:, :length]
+        ).logits
+        guesses = draft.to_verifier(logits.argmax(-1))
         right.append((guesses == ids[:, 2:])[0, -60:])
     return torch.cat(right).float().mean().item()
 
@@ -82,9 +90,7 @@ def test_there_are_drafts_of_several_families() -> None:
     assert {f"smollm2-135m-{it}" for it in ("eagle1", "hass", "layernorms")} <= set(DRAFTS)
 
 
-def test_a_draft_guesses_what_its_verifier_says(
-    draft: EagleSpeculator, answers: list[tuple[Tensor, Tensor]]
-) -> None:
+def test_a_draft_guesses_what_its_verifier_says(draft: Any, answers: Answers) -> None:
     """Trained drafts guess most tokens, but few if tokens and hidden states are misaligned."""
     right = agreement(draft, answers, shift=1)
     assert right > 0.4

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import speculators
+from eagle3 import GOLDEN3, TARGET
 from helpers import entries, write_checkpoint
 
 HEAVY = ("torch", "transformers", "numpy")
@@ -42,7 +43,7 @@ MAIN = "from speculators.cli import main; main()"
 
 
 def test_this_test_sees_what_is_loaded() -> None:
-    assert loaded_after("import speculators.models.eagle")[1] >= {"torch", "transformers"}
+    assert loaded_after("import torch, transformers")[1] >= {"torch", "transformers"}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,8 @@ def test_this_test_sees_what_is_loaded() -> None:
         ["--version"],
         ["convert", "--help"],
         ["convert", "eagle", "--help"],
+        ["convert", "eagle3", "--help"],
+        ["convert", "auto", "--help"],
         ["evaluate", "--help"],
         ["export", "--help"],
         ["-h"],
@@ -76,6 +79,15 @@ def test_a_conversion_without_validation_needs_no_torch(
     arguments = ["convert", "eagle", str(source), "out", str(verifier), option]
     assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
     assert ("out/model.safetensors" in entries(tmp_path)) == (option == "--no-validate")
+
+
+def test_an_eagle3_draft_needs_no_torch(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(GOLDEN3 / "modelopt_4aux" / name)  # t2d is derived
+    arguments = ["convert", "auto", str(tmp_path), "out", str(TARGET), "--no-validate"]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
+    for command in (["inspect", "out"], ["export", "out", "modelopt", "--to", "modelopt"]):
+        assert loaded_after(MAIN, *command, cwd=tmp_path) == (0, set())
 
 
 @pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
@@ -144,19 +156,22 @@ LIGHT = [
     not in {
         # Validation needs the model.
         "speculators.convert.references.eagle",
+        "speculators.convert.references.eagle3",
+        "speculators.convert.references.operations",
         "speculators.convert.validation",
     }
 ]
 
 
-@pytest.fixture(scope="module")
 def imported_alone() -> dict[str, list[str]]:
     """Module → what of ``HEAVY`` is loaded by importing it in a forked process of its own.
 
-    For the modules outside ``LIGHT``, torch and transformers are loaded beforehand, to save time.
+    To save time, some packages that are light are loaded beforehand and, for the modules outside
+    ``LIGHT``, torch and transformers.
     """
     script = """
 import importlib, json, os, sys
+import loguru, packaging.version, pydantic, rich.console, rich.table, typer, yaml
 heavy, light, others = json.loads(sys.argv[1])
 def report(modules):
     for module in modules:
@@ -166,7 +181,10 @@ def report(modules):
             os._exit(0)
         os.wait()
 report(light)
-import torch, transformers
+import torch, transformers.generation
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen2 import modeling_qwen2
 report(others)
 """
     others = sorted(set(MODULES) - set(LIGHT))
@@ -179,11 +197,10 @@ report(others)
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_imports_on_its_own(imported_alone: dict[str, list[str]], module: str) -> None:
-    assert module in imported_alone
-    if module in LIGHT:
-        assert imported_alone[module] == []
+def test_every_module_imports_on_its_own() -> None:
+    found = imported_alone()
+    assert found.keys() == {*MODULES}
+    assert {module: found[module] for module in LIGHT if found[module]} == {}
 
 
 def test_there_are_modules_of_both_kinds() -> None:

@@ -105,10 +105,6 @@ class ToyPretrainedConfig(SpeculatorPretrainedConfig):
     draft_vocab_size: int = 8
     bias: bool = False
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.architectures = ["ToySpeculator"]
-
 
 class GainLayer(nn.Module):
     """One numbered layer."""

@@ -95,9 +95,15 @@ def in_the_older_layout(converted: Path, directory: Path) -> Path:
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 128, 256, 4, 2
 
+EVERY_FEATURE = frozenset({"attention_bias", "fusion_bias", "layernorms"})
+"""Those of a tiny draft, by their names in speculators."""
+
 
 def tiny_verifier(directory: Path) -> Path:
-    """An untrained verifier with the same vocabulary that starts fast and can be split in two."""
+    """An untrained verifier with the same vocabulary that starts fast and can be split in two.
+
+    Its embeddings are so large that the last token decides nearly alone which one is next.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=49152,
@@ -108,48 +114,63 @@ def tiny_verifier(directory: Path) -> Path:
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=512,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(50)
+    model.save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(VERIFIER / name, directory)
     return directory
 
 
-def tiny_draft(directory: Path) -> Path:
-    """A draft for ``tiny_verifier`` with every feature.
+def tiny_draft(
+    directory: Path, features: frozenset[str] = EVERY_FEATURE, **settings: object
+) -> Path:
+    """A draft for ``tiny_verifier``: it passes on the embedding, with some noise of its layer.
 
-    It passes on the hidden state with some noise. It is sometimes right, since an untrained
-    verifier repeats itself.
+    So it is often right, and how often depends on everything that it computes.
+
+    Args:
+        directory: the directory to create.
+        features: some of ``EVERY_FEATURE``.
+        settings: further keys of config.json.
+
     """
     rows = {"q": HIDDEN, "k": HIDDEN * KV_HEADS // HEADS, "v": HIDDEN * KV_HEADS // HEADS}
-    small = {
-        "fc.bias": (HIDDEN,),
-        **{f"layers.0.self_attn.{name}_proj.weight": (rows[name], HIDDEN) for name in "qkv"},
-        **{f"layers.0.self_attn.{name}_proj.bias": (rows[name],) for name in "qkv"},
-        "layers.0.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-        "layers.0.mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-        "layers.0.mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-        "layers.0.mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+    tensors = {"fc.weight": torch.cat((torch.eye(HIDDEN), 0.05 * torch.eye(HIDDEN)), 1)}
+    scaled: dict[str, tuple[float, tuple[int, ...]]] = {
+        "layers.0.self_attn.q_proj.weight": (0.15, (HIDDEN, HIDDEN)),
+        "layers.0.self_attn.k_proj.weight": (0.15, (rows["k"], HIDDEN)),
+        "layers.0.self_attn.v_proj.weight": (0.045, (rows["v"], HIDDEN)),
+        "layers.0.self_attn.o_proj.weight": (0.045, (HIDDEN, HIDDEN)),
+        "layers.0.mlp.gate_proj.weight": (0.045, (INTERMEDIATE, HIDDEN)),
+        "layers.0.mlp.up_proj.weight": (0.045, (INTERMEDIATE, HIDDEN)),
+        "layers.0.mlp.down_proj.weight": (0.045, (HIDDEN, INTERMEDIATE)),
     }
-    norms = ("layers.0.post_attention_layernorm", *(f"{it}_layernorm" for it in NORMS))
-    tensors = {
-        "fc.weight": torch.cat((0.05 * torch.eye(HIDDEN), torch.eye(HIDDEN)), 1),
-        **{
-            name: 0.03 * noise(*shape, seed=seed)
-            for seed, (name, shape) in enumerate(small.items())
-        },
-        **{f"{it}.weight": 1 + 0.1 * noise(HIDDEN, seed=seed) for seed, it in enumerate(norms)},
+    if "fusion_bias" in features:
+        scaled["fc.bias"] = (0.1, (HIDDEN,))
+    if "attention_bias" in features:
+        scaled |= {f"layers.0.self_attn.{it}_proj.bias": (0.1, (rows[it],)) for it in "qkv"}
+    tensors |= {
+        name: scale * noise(*shape, seed=seed)
+        for seed, (name, (scale, shape)) in enumerate(scaled.items())
     }
+    norms = ["layers.0.post_attention_layernorm"]
+    if "layernorms" in features:
+        norms += [f"{it}_layernorm" for it in NORMS]
+    tensors |= {f"{it}.weight": 1 + 0.1 * noise(HIDDEN, seed=seed) for seed, it in enumerate(norms)}
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": 49152,
         "hidden_size": HIDDEN,
         "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": 1,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-05,
-        "bias": True,
-        "qkv_bias": True,
+        "bias": "fusion_bias" in features,
+        "qkv_bias": "attention_bias" in features,
     }
-    return write(directory, config, tensors)
+    return write(directory, config | settings, tensors)

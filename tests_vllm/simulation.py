@@ -34,23 +34,26 @@ def simulate(
     answers: list[list[int]],
     length: int,
 ) -> Simulation:
-    """Draft ``length`` tokens after every token that comes from the verifier itself."""
+    """Draft ``length`` tokens after every token that comes from the verifier itself.
+
+    Those drafted and accepted beyond the end of an answer count, as they do in vLLM.
+    """
     found = Simulation(0, [0] * length)
     for prompt, answer in zip(prompts, answers, strict=True):
-        tokens = torch.tensor([prompt + answer])
+        end = len(prompt) + len(answer)
+        tokens = _continued(verifier, torch.tensor([prompt + answer]), length)
         hidden = verifier.model(tokens).last_hidden_state
         # Attention is causal, so one pass gives the first token of every chain.
         first = draft(tokens[:, 1:], hidden[:, :-1])
         settled = len(prompt) + 1  # the prompt's pass gives the first token
-        while settled < tokens.shape[1]:
-            left = min(length, tokens.shape[1] - settled)
+        while settled < end:
             right = 0
             chain, states = tokens[:, :settled], hidden[:, : settled - 1]
             guess, state = _at(first.logits, settled - 2), first.last_hidden_state
             state = state[:, settled - 2 : settled - 1]
             while guess == tokens[0, settled + right]:
                 right += 1
-                if right == left:
+                if right == length:
                     break
                 chain = torch.cat((chain, guess.view(1, 1)), 1)
                 states = torch.cat((states, state), 1)
@@ -61,6 +64,13 @@ def simulate(
                 found.accepted[position] += 1
             settled += right + 1
     return found
+
+
+def _continued(verifier: LlamaForCausalLM, tokens: Tensor, more: int) -> Tensor:
+    for _ in range(more):
+        best = verifier(tokens, logits_to_keep=1).logits.argmax(-1)
+        tokens = torch.cat((tokens, best), 1)
+    return tokens
 
 
 def _at(logits: Tensor, position: int) -> Tensor:

@@ -36,18 +36,16 @@ from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
 from speculators.evaluate.report import Report
 from speculators.models.eagle import EagleSpeculator
 
-PROMPTS = 16
-
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def prompts() -> list[list[int]]:
-    """The prompts of `speculators evaluate`, as tokens."""
+@pytest.fixture(scope="session", params=[6, pytest.param(16, marks=pytest.mark.exhaustive)])
+def prompts(request: pytest.FixtureRequest) -> list[list[int]]:
+    """The first prompts of `speculators evaluate`, as tokens; exhaustive: more of them."""
     tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
     chats = [
         [message.model_dump() for message in prompt.messages]
-        for prompt in read_prompts(OWN_PROMPTS)[:PROMPTS]
+        for prompt in read_prompts(OWN_PROMPTS)[: request.param]
     ]
     encoded: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True)
     tokens: list[list[int]] = encoded["input_ids"]
@@ -132,10 +130,12 @@ def outcomes(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_speculation_changes_nothing_that_is_said(outcomes: Outcomes, variant: str) -> None:
+def test_speculation_changes_nothing_that_is_said(
+    outcomes: Outcomes, prompts: list[list[int]], variant: str
+) -> None:
     answers = outcomes.answers[variant]
     assert answers.tokens == outcomes.answers["without"].tokens
-    assert len(answers.tokens) == PROMPTS
+    assert len(answers.tokens) == len(prompts)
     assert answers.acceptance_length > 1.8  # the draft really drafted
 
 
@@ -152,15 +152,24 @@ def test_as_much_is_accepted_as_of_our_own_model(
     assert answers.acceptance_length == pytest.approx(ours.acceptance_length, abs=0.05)
 
 
-@pytest.mark.parametrize("variant", ["eagle1", "hass", "layernorms"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param("eagle1", marks=pytest.mark.exhaustive),
+        "hass",
+        pytest.param("layernorms", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_as_much_is_accepted_as_evaluate_says(
     tmp_path: Path,
     converted: dict[str, Path],
     outcomes: Outcomes,
+    prompts: list[list[int]],
     variant: str,
 ) -> None:
+    """One draft, since the test above has all of them; exhaustive: every trained one."""
     options = {
-        "limit": PROMPTS,
+        "limit": len(prompts),
         "max-new-tokens": MAX_TOKENS,
         "num-draft-tokens": LENGTH,
         "dtype": "float32",
@@ -280,7 +289,7 @@ def test_the_server_answers_all_at_once(
     names = [f"vllm:spec_decode_num_{what}_total" for what in ("drafts", "accepted_tokens")]
     before = [server.metric(name) for name in names]
     answer = server.post("/v1/completions", prompt=prompts, temperature=0, max_tokens=MAX_TOKENS)
-    assert len(answer["choices"]) == PROMPTS
+    assert len(answer["choices"]) == len(prompts)
     drafted, accepted = (server.metric(name) - it for name, it in zip(names, before, strict=True))
     assert 1 + accepted / drafted == pytest.approx(
         outcomes.answers["hass"].acceptance_length, abs=0.05

@@ -1,11 +1,11 @@
-"""Convert draft models to one standard format, prove them, run them and measure them."""
+"""Convert EAGLE draft checkpoints to one standard format, prove them, and run them."""
 
 import os.path  # pathlib would take longer to import
 
 __all__ = ["ANOTHERS", "HOMEPAGE", "__version__"]
 
 HOMEPAGE: str | None = None
-"""The address of the project's repository, once it has a public one; said nowhere else."""
+"""The address of the project's repository, once it is public; no other place tells it."""
 
 ANOTHERS = "config.py"
 """A module that every release of the PyPI project called speculators has, and this one has not."""

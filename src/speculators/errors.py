@@ -11,6 +11,7 @@ __all__ = [
     "FormatError",
     "GenerationError",
     "HubError",
+    "IncompleteVerifierError",
     "ManifestError",
     "NoWeightsError",
     "OutputError",
@@ -21,6 +22,7 @@ __all__ = [
     "VerifierError",
     "printable",
     "sentence",
+    "visible",
 ]
 
 
@@ -46,6 +48,10 @@ class ConversionError(SpeculatorsError, ValueError):
 
 class VerifierError(SpeculatorsError, ValueError):
     """The verifier cannot be read, or does not fit the draft."""
+
+
+class IncompleteVerifierError(VerifierError):
+    """A verifier whose weights are there, but not the matrix that a draft takes from it."""
 
 
 class FormatError(SpeculatorsError, ValueError):
@@ -83,6 +89,13 @@ class ValidationError(SpeculatorsError, ValueError):
 def printable(text: str) -> str:
     """Make text from a file safe to show in a message: short, without control characters."""
     return ascii(text[:100])[1:-1] + ("..." if len(text) > 100 else "")
+
+
+def visible(text: str) -> str:
+    """Text with its control characters escaped, so that it cannot forge a line or a colour."""
+    if text.isprintable():
+        return text
+    return "".join(it if it.isprintable() else ascii(it)[1:-1] for it in text)
 
 
 def sentence(error: Exception) -> str:

@@ -27,6 +27,7 @@ def test_every_key_has_the_default_of_the_command_line(tmp_path: Path) -> None:
         "revision": None,
         "family": "eagle",
         "asked": (),
+        "options": {},
         "validate": True,
         "dtype": None,
         "overwrite": False,

@@ -12,8 +12,9 @@ from torch import nn
 
 from hub_server import HubServer, patch_hub
 from speculators.checkpoint.hub.repository import HubRepository
+from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint
-from speculators.checkpoint.repository import local_path, open_repository
+from speculators.checkpoint.repository import open_repository
 from speculators.errors import CheckpointError, OutputError
 
 WEIGHTS = {"fc.weight": torch.arange(6.0).reshape(2, 3), "fc.bias": torch.zeros(2)}
@@ -343,6 +344,7 @@ def test_a_path_that_exists_is_that_path(tmp_path: Path, monkeypatch: pytest.Mon
         ("a\0b", r"The path a\x00b has bytes that are no text"),
         ("./a\0b", r"The path ./a\x00b has bytes that are no text"),
         ("caf\udce9", r"The path caf\udce9 has bytes that are no text"),
+        ("./" + "x" * 5000, "xx... cannot be looked up: File name too long."),
     ],
 )
 def test_paths_that_cannot_be(path: str, told_of: str) -> None:

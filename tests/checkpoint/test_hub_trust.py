@@ -1,4 +1,4 @@
-"""What the Hub, a proxy or a cache gives is what was announced; else it is refused."""
+"""What the Hub, a proxy or a cache gives is what was announced, or it is refused."""
 
 import base64
 import hashlib

@@ -6,7 +6,9 @@ import json
 import math
 import re
 import struct
+import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import safetensors
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from speculators.checkpoint.files.safetensors_file import encode_header, read_safetensors_file
@@ -402,3 +405,97 @@ def test_every_truncation(path: Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError):
             read_safetensors_file(path)
+
+
+# Large headers, and how they are laid out
+
+
+def header_of(count: int) -> dict[str, object]:
+    """A header of so many tensors, as a mixture of experts has them."""
+    return {"__metadata__": {"format": "pt"}} | {
+        f"model.layers.{i // 100}.experts.{i % 100}.weight": {
+            "dtype": "BF16",
+            "shape": [1, 2],
+            "data_offsets": [4 * i, 4 * i + 4],
+        }
+        for i in range(count)
+    }
+
+
+LAYOUTS: dict[str, Callable[[dict[str, object]], str]] = {
+    "compact": lambda header: json.dumps(header, separators=(",", ":")),
+    "with blanks": json.dumps,
+    "with lines": lambda header: json.dumps(header, indent=1),
+    "metadata last": lambda header: json.dumps(
+        dict(reversed(header.items())), separators=(",", ":")
+    ),
+    "no metadata": lambda header: json.dumps(
+        {name: it for name, it in header.items() if name != "__metadata__"}
+    ),
+    "other order": lambda header: json.dumps(
+        {
+            name: dict(reversed(it.items())) if "shape" in it else it
+            for name, it in header.items()
+            if isinstance(it, dict)
+        }
+    ),
+    "metadata with an entry's text": lambda header: json.dumps(
+        header | {"__metadata__": {"a": json.dumps(header), 'b,"x"': "{}"}}, separators=(",", ":")
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_json_is_read_alike(path: Path, layout: str) -> None:
+    header = header_of(300)
+    raw_file(path, LAYOUTS[layout](header).encode(), bytes(4 * 300))
+    found = read_safetensors_file(path)
+    with safe_open(path, "np") as file:
+        assert set(found) == set(file.keys())
+        for name, info in found.items():
+            assert [*info.shape] == file.get_slice(name).get_shape()
+    start = path.stat().st_size - 4 * 300
+    assert {info.offset for info in found.values()} == {start + 4 * i for i in range(300)}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"model.layers.0.experts.1.weight"', '"model.layers.0.experts.0.weight"'),
+        ('"dtype":"BF16","shape":[1,2]', '"shape":[1,2],"dtype":"BF16","dtype":"F32"'),
+        ("},", "}"),
+        ("},", "},,"),
+        ("}}", "},}"),
+        ("[0,4]", "[00,4]"),
+        ("[1,2]", "[1,02]"),
+        ("[1,2]", "[1,2,]"),
+        ("[1,2]", "[1 2]"),
+        ("[0,4]", "[\u0660,4]"),
+        ('"format":"pt"', '"format":"pt","format":"np"'),
+        ('"format":"pt"', '"format":1'),
+    ],
+)
+def test_a_header_that_is_almost_right_is_an_error(path: Path, old: str, new: str) -> None:
+    text = json.dumps(header_of(3), separators=(",", ":"))
+    assert old in text
+    raw_file(path, text.replace(old, new, 1).encode(), bytes(12))
+    with pytest.raises(CheckpointError):
+        read_safetensors_file(path)
+
+
+def test_a_header_of_very_many_tensors_is_read_about_as_fast_as_by_the_library(path: Path) -> None:
+    count = 100_000
+    raw_file(path, json.dumps(header_of(count), separators=(",", ":")).encode(), bytes(4 * count))
+
+    def by_the_library() -> dict[str, tuple[list[int], str]]:
+        with safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (it.get_shape(), it.get_dtype()) for name, it in slices.items()}
+
+    def seconds(action: Callable[[], object]) -> float:
+        start = time.process_time()
+        action()
+        return time.process_time() - start
+
+    theirs = min(seconds(by_the_library) for _ in range(2))
+    assert min(seconds(lambda: read_safetensors_file(path)) for _ in range(2)) < 2 * theirs

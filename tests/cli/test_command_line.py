@@ -221,7 +221,7 @@ def completed(words: str) -> list[str]:
 
 def test_shell_completion() -> None:
     assert completed("speculators ins") == ["inspect"]
-    assert completed("speculators convert ") == ["eagle"]
+    assert {*completed("speculators convert ")} == {"eagle", "eagle3", "auto"}
     assert "--json" in completed("speculators inspect --")
     assert {"--quiet", "--debug"} <= {*completed("speculators convert eagle --")}
 

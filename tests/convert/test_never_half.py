@@ -41,7 +41,7 @@ def forked(tmp_path: Path, verifier: Path, *arguments: str) -> list[SimpleNamesp
 # Stopped
 
 KINDS = {
-    *("before tempfile.mkdtemp", "before fcntl.flock", "before open", "before shutil.rmtree"),
+    *("before tempfile.mkdtemp", "before fcntl.flock", "before open", "before os.rmdir"),
     *(f"{when} {call}" for when in ("before", "after") for call in ("copy_file_range", "fsync")),
 }
 """Kinds of moments that every conversion has."""
@@ -64,7 +64,7 @@ def kinds(outcomes: list[SimpleNamespace]) -> set[str]:
 def test_killed_at_any_moment(
     tmp_path: Path, verifier: Path, scenario: str, moments: str, least: int
 ) -> None:
-    """Some: at the first and the last call of each function, and at every rename."""
+    """At the first and the last call of each function, and every rename; exhaustive: every call."""
     *killed, lived = forked(tmp_path, verifier, "stop", "SIGKILL", moments, scenario)
     assert len(killed) >= least
     assert kinds(killed) >= KINDS
@@ -103,7 +103,10 @@ def test_told_to_stop_at_any_moment(
     moments: str,
     least: int,
 ) -> None:
-    """Nothing is left, unless it is stopped while the sibling is being locked or removed."""
+    """Nothing is left, unless it is stopped while the sibling is being locked or removed.
+
+    The moments are those of the test above.
+    """
     *stopped, _ = forked(tmp_path, verifier, "stop", number, moments, scenario)
     assert len(stopped) >= least
     assert kinds(stopped) >= KINDS

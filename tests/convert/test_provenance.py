@@ -77,7 +77,7 @@ def test_the_record_of_a_conversion(tmp_path: Path, verifiers: dict[str, Path]) 
     }
     assert record["left_out"] == {head: "logits come from the verifier's own head"}
     assert "transformers_version" in record["config_left_out"]
-    assert any("head_dim 32, the tensors have 16" in note for note in record["notes"])
+    assert any("head_dim 32, the tensors have 16" in note for note in record["discrepancies"])
     assert record["validated"] is True
     assert record["unchecked"] == []
     assert record["files"] == {n: described(out / n) for n in ("config.json", "model.safetensors")}
@@ -308,8 +308,8 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
             ),
             NO_RECORD,
         ),
-        r"does not load: .* lacks fc\.weight",
-        r"has other tensors than planned: fc\.weight",
+        r"lacks fc\.weight, by its config\.json",
+        r"lacks fc\.weight, by its config\.json",
     ),
     "not converted": (
         edit_json("config.json", speculators_model_type=None),

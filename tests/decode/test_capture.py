@@ -1,5 +1,6 @@
 """The hidden states that a draft reads, compared with those that transformers gives out."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -71,6 +72,27 @@ def test_the_states_are_those_of_transformers(name: str) -> None:
             torch.testing.assert_close(normed, shown[layer], atol=1e-5, rtol=1e-5)
             assert layer < LAYERS or not torch.allclose(part, shown[layer], atol=1e-2)
     assert hooks_of(verifier) == before
+
+
+@pytest.mark.parametrize("layers", [(), (2, 0)])
+@torch.no_grad()
+def test_another_thread_may_run_the_verifier_meanwhile(layers: tuple[int, ...]) -> None:
+    verifier: Any = random_verifier("llama")
+    ids, main = prompt(5), threading.current_thread()
+
+    def run(tokens: Tensor) -> Tensor:
+        with VerifierPass(verifier, BlockCache([0]), 20, layers) as verifier_pass:
+            return verifier_pass.prefill(tokens, None, None)[1]
+
+    def run_elsewhere(*_: object) -> None:
+        if threading.current_thread() is main:
+            thread = threading.Thread(target=run, args=(prompt(8, seed=1),))
+            thread.start()
+            thread.join()
+
+    expected = run(ids)
+    verifier.lm_head.register_forward_hook(run_elsewhere)
+    assert torch.equal(run(ids), expected)
 
 
 @torch.no_grad()

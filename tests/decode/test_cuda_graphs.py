@@ -20,12 +20,15 @@ from transformers import EtaLogitsWarper, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from distributions import SETTINGS, TOKENS, analytic, chi_square_is_likely, small_verifier
+from eagle3 import knowing_eagle3
 from speculators.decode import Generation, Workspace, speculate
 from speculators.decode import cuda_graphs as graphs
 from speculators.decode.cache import BlockCache
 from speculators.decode.verification import VerifierPass
 from speculators.format.config import ProposalMethod
 from speculators.models.eagle import EagleSpeculator
+from speculators.models.eagle3 import Eagle3Speculator
+from speculators.models.speculator import Speculator
 from tiny_models import VERIFIERS, knowing_draft, prompt, tiny_verifier
 from toy_draft import ToyDraft
 
@@ -111,7 +114,7 @@ def ids_of(length: int, seed: int = 0) -> Tensor:
     return prompt(length, seed).to(DEVICE)
 
 
-def generated(draft: EagleSpeculator, ids: Tensor, *, seed: int = 0, **settings: Any) -> Generation:
+def generated(draft: Speculator, ids: Tensor, *, seed: int = 0, **settings: Any) -> Generation:
     torch.manual_seed(seed)
     settings = {"do_sample": False, "max_new_tokens": 24} | settings
     result = draft.generate(ids, return_dict_in_generate=True, **settings)
@@ -119,11 +122,11 @@ def generated(draft: EagleSpeculator, ids: Tensor, *, seed: int = 0, **settings:
     return result
 
 
-def recordings(draft: EagleSpeculator) -> int:
+def recordings(draft: Speculator) -> int:
     return sum(one is not None for one in draft._workspace.recordings.values())
 
 
-def check_same(draft: EagleSpeculator, ids: Tensor, **settings: Any) -> None:
+def check_same(draft: Speculator, ids: Tensor, **settings: Any) -> None:
     """Replaying and running give the same tokens in the same steps, and those of the verifier."""
     run = generated(draft, ids, cuda_graphs=False, **settings)
     replayed = generated(draft, ids, **settings)
@@ -210,6 +213,33 @@ def test_replayed_draws_from_some_tokens_have_the_verifiers_distribution() -> No
     assert list(workspace.recordings.values()) != [None]
     assert chi_square_is_likely(counts, analytic(verifier, [1, 3, 2], SETTINGS["plain"]))
     assert sum(accepted) > len(accepted) / 5
+
+
+@pytest.fixture(params=["eagle3", "eagle31", "parallel"])
+def eagle3_draft(request: pytest.FixtureRequest) -> Eagle3Speculator:
+    """A draft that reads several layers, and often predicts its verifier."""
+    kinds: dict[str, dict[str, Any]] = {
+        "eagle3": {},
+        "eagle31": {"fc_norm": True, "norm_output": True},
+        "parallel": {"parallel": True},
+    }
+    verifier = tiny_verifier(num_hidden_layers=3, context=0.003)
+    draft = knowing_eagle3(verifier, **kinds[request.param])
+    verifier.to(DEVICE)  # type: ignore[arg-type]
+    draft.to(DEVICE)  # type: ignore[arg-type]
+    return draft
+
+
+@pytest.mark.parametrize("proposal", ["chain", "drawn chain", "dynamic tree"])
+def test_eagle3_drafts(eagle3_draft: Eagle3Speculator, proposal: str) -> None:
+    if eagle3_draft.config.parallel and "tree" in proposal:
+        pytest.skip("P-EAGLE drafts chains only")
+    method = PROPOSALS[proposal]
+    for length in (1, 5):
+        check_same(eagle3_draft, ids_of(length), proposal=method, max_new_tokens=40)
+    assert recordings(eagle3_draft) > 1
+    if proposal == "drawn chain":
+        check_same(eagle3_draft, ids_of(5), proposal=method, do_sample=True, temperature=0.8)
 
 
 def test_recordings_are_used_again() -> None:

@@ -20,7 +20,8 @@ import typer
 from loguru import logger
 from typer.core import TyperGroup
 
-from helpers import GOLDEN, PLAIN, source_tensors
+from eagle3 import GOLDEN3, TARGET
+from helpers import GOLDEN, PLAIN, fork_processes, source_tensors
 from hub_server import MEMBER, HubServer, patch_hub
 from pages import PAGES, ROOT, RUN, SHOWN, Block, blocks
 from speculators.cli import main
@@ -84,6 +85,10 @@ def directory(
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).symlink_to(target)
 
+    (here / "verifier3").symlink_to(TARGET)
+    (here / "draft3").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN3 / "eagle31_specforge" / name, here / "draft3")
     shutil.copytree(ROOT / "examples", here / "examples")
     config = GOLDEN / PLAIN / "config.json"
     for name in ("draft", "pointer", "hostile"):
@@ -215,6 +220,7 @@ def run_here(command: str) -> tuple[int, str]:
         patch.setattr(sys, "argv", words_of(command))
         # By which help tells `speculators` from `python -m pytest`.
         patch.setattr(sys.modules["__main__"], "__package__", None)
+        fork_processes(patch)
         with streams_into(file):
             try:
                 main()
@@ -274,8 +280,13 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 def test_commands_and_options_exist(where: str, arguments: list[str]) -> None:
     command: Any = typer.main.get_command(app)
     words = [*arguments]
-    while isinstance(command, TyperGroup) and words and words[0] in command.commands:
-        command = command.commands[words.pop(0)]
+    context: Any = None
+    while isinstance(command, TyperGroup) and words:
+        found = command.get_command(context, words[0])
+        if found is None:
+            break
+        command = found
+        del words[0]
     assert not isinstance(command, TyperGroup) or words[0].startswith("-"), where
     command.make_parser(command.context_class(command)).parse_args(
         words

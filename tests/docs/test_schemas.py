@@ -9,7 +9,7 @@ import pytest
 from pages import ROOT
 from schemas import PRINTED, READ, schema, schema_file
 from speculators.batch.manifest import Entry
-from speculators.families.registry import families, signatures
+from speculators.families.registry import families, options_of, signatures
 
 DOCS = ROOT / "docs"
 
@@ -51,7 +51,9 @@ def test_every_kind_is_described() -> None:
 
 def test_every_key_of_a_manifest_is_described() -> None:
     page = (DOCS / "batch.md").read_text(encoding="utf-8")
-    told = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", page, re.MULTILINE)
+    told = [key for row in rows for key in re.findall(r"\w+", row)]
     common = [field.alias or name for name, field in Entry.model_fields.items()]
     flags = [flag.feature for family in families() for flag in family.flags]
-    assert sorted(told) == sorted(common + flags)
+    options = [option.name for option in options_of(None)]
+    assert sorted(told) == sorted(common + flags + options)

@@ -71,7 +71,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
     [
         ('{"prompt": "a"', r"line 2 is not valid JSON: Expecting ',' delimiter at column 15\.$"),
         ("[" * 100_000, r"line 2 is not valid JSON"),
-        ('["a"]', r"line 2 holds no JSON object"),
+        ('["a"]', r"line 2 is not a JSON object"),
         ({}, r"line 2: one of turns, prompt and messages is expected\.$"),
         ({"prompt": "a", "turns": ["b"]}, r"line 2: .*, found turns and prompt\.$"),
         ({"prompt": ""}, r"line 2: key prompt: String should have at least 1 character\.$"),

@@ -11,13 +11,14 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from helpers import GOLDEN_NAMES, config_of, source_tensors, stored_tensors
 from speculators.errors import FormatError
-from speculators.integrations.vllm.config import update_eagle
+from speculators.integrations.vllm.config import cover_positions, update_eagle
 from speculators.integrations.vllm.models import ARCHITECTURE, MODELS
 from speculators.integrations.vllm.plugin import register
 from vllm_stand_in import ALGORITHMS, LAYERS, REGISTRY, write_stand_in
@@ -55,7 +56,7 @@ def test_vllm_finds_the_plugin() -> None:
     assert found["speculators"].load() is register
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.31.0", "0.32.0", "0.32.0+cpu"])
+@pytest.mark.parametrize("version", ["0.26.0", "0.29.0", "0.31.0", "0.32.0", "0.32.0+cpu"])
 def test_a_tested_release_gets_everything_in_silence(
     vllm: Install, caplog: pytest.LogCaptureFixture, version: str
 ) -> None:
@@ -78,7 +79,7 @@ def test_another_release_of_the_same_parts_is_tried_with_one_warning(
     assert record.levelno == logging.WARNING
     assert record.name.startswith("vllm.")
     assert f"was not tested with vLLM {version}. It goes on" in record.getMessage()
-    assert "vLLM 0.26.0, 0.31.0 and 0.32.0 are known to work" in record.getMessage()
+    assert "vLLM 0.26.0, 0.29.0, 0.31.0 and 0.32.0 are known to work" in record.getMessage()
 
 
 def test_its_further_processes_do_not_repeat_the_warning(
@@ -125,7 +126,7 @@ def test_it_steps_aside_where_a_part_is_another(
     assert f"does nothing, since vLLM {version} differs from what it needs" in record.getMessage()
     assert why in record.getMessage()
     assert (
-        "vLLM 0.26.0, 0.31.0 and 0.32.0 are known to work (pip install vllm==0.32.0)"
+        "vLLM 0.26.0, 0.29.0, 0.31.0 and 0.32.0 are known to work (pip install vllm==0.32.0)"
         in record.getMessage()
     )
     assert "vllm.transformers_utils" not in sys.modules
@@ -245,6 +246,16 @@ def test_rope_is_the_draft_s_own(converted: dict[str, Path]) -> None:
     }
     plain = vllm_s_config(config_of(converted["llama31_gqa_nobias"]))
     assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 500000.0}
+
+
+@pytest.mark.parametrize(("max_model_len", "expected"), [(8192, 8192), (1024, 2048)])
+def test_the_table_of_rotary_embeddings_covers_the_served_context(
+    converted: dict[str, Path], max_model_len: int, expected: int
+) -> None:
+    config = vllm_s_config(config_of(converted["llama31_gqa_nobias"]))
+    draft = SimpleNamespace(**config | {"max_position_embeddings": 2048})
+    cover_positions(draft, max_model_len)
+    assert draft.max_position_embeddings == expected
 
 
 def test_an_older_config_is_filled_in(converted: dict[str, Path]) -> None:

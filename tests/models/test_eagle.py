@@ -380,15 +380,15 @@ def test_an_unconverted_checkpoint_is_told_how_to_convert(
     with pytest.raises(FormatError) as caught:
         EagleSpeculator.from_pretrained(kind(GOLDEN / PLAIN))
     assert "Missing or incorrect speculators_model_type" in str(caught.value)
-    assert f"speculators convert eagle {GOLDEN / PLAIN} " in str(caught.value)
+    assert f"speculators convert auto {GOLDEN / PLAIN} " in str(caught.value)
 
 
 def test_another_speculators_model_type(converted: dict[str, Path], tmp_path: Path) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(converted[PLAIN], changed)
-    config = config_of(changed) | {"speculators_model_type": "eagle3"}
+    config = config_of(changed) | {"speculators_model_type": "medusa"}
     (changed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match=r"incorrect speculators_model_type.*found 'eagle3'"):
+    with pytest.raises(FormatError, match=r"incorrect speculators_model_type.*found 'medusa'"):
         EagleSpeculator.from_pretrained(changed)
 
 

@@ -5,7 +5,6 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ def test_the_older_name_of_the_output() -> None:
     assert EagleOutput is DraftOutput
 
 
-def outputs_with(cache: Any) -> dict[str, DraftOutput]:
+def outputs_with(cache: DynamicCache | None) -> dict[str, DraftOutput]:
     """The same output, made in every way."""
     state = torch.zeros(1, 2, 3)
     set_later, by_key = (DraftOutput(last_hidden_state=state) for _ in range(2))
@@ -84,7 +83,7 @@ def test_an_output_survives_pickle_and_pytrees() -> None:
     cache = DynamicCache()
     output = DraftOutput(last_hidden_state=torch.ones(1, 2, 3), cache=cache)
     again = pickle.loads(pickle.dumps(output))
-    assert again.last_hidden_state.equal(output.last_hidden_state)
+    assert largest_difference(again.last_hidden_state, torch.ones(1, 2, 3)) == 0
     assert isinstance(again.past_key_values, DynamicCache)
     leaves, spec = torch.utils._pytree.tree_flatten(output)
     rebuilt = torch.utils._pytree.tree_unflatten(leaves, spec)

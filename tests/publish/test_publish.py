@@ -18,6 +18,7 @@ from helpers import (
     PLAIN,
     WRITTEN,
     CommandLine,
+    fork_processes,
     golden_vectors,
     largest_difference,
     stored_tensors,
@@ -310,8 +311,9 @@ def test_a_wrong_report_is_told_before_anything_is_converted(
 
 
 def test_publishing_twice_in_a_batch_sends_nothing(
-    tmp_path: Path, server: HubServer, speculators: CommandLine
+    tmp_path: Path, server: HubServer, speculators: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fork_processes(monkeypatch)
     manifest = tmp_path / "batch.json"
     entry = {
         "input": str(GOLDEN / PLAIN),

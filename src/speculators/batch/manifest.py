@@ -3,15 +3,25 @@
 import json
 from collections import Counter
 from collections.abc import Hashable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    create_model,
+    model_validator,
+)
 from pydantic import ValidationError as PydanticValidationError
 
 from speculators.checkpoint.repository import looks_like_a_path
 from speculators.errors import ManifestError
-from speculators.families.family import Family
+from speculators.families.family import Family, Option
+from speculators.families.registry import flags_of, options_of
 from speculators.format.problems import first_problem
 
 __all__ = ["Conversion", "read_manifest"]
@@ -20,7 +30,7 @@ __all__ = ["Conversion", "read_manifest"]
 class Entry(BaseModel):
     """One entry: what `speculators convert` takes on the command line.
 
-    The flags of the family are further keys.
+    The flags and options of the family are further keys.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -58,10 +68,12 @@ class Entry(BaseModel):
 class Conversion(Entry):
     """An entry, and what it converts."""
 
-    family: str
-    """The name of the family that the input has to belong to."""
+    family: str | None
+    """The name of the family that the input has to belong to; any if not given."""
     asked: tuple[str, ...] = ()
     """The features that the input must have."""
+    options: dict[str, Any] = {}
+    """What is said about the input where its files leave it open."""
 
     def relative_to(self, directory: Path) -> "Conversion":
         """Return a copy whose relative paths are resolved against ``directory``."""
@@ -75,9 +87,10 @@ class Conversion(Entry):
         )
 
 
-def read_manifest(file: Path, family: Family) -> list[Conversion]:
-    """Read a manifest of conversions of one family: JSON if it is named ``*.json``, else YAML.
+def read_manifest(file: Path, family: Family | None = None) -> list[Conversion]:
+    """Read a manifest: JSON if it is named ``*.json``, else YAML.
 
+    Its conversions are of one family, or of any if none is given.
     Relative paths in it are relative to its directory. An input or verifier that neither exists
     there nor looks like a path is a Hugging Face id.
 
@@ -91,8 +104,12 @@ def read_manifest(file: Path, family: Family) -> list[Conversion]:
         raise ManifestError(
             f"{file} has to be a list of conversions, each with input, output and base_model."
         )
-    flags: dict[str, Any] = {flag.feature: (bool, False) for flag in family.flags}
-    model = create_model("EntryOfFamily", __base__=Entry, **flags)
+    flags: dict[str, Any] = {flag.feature: (bool, False) for flag in flags_of(family)}
+    options: dict[str, Any] = {
+        option.name: (Annotated[Any, BeforeValidator(partial(_read, option))], None)
+        for option in options_of(family)
+    }
+    model = create_model("EntryOfFamily", __base__=Entry, **flags, **options)
     try:
         checked: list[Entry] = TypeAdapter(list[model]).validate_python(  # type: ignore[valid-type]
             entries
@@ -102,15 +119,22 @@ def read_manifest(file: Path, family: Family) -> list[Conversion]:
         raise ManifestError(f"{file}, {_problem(error, keys)}.") from error
     conversions = [
         Conversion(
-            family=family.name,
+            family=family.name if family else None,
             asked=tuple(flag for flag in flags if getattr(entry, flag)),
-            **entry.model_dump(by_alias=True, exclude=set(flags)),
+            options={
+                name: value for name in options if (value := getattr(entry, name)) is not None
+            },
+            **entry.model_dump(by_alias=True, exclude={*flags, *options}),
         ).relative_to(file.parent.absolute())
         for entry in checked
     ]
     for problem in _collisions(conversions):
         raise ManifestError(f"{file}, {problem}.")
     return conversions
+
+
+def _read(option: Option, value: Any) -> Any:
+    return None if value is None else option.read(value)
 
 
 def _parse(file: Path) -> Any:

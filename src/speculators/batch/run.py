@@ -5,6 +5,7 @@ memory does not take down the others. They do not receive Ctrl-C themselves: the
 to stop, and waits until they have cleaned up.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Outcome", "State"]
 
 SECONDS_TO_CLEAR_UP = 30
+
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 class State(str, Enum):
@@ -267,6 +270,7 @@ def _work(
 ) -> None:
     """Convert and publish; report everything that is logged, and the outcome."""
     signal.signal(signal.SIGTERM, _leave)
+    _end_with_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read when torch is imported
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # those of several would overwrite each other
@@ -287,14 +291,13 @@ def _work(
 
 
 def _convert(conversion: Conversion, cache_dir: Path | None) -> None:
-    family = family_named(conversion.family)
-    assert family is not None
     convert(
-        family,
+        family_named(conversion.family),
         conversion.input,
         conversion.output,
         conversion.base_model,
         asked=conversion.asked,
+        options=conversion.options,
         validate=conversion.validated,
         cache_dir=cache_dir,
         revision=conversion.revision,
@@ -313,6 +316,15 @@ def _publish(conversion: Conversion) -> str:
         private=conversion.private,
         report=conversion.report,
     )
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent ends, however it does; on Linux."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent_process().pid:  # type: ignore[union-attr]
+        raise SystemExit(128 + signal.SIGTERM)  # it ended before the kernel was asked
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

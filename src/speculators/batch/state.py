@@ -81,12 +81,13 @@ def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str
             conversion.dtype != record.dtype
         ),
         "it was not validated": conversion.validated and not record.validated,
-        f"it is {family.noun}": family.name != conversion.family,
+        f"it is {family.noun}": conversion.family not in {None, family.name},
+        f"its options were {record.options or 'none'}": conversion.options != record.options,
     }
     yield from (clause for clause, different in differs.items() if different)
     for feature in conversion.asked:
         if feature not in checked.features:
-            yield f"it has no {family.features[feature].removeprefix('a ')}"
+            yield f"it has no {family.wanted(feature)}"
     for name, file in record.files.items():
         if not _has_size(output / name, file):
             yield f"{name} is missing or has another size"

@@ -181,7 +181,10 @@ def _say_what_is_there(repository: Repository) -> str | None:
 
 def _find_deepspeed_weights(repository: Repository) -> Path | None:
     latest = repository.file("latest")
-    newest = latest.read_text(errors="replace").strip() if latest else None
+    newest = None
+    if latest is not None:
+        with latest.open(errors="replace") as file:
+            newest = file.read(MAX_FILENAME).strip()
     found = deepspeed_weights(repository.names(), newest)
     if found is None:
         return None

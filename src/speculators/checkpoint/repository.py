@@ -5,16 +5,17 @@ need, so a Hub repository is never downloaded whole.
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 from loguru import logger
 
-from speculators.errors import CheckpointError, SpeculatorsError, printable
+from speculators.checkpoint.paths import local_path
+from speculators.errors import CheckpointError, printable
 
-__all__ = ["LocalDirectory", "Repository", "local_path", "looks_like_a_path", "open_repository"]
+__all__ = ["LocalDirectory", "Repository", "looks_like_a_path", "open_repository"]
 
 MAX_NAMES = 2000
 
@@ -138,37 +139,6 @@ def open_repository(
     from speculators.checkpoint.hub.repository import HubRepository
 
     return HubRepository(source, revision=revision, cache_dir=cache_dir)
-
-
-def local_path(
-    given: str | Path, error: Callable[[str], SpeculatorsError] = CheckpointError
-) -> Path:
-    """A path as the user gave it, with ``~`` expanded.
-
-    Args:
-        given: the path.
-        error: makes the error, given its sentence.
-
-    Raises:
-        SpeculatorsError: if it has a NUL or bytes that are not UTF-8, or begins with ``~`` and the
-            name of nobody.
-
-    """
-    text = str(given)
-    if "\0" in text or not _is_text(text):
-        raise error(f"The path {printable(text)} has bytes that are no text; rename it.")
-    try:
-        return Path(given).expanduser()
-    except RuntimeError:
-        raise error(f"The path {text} begins with ~ and nobody's name; write it out.") from None
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # bytes that are not UTF-8 are escaped as lone surrogates
-        return False
-    return True
 
 
 def _say_what_is_meant(source: str) -> str | None:

@@ -1,5 +1,20 @@
 """The command line: one module per command, which only parses and prints."""
 
-from speculators.cli.app import main
+import sys
+
+from speculators.cli.streams import open_missing_streams
 
 __all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line, and exit with one of the statuses that ``shared`` lists."""
+    open_missing_streams()
+    try:
+        # Imported here, so that Ctrl-C during the imports is reported like any other.
+        from speculators.cli.app import run
+
+        run()
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -6,9 +6,9 @@ import typer
 
 from speculators.cli import convert, doctor, evaluate, export, inspect, publish, validate
 from speculators.cli.shared import share_options
-from speculators.cli.signals import stop_on_sigterm
+from speculators.cli.signals import stop_on_signals
 
-__all__ = ["app", "main"]
+__all__ = ["app", "run"]
 
 app = typer.Typer(
     name="speculators",
@@ -50,7 +50,7 @@ def root(
 share_options(app)  # after the last command is added
 
 
-def main() -> None:
-    """Run the command line, and exit with one of the statuses that ``shared`` lists."""
-    stop_on_sigterm()
+def run() -> None:
+    """Run the command that the arguments name, and exit."""
+    stop_on_signals()
     app()

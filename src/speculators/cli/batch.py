@@ -8,14 +8,14 @@ import typer
 
 from speculators.batch.manifest import read_manifest
 from speculators.batch.run import Batch, Outcome, State
-from speculators.cli.output import show, table
+from speculators.cli.output import Listing, show
 from speculators.families.family import Family
 
 __all__ = ["run_batch"]
 
 
 def run_batch(
-    manifest: Path, family: Family, *, jobs: int, cache_dir: Path | None, dry_run: bool
+    manifest: Path, family: Family | None, *, jobs: int, cache_dir: Path | None, dry_run: bool
 ) -> None:
     """Run a manifest, or with ``dry_run`` only find what is done; exit with 1 if any failed."""
     batch = Batch(read_manifest(manifest, family), jobs=jobs, cache_dir=cache_dir)
@@ -44,7 +44,7 @@ def _print(outcomes: Sequence[Outcome]) -> None:
         for number, outcome in enumerate(outcomes, start=1)
     )
     show(
-        table(("entry", "output", "outcome", "seconds", "error or URL"), rows),
+        Listing(("entry", "output", "outcome", "seconds", "error or URL"), rows),
         "",
         ", ".join(f"{counts[state]} {state.value}" for state in State if counts[state]) + ".",
     )

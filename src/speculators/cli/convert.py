@@ -34,21 +34,27 @@ speculators convert {name} --manifest batch.yaml --jobs 2
 """
 
 
+ANY = "auto"
+"""The command that converts drafts of whatever family they are."""
+
+ANY_EXAMPLE = ("ORG/DRAFT", "ORG/VERIFIER")
+
+
 class FamilyCommands(TyperGroup):
-    """A command for each family, made from the registry when it is needed."""
+    """A command for each family, and one for all, made from the registry when it is needed."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
-        """The names of the families."""
+        """The names of the families, and ``auto``."""
         from speculators.families.registry import families
 
-        return [family.name for family in families()]
+        return [*(family.name for family in families()), ANY]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         """The command that converts drafts of a family; ``None`` if there is no such family."""
         from speculators.families.registry import family_named
 
         family = family_named(cmd_name)
-        return None if family is None else command_of(family)
+        return None if family is None and cmd_name != ANY else command_of(family)
 
 
 app = typer.Typer(
@@ -63,37 +69,60 @@ def convert() -> None:
     """Convert a research checkpoint to the speculators format."""
 
 
-def command_of(family: "Family") -> Any:
-    """The command for a family: ``convert_draft``, with the family's flags as options."""
-    command = partial(convert_draft, family.name)
+def command_of(family: "Family | None") -> Any:
+    """The command for a family, or for all: ``convert_draft``, with flags and options added."""
+    from speculators.families.registry import flags_of, options_of
+
+    name = family.name if family else ANY
+    command = partial(convert_draft, family.name if family else None)
     update_wrapper(command, convert_draft)
     parameters = list(inspect.signature(convert_draft, eval_str=True).parameters.values())[1:-1]
     place = next(i for i, it in enumerate(parameters) if it.name == "jobs") + 1
     parameters[place:place] = [
-        inspect.Parameter(
-            flag.feature,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[
-                bool, typer.Option(f"--{flag.feature.replace('_', '-')}", help=flag.help)
-            ],
-        )
-        for flag in sorted(family.flags, key=lambda flag: flag.feature, reverse=True)
+        *(
+            _parameter(
+                option.name,
+                None,
+                str | None,
+                typer.Option(
+                    option.flag, metavar=option.metavar, help=option.help, show_default=False
+                ),
+            )
+            for option in options_of(family)
+        ),
+        *(
+            _parameter(
+                flag.feature,
+                False,
+                bool,
+                typer.Option(f"--{flag.feature.replace('_', '-')}", help=flag.help),
+            )
+            for flag in sorted(flags_of(family), key=lambda flag: flag.feature, reverse=True)
+        ),
     ]
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [it.replace(kind=inspect.Parameter.KEYWORD_ONLY) for it in parameters]
     )
-    draft, verifier = family.example
+    draft, verifier = family.example if family else ANY_EXAMPLE
+    noun = family.noun if family else "a draft of whatever family it is"
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     one.command(
-        family.name,
-        help=EXPLANATION.format(noun=family.noun, name=family.name, draft=draft, verifier=verifier),
+        name, help=EXPLANATION.format(noun=noun, name=name, draft=draft, verifier=verifier)
     )(share(command))
     return typer.main.get_command(one)
 
 
+def _parameter(name: str, default: Any, annotation: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[annotation, option],
+    )
+
+
 def convert_draft(
-    family_name: str,
+    family_name: str | None,
     *,
     source: Annotated[
         str | None,
@@ -164,20 +193,19 @@ def convert_draft(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
     ] = False,
-    **flags: bool,
+    **said: Any,
 ) -> None:
-    """Convert a draft of a family; ``flags`` are the features that it must have."""
-    from speculators.families.registry import family_named
+    """Convert a draft of a family, or of any; ``said`` are the family's flags and options."""
+    from speculators.families.registry import family_named, flags_of
 
     family = family_named(family_name)
-    assert family is not None
     if manifest is not None:
         _refuse_beside_manifest(
             {
                 "INPUT": source,
                 "OUTPUT": output,
                 "BASE_MODEL": base_model,
-                **{f"--{flag.replace('_', '-')}": asked for flag, asked in flags.items()},
+                **{f"--{name.replace('_', '-')}": value for name, value in said.items()},
                 "--no-validate": not validate,
                 "--revision": revision,
                 "--overwrite": overwrite,
@@ -205,7 +233,9 @@ def convert_draft(
     from speculators.cli.progress import progress_bar
     from speculators.convert import conversion
 
-    asked = [feature for feature, required in flags.items() if required]
+    flags = {flag.feature for flag in flags_of(family)}
+    asked = [name for name in said if name in flags and said[name]]
+    options = {name: value for name, value in said.items() if name not in flags}
     if push_to_hub is not None:
         from speculators.publish.draft import check_publishing, publish_draft
 
@@ -220,6 +250,7 @@ def convert_draft(
                 source,
                 base_model,
                 asked=asked,
+                options=options,
                 cache_dir=cache_dir,
                 revision=revision,
                 dtype=dtype,
@@ -233,6 +264,7 @@ def convert_draft(
             output,
             base_model,
             asked=asked,
+            options=options,
             validate=validate,
             cache_dir=cache_dir,
             revision=revision,
@@ -247,9 +279,10 @@ def convert_draft(
 def _warn_of_what_is_in_the_way(output: Path, *, overwrite: bool) -> None:
     """Warn on a dry run of what would otherwise be an error: the plan is useful all the same."""
     from speculators.checkpoint.output.staging import check_output
+    from speculators.checkpoint.paths import local_path
 
     try:
-        check_output(output.expanduser(), overwrite=overwrite)
+        check_output(local_path(output, OutputError), overwrite=overwrite)
     except OutputError as error:
         logger.warning(f"Without --dry-run this would fail: {error}")
 

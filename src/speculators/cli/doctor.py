@@ -22,7 +22,7 @@ def doctor(
 
     speculators doctor
     """
-    from speculators.cli.output import show, table
+    from speculators.cli.output import Listing, show
     from speculators.inspection.installation import diagnose
 
     diagnosis = diagnose()
@@ -30,7 +30,7 @@ def doctor(
         print(diagnosis.model_dump_json(indent=2))
     else:
         show(
-            table(
+            Listing(
                 ("", "", "found", "expected", "advice"),
                 (
                     (it.status, it.name, it.found or "-", it.expected or "", it.advice or "")

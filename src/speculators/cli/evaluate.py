@@ -114,7 +114,7 @@ def evaluate(
     from speculators.evaluate.report import Settings
 
     if output is not None:
-        check_output(output, overwrite=overwrite, kind=REPORT)
+        check_output(output, overwrite=overwrite, marker=REPORT)
     selected = read_prompts(prompts or OWN_PROMPTS)[:limit]
     settings = Settings(
         prompts_file=None if prompts is None else str(prompts),

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from rich.filesize import decimal
 
 from speculators.checkpoint.tensor import describe_shape
-from speculators.cli.output import labelled, show, table
+from speculators.cli.output import Listing, labelled, show
+from speculators.families.readers import READERS
 from speculators.families.registry import family_named
 from speculators.inspection.findings import Finding, TensorFinding, VerifierFinding
 
@@ -29,7 +30,7 @@ def print_finding(finding: Finding) -> None:
             (tensor.name, tensor.dtype, describe_shape(tuple(tensor.shape)), _becomes(tensor))
             for tensor in finding.tensors
         )
-        show("", table(heads, (row[: len(heads)] for row in rows)))
+        show("", Listing(heads, (row[: len(heads)] for row in rows)))
 
 
 def _lines(finding: Finding) -> Iterator[tuple[str, list[str]]]:
@@ -44,6 +45,8 @@ def _lines(finding: Finding) -> Iterator[tuple[str, list[str]]]:
         [f"{labels[it]}: {', '.join(names)}" for it, names in features.items() if names],
     )
     yield "without", [labels[it] for it, names in features.items() if not names]
+    for label, fact in finding.facts.items():
+        yield label, [fact]
     if finding.tensors:
         yield "weights", _weights(finding)
     if finding.sizes:
@@ -54,6 +57,8 @@ def _lines(finding: Finding) -> Iterator[tuple[str, list[str]]]:
         yield "layout", [LAYOUTS[finding.layout]]
     if finding.verifier:
         yield "fits", _fits(finding.kind, finding.verifier)
+    if finding.exports is not None:
+        yield "exports", [", ".join(READERS[it] for it in finding.exports) or "none"]
     if finding.kind != "unknown":
         yield "conversion", _conversion(finding)
     yield "notes", finding.notes

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from rich.filesize import decimal
 
 from speculators.checkpoint.tensor import describe_shape
-from speculators.cli.output import show, table
+from speculators.cli.output import Listing, show
 from speculators.convert.config_diff import ConfigChange, config_diff
 from speculators.convert.plan import ConversionPlan
 
@@ -21,7 +21,7 @@ def print_plan(plan: ConversionPlan) -> None:
         f"{plan.source.name}: {len(plan.tensors)} tensors ({decimal(plan.nbytes)}) are "
         f"written, {len(plan.left_out)} are left out",
         "",
-        table(("tensor", "dtype", "shape", "becomes"), _tensors(plan)),
+        Listing(("tensor", "dtype", "shape", "becomes"), _tensors(plan)),
         "",
         "config.json (= kept, ~ changed, - left out, + added)",
         *map(_line, config_diff(plan)),

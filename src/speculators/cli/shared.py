@@ -1,7 +1,7 @@
 """What all commands share: --quiet and --debug, the log, and how errors are reported.
 
 Exit statuses: 0, done; 1, an error, reported in one sentence; 2, wrong usage; 130, interrupted by
-Ctrl-C; 143, stopped by SIGTERM.
+Ctrl-C; 143 and 129, stopped by SIGTERM and SIGHUP.
 """
 
 import functools
@@ -11,12 +11,15 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from loguru import logger
 
-from speculators.errors import sentence
+from speculators.errors import sentence, visible
+
+if TYPE_CHECKING:
+    from loguru import Record
 
 __all__ = ["CacheDir", "is_quiet", "share", "share_options"]
 
@@ -102,9 +105,15 @@ def share(command: Callable[..., Any]) -> Callable[..., None]:
     return run
 
 
+def _make_visible(record: "Record") -> None:
+    record["message"] = visible(record["message"])
+
+
 def _start_log(level: str) -> None:
     logger.remove()
     # loguru does not heed these by itself; with None, it depends on what the log goes to.
     wanted = {"NO_COLOR": False, "FORCE_COLOR": True}
     colorize = next((colour for name, colour in wanted.items() if os.environ.get(name)), None)
+    # Values from files may have control characters, which could forge a line or drive a terminal.
+    logger.configure(patcher=_make_visible)
     logger.add(sys.stderr, level=level, format=FORMAT, colorize=colorize)

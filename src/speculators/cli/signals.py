@@ -1,18 +1,24 @@
-"""Stopping on SIGTERM, which service managers, containers and batch systems send."""
+"""Stopping on the signals that service managers, batch systems and closed terminals send."""
 
 import signal
 from types import FrameType
 
 from loguru import logger
 
-__all__ = ["stop_on_sigterm"]
+__all__ = ["stop_on_signals"]
 
 
-def stop_on_sigterm() -> None:
-    """Let SIGTERM end the process like Ctrl-C: after cleaning up, but with the status 143."""
+def stop_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end the process like Ctrl-C: after cleaning up.
+
+    The status is 128 plus the number of the signal: 143 and 129. A SIGHUP that is ignored, as
+    ``nohup`` arranges it, stays ignored.
+    """
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _stop)
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
-    logger.error("Terminated.")
+    logger.error("Terminated." if number == signal.SIGTERM else "The terminal was closed.")
     raise SystemExit(128 + number)

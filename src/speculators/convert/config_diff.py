@@ -41,7 +41,7 @@ def config_diff(plan: ConversionPlan) -> list[ConfigChange]:
     """
     after = _flat(plan.config.model_dump(exclude_none=True))
     changes = []
-    for key, before in plan.source.config.items():
+    for key, before in _flat(plan.source.config).items():
         target = next((it for it in (f"transformer_layer_config.{key}", key) if it in after), None)
         why = plan.config_left_out.get(key)
         if target is not None:
@@ -50,7 +50,6 @@ def config_diff(plan: ConversionPlan) -> list[ConfigChange]:
             change: Literal["kept", "changed"] = "kept" if same else "changed"
             changes.append(ConfigChange(change, key, before, target, value, None if same else why))
         elif before is not None:
-            why = why or "it is written as rope_theta and rope_scaling"
             changes.append(ConfigChange("left out", key, before, why=why))
     added = [ConfigChange("added", target=key, after=value) for key, value in after.items()]
     return changes + added
@@ -60,6 +59,8 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= (
-            {f"{key}.{inner}": it for inner, it in value.items()} if key in NESTED else {key: value}
+            {f"{key}.{inner}": it for inner, it in value.items()}
+            if key in NESTED and isinstance(value, dict)
+            else {key: value}
         )
     return flat

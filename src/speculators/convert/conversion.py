@@ -1,23 +1,31 @@
 """Conversion: read, plan, write, validate, and only then move into place."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
+from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.tensor import FLOATS
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.convert.plan import ConversionPlan, plan_conversion
+from speculators.convert.plan import (
+    ConversionPlan,
+    family_of,
+    head_left_out,
+    plan_conversion,
+)
 from speculators.convert.provenance import (
-    changed_source_files,
     check_files,
+    check_record,
     read_record,
     record_conversion,
+    tell_of_another_source,
 )
 from speculators.convert.replan import plan_of_itself, verifier_of
 from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
@@ -29,12 +37,13 @@ __all__ = ["convert", "plan", "validate"]
 
 
 def convert(
-    family: Family,
+    family: Family | None,
     source: str | Path,
     output: str | Path,
     base_model: str | Path,
     *,
     asked: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
     validate: bool = True,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
@@ -48,12 +57,14 @@ def convert(
     Until then, and if anything fails, ``output`` is left as it was.
 
     Args:
-        family: the family that the checkpoint has to belong to.
+        family: the family that the checkpoint has to belong to; any if ``None``.
         source: a directory, a file of weights beside a config.json, or a Hugging Face id.
         output: the directory to create: config.json, model.safetensors and conversion.json.
         base_model: the verifier that the draft was trained for: a directory or a Hugging
             Face id. Its config is read, and its weights only for validation.
         asked: the features that the checkpoint must have.
+        options: what is said about the checkpoint where its files leave it open: name of an option
+            of the family → its value.
         validate: prove the result before it appears, see ``validate_conversion``.
         cache_dir: where downloads are kept; the Hub client's default cache if not given.
         revision: a branch, tag or commit of ``source`` on the Hub.
@@ -75,8 +86,9 @@ def convert(
         ValidationError: the result does not hold or compute what the source does.
 
     """
-    logger.info(f"Converting {family.name.capitalize()} checkpoint: {source}")
-    output = Path(output).expanduser()
+    kind = f"{family.name.capitalize()} checkpoint" if family else "checkpoint"
+    logger.info(f"Converting {kind}: {source}")
+    output = local_path(output, OutputError)
     _refuse_same_directory(source, output)
     _refuse_to_replace_what_is_read({"input": source, "verifier": base_model}, output)
     check_output(output, overwrite=overwrite)
@@ -85,6 +97,7 @@ def convert(
         source,
         base_model,
         asked=asked,
+        options=options,
         cache_dir=cache_dir,
         revision=revision,
         dtype=dtype,
@@ -92,13 +105,25 @@ def convert(
     with staged_directory(output, overwrite=overwrite) as staging:
         config = planned.config.model_dump_json(indent=2, exclude_none=True)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
-        write_safetensors_file(staging / "model.safetensors", planned.tensors, progress=progress)
-        unchecked = None
+        hashes = write_safetensors_file(
+            staging / "model.safetensors", planned.tensors, progress=progress, hashed=validate
+        )
         if validate:
             from speculators.convert.validation import validate_conversion
 
             unchecked = validate_conversion(planned, open_converted(staging), progress=progress)
-        record = record_conversion(planned, staging, unchecked=unchecked, progress=progress)
+        else:
+            unchecked = [head_left_out(head) for head in planned.heads]
+            for sentence in unchecked:
+                logger.warning(sentence)
+        record = record_conversion(
+            planned,
+            staging,
+            validated=validate,
+            unchecked=unchecked,
+            hashes=hashes,
+            progress=progress,
+        )
         (staging / CONVERSION_FILE).write_text(
             record.model_dump_json(indent=2) + "\n", encoding="utf-8"
         )
@@ -138,7 +163,7 @@ def validate(
             source does.
 
     """
-    directory = Path(directory).expanduser()
+    directory = local_path(directory)
     logger.info(f"Checking converted checkpoint: {directory}")
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; give a converted checkpoint.")
@@ -148,11 +173,14 @@ def validate(
         logger.warning(f"{directory} has no {CONVERSION_FILE}: what was written is not known")
     else:
         check_files(record, directory, progress)
+        check_record(record, written)
     verifier = verifier_of(written)
 
     from speculators.convert.validation import validate_conversion, validate_model
 
     if source is None:
+        for sentence in record.unchecked if record else ():
+            logger.warning(f"The conversion could not check this: {sentence}")
         validate_model(plan_of_itself(written, verifier), written)
     else:
         planned = _plan(
@@ -160,21 +188,21 @@ def validate(
             _read(source, revision, cache_dir),
             verifier,
             dtype=record.dtype if record else None,
+            options=record.options if record else None,
         )
         validate_conversion(planned, written, progress=progress)
-        for name in changed_source_files(record, planned.source, progress) if record else ():
-            logger.warning(
-                f"{name} of {source} is not the file that was converted, but gives the same"
-            )
+        if record is not None:
+            tell_of_another_source(record, planned, progress)
     logger.success(f"Valid: {directory}")
 
 
 def plan(
-    family: Family,
+    family: Family | None,
     source: str | Path,
     base_model: str | Path,
     *,
     asked: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
     dtype: str | None = None,
@@ -185,6 +213,7 @@ def plan(
         _read(source, revision, cache_dir),
         open_verifier(base_model, cache_dir=cache_dir),
         asked=asked,
+        options=options,
         dtype=dtype,
     )
     _refuse_draft_as_its_own_verifier(source, base_model)
@@ -200,15 +229,21 @@ def _read(source: str | Path, revision: str | None, cache_dir: str | Path | None
 
 
 def _plan(
-    family: Family,
+    family: Family | None,
     checkpoint: Checkpoint,
     verifier: Verifier,
     *,
     dtype: str | None,
     asked: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> ConversionPlan:
     planned = plan_conversion(
-        family, checkpoint, verifier, asked=asked, rounded_to=_stored_dtype(dtype)
+        family or family_of(checkpoint),
+        checkpoint,
+        verifier,
+        asked=asked,
+        options=options,
+        rounded_to=_stored_dtype(dtype),
     )
     _log(planned)
     return planned
@@ -230,6 +265,8 @@ def _log(planned: ConversionPlan) -> None:
         "dtype": planned.config.torch_dtype,
     }
     logger.debug(f"Detected: {', '.join(f'{key}={value}' for key, value in detected.items())}")
+    if planned.prefix:
+        logger.info(f"Every tensor's name begins with {planned.prefix}, which is taken off")
     for name, tensor in planned.tensors.items():
         if name != tensor.label:
             logger.debug(f"Remapped: {tensor.label} -> {name}")
@@ -243,18 +280,18 @@ def _log(planned: ConversionPlan) -> None:
 
 def _refuse_to_replace_what_is_read(read: dict[str, str | Path], output: Path) -> None:
     for what, path in read.items():
-        source = Path(path).expanduser()
+        source = local_path(path)
         if source.exists() and output.is_dir() and output.resolve() in source.resolve().parents:
             raise OutputError(f"{output} holds the {what} {source}; choose another output.")
 
 
 def _refuse_same_directory(source: str | Path, output: Path) -> None:
-    if _are_same(Path(source).expanduser(), output):
+    if _are_same(local_path(source), output):
         raise OutputError(f"{output} is the input too; choose another output.")
 
 
 def _refuse_draft_as_its_own_verifier(input_path: str | Path, base_model: str | Path) -> None:
-    source, verifier = Path(input_path).expanduser(), Path(base_model).expanduser()
+    source, verifier = local_path(input_path), local_path(base_model)
     if source == verifier or _are_same(source, verifier):
         raise VerifierError(
             f"{base_model} is given as the draft and as its verifier; give the language model that "

@@ -4,6 +4,7 @@ What each target can express is in the family's table.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from loguru import logger
 
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
+from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.tensor import DTYPE_BITS, Constant, PlannedTensor
-from speculators.errors import ConversionError
+from speculators.errors import ConversionError, OutputError, SpeculatorsError
 from speculators.families.converted import Converted, open_converted
-from speculators.families.family import Target
+from speculators.families.family import Family, Target, with_prefix
+from speculators.format.config import SpeculatorConfig
 from speculators.format.tensors import TensorSpec
 
-__all__ = ["ExportPlan", "export", "plan_export"]
+__all__ = ["ExportPlan", "export", "obstacle", "plan_export"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,8 @@ def export(
         OutputError: the output exists or cannot be written.
 
     """
-    directory = Path(output).expanduser()
-    check_output(directory, overwrite=False, kind=None)
+    directory = local_path(output, OutputError)
+    check_output(directory, overwrite=False, marker=None)
     converted = open_converted(source, revision=revision, cache_dir=cache_dir)
     target = converted.family.targets.get(to)
     if target is None:
@@ -78,7 +81,7 @@ def export(
     plan = plan_export(converted, target)
     for remark in plan.remarks:
         logger.warning(f"{converted.checkpoint.name}: {remark}")
-    with staged_directory(directory, kind=None) as staging:
+    with staged_directory(directory, marker=None) as staging:
         config = json.dumps(plan.config, indent=2, ensure_ascii=False)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
         write_safetensors_file(staging / "model.safetensors", plan.tensors)
@@ -97,36 +100,71 @@ def plan_export(converted: Converted, target: Target) -> ExportPlan:
         ConversionError: if the draft has a feature that the target cannot express.
 
     """
-    family, name = converted.family, converted.checkpoint.name
-    if lacking := converted.features & target.lacks:
-        raise ConversionError(
-            f"{name} has {' and '.join(family.features[it] for it in sorted(lacking))}, which "
-            f"{target.reader} cannot compute; serve it with vLLM and the plugin that comes with "
-            "speculators."
-        )
-    activation = converted.config.transformer_layer_config.hidden_act
-    if target.activation not in {None, activation}:
-        raise ConversionError(
-            f"{name} has the activation {activation}, and {target.reader} computes only "
-            f"{target.activation}."
-        )
+    family, config = converted.family, converted.config
+    if why := obstacle(family, config, converted.features, target, lambda: _depth(converted)):
+        raise ConversionError(f"{converted.checkpoint.name} {why}.")
+    prefixes = target.prefixes(config)
+
+    def named(name: str) -> str:
+        return with_prefix(family.names.in_research(name), prefixes)
 
     tensors = {
-        family.names.in_research(name): PlannedTensor.copy_of(info)
+        named(name): PlannedTensor.copy_of(info)
         for name, info in converted.tensors.items()
+        if name not in target.drops
     }
     for spec in family.tensors:
         if spec.feature in target.zeros - converted.features:
-            tensors[family.names.in_research(spec.name)] = _zeros(spec, converted)
+            tensors[named(spec.name)] = _zeros(spec, converted)
+    remarks = [
+        remark
+        for feature, remark in target.remarks.items()
+        if feature is None or feature in converted.features
+    ]
     return ExportPlan(
-        config=family.export_config(converted.config, target),
-        tensors=tensors,
-        remarks=[
-            remark
-            for feature, remark in target.remarks.items()
-            if feature is None or feature in converted.features
-        ],
+        config=family.export_config(config, target),
+        tensors=tensors | dict(target.adds(config)),
+        remarks=[*remarks, *filter(None, [target.advice(config)])],
     )
+
+
+def obstacle(
+    family: Family,
+    config: SpeculatorConfig,
+    features: frozenset[str],
+    target: Target,
+    depth: Callable[[], int | None] = lambda: None,
+) -> str | None:
+    """Why a draft cannot be exported to a target, as it follows its name; ``None`` if it can.
+
+    Args:
+        family: the family of the draft.
+        config: its config.
+        features: its features.
+        target: the layout to export to.
+        depth: gives the number of its verifier's layers, if that is known.
+
+    """
+    if lacking := features & target.lacks:
+        return (
+            f"has {' and '.join(family.features[it] for it in sorted(lacking))}, which "
+            f"{target.reader} cannot compute; {family.instead}"
+        )
+    activation = config.transformer_layer_config.hidden_act
+    if target.activation not in {None, activation}:
+        return (
+            f"has the activation {activation}, and {target.reader} computes only "
+            f"{target.activation}"
+        )
+    refused = target.refuses(config, depth)
+    return refused and f"{refused}; {family.instead}"
+
+
+def _depth(converted: Converted) -> int | None:
+    try:
+        return converted.open_verifier().layers
+    except SpeculatorsError:
+        return None
 
 
 def _zeros(spec: TensorSpec, converted: Converted) -> PlannedTensor:

@@ -1,5 +1,6 @@
 """Capturing hidden states of the verifier while it runs."""
 
+import threading
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
@@ -14,8 +15,15 @@ from speculators.errors import GenerationError
 __all__ = ["StateCapture", "decoder_layers"]
 
 
+class ThreadStates(threading.local):
+    """Captured states, separate for each thread: several may run the same model at a time."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int | None, Any] = {}
+
+
 class StateCapture:
-    """Hooks that keep hidden states of a model's forward passes; a context manager.
+    """Forward hooks that keep hidden states of a model; a context manager.
 
     Only the states that are asked for are kept, unlike with ``output_hidden_states``, which also
     lacks the residual stream that leaves the last layer.
@@ -42,7 +50,7 @@ class StateCapture:
                     f"{type(model).__name__} has {last} layers, so the numbers are 0 to {last}; "
                     "use the verifier that the draft was trained for."
                 )
-        self._states: dict[int | None, Any] = {}
+        self._states = ThreadStates()
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "StateCapture":
@@ -59,10 +67,9 @@ class StateCapture:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._states.clear()
 
     def take(self) -> Tensor:
-        """The states of the last forward pass, which are then forgotten here.
+        """The states of this thread's last forward pass, which are not kept any longer.
 
         Returns:
             (rows, length, hidden), or (rows, length, layers * hidden) in the order of the layers;
@@ -72,8 +79,8 @@ class StateCapture:
             GenerationError: if the model did not show them.
 
         """
-        states = [self._states.get(wanted) for wanted in self._wanted]
-        self._states.clear()
+        states = [self._states.by_layer.get(wanted) for wanted in self._wanted]
+        self._states.by_layer.clear()
         shown = [state for state in states if isinstance(state, Tensor) and state.ndim == 3]
         if len(shown) < len(states):
             raise GenerationError(
@@ -96,15 +103,15 @@ class StateCapture:
 
     def _keep_last(self, _module: object, _arguments: object, output: Any) -> None:
         # A model that is its own decoder has only logits in its output.
-        self._states[None] = getattr(output, "last_hidden_state", None)
+        self._states.by_layer[None] = getattr(output, "last_hidden_state", None)
 
     def _keep_input(
         self, wanted: int, _module: object, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> None:
-        self._states[wanted] = arguments[0] if arguments else named.get("hidden_states")
+        self._states.by_layer[wanted] = arguments[0] if arguments else named.get("hidden_states")
 
     def _keep_output(self, wanted: int, _module: object, _arguments: object, output: Any) -> None:
-        self._states[wanted] = output[0] if isinstance(output, tuple) else output
+        self._states.by_layer[wanted] = output[0] if isinstance(output, tuple) else output
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -1,5 +1,6 @@
 """The drafter for a draft and a proposal method."""
 
+from speculators.decode.block import BlockDraft, BlockDrafter, SampledBlockDrafter
 from speculators.decode.cache import BlockCache
 from speculators.decode.drafter import Draft, Drafter
 from speculators.decode.recurrent import (
@@ -35,6 +36,8 @@ def drafter_of(draft: Draft, cache: BlockCache, method: ProposalMethod, warp: Wa
             f"{type(draft).__name__} is not a draft: it lacks members of "
             f"{RecurrentDraft.__module__}.{RecurrentDraft.__name__}."
         )
+    if isinstance(draft, BlockDraft):
+        return _block_drafter_of(draft, cache, method, warp)
     size, depth, top_k = method.speculative_tokens, method.tree_depth, method.tree_top_k
     match method.proposal_type:
         case "greedy":
@@ -61,4 +64,19 @@ def drafter_of(draft: Draft, cache: BlockCache, method: ProposalMethod, warp: Wa
         case unknown:
             raise GenerationError(
                 f"Unknown proposal type {unknown!r}; choose one of {', '.join(PROPOSALS)}."
+            )
+
+
+def _block_drafter_of(
+    draft: BlockDraft, cache: BlockCache, method: ProposalMethod, warp: Warp
+) -> Drafter:
+    match method.proposal_type:
+        case "greedy":
+            return BlockDrafter(draft, cache, method.speculative_tokens)
+        case "sampling":
+            return SampledBlockDrafter(draft, cache, method.speculative_tokens, warp)
+        case other:
+            raise GenerationError(
+                f"{type(draft).__name__} drafts all tokens in one pass, so it proposes chains, not "
+                f"{other!r}; choose greedy or sampling."
             )

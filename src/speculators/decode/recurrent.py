@@ -31,6 +31,8 @@ __all__ = [
     "RecurrentDraft",
     "RecurrentDrafter",
     "SampledChainDrafter",
+    "draw_drafted",
+    "run_draft",
 ]
 
 
@@ -76,6 +78,38 @@ class RecurrentDraft(Draft, Protocol):
         """
 
 
+def run_draft(
+    draft: RecurrentDraft,
+    cache: BlockCache,
+    tokens: Tensor,
+    states: Tensor,
+    depths: Tensor | int,
+    visible: Tensor | None = None,
+) -> Tensor:
+    """Run a draft on new positions, and write them to its cache unconfirmed.
+
+    Args:
+        draft: the model.
+        cache: its cache.
+        tokens: (rows, positions), the verifier's ids.
+        states: (rows, positions, draft width).
+        depths: (1, positions), as for ``BlockCache.positions``; or one depth for all.
+        visible: as ``block`` of ``BlockCache.mask``.
+
+    Returns:
+        its outputs, (rows, positions, draft width).
+
+    """
+    output: Tensor = draft.draft(
+        tokens,
+        states,
+        attention_mask=cache.mask(tokens.shape[1], draft.dtype, draft.device, block=visible),
+        position_ids=cache.positions(depths, draft.device).expand(-1, tokens.shape[1]),
+        past_key_values=cache,
+    ).last_hidden_state
+    return output
+
+
 class RecurrentDrafter(Drafter):
     """A drafter that feeds the draft's output back to it, level by level of the tree."""
 
@@ -106,7 +140,7 @@ class RecurrentDrafter(Drafter):
 
         """
         depths = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        output = self._run(tokens, self.draft.project(states), depths)
+        output = run_draft(self.draft, self.cache, tokens, self.draft.project(states), depths)
         self.cache.confirm(counts)
         return output
 
@@ -130,40 +164,16 @@ class RecurrentDrafter(Drafter):
             tokens: (rows, nodes), the verifier's ids.
             states: (rows, nodes, draft width), the draft's outputs at their parents.
             depth: of the nodes.
-            visible: as for ``_run``.
+            visible: as for ``run_draft``.
 
         Returns:
             the draft's outputs at the nodes, (rows, nodes, draft width), and their logits,
             (rows, nodes, draft vocabulary).
 
         """
-        states = self._run(tokens, states, depth - 1, visible)
+        states = run_draft(self.draft, self.cache, tokens, states, depth - 1, visible)
         self.cache.unconfirmed += tokens.shape[1]
         return states, self._logits(states)
-
-    def _run(
-        self, tokens: Tensor, states: Tensor, depths: Tensor | int, visible: Tensor | None = None
-    ) -> Tensor:
-        """The draft's outputs at new positions.
-
-        Args:
-            tokens: (rows, positions).
-            states: (rows, positions, draft width).
-            depths: (1, positions), as for ``BlockCache.positions``; or one depth for all.
-            visible: as ``block`` of ``BlockCache.mask``.
-
-        """
-        device = self.draft.device
-        output: Tensor = self.draft.draft(
-            tokens,
-            states,
-            attention_mask=self.cache.mask(
-                tokens.shape[1], self.draft.dtype, device, block=visible
-            ),
-            position_ids=self.cache.positions(depths, device).expand(-1, tokens.shape[1]),
-            past_key_values=self.cache,
-        ).last_hidden_state
-        return output
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.draft.logits(states).to(self.draft.device)
@@ -221,6 +231,26 @@ are accepted about as often.
 """
 
 
+def draw_drafted(draft: Draft, warp: Warp, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample from a draft's distributions over its best tokens.
+
+    Args:
+        draft: the model.
+        warp: applied to the logits.
+        logits: (rows, draft vocabulary).
+
+    Returns:
+        tokens, (rows, 1), by the verifier's ids; and the distributions that they were sampled from,
+        (rows, verifier vocabulary).
+
+    """
+    best, candidates = logits.topk(min(CANDIDATES, logits.shape[1]))
+    q = warp(best.float()).softmax(-1)
+    tokens = draft.to_verifier(candidates)
+    over_all = q.new_zeros(len(q), draft.verifier_vocab_size).scatter(1, tokens, q)
+    return tokens.gather(1, draw(q)), over_all
+
+
 class SampledChainDrafter(FixedTreeDrafter):
     """Proposes chains that are sampled from the draft's distribution over its best tokens."""
 
@@ -238,13 +268,9 @@ class SampledChainDrafter(FixedTreeDrafter):
 
     def _children(self, logits: Tensor, level: Level) -> Tensor:
         del level  # a level of a chain has one node
-        logits = logits[:, 0]
-        best, candidates = logits.topk(min(CANDIDATES, logits.shape[1]))
-        q = self.warp(best.float()).softmax(-1)
-        tokens = self.draft.to_verifier(candidates)
-        over_all = q.new_zeros(len(q), self.draft.verifier_vocab_size).scatter(1, tokens, q)
-        self.probabilities.append(over_all)
-        return tokens.gather(1, draw(q))
+        tokens, probabilities = draw_drafted(self.draft, self.warp, logits[:, 0])
+        self.probabilities.append(probabilities)
+        return tokens
 
 
 class DynamicTreeDrafter(RecurrentDrafter):

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from loguru import logger
 
-from speculators.checkpoint.output.staging import Kind, staged_directory
+from speculators.checkpoint.output.staging import Marker, staged_directory
 from speculators.evaluate.plots import write_plots
 from speculators.evaluate.report import REPORT_FILE, Report
 
 __all__ = ["REPORT", "save_report"]
 
-REPORT = Kind("a report of speculators", REPORT_FILE, "speculators_report")
+REPORT = Marker("a report of speculators", REPORT_FILE, "speculators_report")
 
 
 def save_report(report: Report, output: Path, *, overwrite: bool = False) -> None:
@@ -22,13 +22,12 @@ def save_report(report: Report, output: Path, *, overwrite: bool = False) -> Non
         OutputError: if something is in the way at ``output``, or it cannot be written.
 
     """
-    with staged_directory(output, overwrite=overwrite, kind=REPORT) as staging:
+    with staged_directory(output, overwrite=overwrite, marker=REPORT) as staging:
         (staging / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n", "utf-8")
         try:
             write_plots(report, staging)
         except ImportError:
             logger.warning(
-                "The report has no plots, since matplotlib is not installed: "
-                "pip install 'speculators[evaluate]'"
+                "The report has no plots, since matplotlib is not installed: pip install matplotlib"
             )
     logger.success(f"Saved to: {output}")

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Collection
 from pathlib import PurePath
 
+from speculators import HOMEPAGE
 from speculators.families.family import Family
 from speculators.format.config import SpeculatorConfig
 from speculators.format.conversion import CONVERSION_FILE, ConversionRecord, RepositoryRecord
@@ -38,7 +39,8 @@ model gives several tokens. The draft works with this verifier alone: it uses th
 
 ## Serving it
 
-With [vLLM](https://docs.vllm.ai), and speculators installed beside it:
+With [vLLM](https://docs.vllm.ai), and speculators installed beside it from {repository} \
+(`pip install .`; the PyPI project called speculators is another one):
 
 ```sh
 vllm serve {name_in_shell}
@@ -130,6 +132,7 @@ def model_card(
     borrowed = [it for it in family.borrows if it not in features]
     card = CARD.format(
         draft=family.card.draft,
+        repository=f"[its repository]({HOMEPAGE})" if HOMEPAGE else "its repository",
         model_module=model_module,
         model_class=model_class,
         metadata=metadata.to_yaml(),

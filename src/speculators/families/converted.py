@@ -97,26 +97,31 @@ def open_converted(
         cache_dir=cache_dir,
     )
     config, config_file = read_config(repository)
-    parse_config(config, repository.name)  # before the weights are fetched
+    parsed = parse_config(config, repository.name)  # before the weights are fetched
     tensors = read_tensors(repository)
-    return check_converted(
-        Checkpoint(repository.name, config, config_file, tensors, repository.commit), cache_dir
-    )
+    checkpoint = Checkpoint(repository.name, config, config_file, tensors, repository.commit)
+    return _checked(checkpoint, *parsed, cache_dir)
 
 
-def check_converted(checkpoint: Checkpoint, cache_dir: Path | None = None) -> Converted:
-    """Check the names, shapes and dtypes of a converted draft's tensors against its config.
+def check_converted(checkpoint: Checkpoint) -> Converted:
+    """Check a draft that was read already; see ``open_converted``.
 
     Raises:
         FormatError: if it is not in the format, or its tensors are not those of its config.
 
     """
-    family, config = parse_config(checkpoint.config, checkpoint.name)
+    return _checked(checkpoint, *parse_config(checkpoint.config, checkpoint.name), None)
+
+
+def _checked(
+    checkpoint: Checkpoint, family: Family, config: SpeculatorConfig, cache_dir: Path | None
+) -> Converted:
+    """Check the names, shapes and dtypes of a draft's tensors against its config."""
     tensors = {family.names.current(name): info for name, info in checkpoint.tensors.items()}
-    features = family.features_of(tensors, config.layers)
+    features = family.features_of(tensors)
     # What is borrowed may be the draft's own; a config does not say so.
     own = features & set(family.borrows)
-    required = required_tensors(family.tensors, config.features | own, config.layers)
+    required = required_tensors(family.tensors, config.features | own, config.counts)
     difference = compare(tensors, required, config.sizes)
     if difference.missing or difference.unknown:
         problem = (
@@ -162,7 +167,7 @@ def parse_config(config: dict[str, Any], where: str) -> tuple[Family, Speculator
         raise FormatError(
             f"Missing or incorrect speculators_model_type in {where}: expected "
             f"{' or '.join(map(repr, names))}, {found}. Convert the checkpoint first: speculators "
-            f"convert {'|'.join(names)} {where} OUTPUT BASE_MODEL"
+            f"convert auto {where} OUTPUT BASE_MODEL"
         )
     try:
         return family, family.config.model_validate(config)

@@ -10,13 +10,27 @@ from importlib import import_module
 from typing import Any
 
 from speculators.checkpoint.reader import Checkpoint
-from speculators.checkpoint.tensor import TensorInfo
+from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.checkpoint.verifier import Verifier
+from speculators.errors import ConversionError
 from speculators.families.signature import Signature
 from speculators.format.config import LayerConfig, SpeculatorConfig
-from speculators.format.tensors import TensorSpec, features_shown
+from speculators.format.tensors import TensorSpec, counts_shown, features_shown
 
-__all__ = ["Card", "Derived", "Family", "Flag", "Names", "Source", "Target", "imported"]
+__all__ = [
+    "Card",
+    "Completion",
+    "Derived",
+    "Family",
+    "Flag",
+    "Names",
+    "Option",
+    "Source",
+    "Target",
+    "imported",
+    "read_options",
+    "with_prefix",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +41,9 @@ class Source:
         checkpoint: the checkpoint as it was published.
         tensors: its tensors, by their names in the format.
         features: the features that the tensors show.
-        verifier: the model that the draft was trained for; ``None`` if it is not known yet.
+        verifier: the model that the draft was trained for; ``None`` if it is not known yet. Then
+            nothing is asked for, and no data of a tensor is read.
+        options: what the user said about it: name of an option → its value.
 
     """
 
@@ -35,6 +51,23 @@ class Source:
     tensors: Mapping[str, TensorInfo]
     features: frozenset[str]
     verifier: Verifier | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What follows from a source's tensors before they are compared with the family's table.
+
+    Attributes:
+        made: name in the format → a tensor that others determine, or a stored one in another form.
+        left_out: stored name → why the tensor is left out.
+        discrepancies: clauses for the log.
+
+    """
+
+    made: dict[str, PlannedTensor] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    discrepancies: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +80,9 @@ class Derived:
         architectures: those of config.json.
         discrepancies: clauses for the log: where config, tensors and reference disagree.
         left_out: key of the source's config → why it is left out.
+        model_type: the ``speculators_model_type``; the family's name if not given.
+        proposals: the proposal methods to write; the default one if not given.
+        facts: what is worth telling about the draft: label → text, for ``inspect``.
 
     """
 
@@ -55,6 +91,9 @@ class Derived:
     architectures: list[str]
     discrepancies: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    model_type: str | None = None
+    proposals: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +111,54 @@ class Flag:
 
 
 @dataclass(frozen=True, slots=True)
+class Option:
+    """Something that a user can say about a checkpoint where its files leave it open.
+
+    Attributes:
+        name: its name in Python and in manifests.
+        metavar: the form of its value on the command line.
+        help: what it says.
+        read: turns the text of the command line, or a value of a manifest or of Python, into the
+            value; raises ``ValueError`` with a clause on what is expected.
+
+    """
+
+    name: str
+    metavar: str
+    help: str
+    read: Callable[[Any], Any]
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+
+def read_options(options: Collection[Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the options that are given; ``None`` stands for one that is not.
+
+    Raises:
+        ConversionError: if an option is not known, or its value is not a possible one.
+
+    """
+    known = {option.name: option for option in options}
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in known:
+            raise ConversionError(
+                f"{name} does not apply to this kind of draft, which has "
+                f"{'the options ' + ', '.join(known) if known else 'no such options'}."
+            )
+        try:
+            values[name] = known[name].read(value)
+        except ValueError as error:
+            raise ConversionError(f"{known[name].flag}: {error}.") from error
+    return values
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A layout to export to.
 
@@ -81,6 +168,13 @@ class Target:
             which model to build.
         lacks: the features that it cannot express.
         activation: the only one that it computes; ``None`` if it computes any.
+        refuses: why it cannot compute a draft with this config for other reasons, as a clause that
+            follows the draft's name; ``None`` if it can. It may ask for the number of the
+            verifier's layers, which is ``None`` if that is not known.
+        prefixes: prefix of names in the format → prefix in this layout, for a config.
+        drops: the tensors of the format that this layout has no place for.
+        adds: the tensors that it wants beside the format's, for a config.
+        advice: a sentence for the log on how to serve a draft with this config, if one is needed.
         zeros: features whose tensors the reader always wants; a draft without them gets zeros.
         remarks: feature → a sentence for the log on what becomes of it; ``None`` for one that
             concerns every draft.
@@ -91,6 +185,11 @@ class Target:
     layers: Mapping[str, Mapping[str, Any]]
     lacks: frozenset[str] = frozenset()
     activation: str | None = None
+    refuses: Callable[[Any, Callable[[], int | None]], str | None] = lambda config, depth: None  # noqa: ARG005
+    prefixes: Callable[[Any], Mapping[str, str]] = lambda config: {}  # noqa: ARG005
+    drops: frozenset[str] = frozenset()
+    adds: Callable[[Any], Mapping[str, PlannedTensor]] = lambda config: {}  # noqa: ARG005
+    advice: Callable[[Any], str | None] = lambda config: None  # noqa: ARG005
     zeros: frozenset[str] = frozenset()
     remarks: Mapping[str | None, str] = field(default_factory=dict)
 
@@ -101,19 +200,25 @@ class Names:
     Args:
         renames: name in a research checkpoint → name in the format, where they differ.
         older: prefix of names that earlier versions wrote → prefix now; the first match counts.
+        prefixes: prefix of names that some research checkpoints have → prefix in the format;
+            others have the format's.
 
     """
 
     def __init__(
-        self, renames: Mapping[str, str] | None = None, older: Mapping[str, str] | None = None
+        self,
+        renames: Mapping[str, str] | None = None,
+        older: Mapping[str, str] | None = None,
+        prefixes: Mapping[str, str] | None = None,
     ) -> None:
         self.renames = dict(renames or {})
         self.older = dict(older or {})
+        self.prefixes = dict(prefixes or {})
         self._research = {current: research for research, current in self.renames.items()}
 
     def in_format(self, research: str) -> str:
         """The name in the format of a research checkpoint's tensor."""
-        return self.renames.get(research, research)
+        return self.renames.get(research) or with_prefix(research, self.prefixes)
 
     def in_research(self, name: str) -> str:
         """The name in a research checkpoint of a tensor of the format."""
@@ -121,10 +226,15 @@ class Names:
 
     def current(self, name: str) -> str:
         """The name in the format, whichever version wrote it."""
-        for old, new in self.older.items():
-            if name.startswith(old):
-                return new + name.removeprefix(old)
-        return name
+        return with_prefix(name, self.older)
+
+
+def with_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    """``name`` with the first of the prefixes that it has replaced."""
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +275,17 @@ class Family:
         card: what the model card says about it.
         export_config: the config.json of a target's layout, from a draft's config.
         targets: what it can be exported to, by the names on the command line.
-        flags: the options of its conversion.
+        flags: the features that its conversion can be asked to require.
+        options: what else a user can say about a checkpoint.
+        facts: what is worth telling about a converted draft, by its config: label → text.
+        complete: what follows from a source's tensors before they are judged.
+        converts_again: whether a directory in the format, by its config.json, leaves out what this
+            version writes, so that it is a source like any other.
         example: the Hub ids of a draft and its verifier, for the help of the command line.
         unusual: the features that are worth naming in a title.
+        instead: what to do with a draft that a target cannot compute.
+        model_types: the values of ``speculators_model_type`` in the configs of its drafts, if there
+            are others than its name.
         ambiguity: what a checkpoint's tensors cannot tell, given its name, for ``inspect``.
 
     """
@@ -185,16 +303,26 @@ class Family:
     model: str
     reference: str
     card: Card
-    export_config: Callable[[Any, Target], dict[str, Any]]
+    export_config: Callable[[Any, Any], dict[str, Any]]
     targets: Mapping[str, Target] = field(default_factory=dict)
     flags: tuple[Flag, ...] = ()
+    options: tuple[Option, ...] = ()
+    facts: Callable[[Any], dict[str, str]] = lambda config: {}  # noqa: ARG005
+    complete: Callable[[Source], Completion] = lambda source: Completion()  # noqa: ARG005
+    converts_again: Callable[[Mapping[str, Any]], bool] = lambda config: False  # noqa: ARG005
     example: tuple[str, str] = ("ORG/DRAFT", "ORG/VERIFIER")
     unusual: tuple[str, ...] = ()
     ambiguity: Callable[[str], str] | None = None
+    instead: str = "serve it with vLLM and the plugin that comes with speculators"
+    model_types: tuple[str, ...] = ()
 
-    def features_of(self, names: Collection[str], layers: int = 1) -> frozenset[str]:
+    def wanted(self, feature: str) -> str:
+        """What a message calls a feature that a draft lacks, perhaps one of another family."""
+        return self.features.get(feature, feature).removeprefix("a ")
+
+    def features_of(self, names: Collection[str]) -> frozenset[str]:
         """The features that tensors of these names in the format show."""
-        shown = features_shown(self.tensors, names, layers)
+        shown = features_shown(self.tensors, names, counts_shown(self.tensors, names))
         return frozenset(feature for feature, found in shown.items() if found)
 
 

@@ -6,5 +6,9 @@ READERS = {
     "eagle": "the research code",
     "vllm": "vLLM without the plugin",
     "sglang": "SGLang",
+    "specforge": "SpecForge",
+    "modelopt": "ModelOpt",
+    "llamacpp": "llama.cpp's converter",
+    "trtllm": "TensorRT-LLM",
 }
 """Name of a target on the command line → who reads it. A family can be exported to some of them."""

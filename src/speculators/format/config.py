@@ -172,9 +172,19 @@ class SpeculatorConfig(Model):
         return frozenset()
 
     @property
+    def parallel(self) -> bool:
+        """Whether the draft drafts all tokens in one pass, and takes ``num_draft_tokens``."""
+        return False
+
+    @property
     def layers(self) -> int:
         """The number of decoder layers."""
         return self.transformer_layer_config.num_hidden_layers
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many numbered parts the draft has, by the words in ``TensorSpec.name``."""
+        return {"layer": self.layers}
 
     @property
     def sizes(self) -> dict[str, int]:

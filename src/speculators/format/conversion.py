@@ -57,6 +57,9 @@ class ConversionRecord(BaseModel):
     verifier: RepositoryRecord
     dtype: str | None = None
     """What the tensors were rounded to, by torch's name; ``None`` if each kept its dtype."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What was said about the source on the command line, where its files leave it open: name of
+    an option → its value."""
     tensors: dict[str, str]
     """Name here → what it was made of: a name in the source, with its rows if only some were
     taken, or several of them."""

@@ -1,33 +1,39 @@
 """Tables of tensors: what a draft of a family has to hold, and how a checkpoint differs from it."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from speculators.checkpoint.tensor import FLOATS, TensorInfo
+from speculators.checkpoint.tensor import FLOATS, PlannedTensor, TensorInfo
 
 __all__ = [
     "Difference",
     "TensorSpec",
     "compare",
+    "counts_shown",
     "features_shown",
     "required_tensors",
 ]
 
-LAYER = "{layer}"
-"""What stands for a layer's number in the name of a ``TensorSpec``."""
+NUMBERED = re.compile(r"\{(\w+)\}")
+"""What stands for a number in the name of a ``TensorSpec``, such as ``{layer}``."""
+
+ONE_LAYER: Mapping[str, int] = {"layer": 1}
+"""The counts of a draft with one layer, and nothing else that is numbered."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a family, or one tensor of each of its numbered layers.
+    """One tensor of a family, or one tensor of each of its numbered layers or other parts.
 
     Attributes:
-        name: its name in model.safetensors, with ``{layer}`` for the number of a layer.
+        name: its name in model.safetensors, with ``{layer}`` for the number of a layer, or another
+            word for the number of something else that a draft has several of.
         dimensions: its shape, as keys of the family's sizes.
         feature: the feature that it belongs to, or ``None`` if every draft has it.
         dtypes: the dtypes that it may have, by their names in the safetensors format. Only weights
             are ever rounded.
-        first_layer: for a numbered tensor, the first layer that has it.
+        first: for a numbered tensor, the first number that has it.
 
     """
 
@@ -35,14 +41,26 @@ class TensorSpec:
     dimensions: tuple[str, ...]
     feature: str | None = None
     dtypes: tuple[str, ...] = tuple(FLOATS)
-    first_layer: int = 0
+    first: int = 0
 
-    def names(self, layers: int) -> list[str]:
-        """The names of the tensors that this stands for, in a draft of so many layers."""
-        if LAYER not in self.name:
+    @property
+    def numbered(self) -> str | None:
+        """What it is numbered by; ``None`` for a single tensor."""
+        found = NUMBERED.search(self.name)
+        return found[1] if found else None
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """What its names match; a number is the first group."""
+        form = NUMBERED.sub("NUMBER", self.name)
+        return re.compile(re.escape(form).replace("NUMBER", r"(\d+)"))
+
+    def names(self, counts: Mapping[str, int]) -> list[str]:
+        """The names of the tensors that this stands for, given how many parts a draft has."""
+        if self.numbered is None:
             return [self.name]
-        numbers = range(self.first_layer, layers)
-        return [self.name.replace(LAYER, str(number)) for number in numbers]
+        numbers = range(self.first, counts.get(self.numbered, 0))
+        return [NUMBERED.sub(str(number), self.name) for number in numbers]
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape for the given sizes."""
@@ -50,19 +68,31 @@ class TensorSpec:
 
 
 def required_tensors(
-    table: Iterable[TensorSpec], features: Collection[str], layers: int = 1
+    table: Iterable[TensorSpec], features: Collection[str], counts: Mapping[str, int] = ONE_LAYER
 ) -> dict[str, TensorSpec]:
-    """The tensors, by name, that a draft with these features and so many layers must have."""
+    """The tensors, by name, that a draft with these features and so many parts must have."""
     return {
         name: spec
         for spec in table
         if spec.feature is None or spec.feature in features
-        for name in spec.names(layers)
+        for name in spec.names(counts)
     }
 
 
+def counts_shown(table: Iterable[TensorSpec], names: Collection[str]) -> dict[str, int]:
+    """How many numbered parts of each kind a draft has, by the highest numbers in these names."""
+    counts: dict[str, int] = {}
+    for spec in table:
+        if spec.numbered is not None:
+            pattern = spec.pattern
+            numbers = [int(found[1]) for name in names if (found := pattern.fullmatch(name))]
+            count = max(numbers, default=-1) + 1
+            counts[spec.numbered] = max(count, counts.get(spec.numbered, 0))
+    return counts
+
+
 def features_shown(
-    table: Iterable[TensorSpec], names: Collection[str], layers: int = 1
+    table: Iterable[TensorSpec], names: Collection[str], counts: Mapping[str, int] = ONE_LAYER
 ) -> dict[str, list[str]]:
     """Each feature of a table → those of the given names that show it.
 
@@ -72,7 +102,7 @@ def features_shown(
     for spec in table:
         if spec.feature is not None:
             found = shown.setdefault(spec.feature, [])
-            found += [name for name in spec.names(layers) if name in names]
+            found += [name for name in spec.names(counts) if name in names]
     return shown
 
 
@@ -95,7 +125,7 @@ class Difference:
 
 
 def compare(
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, TensorInfo | PlannedTensor],
     required: Mapping[str, TensorSpec],
     sizes: Mapping[str, int] | None = None,
 ) -> Difference:

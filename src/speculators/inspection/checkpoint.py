@@ -11,15 +11,17 @@ from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.hub.headers import headers_only
 from speculators.checkpoint.reader import Checkpoint, read_config, read_tensors
 from speculators.checkpoint.repository import Repository, open_repository
+from speculators.convert.export import obstacle
 from speculators.convert.plan import family_of, plan_draft
 from speculators.errors import CheckpointError, ConversionError, FormatError, NoWeightsError
 from speculators.families.converted import check_converted
 from speculators.families.family import Family
 from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
-from speculators.families.recognition import recognise, strip_prefix
+from speculators.families.fused import unfused
+from speculators.families.recognition import recognise, short_names
 from speculators.families.registry import family_named
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
-from speculators.format.tensors import features_shown
+from speculators.format.tensors import counts_shown, features_shown
 from speculators.inspection.findings import (
     ConversionFinding,
     Finding,
@@ -118,6 +120,8 @@ def _inspect(repository: Repository) -> Finding:
         notes=notes + details.notes,
         layout=details.layout,
         features=details.features,
+        facts=details.facts,
+        exports=details.exports,
         sizes=sizes,
         parameters=sum(info.elements for info in tensors.values()),
         bytes=sum(info.nbytes for info in tensors.values()),
@@ -134,7 +138,7 @@ def _inspect(repository: Repository) -> Finding:
             )
             for name, info in tensors.items()
         ],
-        verifier=_verifier(sizes, details.verifier)
+        verifier=_verifier(sizes, details)
         if family is not None or found.signature is LANGUAGE_MODEL or is_converted
         else None,
         conversion=details.conversion,
@@ -152,6 +156,9 @@ class Details:
         targets: stored name → name in the format.
         left_out: stored name → why a conversion leaves the tensor out.
         layout: which version's names a converted draft's tensors have.
+        facts: see ``Finding``.
+        exports: likewise.
+        fits: the vocabulary and the hidden size of a draft's verifiers, if they are not its own.
         verifier: the verifier that a converted draft names.
         notes: what cannot be determined, and what is wrong.
 
@@ -163,6 +170,9 @@ class Details:
     targets: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     layout: Literal["current", "0.1.0 to 0.3.0"] | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+    exports: list[str] | None = None
+    fits: tuple[int, int] | None = None
     verifier: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -192,13 +202,25 @@ def _details_of_draft(checkpoint: Checkpoint, family: Family) -> Details:
         return Details(
             checkpoint.config, ConversionFinding(possible=False, why_not=why_not), notes=notes
         )
-    short = {name: strip_prefix(name) for name in checkpoint.tensors}
-    features = _features(family, {name: family.names.in_format(it) for name, it in short.items()})
+    short = short_names(checkpoint.tensors).short
+    features = _features(
+        family,
+        {
+            part: name
+            for name, it in short.items()
+            for part in map(family.names.in_format, unfused(it))
+        },
+    )
     try:
         plan = plan_draft(family, checkpoint)
     except ConversionError as error:
         conversion = ConversionFinding(possible=False, why_not=str(error))
         return Details(checkpoint.config, conversion, features, notes=notes)
+    targets: dict[str, str] = {}
+    for target, info in plan.tensors.items():  # a fused tensor becomes several
+        targets[info.name] = ", ".join(filter(None, (targets.get(info.name), target)))
+    if plan.prefix:
+        notes.append(f"Every tensor's name begins with {plan.prefix}, which is taken off.")
     if "embedding" in set(family.borrows) - plan.features:
         notes.append("It has no embedding of its own: the verifier's is used.")
     return Details(
@@ -212,8 +234,10 @@ def _details_of_draft(checkpoint: Checkpoint, family: Family) -> Details:
             discrepancies=plan.derived.discrepancies,
         ),
         features,
-        targets={info.name: target for target, info in plan.tensors.items()},
+        targets=targets,
         left_out=plan.left_out,
+        facts=plan.derived.facts,
+        fits=plan.fits,
         notes=notes,
     )
 
@@ -222,20 +246,32 @@ def _details_of_converted(checkpoint: Checkpoint, family: Family) -> Details:
     layer = checkpoint.config.get("transformer_layer_config")
     sizes = layer if isinstance(layer, dict) else {}
     targets = {name: family.names.current(name) for name in checkpoint.tensors}
-    verifier, notes = None, []
+    verifier, exports, notes = None, None, []
+    facts: dict[str, str] = {}
+    fits = None
     try:
-        config = check_converted(checkpoint).config
+        converted = check_converted(checkpoint)
+        config = converted.config
     except FormatError as error:
         notes.append(f"It cannot be used: {error}")
     else:
         sizes = config.transformer_layer_config.model_dump()
         verifier = config.speculators_config.verifier.name_or_path
+        facts, fits = family.facts(config), config.verifier_sizes
+        exports = [
+            name
+            for name, target in family.targets.items()
+            if obstacle(family, config, converted.features, target) is None
+        ]
     return Details(
         sizes,
         ConversionFinding(possible=False, why_not=_why_not(checkpoint)),
-        _features(family, targets) if targets else None,
+        _features(family, {target: name for name, target in targets.items()}) if targets else None,
         targets,
         layout=_layout(targets) if targets else None,
+        facts=facts,
+        exports=exports,
+        fits=fits,
         verifier=verifier,
         notes=notes,
     )
@@ -265,20 +301,18 @@ def _layout(targets: Mapping[str, str]) -> Literal["current", "0.1.0 to 0.3.0"]:
     return "current" if all(k == v for k, v in targets.items()) else "0.1.0 to 0.3.0"
 
 
-def _features(family: Family, names: Mapping[str, str]) -> dict[str, list[str]]:
-    """Feature → stored names of the tensors that show it, given stored → current names."""
-    stored = {name: where for where, name in names.items()}
-    shown = features_shown(family.tensors, stored)
+def _features(family: Family, stored: Mapping[str, str]) -> dict[str, list[str]]:
+    """Feature → stored names of the tensors that show it, given current → stored names."""
+    shown = features_shown(family.tensors, stored, counts_shown(family.tensors, stored))
     return {
         feature: [stored[name] for name in shown.get(feature, ())] for feature in family.features
     }
 
 
-def _verifier(sizes: Mapping[str, int], name: str | None) -> VerifierFinding | None:
+def _verifier(sizes: Mapping[str, int], details: Details) -> VerifierFinding | None:
     """What a draft fits, or what fits a model; ``None`` if unknown."""
     try:
-        return VerifierFinding(
-            hidden_size=sizes["hidden_size"], vocab_size=sizes["vocab_size"], name=name
-        )
+        vocabulary, hidden = details.fits or (sizes["vocab_size"], sizes["hidden_size"])
+        return VerifierFinding(hidden_size=hidden, vocab_size=vocabulary, name=details.verifier)
     except KeyError:
         return None

@@ -80,7 +80,7 @@ class Finding(_Part):
     name: str
     """The path or the Hub id, as it was given."""
     kind: str
-    """eagle, speculators, eagle3, language-model, several-layers, medusa, mlp-speculator, or
+    """eagle, eagle3, speculators, language-model, several-layers, medusa, mlp-speculator, or
     unknown."""
     family: str | None = None
     """The family of drafts that it belongs to, converted or not; null if it is of none."""
@@ -100,6 +100,10 @@ class Finding(_Part):
     """For kind speculators: which versions' names its tensors have."""
     features: dict[str, list[str]] | None = None
     """For a draft of a family: optional feature → the tensors that show it, if any."""
+    facts: dict[str, str] = Field(default_factory=dict)
+    """For a draft of a family: what else is worth telling about it, such as who published it."""
+    exports: list[str] | None = None
+    """For a converted draft: the targets of `speculators export` that can compute it."""
     sizes: dict[str, int]
     """Sizes, by their keys in config.json."""
     parameters: int

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
@@ -35,6 +35,9 @@ VLLM = re.compile(r"vllm(-cpu.*)?")
 
 CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+(?=@)")
 """The user name and password in a URL."""
+
+MORE_ADVICE = {"torch": "; its build for CPUs is a tenth as large (docs/installation.md)"}
+"""By package, what to know before it is installed."""
 
 LITTLE_SPACE = 10 * 10**9
 """Bytes; a verifier of eight billion parameters takes 16 GB, its head alone 1 GB."""
@@ -83,7 +86,7 @@ def _namesake() -> Iterator[Check]:
     others = [
         (distribution.version, Path(str(distribution.locate_file("speculators"))))
         for distribution in metadata.distributions(name="speculators")
-        if PurePosixPath("speculators", ANOTHERS) in (distribution.files or ())
+        if f"speculators/{ANOTHERS}," in (distribution.read_text("RECORD") or "")
     ]
     here = Path(speculators.__file__).parent
     if not others and (here / ANOTHERS).exists():
@@ -112,7 +115,7 @@ def _versioned(name: str, found: str | None, expected: SpecifierSet) -> Check:
         status="ok" if fits else "broken",
         found=found,
         expected=str(expected),
-        advice=None if fits else f"install {name} {expected}",
+        advice=None if fits else f"install {name} {expected}{MORE_ADVICE.get(name, '')}",
     )
 
 

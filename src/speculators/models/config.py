@@ -10,9 +10,6 @@ from speculators.format.config import LayerConfig, SpeculatorConfig, Speculators
 
 __all__ = ["SpeculatorPretrainedConfig"]
 
-LAYER_SWITCHES = {"attention_bias", "mlp_bias", "use_sliding_window"}
-"""Keys of the layer's config that the converter writes besides those of ``LayerConfig``."""
-
 NOT_WRITTEN = {"transformers_version", "dtype", "torch_dtype", "architectures", "layer_types"}
 """Keys that transformers adds to the layer's config: the draft's, or derived from others."""
 
@@ -32,11 +29,15 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
         family: the family.
         transformer_layer_config: a transformers config for the draft's decoder layers; a dictionary
             with ``model_type`` is turned into one.
+        speculators_model_type: the family's name, or another one of its ``model_types``.
         speculators_config: proposal methods and the verifier, as a dictionary.
+        layer_switches: keys of the layer's config that are written besides those of
+            ``LayerConfig``, even with their defaults.
 
     """
 
     family: ClassVar[Family]
+    layer_switches: ClassVar[frozenset[str]] = frozenset({"attention_bias", "mlp_bias"})
 
     sub_configs = {"transformer_layer_config": AutoConfig}  # type: ignore[dict-item]  # noqa: RUF012
 
@@ -46,7 +47,7 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
     speculators_config: dict[str, Any] | SpeculatorsConfig | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.speculators_model_type = self.family.name
+        self.speculators_model_type = self.speculators_model_type or self.family.name
         layer = self.transformer_layer_config
         if not isinstance(layer, PreTrainedConfig):
             layer = dict(layer or {})
@@ -56,6 +57,7 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
         if isinstance(self.speculators_config, SpeculatorsConfig):
             self.speculators_config = self.speculators_config.model_dump()
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        self.architectures = self.draft_architectures
 
     @property
     def layer(self) -> Any:
@@ -72,18 +74,23 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
         return SpeculatorsConfig.model_validate(
             self.speculators_config
             or {
-                "algorithm": self.family.name,
+                "algorithm": self.speculators_model_type,
                 "verifier": {"name_or_path": None, "architectures": []},
             }
         )
+
+    @property
+    def draft_architectures(self) -> list[str]:
+        """The value of ``architectures``, which transformers sets to its own when it saves."""
+        return [self.family.model.rpartition(":")[2]]
 
     def checked(self) -> SpeculatorConfig:
         """The config.json of the family, without keys that only transformers uses."""
         own = self.family.config.model_fields.keys() - COMMON_KEYS
         return self.family.config.model_validate(
             {
-                "architectures": self.architectures,
-                "speculators_model_type": self.family.name,
+                "architectures": self.draft_architectures,
+                "speculators_model_type": self.speculators_model_type,
                 "speculators_version": self.speculators_version,
                 "torch_dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
                 "transformer_layer_config": self._layer_keys(),
@@ -94,7 +101,7 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
 
     def _layer_keys(self) -> dict[str, Any]:
         defaults = type(self.layer)().to_dict()
-        always = LayerConfig.model_fields.keys() | LAYER_SWITCHES
+        always = LayerConfig.model_fields.keys() | self.layer_switches
         keys = {
             key: value
             for key, value in self.layer.to_dict().items()

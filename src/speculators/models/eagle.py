@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import Cache
 
 from speculators.families.eagle import EAGLE
 from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.layers import LAYER_CLASSES
-from speculators.models.output import CACHE, DraftOutput
+from speculators.models.output import DraftOutput
 from speculators.models.placement import device_of
 from speculators.models.speculator import Speculator
 
@@ -39,6 +38,7 @@ class EagleSpeculatorConfig(SpeculatorPretrainedConfig):
     """
 
     family = EAGLE
+    layer_switches = frozenset({"attention_bias", "mlp_bias", "use_sliding_window"})
 
     transformer_layer_architecture: str = "auto"
     layernorms: bool = False
@@ -46,10 +46,15 @@ class EagleSpeculatorConfig(SpeculatorPretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        decoder_layer = LAYER_CLASSES[self.layer.model_type].decoder_layer.__name__
         if self.transformer_layer_architecture == "auto":
-            self.transformer_layer_architecture = decoder_layer
-        self.architectures = ["EagleSpeculator", self.transformer_layer_architecture]
+            decoder_layer = LAYER_CLASSES[self.layer.model_type].decoder_layer
+            self.transformer_layer_architecture = decoder_layer.__name__
+        self.architectures = self.draft_architectures
+
+    @property
+    def draft_architectures(self) -> list[str]:
+        """The draft's class, then that of its layer."""
+        return ["EagleSpeculator", self.transformer_layer_architecture]
 
 
 class EagleSpeculator(Speculator):
@@ -109,29 +114,11 @@ class EagleSpeculator(Speculator):
                 dim=-1,
             )
         )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.layer)
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(past, past + fused.shape[1], device=device).unsqueeze(0)
-        cached: dict[str, Any] = {CACHE: past_key_values}
-        mask = create_causal_mask(
-            config=self.config.layer,
-            inputs_embeds=fused,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **cached,
+        cache, attention = self._attention_inputs(
+            fused, attention_mask, position_ids, past_key_values, use_cache
         )
-        x = self.layers[0](
-            fused,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=past_key_values is not None,
-            position_embeddings=self.rotary_emb(fused, position_ids=position_ids),
-            **cached,
-            **kwargs,
-        )
-        return DraftOutput(last_hidden_state=x.to(device), cache=past_key_values)
+        x = self.layers[0](fused, **attention, **kwargs)
+        return DraftOutput(last_hidden_state=x.to(device), cache=cache)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Apply the head, as ``forward`` does after the layer.

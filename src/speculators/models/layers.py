@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 __all__ = ["LAYER_CLASSES", "LayerClasses"]
 
@@ -28,6 +29,11 @@ LAYER_CLASSES = {
         modeling_qwen2.Qwen2DecoderLayer,
         modeling_qwen2.Qwen2RMSNorm,
         modeling_qwen2.Qwen2RotaryEmbedding,
+    ),
+    "qwen3": LayerClasses(
+        modeling_qwen3.Qwen3DecoderLayer,
+        modeling_qwen3.Qwen3RMSNorm,
+        modeling_qwen3.Qwen3RotaryEmbedding,
     ),
 }
 """By the ``model_type`` of the layer's config."""

@@ -42,8 +42,9 @@ class DraftOutput(ModelOutput):
 
     Attributes:
         logits: (batch, sequence, draft vocabulary), in the head's dtype.
-        last_hidden_state: (batch, sequence, hidden), the layer's output, before the norm ahead of
-            the head: this is fed back as the next position's hidden state.
+        last_hidden_state: (batch, sequence, hidden), what is fed back as the next position's
+            hidden state: the last layer's output, before the norm ahead of the head unless the
+            draft says otherwise (``norm_output`` of EAGLE-3.1).
         cache: of the draft's layers, if one is used.
 
     """

@@ -13,7 +13,8 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
 from typing_extensions import Self
 
 from speculators.checkpoint.hub.upload import README, SAVED, check_upload, upload
@@ -26,7 +27,7 @@ from speculators.families.card import model_card
 from speculators.families.converted import Converted, open_converted
 from speculators.format.config import ProposalMethod
 from speculators.models.config import SpeculatorPretrainedConfig
-from speculators.models.output import DraftOutput, the_cache
+from speculators.models.output import CACHE, DraftOutput, the_cache
 from speculators.models.placement import device_of
 from speculators.models.tensors import read_tensor
 
@@ -56,8 +57,8 @@ class Speculator(PreTrainedModel):
     """A draft, with what it borrows from its verifier.
 
     A subclass sets ``config_class``, builds its modules in ``__init__`` (among them ``fc``, whose
-    device and dtype are those of the draft) before it calls ``post_init``, and defines ``draft``
-    and ``logits``.
+    device and dtype are those of the draft, and ``rotary_emb``, if its layers attend) before it
+    calls ``post_init``, and defines ``draft`` and ``logits``.
 
     Args:
         config: of the family's config class.
@@ -80,6 +81,7 @@ class Speculator(PreTrainedModel):
     }
 
     fc: nn.Linear
+    rotary_emb: nn.Module
     embed_tokens: nn.Embedding | None
 
     def __init__(self, config: SpeculatorPretrainedConfig, own_embedding: bool = True) -> None:
@@ -293,7 +295,7 @@ class Speculator(PreTrainedModel):
             family,
             config,
             parameters=sum(parameter.numel() for parameter in own.values()),
-            features=family.features_of(own, config.layers),
+            features=family.features_of(own),
             tags=[tags] if isinstance(tags, str) else tags or (),
         )
         write_stamped(directory / README, card)
@@ -409,7 +411,7 @@ class Speculator(PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor,
-        hidden_states: Tensor,
+        hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -417,16 +419,19 @@ class Speculator(PreTrainedModel):
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
         cache: Cache | None = None,
+        draft_states: Tensor | None = None,
         **kwargs: Any,
     ) -> DraftOutput | tuple[Any, ...]:
         """Compute the draft's logits from tokens and the verifier's hidden states.
 
-        Position t takes token t+1 and the verifier's last hidden state at token t (after the final
-        norm), and predicts token t+2. Attention is causal unless a 4D mask is given.
+        Position t takes token t+1 and the verifier's hidden states at token t, and predicts token
+        t+2. Attention is causal unless a 4D mask is given.
 
         Args:
             input_ids: (batch, sequence), integers.
-            hidden_states: (batch, sequence, hidden), any floating dtype.
+            hidden_states: the verifier's, of any floating dtype: the last one after the final norm,
+                (batch, sequence, hidden); or, for a draft with ``verifier_layers``, their states
+                concatenated, (batch, sequence, layers * hidden).
             attention_mask: (batch, past + sequence), 1 for tokens and 0 for padding; or a 4D mask,
                 (batch, 1, sequence, past + sequence), which is used unchanged.
             position_ids: (batch, sequence); if not given, they continue from the cache.
@@ -435,17 +440,28 @@ class Speculator(PreTrainedModel):
             return_dict: ``False`` for a tuple instead of a ``DraftOutput``.
             logits_to_keep: compute logits for this many positions at the end; 0 for all.
             cache: the other name of ``past_key_values``.
+            draft_states: (batch, sequence, draft width), an earlier output's ``last_hidden_state``
+                in place of ``hidden_states``.
             **kwargs: passed on to the attention.
 
         Raises:
+            ValueError: if not exactly one of ``hidden_states`` and ``draft_states`` is given.
             VerifierError: if there is no head (or embedding), because no verifier is attached and
                 the one that the config names was not available.
 
         """
         self._head()  # fail before the work, not after it
+        if (hidden_states is None) == (draft_states is None):
+            raise ValueError(
+                "Give either hidden_states, which are the verifier's, or draft_states, which an "
+                "earlier call returned as last_hidden_state."
+            )
+        if hidden_states is not None:
+            draft_states = self.project(hidden_states)
+        assert draft_states is not None
         drafted = self.draft(
             input_ids,
-            self.project(hidden_states),
+            draft_states,
             attention_mask,
             position_ids,
             the_cache(cache, past_key_values),
@@ -552,6 +568,48 @@ class Speculator(PreTrainedModel):
             return head
         return self.borrowed_head
 
+    def _attention_inputs(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+    ) -> tuple[Cache | None, dict[str, Any]]:
+        """What the draft's layers take besides their input.
+
+        Args:
+            x: (batch, sequence, hidden), the first layer's input.
+            attention_mask: as for ``forward``, as all others are.
+            position_ids: continue from the cache if not given.
+            cache: of the layers.
+            use_cache: make a cache if there is none.
+
+        Returns:
+            the cache, and keyword arguments for each layer.
+
+        """
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config.layer)
+        if position_ids is None:
+            past = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
+        cached: dict[str, Any] = {CACHE: cache}
+        mask = create_causal_mask(
+            config=self.config.layer,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **cached,
+        )
+        return cache, {
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "use_cache": cache is not None,
+            "position_embeddings": self.rotary_emb(x, position_ids=position_ids),
+            **cached,
+        }
+
     def _head(self) -> nn.Linear:
         head = self.get_output_embeddings()
         if head is None:
@@ -578,11 +636,14 @@ class Speculator(PreTrainedModel):
     def _borrow(self, open_verifier: Callable[[], Verifier]) -> None:
         """Read what the draft takes from its verifier, or warn that it is not available."""
         borrows = self.config_class.family.borrows
+        borrows_head = "head" in borrows and self.lm_head is None
+        borrows_embedding = "embedding" in borrows and self.embed_tokens is None
+        if not borrows_head and not borrows_embedding:
+            return
         try:
             verifier = open_verifier()
             self._check_fits(verifier)
-            head = verifier.head() if "head" in borrows else None
-            borrows_embedding = "embedding" in borrows and self.embed_tokens is None
+            head = verifier.head() if borrows_head else None
             embedding = verifier.embedding() if borrows_embedding else None
         except SpeculatorsError as error:
             logger.warning(f"{error} The draft has no logits until a verifier is attached.")

@@ -29,6 +29,7 @@ from speculators.checkpoint.files.safetensors_file import (
 from speculators.checkpoint.hub.cache import check_place, delete_cached, find_damage
 from speculators.checkpoint.hub.client import WrongRangeError, watched_client
 from speculators.checkpoint.hub.errors import kinds_of, raise_told
+from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.errors import CheckpointError
 
@@ -171,7 +172,7 @@ class HubRepository:
         self.name = repo_id
         self.weights: str | None = None
         self.revision = revision
-        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.cache_dir = None if cache_dir is None else local_path(cache_dir)
         self.commit: str | None = None
 
     def file(self, filename: str) -> Path | None:

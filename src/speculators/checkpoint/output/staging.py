@@ -32,7 +32,7 @@ from loguru import logger
 
 from speculators.errors import OutputError, printable
 
-__all__ = ["CONVERTED", "Kind", "check_output", "staged_directory"]
+__all__ = ["CONVERTED", "Marker", "check_output", "staged_directory"]
 
 LOCK, NEW, OLD, COPY, COPYING = "lock", "new", "old", "copy", "copying"
 DIRECTORIES = (NEW, OLD, COPY, COPYING)
@@ -52,8 +52,8 @@ ADVICE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of directory that speculators makes, and how to recognise one.
+class Marker:
+    """What marks a directory as one that speculators made.
 
     Attributes:
         name: its name with an article, for messages.
@@ -67,14 +67,14 @@ class Kind:
     key: str
 
 
-CONVERTED = Kind("a converted checkpoint", "config.json", "speculators_model_type")
+CONVERTED = Marker("a converted checkpoint", "config.json", "speculators_model_type")
 
 
-def check_output(output: Path, *, overwrite: bool, kind: Kind | None = CONVERTED) -> None:
+def check_output(output: Path, *, overwrite: bool, marker: Marker | None = CONVERTED) -> None:
     """Check that a directory may be created at ``output``.
 
     An empty directory may always be replaced; any other only with ``overwrite``, and only if it is
-    of the same ``kind``. Without a ``kind``, no other is ever replaced.
+    with the same ``marker``. Without a ``marker``, no other is ever replaced.
 
     Raises:
         OutputError: if it may not.
@@ -93,16 +93,16 @@ def check_output(output: Path, *, overwrite: bool, kind: Kind | None = CONVERTED
         )
     if not any(output.iterdir()):
         return
-    if kind is None:
+    if marker is None:
         raise OutputError(f"{output} exists; choose another output.")
     if not overwrite:
         raise OutputError(
             f"{output} exists; choose another output, or replace it with --overwrite."
         )
-    marker = output / kind.file
-    if not marker.is_file() or f'"{kind.key}"'.encode() not in marker.read_bytes():
+    marked = output / marker.file
+    if not marked.is_file() or f'"{marker.key}"'.encode() not in marked.read_bytes():
         raise OutputError(
-            f"{output} is not {kind.name}, so --overwrite does not replace it; "
+            f"{output} is not {marker.name}, so --overwrite does not replace it; "
             "choose another output."
         )
     if mounts:
@@ -138,7 +138,7 @@ def _mounts_in(directory: Path) -> list[Path]:
 
 @contextmanager
 def staged_directory(
-    output: Path, *, overwrite: bool = False, kind: Kind | None = CONVERTED
+    output: Path, *, overwrite: bool = False, marker: Marker | None = CONVERTED
 ) -> Iterator[Path]:
     """Create ``output`` from a temporary directory that the ``with`` block fills.
 
@@ -158,12 +158,12 @@ def staged_directory(
         _remove_empty(new_parents)
         raise OutputError(f"{output} cannot be made: {error.strerror or error}.") from error
     try:
-        check_output(output, overwrite=overwrite, kind=kind)
+        check_output(output, overwrite=overwrite, marker=marker)
         staging = sibling / NEW
         staging.mkdir()
         yield staging
         _sync(staging)
-        check_output(output, overwrite=overwrite, kind=kind)
+        check_output(output, overwrite=overwrite, marker=marker)
         _publish(sibling, output, overwrite=overwrite)
         for directory in {output.parent, *(parent.parent for parent in new_parents)}:
             _sync_directory(directory)

@@ -5,18 +5,21 @@ layernorms, the training code of that variant. It shares no code with ``models.e
 the tensors of a research checkpoint by their original names.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from speculators.convert.references.operations import (
+    attend,
+    not_computed,
+    rms_norm,
+    rope_frequencies,
+)
 from speculators.families.eagle import EagleConfig
 
 __all__ = ["EagleReference"]
-
-ROPE_TYPES = {None, "linear", "dynamic", "llama3"}
 
 
 class EagleReference:
@@ -34,12 +37,7 @@ class EagleReference:
 
     def cannot_evaluate(self) -> str | None:
         """Why this class cannot compute a draft of this config; ``None`` if it can."""
-        rope_type = (self.config.rope_scaling or {}).get("rope_type")
-        if rope_type not in ROPE_TYPES:
-            return f"RoPE scaling of type {rope_type} is not in it"
-        if self.config.hidden_act != "silu":
-            return f"the activation {self.config.hidden_act} is not in it"
-        return None
+        return not_computed(self.config)
 
     def __call__(self, embeddings: Tensor, hidden_states: Tensor) -> Tensor:
         """Compute the layer's output; arguments and output have the shape (sequence, hidden)."""
@@ -64,52 +62,16 @@ class EagleReference:
         heads = self.config.num_attention_heads
         kv_heads = self.config.num_key_value_heads or heads
         q, k, v = (
-            self._linear(f"layers.0.self_attn.{name}_proj", x)
-            .unflatten(-1, (n, -1))
-            .transpose(0, 1)
+            self._linear(f"layers.0.self_attn.{name}_proj", x).unflatten(-1, (n, -1))
             for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         )
-        angles = torch.outer(
-            torch.arange(len(x), dtype=torch.float32), self._frequencies(q.shape[-1])
-        ).repeat(1, 2)
-        q, k = _rotate(q, angles), _rotate(k, angles)
-        k, v = (t.repeat_interleave(heads // kv_heads, dim=0) for t in (k, v))
-        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-        future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
-        attended = scores.masked_fill(future, -math.inf).softmax(-1) @ v
-        return self._linear("layers.0.self_attn.o_proj", attended.transpose(0, 1).flatten(1))
-
-    def _frequencies(self, head_dim: int) -> Tensor:
-        """RoPE's frequencies (Su et al. 2021, section 3.4.2), scaled as the config says.
-
-        Dynamic scaling changes nothing up to max_position_embeddings. Llama 3's keeps the
-        frequencies of short wavelengths, divides those of long ones by the factor, and interpolates
-        linearly in between (meta-llama/llama-models, ``apply_scaling``).
-        """
-        frequencies: Tensor = self.config.rope_theta ** (
-            -torch.arange(0, head_dim, 2).float() / head_dim
-        )
-        scaling = self.config.rope_scaling or {}
-        if scaling.get("rope_type") == "linear":
-            frequencies = frequencies / scaling["factor"]
-        if scaling.get("rope_type") == "llama3":
-            turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-            kept = ((turns - low) / (high - low)).clamp(0, 1)
-            frequencies = kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
-        return frequencies
+        frequencies = rope_frequencies(self.config, q.shape[-1])
+        return self._linear("layers.0.self_attn.o_proj", attend(q, k, v, frequencies))
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        """Root-mean-square norm (Zhang and Sennrich 2019); the identity if the source lacks it."""
+        """Root-mean-square norm; the identity if the source lacks it."""
         scale = self.tensors.get(f"{name}.weight")
-        if scale is None:
-            return x
-        return scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
-
-
-def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
+        return x if scale is None else rms_norm(x, scale, self.config.rms_norm_eps)

@@ -8,7 +8,7 @@ from speculators.families.eagle import TENSORS, EagleConfig
 from speculators.format.tensors import required_tensors
 from speculators.integrations.vllm.models import ARCHITECTURE
 
-__all__ = ["update_eagle"]
+__all__ = ["cover_positions", "update_eagle"]
 
 WHERE = "the draft"
 
@@ -59,3 +59,18 @@ def update_eagle(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]
     }
     pre_trained_config.clear()
     pre_trained_config.update(values)
+
+
+def cover_positions(config: Any, max_model_len: int) -> None:
+    """Let the draft's table of rotary embeddings cover all positions that vLLM serves.
+
+    vLLM makes it ``max_position_embeddings`` rows long, and in none of the format's types of RoPE
+    does it compute the angles from that number. From 0.27 on it extends drafts' tables itself;
+    before, a draft reads beyond the end of its table in a longer sequence.
+
+    Args:
+        config: the draft's config in vLLM; changed in place.
+        max_model_len: of the verifier, in tokens.
+
+    """
+    config.max_position_embeddings = max(config.max_position_embeddings, max_model_len)

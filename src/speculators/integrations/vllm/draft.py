@@ -27,6 +27,7 @@ from vllm.model_executor.models.utils import (
 from speculators.checkpoint.tensor import describe_shape
 from speculators.errors import CheckpointError, FormatError, VerifierError
 from speculators.families.eagle import EAGLE
+from speculators.integrations.vllm.config import cover_positions
 
 __all__ = ["EagleDraft"]
 
@@ -126,6 +127,7 @@ class EagleDraft(EagleLlamaForCausalLM):
         self.directory = speculative_config.draft_model_config.model
         self.config = speculative_config.draft_model_config.hf_config
         self._check_fits(speculative_config.target_model_config)
+        cover_positions(self.config, vllm_config.model_config.max_model_len)
         self.model = EagleDecoder(
             vllm_config=vllm_config,
             prefix=maybe_prefix(prefix, "model"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 __all__ = ["INSTALL", "PARTS", "TESTED_RELEASES", "is_tested", "missing_parts"]
 
-TESTED_RELEASES = ("0.26.0", "0.31.0", "0.32.0")
+TESTED_RELEASES = ("0.26.0", "0.29.0", "0.31.0", "0.32.0")
 """The releases whose engine has served converted drafts: 0.26.0 on a GPU, the others on a CPU."""
 
 INSTALL = (

@@ -1,0 +1,194 @@
+"""The config.json of an EAGLE-3, EAGLE-3.1 or P-EAGLE draft: upstream's format, with no gaps.
+
+The keys are those of the PyPI project ``speculators`` 0.9.0 (``models/eagle3/config.py`` and
+``models/peagle/config.py`` there) and of vLLM 0.32, which read several of them with different
+defaults when they are missing. So all of them are written.
+"""
+
+from itertools import pairwise
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from speculators.format.config import LayerConfig, SpeculatorConfig, SpeculatorsConfig
+
+__all__ = ["USUAL_STATES", "Eagle3Config", "Eagle3LayerConfig"]
+
+USUAL_STATES = 3
+"""How many states of the verifier a draft usually reads; vLLM assumes it of a Llama layer."""
+
+
+class Eagle3LayerConfig(LayerConfig):
+    """The draft's decoder layers; the first one takes the embedding beside the hidden state."""
+
+    model_type: Literal["llama", "qwen3"] = "llama"
+    """``qwen3`` where queries and keys are normalised."""
+    attention_bias: bool = False
+    """Whether q, k, v and o have biases."""
+    mlp_bias: bool = False
+    """Whether the MLP's projections have biases."""
+    rope_parameters: dict[str, Any] | None = None
+    """``rope_theta`` and ``rope_scaling`` as transformers 5 spells them."""
+    num_aux_hidden_states: int | None = None
+    """How many states are read, where vLLM would otherwise take it to be three."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_rope_both_ways(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        parameters = data.get("rope_parameters")
+        if isinstance(parameters, dict) and parameters:
+            scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+            scaled = scaling.get("rope_type", "default") != "default"
+            said = {"rope_theta": parameters.get("rope_theta", data.get("rope_theta"))}
+            said["rope_scaling"] = scaling if scaled else None
+            return data | {
+                key: value for key, value in said.items() if key != "rope_theta" or value
+            }
+        scaling = data.get("rope_scaling") or {}
+        theta = data.get("rope_theta", 10000.0)
+        return data | {"rope_parameters": {"rope_type": "default", **scaling, "rope_theta": theta}}
+
+
+class Eagle3SpeculatorsConfig(SpeculatorsConfig):
+    """How to speculate with the draft."""
+
+    algorithm: Literal["eagle3", "peagle"] = "eagle3"
+
+
+class Eagle3Config(SpeculatorConfig):
+    """The whole config.json."""
+
+    architectures: list[str]
+    """``Eagle3Speculator``, or ``PEagleDraftModel`` for P-EAGLE."""
+    speculators_model_type: Literal["eagle3", "peagle"] = "eagle3"
+    """Marks the file as being in this format; ``peagle`` for a draft that drafts in parallel."""
+    dtype: str | None = None
+    """``torch_dtype`` as transformers 5 spells it."""
+    transformer_layer_config: Eagle3LayerConfig
+    draft_vocab_size: int = Field(ge=1)
+    """How many tokens the draft can propose: the rows of its head."""
+    eagle_aux_hidden_state_layer_ids: list[int] = Field(min_length=1)
+    """Which of the verifier's states are read: number i is the residual stream that enters its
+    decoder layer i (0: the embeddings; the number of layers: what leaves the last one)."""
+    target_hidden_size: int | None = Field(default=None, ge=1)
+    """The verifier's hidden size, if it is not the draft's."""
+    norm_before_residual: bool
+    """Whether the first layer's residual is the normalised hidden state. Readers disagree on its
+    default, so it has none."""
+    norm_before_fc: bool = False
+    """Whether the states are normalised together before ``fc`` (``input_norm``)."""
+    fc_norm: bool = False
+    """EAGLE-3.1: whether each of the states is normalised by itself before ``fc``."""
+    norm_output: bool = False
+    """EAGLE-3.1: whether what is fed back is the output after the final norm."""
+    fc_bias: bool | None = None
+    """Whether ``fc`` has a bias; not a key of upstream's, and so only written if it has."""
+    mask_token_id: int | None = Field(default=None, ge=0)
+    """P-EAGLE: the token whose embedding stands for the tokens that are not drafted yet."""
+    embed_requires_grad: bool = False
+    """Whether the embedding was trained with the draft."""
+    tie_word_embeddings: Literal[False] = False
+    speculators_config: Eagle3SpeculatorsConfig
+
+    @field_validator("eagle_aux_hidden_state_layer_ids", mode="before")
+    @classmethod
+    def _tell_where_ids_come_from(cls, ids: Any) -> Any:
+        if ids is None:
+            raise ValueError("it is null, so which states are read is not known; convert the draft")
+        return ids
+
+    @field_validator("eagle_aux_hidden_state_layer_ids")
+    @classmethod
+    def _check_ids(cls, ids: list[int]) -> list[int]:
+        if ids[0] < 0 or any(one >= other for one, other in pairwise(ids)):
+            raise ValueError(f"{ids} is not a list of layers in ascending order")
+        return ids
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_dtype_both_ways(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        dtype = data.get("torch_dtype") or data.get("dtype")
+        return data | {"torch_dtype": dtype, "dtype": dtype}
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Eagle3Config":
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("norm_before_fc and fc_norm exclude each other")
+        if self.parallel and self.mask_token_id is None:
+            raise ValueError("a peagle draft needs mask_token_id")
+        if self.draft_vocab_size > self.transformer_layer_config.vocab_size:
+            raise ValueError("draft_vocab_size is larger than the verifier's vocabulary")
+        self.fc_bias = self.fc_bias or None
+        usual = self.transformer_layer_config.model_type != "llama" or self.states == USUAL_STATES
+        self.transformer_layer_config.num_aux_hidden_states = None if usual else self.states
+        return self
+
+    @property
+    def parallel(self) -> bool:
+        """Whether all tokens are drafted in one pass (P-EAGLE)."""
+        return self.speculators_model_type == "peagle"
+
+    @property
+    def states(self) -> int:
+        """How many of the verifier's states are read."""
+        return len(self.eagle_aux_hidden_state_layer_ids)
+
+    @property
+    def verifier_hidden_size(self) -> int:
+        """The width of each of them."""
+        return self.target_hidden_size or self.transformer_layer_config.hidden_size
+
+    def facts(self) -> dict[str, str]:
+        """What is worth telling about the draft: label → text."""
+        layers = ", ".join(map(str, self.eagle_aux_hidden_state_layer_ids))
+        of = self.transformer_layer_config.vocab_size
+        return {
+            "reads": f"{self.states} of the verifier's states: those entering its layers {layers}",
+            "drafts": f"{self.draft_vocab_size} of {of} tokens",
+            "feeds back": f"its output {'after' if self.norm_output else 'before'} the final norm",
+            "residual": f"taken {'after' if self.norm_before_residual else 'before'} hidden_norm",
+        }
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The features that this config declares (never ``embedding``)."""
+        layer = self.transformer_layer_config
+        declared = {
+            "draft_vocabulary": self.draft_vocab_size != layer.vocab_size,
+            "fc_bias": bool(self.fc_bias),
+            "fc_norm": self.fc_norm,
+            "input_norm": self.norm_before_fc,
+            "attention_bias": layer.attention_bias,
+            "mlp_bias": layer.mlp_bias,
+            "qk_norm": layer.model_type == "qwen3",
+            "mask_hidden": self.parallel,
+        }
+        return frozenset(name for name, there in declared.items() if there)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers of layers and of states."""
+        return {"layer": self.layers, "state": self.states}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the layers, of the states and of the vocabularies."""
+        sizes = self.transformer_layer_config.sizes()
+        return sizes | {
+            "one": 1,
+            "head": self.transformer_layer_config.head_dim
+            or sizes["queries"] // self.transformer_layer_config.num_attention_heads,
+            "embedding+hidden": 2 * sizes["hidden"],
+            "drafted": self.draft_vocab_size,
+            "state": self.verifier_hidden_size,
+            "states": self.states * self.verifier_hidden_size,
+        }
+
+    @property
+    def verifier_sizes(self) -> tuple[int, int]:
+        """The vocabulary and the hidden size that a verifier must have."""
+        return self.transformer_layer_config.vocab_size, self.verifier_hidden_size

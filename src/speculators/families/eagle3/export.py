@@ -1,0 +1,425 @@
+"""What an EAGLE-3 draft can be exported to, and the config.json that each reader takes.
+
+What each can express is by the sources of SafeAILab/EAGLE (``eagle/model/cnets.py``), vLLM 0.32
+(``model_executor/models/llama_eagle3.py``), SGLang 0.5.23 (``srt/models/llama_eagle3.py``),
+SpecForge 0.2.0, ModelOpt 0.47, TensorRT-LLM (``_torch/models/modeling_speculative.py``) and
+llama.cpp (``conversion/llama.py``).
+"""
+
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from speculators.checkpoint.tensor import Constant, PlannedTensor
+from speculators.families.eagle3.config import USUAL_STATES, Eagle3Config
+from speculators.families.family import Target
+
+__all__ = ["TARGETS", "Eagle3Target", "export_config"]
+
+Limit = Callable[[Eagle3Config], str | None]
+"""What a draft has that a reader cannot compute, as it follows "it"; ``None`` if nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3Target(Target):
+    """A layout to export to.
+
+    Attributes:
+        keys: what config.json has beside the sizes of the draft.
+
+    """
+
+    keys: Callable[[Eagle3Config], dict[str, Any]] = lambda config: {}  # noqa: ARG005
+
+
+def export_config(config: Eagle3Config, target: Eagle3Target) -> dict[str, Any]:
+    """The draft's config as the target's reader takes it: flat, like a language model's."""
+    layer = config.transformer_layer_config
+    values = layer.model_dump(exclude_none=True) | {"rope_scaling": None}
+    values.pop("num_aux_hidden_states", None)
+    if layer.rope_scaling is not None:
+        # Older software reads ``type``, newer ``rope_type``.
+        both = {"type": layer.rope_type, "rope_type": layer.rope_type}
+        values["rope_scaling"] = layer.rope_scaling | both
+    values["draft_vocab_size"] = config.draft_vocab_size
+    values |= {key: config.dtype for key in ("torch_dtype", "dtype") if config.dtype}
+    if config.target_hidden_size is not None:
+        values["target_hidden_size"] = config.target_hidden_size
+    if config.embed_requires_grad and not config.parallel:
+        values["embed_requires_grad"] = True
+    return values | dict(target.layers[layer.model_type]) | target.keys(config)
+
+
+def outputs(config: Eagle3Config) -> list[int]:
+    """The layers that the states leave."""
+    return [layer - 1 for layer in config.eagle_aux_hidden_state_layer_ids]
+
+
+def several_layers(config: Eagle3Config) -> str | None:
+    """More than one layer."""
+    return f"has {config.layers} layers" if config.layers > 1 else None
+
+
+def residual_norm(config: Eagle3Config) -> str | None:
+    """A residual that is normalised."""
+    if not config.norm_before_residual:
+        return None
+    return "takes its residual after the norm (norm_before_residual)"
+
+
+def feedback_norm(config: Eagle3Config) -> str | None:
+    """EAGLE-3.1's feedback."""
+    if not config.norm_output:
+        return None
+    return "feeds back the output after the final norm (norm_output)"
+
+
+def other_width(config: Eagle3Config) -> str | None:
+    """States of another width than the draft's."""
+    return "reads states of another width than its own" if config.target_hidden_size else None
+
+
+def other_number(config: Eagle3Config) -> str | None:
+    """Not three states."""
+    return f"reads {config.states} states" if config.states != USUAL_STATES else None
+
+
+def other_layers(config: Eagle3Config, depth: int | None) -> str | None:
+    """Other layers than 2, n//2 and n-3 of n; if n is not known, of the n that it could be."""
+    layers = config.eagle_aux_hidden_state_layer_ids
+    depth = depth or layers[-1] + 3
+    usual = [2, depth // 2, depth - 3]
+    if layers == usual:
+        return None
+    return f"reads the states that enter the layers {layers}, and not {usual}"
+
+
+def embeddings_read(config: Eagle3Config) -> str | None:
+    """The state that enters layer 0, which leaves none."""
+    reads = 0 in config.eagle_aux_hidden_state_layer_ids
+    return "reads the verifier's embeddings (layer 0)" if reads else None
+
+
+def own_head_size(config: Eagle3Config) -> str | None:
+    """A head size that is not the hidden size over the number of heads."""
+    layer = config.transformer_layer_config
+    usual = layer.hidden_size == (layer.head_dim or 0) * layer.num_attention_heads
+    return None if usual else f"has heads of size {layer.head_dim}"
+
+
+def newer_rope(config: Eagle3Config) -> str | None:
+    """RoPE scaling that the reference implementation lacks, or computes with another base."""
+    layer = config.transformer_layer_config
+    if layer.rope_type == "default" or (
+        layer.rope_type in {"linear", "dynamic"} and layer.rope_theta == 10000
+    ):
+        return None
+    return f"has {layer.rope_type} RoPE scaling with the base {layer.rope_theta:g}"
+
+
+def scaled_rope_in_parallel(config: Eagle3Config) -> str | None:
+    """RoPE scaling of a P-EAGLE draft, which SpecForge ignores."""
+    scaled = config.parallel and config.transformer_layer_config.rope_type != "default"
+    return "has RoPE scaling and drafts in parallel" if scaled else None
+
+
+def norms_in_parallel(config: Eagle3Config) -> str | None:
+    """The norms of EAGLE-3.1 in a P-EAGLE draft."""
+    both = config.parallel and (config.fc_norm or config.norm_output)
+    return "drafts in parallel and has EAGLE-3.1's norms" if both else None
+
+
+def qwen3_biases(config: Eagle3Config) -> str | None:
+    """Biases in a layer with norms on queries and keys."""
+    layer = config.transformer_layer_config
+    both = layer.model_type == "qwen3" and layer.attention_bias
+    return "has biases in the attention beside norms on queries and keys" if both else None
+
+
+def one_wide_state(config: Eagle3Config) -> str | None:
+    """``fc`` from one state of the draft's own width."""
+    same = config.sizes["states"] == config.transformer_layer_config.hidden_size
+    return "reads no more than one state, of its own width" if same else None
+
+
+def other_numbering(config: Eagle3Config) -> str | None:
+    """Layers that SGLang would misread for DeepSeek: it adds 1 only if the first one is 1."""
+    verifiers = config.speculators_config.verifier.architectures
+    deepseek = any("Deepseek" in name for name in verifiers)
+    if not deepseek or config.eagle_aux_hidden_state_layer_ids[0] == 2:
+        return None
+    return "reads other layers of a DeepSeek verifier than those that start with 2"
+
+
+def unless_parallel(limit: Limit) -> Limit:
+    """A limit that does not concern P-EAGLE drafts."""
+    return lambda config: None if config.parallel else limit(config)
+
+
+def refusal(
+    reader: str, *limits: Limit, usual_layers: bool = False
+) -> Callable[[Eagle3Config, Callable[[], int | None]], str | None]:
+    """Why a reader cannot compute a draft: by the first of the limits that it exceeds.
+
+    Args:
+        reader: the reader.
+        *limits: what it cannot compute.
+        usual_layers: whether it always reads the reference's layers, whatever it is told.
+
+    """
+
+    def refuses(config: Eagle3Config, depth: Callable[[], int | None]) -> str | None:
+        exceeded = next(filter(None, (limit(config) for limit in limits)), None)
+        if exceeded is None and usual_layers:
+            exceeded = other_layers(config, depth())
+        return exceeded and f"{exceeded}, which {reader} cannot compute"
+
+    return refuses
+
+
+def _nested(config: Eagle3Config, **keys: Any) -> dict[str, Any]:
+    """``eagle_config``, with the layers by the states that leave them."""
+    return {
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": outputs(config),
+            "use_aux_hidden_state": True,
+            **keys,
+        }
+    }
+
+
+def _norms(config: Eagle3Config) -> dict[str, Any]:
+    flags = ("norm_before_fc", "fc_norm", "norm_output")
+    return {flag: True for flag in flags if getattr(config, flag)}
+
+
+def _count(config: Eagle3Config) -> dict[str, Any]:
+    return {} if config.states == USUAL_STATES else {"num_aux_hidden_states": config.states}
+
+
+def _mask(config: Eagle3Config) -> dict[str, Any]:
+    return {"mask_token_id": config.mask_token_id} if config.parallel else {}
+
+
+def _keys_of_vllm(config: Eagle3Config) -> dict[str, Any]:
+    return {
+        "eagle_aux_hidden_state_layer_ids": config.eagle_aux_hidden_state_layer_ids,
+        "norm_before_residual": config.norm_before_residual,
+        **_norms(config),
+        **_count(config),
+        **_mask(config),
+        **({"pard_token": config.mask_token_id} if config.parallel else {}),
+    }
+
+
+def _keys_of_specforge(config: Eagle3Config) -> dict[str, Any]:
+    if not config.parallel:
+        return _nested(config) | _norms(config)
+    return {
+        **_nested(config),
+        **_mask(config),
+        "architectures": ["PEagleDraftModel"],
+        "norm_before_residual": config.norm_before_residual,
+    }
+
+
+def _keys_of_modelopt(config: Eagle3Config) -> dict[str, Any]:
+    return _nested(
+        config,
+        use_input_layernorm_in_first_layer=True,
+        use_last_layernorm=True,
+        use_mtp_layernorm=False,
+        next_layer_regular=True,
+        parallel_draft_step=1,
+        parallel_draft_heads_num_layers=1,
+    )
+
+
+def _keys_of_trtllm(config: Eagle3Config) -> dict[str, Any]:
+    nested = _nested(config, **({"norm_before_fc": True} if config.norm_before_fc else {}))
+    top = {key: value for key, value in _norms(config).items() if key != "norm_before_fc"}
+    return nested | top | _count(config) | ({"bias": True} if config.fc_bias else {})
+
+
+def _keys_of_sglang(config: Eagle3Config) -> dict[str, Any]:
+    bias = {"bias": True} if config.fc_bias else {}
+    return _nested(config) | _norms(config) | _count(config) | bias
+
+
+def _keys_of_llamacpp(config: Eagle3Config) -> dict[str, Any]:
+    scaling = config.transformer_layer_config.rope_scaling or {}
+    trained = scaling.get("original_max_position_embeddings")
+    return {
+        "norm_before_residual": config.norm_before_residual,
+        # Its converter reads it here, and takes 8192 otherwise.
+        **({"original_max_position_embeddings": trained} if trained else {}),
+    }
+
+
+def _whole_vocabulary(config: Eagle3Config) -> dict[str, PlannedTensor]:
+    """The tables of a draft with the verifier's vocabulary, which SpecForge stores all the same."""
+    if config.draft_vocab_size != config.transformer_layer_config.vocab_size:
+        return {}
+    size = config.draft_vocab_size
+    offsets, flags = array("q", bytes(8 * size)).tobytes(), b"\1" * size
+    return {
+        "d2t": PlannedTensor("I64", (size,), (Constant("zeros", "I64", offsets),)),
+        "t2d": PlannedTensor("BOOL", (size,), (Constant("ones", "BOOL", flags),)),
+    }
+
+
+def _advice_on_specforge(config: Eagle3Config) -> str | None:
+    if not config.norm_output:
+        return None
+    return (
+        "SpecForge up to 0.2.0 reads norm_output otherwise, and feeds back the output before the "
+        "final norm; it takes pull request 879 (September 2026)"
+    )
+
+
+def _advice_on_llamacpp(config: Eagle3Config) -> str:
+    verifier = config.speculators_config.verifier.name_or_path
+    return (
+        "give convert_hf_to_gguf.py the option --target-model-dir with the directory of "
+        f"{verifier}: it takes the tokenizer and the layers to read (2, n/2 and n-3) from there"
+    )
+
+
+def _advice_on_trtllm(config: Eagle3Config) -> str:
+    return (
+        "TensorRT-LLM does not read from the draft which states it takes: set "
+        f"eagle3_layers_to_capture to {outputs(config)}"
+    )
+
+
+MIDLAYER: Mapping[str, str] = {"layers.0.": "midlayer."}
+
+
+def _midlayer(config: Eagle3Config) -> Mapping[str, str]:
+    """The prefix of a draft's only layer; P-EAGLE's are numbered."""
+    return {} if config.parallel else MIDLAYER
+
+
+def _llama(architecture: str) -> dict[str, dict[str, Any]]:
+    return {"llama": {"model_type": "llama", "architectures": [architecture]}}
+
+
+BIASES_AND_NORMS = frozenset({"attention_bias", "mlp_bias", "qk_norm"})
+
+TARGETS: dict[str, Eagle3Target] = {
+    "eagle": Eagle3Target(
+        reader="the EAGLE research code",
+        layers=_llama("LlamaForCausalLM"),
+        lacks=BIASES_AND_NORMS | {"fc_bias", "fc_norm", "input_norm", "mask_hidden"},
+        refuses=refusal(
+            "the EAGLE research code",
+            several_layers,
+            residual_norm,
+            feedback_norm,
+            other_number,
+            own_head_size,
+            newer_rope,
+            usual_layers=True,
+        ),
+        prefixes=_midlayer,
+    ),
+    "vllm": Eagle3Target(
+        reader="vLLM without a plugin",
+        layers=_llama("LlamaForCausalLMEagle3")
+        | {"qwen3": {"model_type": "qwen3", "architectures": ["Eagle3Qwen3ForCausalLM"]}},
+        lacks=frozenset({"fc_bias"}),
+        refuses=refusal("vLLM", qwen3_biases),
+        keys=_keys_of_vllm,
+        activation="silu",
+        remarks={
+            "mask_hidden": (
+                "vLLM drafts in parallel with the method eagle3 and parallel_drafting true"
+            )
+        },
+    ),
+    "sglang": Eagle3Target(
+        reader="SGLang",
+        layers=_llama("LlamaForCausalLMEagle3"),
+        lacks=BIASES_AND_NORMS | {"mask_hidden"},
+        refuses=refusal(
+            "SGLang",
+            several_layers,
+            residual_norm,
+            one_wide_state,
+            embeddings_read,
+            other_numbering,
+        ),
+        prefixes=_midlayer,
+        keys=_keys_of_sglang,
+        activation="silu",
+        remarks={
+            "embedding": (
+                "SGLang uses the verifier's embedding, whatever the draft's own holds, unless "
+                "their hidden sizes differ"
+            ),
+        },
+    ),
+    "specforge": Eagle3Target(
+        reader="SpecForge",
+        layers=_llama("LlamaForCausalLMEagle3"),
+        lacks=BIASES_AND_NORMS | {"fc_bias", "input_norm"},
+        refuses=refusal(
+            "SpecForge",
+            unless_parallel(several_layers),
+            unless_parallel(residual_norm),
+            norms_in_parallel,
+            scaled_rope_in_parallel,
+            other_number,
+            embeddings_read,
+        ),
+        prefixes=_midlayer,
+        adds=_whole_vocabulary,
+        keys=_keys_of_specforge,
+        advice=_advice_on_specforge,
+    ),
+    "modelopt": Eagle3Target(
+        reader="ModelOpt",
+        layers=_llama("LlamaForCausalLMEagle3"),
+        lacks=BIASES_AND_NORMS | {"embedding", "fc_bias", "fc_norm", "input_norm", "mask_hidden"},
+        refuses=refusal(
+            "ModelOpt", several_layers, residual_norm, feedback_norm, other_width, embeddings_read
+        ),
+        drops=frozenset({"t2d"}),
+        keys=_keys_of_modelopt,
+        remarks={
+            None: (
+                "ModelOpt (0.47.0) itself computes hidden_norm(input_layernorm(x)) where engines "
+                "compute hidden_norm(x)"
+            )
+        },
+    ),
+    "llamacpp": Eagle3Target(
+        reader="llama.cpp's convert_hf_to_gguf.py",
+        layers=_llama("LlamaForCausalLMEagle3"),
+        lacks=BIASES_AND_NORMS | {"fc_bias", "fc_norm", "input_norm", "mask_hidden"},
+        refuses=refusal(
+            "llama.cpp", several_layers, feedback_norm, other_number, usual_layers=True
+        ),
+        prefixes=_midlayer,
+        keys=_keys_of_llamacpp,
+        activation="silu",
+        advice=_advice_on_llamacpp,
+    ),
+    "trtllm": Eagle3Target(
+        reader="TensorRT-LLM",
+        layers=_llama("LlamaForCausalLMEagle3"),
+        lacks=BIASES_AND_NORMS | {"mask_hidden"},
+        refuses=refusal("TensorRT-LLM", several_layers, residual_norm, embeddings_read),
+        prefixes=_midlayer,
+        keys=_keys_of_trtllm,
+        activation="silu",
+        remarks={
+            "embedding": (
+                "TensorRT-LLM uses the verifier's embedding, whatever the draft's own holds, "
+                "unless their hidden sizes differ"
+            ),
+        },
+        advice=_advice_on_trtllm,
+    ),
+}

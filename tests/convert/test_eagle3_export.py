@@ -1,0 +1,230 @@
+"""Export of EAGLE-3 drafts: what a reader takes, there and back; what it would drop is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eagle3 import GOLDEN3, NAMES, TARGET, narrow_verifier
+from helpers import CommandLine, config_of, save_quietly, stored_tensors
+from speculators.convert.conversion import convert
+from speculators.convert.export import export
+from speculators.errors import ConversionError
+from speculators.families.eagle3 import EAGLE3
+from speculators.families.readers import READERS
+from speculators.inspection.checkpoint import inspect_checkpoint
+
+ONE_STATE, THREE = "norm_before_fc", "modelopt_4aux"
+NEWER, PARALLEL, QWEN3 = "eagle31_specforge", "peagle_speculators", "speculators_qwen3_2layer"
+RESIDUAL = "speculators_norm_before_residual_true"
+
+REFUSED: dict[tuple[str, str], str] = {
+    **dict.fromkeys([(NEWER, it) for it in ("eagle", "llamacpp")], "a norm on each of the"),
+    (NEWER, "modelopt"): "an embedding of its own and a norm on each",
+    **dict.fromkeys(
+        [("fc_bias", it) for it in ("eagle", "vllm", "specforge", "modelopt", "llamacpp")],
+        "a bias on fc",
+    ),
+    ("modelopt_4aux", "eagle"): "reads 4 states",
+    ("modelopt_4aux", "specforge"): "reads 4 states",
+    ("modelopt_4aux", "llamacpp"): "reads 4 states",
+    **dict.fromkeys(
+        [("norm_before_fc", it) for it in ("eagle", "specforge", "llamacpp")],
+        "a norm on all of the verifier's states",
+    ),
+    ("norm_before_fc", "modelopt"): "a norm on all of the verifier's states",
+    **dict.fromkeys(
+        [(PARALLEL, it) for it in ("eagle", "sglang", "modelopt", "llamacpp", "trtllm")],
+        "a hidden state for tokens that are not drafted yet",
+    ),
+    ("qwen3_specforge", "eagle"): "heads of size 24",
+    **dict.fromkeys(
+        [(name, "modelopt") for name in ("qwen3_specforge", "target_hidden_48")],
+        "an embedding of its own",
+    ),
+    ("speculators_norm_before_residual_false", "modelopt"): "an embedding of its own",
+    (RESIDUAL, "modelopt"): "an embedding of its own",
+    **dict.fromkeys(
+        [(RESIDUAL, it) for it in ("eagle", "sglang", "specforge", "trtllm")],
+        "norm_before_residual",
+    ),
+    (QWEN3, "vllm"): "biases in the attention beside norms on queries and keys",
+    **dict.fromkeys(
+        [(QWEN3, it) for it in EAGLE3.targets if it != "vllm"], "norms on queries and keys"
+    ),
+}
+"""A golden draft, and a reader that computes something else → the feature that the error names."""
+
+ASKED = {"vllm": {"aux_numbering": "input"}}
+"""What a reader's layout leaves open."""
+
+PAIRS = [(name, to) for name in NAMES for to in EAGLE3.targets]
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_quietly(narrow_verifier(48), tmp_path_factory.mktemp("narrow") / "verifier")
+
+
+def without_methods(directory: Path) -> dict[str, Any]:
+    """The config, without how to speculate, which no other layout says."""
+    config = config_of(directory)
+    del config["speculators_config"]
+    return config
+
+
+@pytest.mark.parametrize(("name", "to"), [pair for pair in PAIRS if pair not in REFUSED])
+def test_there_and_back(
+    tmp_path: Path, eagle3_drafts: dict[str, Path], narrow: Path, name: str, to: str
+) -> None:
+    draft = eagle3_drafts[name]
+    out = export(draft, tmp_path / "out", to)
+    options: dict[str, Any] = ASKED.get(to, {})
+    if config_of(out).get("norm_output"):
+        options = {**options, "norm_output": "feedback"}
+    verifier = narrow if name == "target_hidden_48" else TARGET
+    back = convert(None, out, tmp_path / "back", verifier, options=options, validate=False)
+    assert without_methods(back) == without_methods(draft)
+    assert (back / "model.safetensors").read_bytes() == (draft / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "to"), REFUSED)
+def test_what_a_reader_cannot_compute_is_named(
+    tmp_path: Path, eagle3_drafts: dict[str, Path], name: str, to: str
+) -> None:
+    with pytest.raises(ConversionError) as caught:
+        export(eagle3_drafts[name], tmp_path / "out", to)
+    assert REFUSED[name, to] in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["sailab_llama", "fullvocab", "target_hidden_48"])
+def test_the_research_layout_is_the_original(
+    tmp_path: Path, eagle3_drafts: dict[str, Path], name: str
+) -> None:
+    out = export(eagle3_drafts[name], tmp_path / "out", "eagle")
+    found, expected = stored_tensors(out), stored_tensors(GOLDEN3 / name)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[it], expected[it]) for it in expected)
+    config, original = config_of(out), config_of(GOLDEN3 / name)
+    assert {key: config[key] for key in original if key in config} == {
+        key: value for key, value in original.items() if key in config
+    }
+    left = original.keys() - config.keys()
+    assert left <= {"transformers_version", "use_cache", "pretraining_tp"}
+
+
+def test_layers_are_numbered_as_the_reader_does(
+    tmp_path: Path, eagle3_drafts: dict[str, Path]
+) -> None:
+    draft = eagle3_drafts[ONE_STATE]
+    for to in ("sglang", "trtllm"):
+        config = config_of(export(draft, tmp_path / to, to))
+        assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [3, 5, 7]
+        assert "eagle_aux_hidden_state_layer_ids" not in config
+    config = config_of(export(draft, tmp_path / "vllm", "vllm"))
+    assert config["eagle_aux_hidden_state_layer_ids"] == [4, 6, 8]
+    assert config["norm_before_residual"] is False
+    four = config_of(export(eagle3_drafts[THREE], tmp_path / "four", "vllm"))
+    assert four["num_aux_hidden_states"] == 4
+
+
+def test_modelopt_wants_no_flags(tmp_path: Path, eagle3_drafts: dict[str, Path]) -> None:
+    out = export(eagle3_drafts[THREE], tmp_path / "out", "modelopt")
+    assert stored_tensors(out).keys() == stored_tensors(GOLDEN3 / THREE).keys()
+    assert config_of(out)["eagle_config"] == config_of(GOLDEN3 / THREE)["eagle_config"]
+
+
+def test_specforge_wants_tables_of_a_whole_vocabulary(
+    tmp_path: Path, eagle3_drafts: dict[str, Path]
+) -> None:
+    found = stored_tensors(export(eagle3_drafts["fullvocab"], tmp_path / "out", "specforge"))
+    assert torch.equal(found["d2t"], torch.zeros(320, dtype=torch.int64))
+    assert torch.equal(found["t2d"], torch.ones(320, dtype=torch.bool))
+
+
+def test_parallel_drafts_keep_their_numbers(tmp_path: Path, eagle3_drafts: dict[str, Path]) -> None:
+    out = export(eagle3_drafts[PARALLEL], tmp_path / "out", "specforge")
+    assert "layers.0.hidden_norm.weight" in stored_tensors(out)
+    assert config_of(out)["architectures"] == ["PEagleDraftModel"]
+    served = config_of(export(eagle3_drafts[PARALLEL], tmp_path / "served", "vllm"))
+    assert (served["pard_token"], served["architectures"]) == (317, ["LlamaForCausalLMEagle3"])
+
+
+def test_llamacpp_reads_rope_where_it_looks(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    config = config_of(GOLDEN3 / "sailab_llama") | {"rope_scaling": scaling}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "model.safetensors").symlink_to(GOLDEN3 / "sailab_llama" / "model.safetensors")
+    draft = convert(EAGLE3, source, tmp_path / "draft", TARGET, validate=False)
+    exported = config_of(export(draft, tmp_path / "out", "llamacpp"))
+    assert exported["original_max_position_embeddings"] == 64
+    with pytest.raises(ConversionError, match="llama3 RoPE scaling"):
+        export(draft, tmp_path / "none", "eagle")
+
+
+@pytest.mark.parametrize(
+    ("layers", "to", "expected"),
+    [
+        ([2, 4, 6], "eagle", r"\[2, 4, 6\], and not \[2, 4, 5\]"),
+        ([2, 4, 6], "llamacpp", r"\[2, 4, 6\], and not \[2, 4, 5\]"),
+        ([0, 4, 5], "sglang", r"the verifier's embeddings \(layer 0\)"),
+        ([0, 4, 5], "trtllm", r"the verifier's embeddings \(layer 0\)"),
+    ],
+)
+def test_layers_that_a_reader_cannot_be_told(
+    tmp_path: Path, layers: list[int], to: str, expected: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (source / name).symlink_to(GOLDEN3 / "sailab_llama" / name)
+    draft = convert(
+        EAGLE3, source, tmp_path / "draft", TARGET, options={"aux_layers": layers}, validate=False
+    )
+    with pytest.raises(ConversionError, match=expected):
+        export(draft, tmp_path / "out", to)
+    export(draft, tmp_path / "vllm", "vllm")
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "expected"),
+    [
+        ("sailab_llama", "llamacpp", "--target-model-dir with the directory of "),
+        ("sailab_llama", "trtllm", "set eagle3_layers_to_capture to [1, 3, 4]"),
+        ("qwen3_specforge", "sglang", "SGLang uses the verifier's embedding"),
+        (NEWER, "specforge", "it takes pull request 879"),
+        (PARALLEL, "vllm", "parallel_drafting true"),
+    ],
+)
+def test_what_to_tell_the_reader_is_printed(
+    tmp_path: Path,
+    eagle3_drafts: dict[str, Path],
+    speculators: CommandLine,
+    name: str,
+    to: str,
+    expected: str,
+) -> None:
+    run = speculators("export", eagle3_drafts[name], tmp_path / "out", "--to", to)
+    assert run.status == 0
+    assert any(expected in message for message in run.messages)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inspect_says_who_can_take_it(eagle3_drafts: dict[str, Path], name: str) -> None:
+    possible = [to for to in EAGLE3.targets if (name, to) not in REFUSED]
+    assert inspect_checkpoint(eagle3_drafts[name]).exports == possible
+
+
+def test_every_target_has_a_reader() -> None:
+    assert EAGLE3.targets.keys() == READERS.keys()
