@@ -39,6 +39,29 @@ ARCHITECTURES = {"eagle3": "Eagle3Speculator", "peagle": "PEagleDraftModel"}
 MASK_TOKEN_KEYS = ("mask_token_id", "pard_token", "ptd_token_id")
 """Keys of the token that stands for what is not drafted yet: speculators, vLLM, AWS."""
 
+READ = {
+    *MASK_TOKEN_KEYS,
+    "draft_vocab_size",
+    "eagle_aux_hidden_state_layer_ids",
+    "embed_requires_grad",
+    "fc_bias",
+    "fc_norm",
+    "norm_before_fc",
+    "norm_before_residual",
+    "norm_output",
+    "parallel_drafting",
+    "proposal_methods",
+    "return_hidden_post_norm",
+    "speculators_config",
+    "speculators_model_type",
+    "speculators_version",
+    "target_hidden_size",
+    "transformer_layer_config",
+    "use_aux_hidden_state",
+    "use_aux_norm",
+}
+"""Keys of the source's config that are read here, and not by the layer."""
+
 REFUSED = {
     r".*\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj)\..*": (
         "latent attention (MLA), as drafts for DeepSeek and Kimi have"
@@ -237,7 +260,9 @@ def _derive_layer(source: Source) -> DerivedLayer:
         Eagle3LayerConfig,
         {"model_type": "qwen3" if normed else "llama", "num_hidden_layers": layers, **biased},
         {},
-        {key: why for key, why in RENAMED.items() if key != "rope_parameters"},
+        {key: why for key, why in RENAMED.items() if key != "rope_parameters"}
+        | {"tie_word_embeddings": "the draft's head is its own"},
+        READ,
     )
     if given.get("head_dim") not in {None, derived.config.head_dim}:
         query = tensors["layers.0.self_attn.q_proj.weight"]
