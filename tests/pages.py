@@ -32,7 +32,7 @@ RUN = frozenset({"console", "python"})
 SHOWN = frozenset({"json", "markdown", "text", "yaml"})
 
 FENCE = re.compile(
-    r"(?:^ *<!-- (?P<remark>.*?) -->\n\n?)?"
+    r"(?:^ *<!-- (?P<remark>(?:(?! -->).)*) -->\n\n?)?"
     r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import CommandLine, Tensors, config_of, write_checkpoint
+from helpers import GOLDEN, CommandLine, Tensors, config_of, write_checkpoint
+from speculators.checkpoint.reader import read_checkpoint
+from speculators.checkpoint.repository import open_repository
 from speculators.convert.eagle import EagleConverter
+from speculators.convert.plan import family_of, plan_draft
 from speculators.errors import ConversionError
 
 convert = EagleConverter().convert
@@ -340,3 +343,15 @@ def test_a_table_that_is_not_computed_is_told(
     )
     convert(source, tmp_path / "out", verifier, validate=False)
     assert any("rotary_emb.inv_freq was left out unchecked" in line for line in warnings(log))
+
+
+EAGLE3 = GOLDEN.parent / "golden-eagle3"
+
+
+@pytest.mark.parametrize(
+    "draft", sorted(path.parent.name for path in EAGLE3.glob("[!_]*/config.json"))
+)
+def test_what_a_family_reads_itself_is_not_told_as_unknown(draft: str) -> None:
+    checkpoint = read_checkpoint(open_repository(EAGLE3 / draft))
+    plan = plan_draft(family_of(checkpoint), checkpoint)
+    assert not [clause for clause in plan.derived.discrepancies if "is not known" in clause]

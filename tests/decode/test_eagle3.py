@@ -97,6 +97,12 @@ def test_its_chains_are_golden(eagle3_drafts: dict[str, Path], name: str) -> Non
         tree = alone.propose(ids[:, 1 + known :], states[:, known:], [12 - known])
         assert tree.is_chain
         assert torch.equal(tree.tokens[0, 1:], expected)
+    # Beside a row with more tokens that the draft has not seen.
+    both = drafter(draft, CHAIN, [0, 0])
+    both.prefill(ids[:, 1:12].expand(2, -1), states[:, :11].expand(2, -1, -1))
+    unseen = torch.tensor([[int(ids[0, 12]), 0, 0, 0], [5, 6, 7, 8]])
+    tree = both.propose(unseen, states[:, 8:].expand(2, -1, -1).roll(1, 1), [1, 4])
+    assert torch.equal(tree.tokens[0, 1:], expected)
 
 
 def generated(draft: Any, ids: Tensor, **settings: Any) -> Generation:

@@ -164,7 +164,7 @@ def test_a_parallel_draft_drafts_in_one_pass(eagle3_drafts: dict[str, Path]) -> 
     # Through the cache: the masks are cropped, and the pass goes on from real positions.
     begun = draft(ids[:, :7], states[:, :7], num_draft_tokens=STEPS, use_cache=True)
     assert begun.past_key_values is not None
-    begun.past_key_values.crop(7)
+    begun.past_key_values.crop(1 - STEPS)  # newer releases take no absolute length
     output = draft(
         ids[:, 7:], states[:, 7:], past_key_values=begun.past_key_values, num_draft_tokens=STEPS
     )

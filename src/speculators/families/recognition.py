@@ -105,7 +105,11 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> R
     if config.get("quantization_config") and not (tensors and _are_plain(stored)):
         quantization.append("config.json has a quantization_config")
     # Judge a quantized module by the name that its weight had before.
-    whole = {QUANTIZED.sub(r"\g<module>.weight", name): info for name, info in stored.items()}
+    whole = (
+        {QUANTIZED.sub(r"\g<module>.weight", name): info for name, info in stored.items()}
+        if quantized
+        else stored
+    )
     inside = None if names.exact else _draft_inside(whole)
 
     for signature, family in signatures():
@@ -144,28 +148,28 @@ def short_names(stored: Collection[str]) -> Names:
     ``model.`` is taken off wherever it is, and a prefix that all names share, whatever it is, if
     it leaves exactly the tensors of a family, or else those of a kind that is known by its names.
     """
-    without = {name: WRAPPERS.sub("", name) for name in stored}
-    prefixes = _common_prefixes(without.values())
-    shortened = [
-        {
-            name: inner.removeprefix(prefix).removeprefix(USUAL_PREFIX)
-            for name, inner in without.items()
+    inner = {name: WRAPPERS.sub("", name) if "._" in name else name for name in stored}
+
+    def without(prefix: str) -> dict[str, str]:
+        return {
+            name: it.removeprefix(prefix).removeprefix(USUAL_PREFIX) for name, it in inner.items()
         }
-        for prefix in prefixes
-    ]
-    if len(without) <= MOST_TENSORS:
-        for prefix, short in zip(prefixes, shortened, strict=True):
-            if any(_is_exact(family, short.values()) for family in families()):
-                return Names(short, prefix, exact=True)
-    for prefix, short in zip(prefixes, shortened, strict=True):
+
+    if len(inner) > MOST_TENSORS:
+        return Names(without(""), "", exact=False)
+    shortened = {prefix: without(prefix) for prefix in _common_prefixes(inner.values())}
+    for prefix, short in shortened.items():
+        if any(_is_exact(family, short.values()) for family in families()):
+            return Names(short, prefix, exact=True)
+    for prefix, short in shortened.items():
         if any(
             re.fullmatch(signature.marks, name)
             for signature, _ in signatures()
             if not signature.alone
-            for name in (short.values() if len(short) <= MOST_TENSORS else ())
+            for name in short.values()
         ):
             return Names(short, prefix, exact=False)
-    return Names(shortened[0], "", exact=False)
+    return Names(shortened[""], "", exact=False)
 
 
 def _common_prefixes(names: Collection[str]) -> list[str]:
@@ -235,7 +239,8 @@ def _evidence(
     hints = _hints(signature, config)
     if signature.decisive or not tensors:
         return hints if len(hints) == len(signature.hints) > 0 else []
-    marks = [info.name for name, info in tensors.items() if re.fullmatch(signature.marks, name)]
+    is_mark = re.compile(signature.marks).fullmatch
+    marks = [info.name for name, info in tensors.items() if is_mark(name)]
     shown = [f"it has {listed(marks)}"] if marks else []
     if signature.alone and len(marks) != len(tensors):
         return []

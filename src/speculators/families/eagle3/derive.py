@@ -39,6 +39,29 @@ ARCHITECTURES = {"eagle3": "Eagle3Speculator", "peagle": "PEagleDraftModel"}
 MASK_TOKEN_KEYS = ("mask_token_id", "pard_token", "ptd_token_id")
 """Keys of the token that stands for what is not drafted yet: speculators, vLLM, AWS."""
 
+READ = {
+    *MASK_TOKEN_KEYS,
+    "draft_vocab_size",
+    "eagle_aux_hidden_state_layer_ids",
+    "embed_requires_grad",
+    "fc_bias",
+    "fc_norm",
+    "norm_before_fc",
+    "norm_before_residual",
+    "norm_output",
+    "parallel_drafting",
+    "proposal_methods",
+    "return_hidden_post_norm",
+    "speculators_config",
+    "speculators_model_type",
+    "speculators_version",
+    "target_hidden_size",
+    "transformer_layer_config",
+    "use_aux_hidden_state",
+    "use_aux_norm",
+}
+"""Keys of the source's config that are read here, and not by the layer."""
+
 REFUSED = {
     r".*\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj)\..*": (
         "latent attention (MLA), as drafts for DeepSeek and Kimi have"
@@ -55,19 +78,6 @@ SHOWN_BY = {
     "mlp_bias": "biases in the MLP",
 }
 """Feature that a config claims → the tensors that show it."""
-
-READ = (
-    "draft_vocab_size",
-    "eagle_aux_hidden_state_layer_ids",
-    "embed_requires_grad",
-    "fc_norm",
-    "mask_token_id",
-    "norm_before_fc",
-    "norm_before_residual",
-    "norm_output",
-    "target_hidden_size",
-)
-"""Keys of a config that are read here, not by the layer."""
 
 RENAMED = {
     "aux_hidden_states_layer_ids": "it is written as eagle_aux_hidden_state_layer_ids",
