@@ -849,6 +849,15 @@ def test_values_that_are_not_finite_are_found(tmp_path: Path) -> None:
         convert(EAGLE3, write(tmp_path / "source", edit=spoil), tmp_path / "out", TARGET)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_of_a_config_is_understood(tmp_path: Path, log: list[str], name: str) -> None:
+    narrow = verifier(tmp_path / "narrow", hidden_size=48) if "48" in name else TARGET
+    options = {"norm_output": "feedback"} if name == NEWER else {}
+    source = write(tmp_path / "source", name)
+    converted(source, tmp_path / "out", narrow, **options)
+    assert not [line for line in log if "is not known" in line]
+
+
 # Where options can be said
 
 

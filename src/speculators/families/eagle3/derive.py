@@ -83,6 +83,7 @@ RENAMED = {
     "aux_hidden_states_layer_ids": "it is written as eagle_aux_hidden_state_layer_ids",
     "auto_map": "it names a module of another package",
     "eagle_config": "its parts are written at the top of the config, or the tensors say them",
+    "num_depths": "it is about training",
     "num_aux_hidden_states": "it is the number of eagle_aux_hidden_state_layer_ids",
     "pard_token": "it is written as mask_token_id",
     "ptd_token_id": "it is written as mask_token_id",
@@ -91,6 +92,7 @@ RENAMED = {
     "speculators_config": "it is written anew",
     "speculators_model_type": "the tensors say it",
     "speculators_version": "this version writes its own",
+    "tie_word_embeddings": "the head is never the embedding",
     "transformers_version": "the config holds nothing that depends on it",
     "use_aux_norm": "it is written as fc_norm",
 }
@@ -260,8 +262,7 @@ def _derive_layer(source: Source) -> DerivedLayer:
         Eagle3LayerConfig,
         {"model_type": "qwen3" if normed else "llama", "num_hidden_layers": layers, **biased},
         {},
-        {key: why for key, why in RENAMED.items() if key != "rope_parameters"}
-        | {"tie_word_embeddings": "the draft's head is its own"},
+        {key: why for key, why in RENAMED.items() if key != "rope_parameters"},
         READ,
     )
     if given.get("head_dim") not in {None, derived.config.head_dim}:
@@ -275,9 +276,9 @@ def _derive_layer(source: Source) -> DerivedLayer:
     if nested:
         left_out = {f"transformer_layer_config.{key}": why for key, why in left_out.items()}
         left_out |= {
-            key: RENAMED.get(key, "the draft does not use it")
+            key: RENAMED.get(key, "this version writes its own")
             for key in source.checkpoint.config
-            if key not in {"transformer_layer_config", "architectures", "dtype", "torch_dtype"}
+            if key not in {"transformer_layer_config", "tie_word_embeddings"}
         }
     return DerivedLayer(derived.config, derived.discrepancies, left_out)
 
