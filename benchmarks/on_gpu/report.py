@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -12,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["render"]
+__all__ = [
+    "BLUE",
+    "GREY",
+    "ORANGE",
+    "drawing",
+    "fill",
+    "image",
+    "markdown",
+    "met",
+    "number",
+    "render",
+]
 
 MARKED = re.compile(r"(?<=<!-- made: )(?P<name>[a-z-]+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
 """The text between the markers of a table or plot."""
@@ -32,34 +44,42 @@ def render(results: Results, root: Path) -> None:
         root: the root of the repository.
 
     """
-    page = root / "BENCHMARKS.md"
-    drawn = [plot for plot in PLOTS if draw(results, plot, root / "benchmarks" / "results")]
+    made = {name: table_of(results, *table) for name, table in TABLES.items()}
+    for name, plot in PLOTS.items():
+        made[name] = "Not measured yet."
+        if results.get(plot.part, {}).get("contestants"):
+            with drawing(root, name) as axes:
+                plot.draw(results[plot.part], axes)
+            made[name] = image(name, plot.text)
+    fill(root, made)
+
+
+def fill(root: Path, made: dict[str, str]) -> None:
+    """Put tables and plots between their markers in BENCHMARKS.md; others there stay."""
 
     def filled(match: re.Match[str]) -> str:
         name = match["name"]
-        if name in PLOTS:
-            file = f"benchmarks/results/{name}.png"
-            content = f"![{PLOTS[name].text}]({file})" if name in drawn else "Not measured yet."
-        else:
-            content = table_of(results, *TABLES[name])
-        return f"{name} -->\n\n{content}\n\n"
+        return f"{name} -->\n\n{made[name]}\n\n" if name in made else match[0]
 
+    page = root / "BENCHMARKS.md"
     page.write_text(MARKED.sub(filled, page.read_text("utf-8")), encoding="utf-8")
 
 
-def draw(results: Results, name: str, directory: Path) -> bool:
-    """Draw a plot if its data was measured; returns whether it was."""
-    plot = PLOTS[name]
-    if not results.get(plot.part, {}).get("contestants"):
-        return False
+@contextmanager
+def drawing(root: Path, name: str) -> Iterator[Axes]:
+    """Draw a plot, which is then written among the results."""
     from matplotlib.figure import Figure  # no pyplot: no display, no state, Agg for PNG
 
     figure = Figure(figsize=SIZE, dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    plot.draw(results[plot.part], axes)
-    figure.savefig(directory / f"{name}.png")
-    return True
+    yield axes
+    figure.savefig(root / "benchmarks" / "results" / f"{name}.png")
+
+
+def image(name: str, text: str) -> str:
+    """A plot in Markdown."""
+    return f"![{text}](benchmarks/results/{name}.png)"
 
 
 def table_of(results: Results, part: str | None, make: Callable[[Results], str]) -> str:

@@ -11,6 +11,7 @@ __all__ = [
     "FormatError",
     "GenerationError",
     "HubError",
+    "IncompleteVerifierError",
     "ManifestError",
     "NoWeightsError",
     "OutputError",
@@ -47,6 +48,10 @@ class ConversionError(SpeculatorsError, ValueError):
 
 class VerifierError(SpeculatorsError, ValueError):
     """The verifier cannot be read, or does not fit the draft."""
+
+
+class IncompleteVerifierError(VerifierError):
+    """A verifier whose weights are there, but not the matrix that a draft takes from it."""
 
 
 class FormatError(SpeculatorsError, ValueError):

@@ -20,6 +20,7 @@ from helpers import (
     CommandLine,
     Run,
     entries,
+    fork_processes,
     run_process,
     write_checkpoint,
 )
@@ -112,9 +113,17 @@ def test_another_conversion_at_the_output_is_replaced_only_if_asked(
     assert f"Replacing {tmp_path / 'one'}: its dtype was kept" in run.messages
 
 
+@pytest.mark.parametrize("forking", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_validation_runs_in_the_batch_too(
-    tmp_path: Path, write_manifest: Callable[..., Path], speculators: CommandLine
+    tmp_path: Path,
+    write_manifest: Callable[..., Path],
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    forking: bool,
 ) -> None:
+    """In a fork of this process, which has torch; exhaustive: in one that imports it."""
+    if forking:
+        fork_processes(monkeypatch)
     run = speculators(
         "convert", "eagle", "--manifest", write_manifest({"output": "one", "validate": True})
     )

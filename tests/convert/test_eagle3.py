@@ -849,6 +849,15 @@ def test_values_that_are_not_finite_are_found(tmp_path: Path) -> None:
         convert(EAGLE3, write(tmp_path / "source", edit=spoil), tmp_path / "out", TARGET)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_of_a_config_is_understood(tmp_path: Path, log: list[str], name: str) -> None:
+    narrow = verifier(tmp_path / "narrow", hidden_size=48) if "48" in name else TARGET
+    options = {"norm_output": "feedback"} if name == NEWER else {}
+    source = write(tmp_path / "source", name)
+    converted(source, tmp_path / "out", narrow, **options)
+    assert not [line for line in log if "is not known" in line]
+
+
 # Where options can be said
 
 
@@ -872,6 +881,7 @@ def test_on_the_command_line(tmp_path: Path, speculators: CommandLine) -> None:
 def test_auto_takes_whatever_it_is(tmp_path: Path, speculators: CommandLine) -> None:
     help_ = speculators("convert", "auto", "--help").stdout
     assert all(option.flag in help_ for option in EAGLE3.options)
+    assert "--layernorms" in help_
     newer = write(tmp_path / "newer", MODELOPT)
     run = speculators("convert", "auto", newer, tmp_path / "3", TARGET, "--no-validate")
     assert (run.status, run.errors) == (0, [])
@@ -885,6 +895,10 @@ def test_auto_takes_whatever_it_is(tmp_path: Path, speculators: CommandLine) -> 
     )
     assert foreign.status == 1
     assert "aux_layers does not apply to this kind of draft" in foreign.errors[0]
+    flagged = speculators(
+        "convert", "auto", newer, tmp_path / "2", TARGET, "--no-validate", "--layernorms"
+    )
+    assert "has no layernorms, which layernorms asks for" in flagged.errors[0]
 
 
 def test_in_a_manifest(tmp_path: Path, speculators: CommandLine) -> None:

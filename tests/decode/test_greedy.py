@@ -41,8 +41,13 @@ PROPOSALS: dict[str, ProposalMethod | str] = {
     "small dynamic tree": SMALL_TREE,
 }
 every_proposal = pytest.mark.parametrize("proposal", PROPOSALS.values(), ids=PROPOSALS.keys())
+SOME_PROPOSALS: dict[str, ProposalMethod | str] = {
+    "chain": "greedy",
+    "static tree": "static_tree",
+    "dynamic tree": SMALL_TREE,
+}
 some_proposals = pytest.mark.parametrize(
-    "proposal", ["greedy", "static_tree", SMALL_TREE], ids=["chain", "static tree", "dynamic tree"]
+    "proposal", SOME_PROPOSALS.values(), ids=SOME_PROPOSALS.keys()
 )
 
 
@@ -237,22 +242,22 @@ def batch(lengths: Sequence[int]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
-@pytest.mark.parametrize("name", VERIFIERS)
-@some_proposals
+@pairwise(name=[*VERIFIERS], proposal=SOME_PROPOSALS, ending=[True, False])
 def test_prompts_of_different_lengths_that_end_at_different_times(
-    name: str, proposal: ProposalMethod | str
+    name: str, proposal: ProposalMethod | str, ending: bool
 ) -> None:
+    """All pairs; exhaustive: each verifier with each proposal, ending and not."""
     verifier = tiny_verifier(name)
     draft = knowing_draft(verifier)
     inputs = batch([5, 1, 9, 4])
     ids = inputs.pop("input_ids")
     tokens = plain(verifier, ids, max_new_tokens=30, **inputs)[:, ids.shape[1] :]
     ends = [tokens[0, 3].item(), tokens[2, 11].item()]
-    for settings in ({"eos_token_id": ends}, {}):
-        expected = plain(verifier, ids, max_new_tokens=30, **inputs, **settings)
-        result = speculated(draft, ids, max_new_tokens=30, proposal=proposal, **inputs, **settings)
-        assert torch.equal(result.sequences, expected)
-        assert len(result.accepted) == len(result.offered) == 4
+    settings = {"eos_token_id": ends} if ending else {}
+    expected = plain(verifier, ids, max_new_tokens=30, **inputs, **settings)
+    result = speculated(draft, ids, max_new_tokens=30, proposal=proposal, **inputs, **settings)
+    assert torch.equal(result.sequences, expected)
+    assert len(result.accepted) == len(result.offered) == 4
 
 
 @some_proposals

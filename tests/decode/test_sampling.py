@@ -90,10 +90,19 @@ def test_sequences_have_the_verifiers_distribution(
     assert sum(accepted) > len(accepted) / 5
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(
+            settings, id=name, marks=() if name in {"plain", "top_p"} else pytest.mark.exhaustive
+        )
+        for name, settings in SETTINGS.items()
+    ],
+)
 def test_a_proposal_that_is_drawn_from_some_tokens_only_changes_nothing(
     verifier: PreTrainedModel, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With and without other tokens left out by a setting; exhaustive: with every setting."""
     monkeypatch.setattr("speculators.decode.recurrent.CANDIDATES", 2)
     prompt = [1, 3, 2]
     draft = knowing_draft(verifier)

@@ -298,7 +298,7 @@ def test_a_whole_language_model(tmp_path: Path, speculators: CommandLine) -> Non
     [
         (added("fc.qweight", torch.ones(1)), {}, "it has fc.qweight"),
         (lambda _: None, {"quantization_config": {}}, None),
-        (lambda _: None, {"quantization_config": {"bits": 4}}, "has a quantization_config"),
+        (lambda _: None, {"quantization_config": {"bits": 4}}, None),
     ],
 )
 def test_quantization_is_told_beside_the_kind(
@@ -364,8 +364,15 @@ def test_of_a_converted_draft_without_weights_neither(
 
 
 def prefixed(tensors: Tensors) -> None:
+    """All but one, so that the prefix is not one that all names share."""
     for name in list(tensors):
         tensors[f"encoder.{name}"] = tensors.pop(name)
+    tensors["bridge.weight"] = torch.ones(4)
+
+
+def with_a_norm_and_another_fc(tensors: Tensors) -> None:
+    tensors["layers.0.input_layernorm.weight"] = torch.ones(64)
+    tensors["fc.weight"] = torch.ones(64, 64)
 
 
 UNKNOWN: dict[str, tuple[Callable[[Tensors], object], str]] = {
@@ -374,7 +381,7 @@ UNKNOWN: dict[str, tuple[Callable[[Tensors], object], str]] = {
         r"EAGLE-1 or EAGLE-2 draft it has 9 of 9 tensors, with encoder\. before their names",
     ),
     "a norm too many": (
-        added("layers.0.input_layernorm.weight", torch.ones(64)),
+        with_a_norm_and_another_fc,
         r"but also has layers\.0\.input_layernorm\.weight, which that never has",
     ),
     "a norm and nothing else": (

@@ -21,7 +21,7 @@ from pydantic import ValidationError as PydanticValidationError
 from speculators.checkpoint.repository import looks_like_a_path
 from speculators.errors import ManifestError
 from speculators.families.family import Family, Option
-from speculators.families.registry import options_of
+from speculators.families.registry import flags_of, options_of
 from speculators.format.problems import first_problem
 
 __all__ = ["Conversion", "read_manifest"]
@@ -87,10 +87,10 @@ class Conversion(Entry):
         )
 
 
-def read_manifest(file: Path, family: Family | None) -> list[Conversion]:
+def read_manifest(file: Path, family: Family | None = None) -> list[Conversion]:
     """Read a manifest: JSON if it is named ``*.json``, else YAML.
 
-    Its conversions are of one family, or of any if ``None`` is given.
+    Its conversions are of one family, or of any if none is given.
     Relative paths in it are relative to its directory. An input or verifier that neither exists
     there nor looks like a path is a Hugging Face id.
 
@@ -104,9 +104,7 @@ def read_manifest(file: Path, family: Family | None) -> list[Conversion]:
         raise ManifestError(
             f"{file} has to be a list of conversions, each with input, output and base_model."
         )
-    flags: dict[str, Any] = {
-        flag.feature: (bool, False) for flag in (family.flags if family else ())
-    }
+    flags: dict[str, Any] = {flag.feature: (bool, False) for flag in flags_of(family)}
     options: dict[str, Any] = {
         option.name: (Annotated[Any, BeforeValidator(partial(_read, option))], None)
         for option in options_of(family)

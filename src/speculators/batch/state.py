@@ -87,7 +87,7 @@ def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str
     yield from (clause for clause, different in differs.items() if different)
     for feature in conversion.asked:
         if feature not in checked.features:
-            yield f"it has no {family.features[feature].removeprefix('a ')}"
+            yield f"it has no {family.wanted(feature)}"
     for name, file in record.files.items():
         if not _has_size(output / name, file):
             yield f"{name} is missing or has another size"

@@ -8,12 +8,76 @@ from typing import Any
 from speculators.checkpoint.reader import read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
 from speculators.checkpoint.tensor import FLOATS, TensorInfo, describe_shape
-from speculators.errors import CheckpointError, VerifierError
+from speculators.errors import CheckpointError, IncompleteVerifierError, VerifierError
 
 __all__ = ["Verifier", "open_verifier"]
 
-HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
-EMBEDDING_NAMES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
+# As transformers 5.19 names them: what `_tied_weights_keys` ties in its models, the attributes that
+# `get_input_embeddings` and `get_output_embeddings` return, and the names in older checkpoints that
+# its `conversion_mapping` renames. Files of models of several parts have their language model's
+# tensors below one of these.
+PARTS = (
+    "",
+    "model.",
+    "language_model.",
+    "language_model.model.",
+    "model.language_model.",
+    "model.language_model.model.",
+    "text_model.",
+    "text_model.model.",
+    "model.text_model.",
+    "model.decoder.",
+    "decoder.",
+    "language_model.decoder.",
+    "language_model.model.decoder.",
+    "thinker.",
+    "thinker.model.",
+    "llm.",
+    "llm.model.",
+    "model.llm.",
+)
+HEADS = (
+    "lm_head.weight",
+    "embed_out.weight",
+    "output.weight",
+    "output_layer.weight",
+    "transformer.output_layer.weight",
+    "output_projection.weight",
+    "lm_head.out_proj.weight",
+    "lm_head.linear.weight",
+    "proj_out.weight",
+    "head.weight",
+    "unembed.weight",
+    # Quantized, so that the embedding is not taken in their place.
+    "lm_head.qweight",
+    "lm_head.weight_packed",
+)
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "transformer.wte.weight",
+    "transformer.word_embeddings.weight",
+    "transformer.embedding.word_embeddings.weight",
+    "transformer.tokens_embed.weight",
+    "transformer.embeddings.weight",
+    "gpt_neox.embed_in.weight",
+    "gpt_neox_japanese.embed_in.weight",
+    "backbone.embeddings.weight",
+    "backbone.embedding.weight",
+    "rwkv.embeddings.weight",
+    "biogpt.embed_tokens.weight",
+    "embeddings.tok_embeddings.weight",
+    "embed_tokens.embed_tokens.weight",
+    "tok_embeddings.weight",
+    "word_embeddings.weight",
+    "embeddings.weight",
+    "embedding.weight",
+    "embed_in.weight",
+    "shared.weight",
+    "wte.weight",
+    "embed.weight",
+)
+HEAD_NAMES = tuple(part + name for name in HEADS for part in PARTS)
+EMBEDDING_NAMES = tuple(part + name for name in EMBEDDINGS for part in PARTS)
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """The keys by which configs give the number of decoder layers."""
 
@@ -27,7 +91,8 @@ class Verifier:
         architectures: from its config.json.
         hidden_size: the size of its last hidden states.
         vocab_size: the number of rows of its head.
-        tied: whether the head is the embedding.
+        tied: whether its config.json says that the head is the embedding; ``None`` if it says
+            nothing. A head that is stored is the head in any case.
         repository: where its files are.
         layers: the number of its decoder layers, if its config.json says so.
 
@@ -37,7 +102,7 @@ class Verifier:
     architectures: tuple[str, ...]
     hidden_size: int
     vocab_size: int
-    tied: bool
+    tied: bool | None
     repository: Repository
     layers: int | None = None
 
@@ -61,26 +126,41 @@ class Verifier:
     def head(self) -> TensorInfo:
         """The output head, which maps hidden states to logits: (vocabulary, hidden).
 
-        Nothing more is fetched than the weight file that holds it.
+        The one that is stored, or the embedding if there is none and the config does not say that
+        the two differ. Nothing more is fetched than the weight file that holds it.
 
         Raises:
-            VerifierError: if there is none, or its shape or dtype is wrong.
+            IncompleteVerifierError: if the weights are there, but no head of the right shape.
+            VerifierError: if its dtype is not one of ``FLOATS``.
             CheckpointError, HubError: if the weights cannot be read or fetched.
 
         """
-        return self._matrix("output head", EMBEDDING_NAMES if self.tied else HEAD_NAMES)
+        info = self._find(HEAD_NAMES)
+        if info is None and self.tied is not False:
+            info = self._find(EMBEDDING_NAMES)
+        return self._checked(info, "output head", HEADS)
 
     def embedding(self) -> TensorInfo:
         """The embedding of its tokens, (vocabulary, hidden); see ``head``."""
-        return self._matrix("embedding", EMBEDDING_NAMES)
+        return self._checked(self._find(EMBEDDING_NAMES), "embedding", EMBEDDINGS)
 
-    def _matrix(self, what: str, names: Sequence[str]) -> TensorInfo:
+    def _find(self, names: Sequence[str]) -> TensorInfo | None:
+        """The first tensor of these names, one of the right shape if there is any."""
         tensors = read_tensors(self.repository, only=names)
-        info = next((tensors[name] for name in names if name in tensors), None)
+        found = [tensors[name] for name in names if name in tensors]
+        fitting = (it for it in found if it.shape == (self.vocab_size, self.hidden_size))
+        return next(fitting, found[0] if found else None)
+
+    def _checked(self, info: TensorInfo | None, what: str, names: Sequence[str]) -> TensorInfo:
         if info is None:
-            raise VerifierError(
-                f"The verifier {self.name} has no tensor for its {what}: "
-                f"none of {', '.join(names)} is there."
+            why = (
+                " and its config.json says that it is not the embedding (tie_word_embeddings)"
+                if what == "output head" and self.tied is False
+                else ""
+            )
+            raise IncompleteVerifierError(
+                f"The verifier {self.name} has no tensor for its {what}: none is called "
+                f"{', '.join(names[:3])} or the like{why}; give the complete model."
             )
         if info.dtype not in FLOATS:
             raise VerifierError(
@@ -88,7 +168,7 @@ class Verifier:
                 f"one of {', '.join(FLOATS)} is read."
             )
         if info.shape != (self.vocab_size, self.hidden_size):
-            raise VerifierError(
+            raise IncompleteVerifierError(
                 f"The verifier {self.name} has an {what} ({info.name}) of shape "
                 f"{describe_shape(info.shape)}, its config.json says "
                 f"{describe_shape((self.vocab_size, self.hidden_size))}."
@@ -134,7 +214,12 @@ def open_verifier(base_model: str | Path, *, cache_dir: str | Path | None = None
         architectures=tuple(architectures),
         hidden_size=text["hidden_size"],
         vocab_size=text["vocab_size"],
-        tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        # In models of several parts either of the two may say it.
+        tied=any(said) if (said := _flags(config, text, "tie_word_embeddings")) else None,
         repository=repository,
         layers=layers if type(layers) is int else None,
     )
+
+
+def _flags(config: dict[str, Any], text: dict[str, Any], key: str) -> list[bool]:
+    return [it[key] for it in (config, text) if isinstance(it.get(key), bool)]

@@ -71,14 +71,13 @@ def convert() -> None:
 
 def command_of(family: "Family | None") -> Any:
     """The command for a family, or for all: ``convert_draft``, with flags and options added."""
-    from speculators.families.registry import options_of
+    from speculators.families.registry import flags_of, options_of
 
     name = family.name if family else ANY
     command = partial(convert_draft, family.name if family else None)
     update_wrapper(command, convert_draft)
     parameters = list(inspect.signature(convert_draft, eval_str=True).parameters.values())[1:-1]
     place = next(i for i, it in enumerate(parameters) if it.name == "jobs") + 1
-    flags = family.flags if family else ()
     parameters[place:place] = [
         *(
             _parameter(
@@ -98,7 +97,7 @@ def command_of(family: "Family | None") -> Any:
                 bool,
                 typer.Option(f"--{flag.feature.replace('_', '-')}", help=flag.help),
             )
-            for flag in sorted(flags, key=lambda flag: flag.feature, reverse=True)
+            for flag in sorted(flags_of(family), key=lambda flag: flag.feature, reverse=True)
         ),
     ]
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -197,7 +196,7 @@ def convert_draft(
     **said: Any,
 ) -> None:
     """Convert a draft of a family, or of any; ``said`` are the family's flags and options."""
-    from speculators.families.registry import family_named
+    from speculators.families.registry import family_named, flags_of
 
     family = family_named(family_name)
     if manifest is not None:
@@ -234,7 +233,7 @@ def convert_draft(
     from speculators.cli.progress import progress_bar
     from speculators.convert import conversion
 
-    flags = {flag.feature for flag in (family.flags if family else ())}
+    flags = {flag.feature for flag in flags_of(family)}
     asked = [name for name in said if name in flags and said[name]]
     options = {name: value for name, value in said.items() if name not in flags}
     if push_to_hub is not None:

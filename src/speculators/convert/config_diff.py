@@ -50,7 +50,6 @@ def config_diff(plan: ConversionPlan) -> list[ConfigChange]:
             change: Literal["kept", "changed"] = "kept" if same else "changed"
             changes.append(ConfigChange(change, key, before, target, value, None if same else why))
         elif before is not None:
-            why = why or "it is written as rope_theta and rope_scaling"
             changes.append(ConfigChange("left out", key, before, why=why))
     added = [ConfigChange("added", target=key, after=value) for key, value in after.items()]
     return changes + added

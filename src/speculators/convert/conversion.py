@@ -14,12 +14,18 @@ from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.tensor import FLOATS
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.convert.plan import ConversionPlan, family_of, plan_conversion
+from speculators.convert.plan import (
+    ConversionPlan,
+    family_of,
+    head_left_out,
+    plan_conversion,
+)
 from speculators.convert.provenance import (
-    changed_source_files,
     check_files,
+    check_record,
     read_record,
     record_conversion,
+    tell_of_another_source,
 )
 from speculators.convert.replan import plan_of_itself, verifier_of
 from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
@@ -102,13 +108,21 @@ def convert(
         hashes = write_safetensors_file(
             staging / "model.safetensors", planned.tensors, progress=progress, hashed=validate
         )
-        unchecked = None
         if validate:
             from speculators.convert.validation import validate_conversion
 
             unchecked = validate_conversion(planned, open_converted(staging), progress=progress)
+        else:
+            unchecked = [head_left_out(head) for head in planned.heads]
+            for sentence in unchecked:
+                logger.warning(sentence)
         record = record_conversion(
-            planned, staging, unchecked=unchecked, hashes=hashes, progress=progress
+            planned,
+            staging,
+            validated=validate,
+            unchecked=unchecked,
+            hashes=hashes,
+            progress=progress,
         )
         (staging / CONVERSION_FILE).write_text(
             record.model_dump_json(indent=2) + "\n", encoding="utf-8"
@@ -159,11 +173,14 @@ def validate(
         logger.warning(f"{directory} has no {CONVERSION_FILE}: what was written is not known")
     else:
         check_files(record, directory, progress)
+        check_record(record, written)
     verifier = verifier_of(written)
 
     from speculators.convert.validation import validate_conversion, validate_model
 
     if source is None:
+        for sentence in record.unchecked if record else ():
+            logger.warning(f"The conversion could not check this: {sentence}")
         validate_model(plan_of_itself(written, verifier), written)
     else:
         planned = _plan(
@@ -174,10 +191,8 @@ def validate(
             options=record.options if record else None,
         )
         validate_conversion(planned, written, progress=progress)
-        for name in changed_source_files(record, planned.source, progress) if record else ():
-            logger.warning(
-                f"{name} of {source} is not the file that was converted, but gives the same"
-            )
+        if record is not None:
+            tell_of_another_source(record, planned, progress)
     logger.success(f"Valid: {directory}")
 
 
@@ -250,6 +265,8 @@ def _log(planned: ConversionPlan) -> None:
         "dtype": planned.config.torch_dtype,
     }
     logger.debug(f"Detected: {', '.join(f'{key}={value}' for key, value in detected.items())}")
+    if planned.prefix:
+        logger.info(f"Every tensor's name begins with {planned.prefix}, which is taken off")
     for name, tensor in planned.tensors.items():
         if name != tensor.label:
             logger.debug(f"Remapped: {tensor.label} -> {name}")

@@ -16,14 +16,28 @@ from speculators.checkpoint.tensor import (
     float_name,
 )
 from speculators.checkpoint.verifier import Verifier
+from speculators.convert.rope_tables import check_rope_table
 from speculators.errors import ConversionError
 from speculators.families.family import Derived, Family, Source, read_options
-from speculators.families.recognition import listed, recognise, strip_prefix
+from speculators.families.fused import split
+from speculators.families.keys import SourceKeys
+from speculators.families.recognition import listed, recognise, short_names
 from speculators.families.registry import families
+from speculators.families.rope_names import is_rope_table
 from speculators.format.config import ProposalMethod, SpeculatorConfig
 from speculators.format.tensors import TensorSpec, compare, counts_shown, required_tensors
 
-__all__ = ["ConversionPlan", "DraftPlan", "family_of", "plan_conversion", "plan_draft"]
+__all__ = [
+    "ConversionPlan",
+    "DraftPlan",
+    "family_of",
+    "head_left_out",
+    "plan_conversion",
+    "plan_draft",
+]
+
+
+ROPE_TABLE = "it is computed from the config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,7 @@ class DraftPlan:
         made: name in the format → a tensor that follows from others.
         left_out: source name → why the tensor is left out.
         fits: the vocabulary and the hidden size of its verifiers.
+        prefix: what was taken off every name of the source, beside ``model.``; may be empty.
 
     """
 
@@ -52,6 +67,7 @@ class DraftPlan:
     made: dict[str, PlannedTensor]
     left_out: dict[str, str]
     fits: tuple[int, int]
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +86,7 @@ class ConversionPlan:
         discrepancies: clauses for the log: where config, tensors and reference disagree.
         rounded_to: the dtype that all weights are rounded to, a key of ``FLOATS``; ``None`` if each
             keeps its own.
+        prefix: what was taken off every name of the source, beside ``model.``; may be empty.
         options: what the user said about the checkpoint: name of an option → its value.
 
     """
@@ -84,12 +101,29 @@ class ConversionPlan:
     config_left_out: dict[str, str] = field(default_factory=dict)
     discrepancies: list[str] = field(default_factory=list)
     rounded_to: str | None = None
+    prefix: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> list[TensorInfo]:
+        """The source's own heads that are left out, since the verifier's take their place."""
+        short = short_names(self.source.tensors).short
+        return [
+            self.source.tensors[name] for name in self.left_out if short[name] == "lm_head.weight"
+        ]
 
     @property
     def nbytes(self) -> int:
         """The size of all tensors as written, in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def head_left_out(head: TensorInfo) -> str:
+    """What to say of a source's own head that cannot be compared with the verifier's."""
+    return (
+        f"{head.name} of the draft was left out unchecked: whether it is the verifier's head, "
+        "which takes its place, is not known"
+    )
 
 
 def plan_conversion(
@@ -123,7 +157,7 @@ def plan_conversion(
     for feature in asked:
         if feature not in draft.features:
             raise ConversionError(
-                f"{checkpoint.name} has no {family.features[feature].removeprefix('a ')}, which "
+                f"{checkpoint.name} has no {family.wanted(feature)}, which "
                 f"{feature} asks for; omit it: features are detected from the tensors."
             )
     model_type = draft.derived.model_type or family.name
@@ -147,6 +181,7 @@ def plan_conversion(
     )
     vocabulary, hidden = config.verifier_sizes
     verifier.check_fits(hidden, vocabulary)
+    discrepancies = draft.derived.discrepancies + _check_rope_tables(draft)
     return ConversionPlan(
         source=checkpoint,
         family=family,
@@ -161,8 +196,9 @@ def plan_conversion(
         | draft.made,
         left_out=draft.left_out,
         config_left_out=draft.derived.left_out,
-        discrepancies=draft.derived.discrepancies,
+        discrepancies=discrepancies,
         rounded_to=rounded_to,
+        prefix=draft.prefix,
         options=said,
     )
 
@@ -187,18 +223,19 @@ def plan_draft(
 
     """
     _refuse_others(family, checkpoint)
-    stored = _without_prefix(checkpoint)
+    names = short_names(checkpoint.tensors)
+    stored = _by_short_name(checkpoint, names.short)
+    _check_head(family, checkpoint, stored)
 
     left_out = {
         info.name: why
         for name, info in stored.items()
         if (why := _reason_to_leave_out(family, name))
     }
-    tensors = {
-        family.names.in_format(name): info
-        for name, info in stored.items()
-        if info.name not in left_out
-    }
+    kept = {name: info for name, info in stored.items() if info.name not in left_out}
+    keys = SourceKeys(checkpoint.config, str(checkpoint.config_file))
+    kept = split(kept, keys.get("num_attention_heads"), keys.get("num_key_value_heads"))
+    tensors = {family.names.in_format(name): info for name, info in kept.items()}
     source = Source(checkpoint, tensors, family.features_of(tensors), verifier, options or {})
     completion = family.complete(source)
     tensors = {
@@ -219,17 +256,17 @@ def plan_draft(
     derived.discrepancies[:0] = completion.discrepancies
     config = family.config.model_construct(transformer_layer_config=derived.layer, **derived.keys)
     _check_shapes(checkpoint, tensors, required, config.sizes)
-    dtype = _dtype_of(tensors.values())
     return DraftPlan(
-        checkpoint,
-        family,
-        derived,
-        features,
-        dtype,
-        tensors,
-        completion.made,
-        left_out | completion.left_out,
-        config.verifier_sizes,
+        source=checkpoint,
+        family=family,
+        derived=derived,
+        features=features,
+        dtype=_dtype_of(tensors.values()),
+        tensors=tensors,
+        made=completion.made,
+        left_out=left_out | completion.left_out,
+        fits=config.verifier_sizes,
+        prefix=names.prefix,
     )
 
 
@@ -256,6 +293,11 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]}), not "
             f"{' or '.join(nouns)}; {found.signature.advice}."
         )
+    if not checkpoint.tensors:
+        raise ConversionError(
+            f"{checkpoint.name} has no tensors, and they decide what it is; give {nouns[0]} with "
+            "its weights."
+        )
     if found.quantized:
         raise ConversionError(
             f"{checkpoint.name} holds quantized weights ({found.quantized[0]}), which are not "
@@ -274,21 +316,58 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
         )
 
 
-def _without_prefix(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+def _by_short_name(checkpoint: Checkpoint, short: Mapping[str, str]) -> dict[str, TensorInfo]:
     stored: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
-        short = strip_prefix(name)
-        if short in stored:
+        if short[name] in stored:
             raise ConversionError(
-                f"{checkpoint.name} has {stored[short].name} and {name}, which are the same "
+                f"{checkpoint.name} has {stored[short[name]].name} and {name}, which are the same "
                 "tensor to the reference; remove the one that was not trained."
             )
-        stored[short] = info
+        stored[short[name]] = info
     return stored
+
+
+def _check_head(family: Family, checkpoint: Checkpoint, stored: Mapping[str, TensorInfo]) -> None:
+    """Check the shape of a head that is left out, since the verifier's takes its place."""
+    head = stored.get("lm_head.weight")
+    if head is None or _reason_to_leave_out(family, "lm_head.weight") is None:
+        return
+    keys = SourceKeys(checkpoint.config, str(checkpoint.config_file))
+    vocabulary, hidden = keys.get("vocab_size"), keys.get("hidden_size")
+    if not isinstance(vocabulary, int) or head.shape == (vocabulary, hidden):
+        return
+    shape = describe_shape(head.shape)
+    if len(head.shape) == 2 and head.shape[1] == hidden and head.shape[0] < vocabulary:
+        raise ConversionError(
+            f"{head.file}: {head.name} {shape} has {head.shape[0]} of {vocabulary} rows: the draft "
+            "has a frequency-trimmed vocabulary (as FR-Spec makes it), while the format's EAGLE "
+            "drafts use the verifier's whole head; remove the head to draft with the whole "
+            "vocabulary."
+        )
+    raise ConversionError(
+        f"{head.file}: {head.name} has the shape {shape}, but with {checkpoint.config_file.name} a "
+        f"head has ({vocabulary}, {hidden}); give the config that belongs to the tensors."
+    )
+
+
+def _check_rope_tables(draft: DraftPlan) -> list[str]:
+    """Compare stored tables of RoPE with the derived config; clauses on what was not compared."""
+    unchecked = []
+    for name, why in draft.left_out.items():
+        if why == ROPE_TABLE:
+            reason = check_rope_table(
+                draft.source.tensors[name], draft.derived.layer, str(draft.source.config_file)
+            )
+            if reason:
+                unchecked.append(f"{name} was left out unchecked: {reason}")
+    return unchecked
 
 
 def _reason_to_leave_out(family: Family, name: str) -> str | None:
     """Why the tensor called ``name`` (without prefix) is left out; ``None`` if it is not."""
+    if is_rope_table(name):
+        return ROPE_TABLE
     return next((why for form, why in family.omissions.items() if re.fullmatch(form, name)), None)
 
 
@@ -312,10 +391,17 @@ def _check_names(
             if names
         ]
         shown = ", ".join(family.features[feature] for feature in sorted(features))
+        advice = (
+            "nothing is invented, so give the complete checkpoint"
+            if not unknown
+            else "nothing is dropped, so it is another architecture, or remove what was not trained"
+            if not missing
+            else "nothing is invented or dropped, and a draft with these tensors is another "
+            "architecture"
+        )
         raise ConversionError(
             f"{checkpoint.name} does not have the tensors of {family.noun}"
-            f"{f' with {shown}' if shown else ''}: {', and '.join(problems)}; "
-            "nothing is invented or dropped, so give the complete checkpoint."
+            f"{f' with {shown}' if shown else ''}: {', and '.join(problems)}; {advice}."
         )
 
 
@@ -328,6 +414,8 @@ def _check_dtypes(
         tensors[name].name: spec.dtypes for name, spec in required.items() if name in tensors
     }
     for info in stored:
+        if is_rope_table(info.name):
+            continue
         dtypes = expected.get(info.name, tuple(FLOATS))
         if info.dtype not in dtypes:
             raise ConversionError(

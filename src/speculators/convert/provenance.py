@@ -18,6 +18,7 @@ from speculators.checkpoint.reader import Checkpoint
 from speculators.checkpoint.tensor import float_name
 from speculators.convert.plan import ConversionPlan
 from speculators.errors import ValidationError
+from speculators.families.converted import Converted
 from speculators.format.conversion import (
     CONVERSION_FILE,
     ConversionRecord,
@@ -27,14 +28,21 @@ from speculators.format.conversion import (
     parse_conversion,
 )
 
-__all__ = ["changed_source_files", "check_files", "read_record", "record_conversion"]
+__all__ = [
+    "check_files",
+    "check_record",
+    "read_record",
+    "record_conversion",
+    "tell_of_another_source",
+]
 
 
 def record_conversion(
     plan: ConversionPlan,
     directory: Path,
     *,
-    unchecked: list[str] | None,
+    validated: bool,
+    unchecked: list[str],
     hashes: Mapping[Path, str],
     progress: Progress = silent,
 ) -> ConversionRecord:
@@ -43,8 +51,8 @@ def record_conversion(
     Args:
         plan: the plan of its conversion.
         directory: what was written; all files in it are recorded.
-        unchecked: what its validation could not check; ``None`` if it was not validated, in which
-            case no file is hashed.
+        validated: whether it was validated; if not, no file is hashed.
+        unchecked: what could not be checked.
         hashes: the SHA-256 of the files that were hashed as they were copied.
         progress: reports the bytes hashed.
 
@@ -52,7 +60,6 @@ def record_conversion(
         OSError: if a file cannot be read.
 
     """
-    validated = unchecked is not None
     sources, written = _source_files(plan.source), sorted(directory.iterdir())
     files = _describe(
         sources + written,
@@ -64,7 +71,7 @@ def record_conversion(
     return ConversionRecord(
         speculators_version=plan.config.speculators_version,
         source=SourceRecord(
-            name=plan.source.name if plan.source.commit else str(Path(plan.source.name).resolve()),
+            name=_source_name(plan.source),
             revision=plan.source.commit,
             files={path.name: files[path] for path in sources},
         ),
@@ -78,7 +85,7 @@ def record_conversion(
         config_left_out=plan.config_left_out,
         discrepancies=plan.discrepancies,
         validated=validated,
-        unchecked=unchecked or [],
+        unchecked=unchecked,
         files={path.name: files[path] for path in written},
     )
 
@@ -117,14 +124,94 @@ def check_files(record: ConversionRecord, directory: Path, progress: Progress = 
         )
 
 
-def changed_source_files(
-    record: ConversionRecord, source: Checkpoint, progress: Progress = silent
-) -> list[str]:
-    """The files of a source that the record of a conversion lacks, or has with other content."""
-    paths = _source_files(source)
+def check_record(record: ConversionRecord, written: Converted) -> None:
+    """Check that a record is that of a directory, and tell what it leaves open.
+
+    Raises:
+        ValidationError: if it contradicts the directory's config or tensors.
+
+    """
+    directory, config = written.directory, written.config
+    facts: list[tuple[str, object, object]] = [
+        ("speculators_version", record.speculators_version, config.speculators_version),
+        (
+            "the verifier",
+            record.verifier.name,
+            str(config.speculators_config.verifier.name_or_path),
+        ),
+    ]
+    if record.dtype is not None:
+        facts.append(("the dtype", record.dtype, config.torch_dtype))
+    if record.tensors:
+        facts.append(("the tensors", sorted(record.tensors), sorted(written.tensors)))
+    for what, recorded, found in facts:
+        if recorded != found:
+            shown = "" if isinstance(recorded, list) else f": {recorded!r} there, {found!r} here"
+            raise ValidationError(
+                f"{directory / CONVERSION_FILE} has another value of {what} than the "
+                f"directory{shown}; it belongs to another conversion, so convert again."
+            )
+    files = {written.checkpoint.config_file, *(it.file for it in written.tensors.values())}
+    unknown = sorted(path.name for path in files if path.name not in record.files)
+    unhashed = [name for name, file in record.files.items() if not file.sha256]
+    unhashed_sources = [name for name, file in record.source.files.items() if not file.sha256]
+    for lacks, consequence in (
+        (
+            unknown and f"the files {', '.join(unknown)}",
+            "whether they are those that were written is not known",
+        ),
+        (
+            record.validated and unhashed and f"a hash of {', '.join(unhashed)}",
+            "only the size was checked",
+        ),
+        (not record.tensors and "the tensors", "what they were made of is not known"),
+        (not record.source.files and "the files of the source", "it is known by its name only"),
+        (
+            record.validated and unhashed_sources and f"a hash of {', '.join(unhashed_sources)}",
+            "the source is known by its size only",
+        ),
+    ):
+        if lacks:
+            logger.warning(f"{directory / CONVERSION_FILE} lacks {lacks}: {consequence}")
+
+
+def tell_of_another_source(
+    record: ConversionRecord, planned: ConversionPlan, progress: Progress = silent
+) -> None:
+    """Tell where a source, or its verifier, is not the one that a record names."""
+    source = _source_name(planned.source)
+    if (source, planned.source.commit) != (record.source.name, record.source.revision):
+        logger.warning(
+            f"{_at(source, planned.source.commit)} is not what was converted, by "
+            f"{CONVERSION_FILE}: that is {_at(record.source.name, record.source.revision)}"
+        )
+    commit = planned.verifier.repository.commit
+    if commit is not None and commit != record.verifier.revision:
+        logger.warning(
+            f"The verifier {_at(planned.verifier.name, commit)} is not the one of the conversion, "
+            f"by {CONVERSION_FILE}: that is "
+            f"{_at(record.verifier.name, record.verifier.revision)}"
+        )
+    labels = {name: tensor.label for name, tensor in planned.tensors.items()}
+    if record.tensors and labels != record.tensors:
+        differing = [name for name in labels if labels[name] != record.tensors.get(name)]
+        logger.warning(
+            f"{CONVERSION_FILE} says that {', '.join(differing)} was made of other tensors than "
+            f"{source} has for it, but these have the same values"
+        )
+    paths = _source_files(planned.source)
     known = [path for path in paths if path.name in record.source.files]
     new = [path.name for path in paths if path.name not in record.source.files]
-    return new + _changed(record.source.files, known, progress)
+    for name in new + _changed(record.source.files, known, progress):
+        logger.warning(f"{name} of {source} is not the file that was converted, but gives the same")
+
+
+def _source_name(source: Checkpoint) -> str:
+    return source.name if source.commit else str(Path(source.name).resolve())
+
+
+def _at(name: str, commit: str | None) -> str:
+    return f"{name} at {commit}" if commit else name
 
 
 def _changed(

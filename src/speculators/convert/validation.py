@@ -1,6 +1,7 @@
 """Proof that a written directory holds and computes what its source does."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,11 +21,16 @@ from speculators.checkpoint.tensor import (
     float_name,
 )
 from speculators.checkpoint.verifier import Verifier
-from speculators.convert.plan import ConversionPlan
-from speculators.errors import SpeculatorsError, ValidationError, VerifierError
+from speculators.convert.plan import ConversionPlan, head_left_out
+from speculators.errors import (
+    IncompleteVerifierError,
+    SpeculatorsError,
+    ValidationError,
+    VerifierError,
+)
 from speculators.families.converted import Converted
 from speculators.families.family import imported
-from speculators.families.recognition import recognise, strip_prefix
+from speculators.families.recognition import recognise
 from speculators.models.loading import load_converted, without_progress_bar
 from speculators.models.speculator import Speculator
 from speculators.models.tensors import TORCH_DTYPES, read_planned, read_tensor
@@ -38,6 +44,17 @@ SEED, BATCH, LENGTH = 20240126, 2, 24
 
 SLOTS = 4
 """How many tokens are drafted in one pass to check a draft that can do so."""
+
+FRESH_DEVIATIONS = (0.02, 1.0)
+"""The standard deviations that embeddings are initialised with: transformers', and torch's."""
+
+NORMAL_KURTOSIS, KURTOSIS_TOLERANCE = 3.0, 0.15
+"""Of a normal distribution; training gives an embedding heavier tails."""
+
+LIKENESS = 0.5
+"""Correlation from which on an embedding is the verifier's, or was trained from it."""
+
+SAMPLED_ROWS = 4096
 
 NOT_OF_THE_SOURCE = {"speculators_version", "speculators_config"}
 """Keys of config.json that do not come from the source: who wrote it, and how to speculate."""
@@ -63,6 +80,7 @@ def validate_conversion(
     logger.info("Validating converted checkpoint...")
     _compare_configs(plan, written)
     _compare_tensors(plan, written, progress)
+    _tell_of_untrained_embedding(plan)
     return validate_model(plan, written)
 
 
@@ -145,6 +163,50 @@ def _compare_tensors(plan: ConversionPlan, converted: Converted, progress: Progr
     logger.debug(f"{len(written)} tensors are those of the source")
 
 
+def _tell_of_untrained_embedding(plan: ConversionPlan) -> None:
+    """Tell of an embedding that is as an initialisation leaves it, and not the verifier's."""
+    planned = plan.tensors.get("embed_tokens.weight")
+    if planned is None or len(planned.sources) != 1:
+        return
+    sample = _sample(planned.sources[0])
+    deviation, mean = sample.std().item(), sample.mean().item()
+    kurtosis = ((sample - mean) / max(deviation, 1e-30)).pow(4).mean().item()
+    layer = plan.config.transformer_layer_config
+    fresh = any(
+        math.isclose(deviation, usual, rel_tol=0.03) and abs(mean) < 0.03 * usual
+        for usual in {*FRESH_DEVIATIONS, layer.initializer_range}
+    )
+    if not fresh or abs(kurtosis - NORMAL_KURTOSIS) > KURTOSIS_TOLERANCE:
+        return
+    try:
+        verifiers = _sample(plan.verifier.embedding())
+    except (SpeculatorsError, KeyError):
+        others = "the verifier's is not there to compare"
+    else:
+        if _correlation(sample, verifiers) > LIKENESS:
+            return
+        others = "it is not like the verifier's"
+    logger.warning(
+        f"{planned.label} looks untrained: its values are normally distributed with a deviation of "
+        f"{deviation:.2g}, as initialisation leaves them, and {others}; check that the draft was "
+        "saved whole, or remove it to draft with the verifier's embedding"
+    )
+
+
+def _correlation(one: Tensor, other: Tensor) -> float:
+    """The correlation of two matrices' values; 0 if their shapes differ."""
+    if one.shape != other.shape:
+        return 0.0
+    return torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1].item()
+
+
+def _sample(info: TensorInfo) -> Tensor:
+    """Rows from the middle of a matrix, in float32."""
+    rows = min(info.shape[0], SAMPLED_ROWS)
+    start = (info.shape[0] - rows) // 2
+    return read_tensor(info.slice(start, start + rows)).float()
+
+
 def _same_numbers(tensor: PlannedTensor, copy: TensorInfo, advance: Callable[[int], None]) -> bool:
     """Whether ``copy``, which is contiguous, has the pieces' values, rounded if dtypes differ."""
     with copy.file.open("rb") as file:
@@ -188,6 +250,7 @@ class _ForwardCheck:
         self.input_ids = torch.randint(vocabulary, (BATCH, LENGTH), generator=generator)
         self.hidden_states = torch.randn(BATCH, LENGTH, width, generator=generator)
         if model.get_input_embeddings() is None:
+            _refuse_incomplete(plan.verifier)
             self._leave_unchecked(
                 "The verifier's embedding is not available: a random one takes its place"
             )
@@ -243,15 +306,18 @@ class _ForwardCheck:
                 info = self.plan.verifier.head()
             except SpeculatorsError as error:
                 _refuse_draft_as_verifier(self.plan.verifier)
+                if isinstance(error, IncompleteVerifierError):
+                    raise
                 self._leave_unchecked(
                     "Logits were not validated, since the verifier's head is not available: "
                     f"{error}"
                 )
+                for own in self.plan.heads:
+                    self._leave_unchecked(head_left_out(own))
                 return
             head = read_tensor(info)
-            for left_out in self.plan.left_out:
-                if strip_prefix(left_out) == "lm_head.weight":
-                    _check_head_of_source(self.plan.source.tensors[left_out], info)
+            for own in self.plan.heads:
+                _check_head_of_source(own, info)
         _check_same(
             f"The logits are not those of the {'draft' if head is None else 'verifier'}'s head",
             self.model(input_ids=self.input_ids, hidden_states=self.hidden_states).logits,
@@ -337,6 +403,17 @@ def _refuse_draft_as_verifier(verifier: Verifier) -> None:
             f"The verifier {verifier.name} holds {signature.title}; give the language model that "
             "the draft was trained for."
         )
+
+
+def _refuse_incomplete(verifier: Verifier) -> None:
+    """Refuse a verifier whose weights are there, but not its embedding."""
+    try:
+        verifier.embedding()
+    except IncompleteVerifierError:
+        _refuse_draft_as_verifier(verifier)
+        raise
+    except SpeculatorsError:
+        return  # the caller says that it is not available
 
 
 def _check_head_of_source(own: TensorInfo, verifiers: TensorInfo) -> None:

@@ -9,6 +9,7 @@ import re
 from pathlib import PurePath
 from typing import Any, Literal
 
+from speculators.errors import ConversionError
 from speculators.families.family import Card, Derived, Family, Flag, Names, Source, Target
 from speculators.families.layer import REFERENCE_ROPE_BASE, derive_layer
 from speculators.families.signature import Signature
@@ -109,7 +110,6 @@ OLDER_PREFIXES = {
 
 OMISSIONS = {
     r"lm_head\.weight": "logits come from the verifier's own head",
-    r"layers\.0\.self_attn\.rotary_emb\.inv_freq": "it is computed from the config",
 }
 
 LAYERS: dict[bool, dict[str, Any]] = {
@@ -122,6 +122,13 @@ DECODER_LAYERS = {"llama": "LlamaDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
 
 HINTS = {"bias": "fusion_bias", "qkv_bias": "attention_bias"}
 
+SAME_SIZES = {
+    "target_hidden_size": "hidden_size",
+    "target_vocab_size": "vocab_size",
+    "draft_vocab_size": "vocab_size",
+}
+"""Key of the verifier's size that trainers write → the key of the draft's, which is the same."""
+
 HASS = re.compile(r"(?<![a-z])hass(?![a-z])", re.IGNORECASE)
 
 
@@ -132,7 +139,7 @@ def derive(source: Source) -> Derived:
         EagleLayerConfig,
         LAYERS["attention_bias" in source.features],
         HINTS,
-        {"tie_word_embeddings": "the head is always the verifier's"},
+        {"tie_word_embeddings": "the head is always the verifier's"} | _same_sizes(source),
     )
     rope_type, base = layer.config.rope_type, layer.config.rope_theta
     if rope_type in {"linear", "dynamic"} and base != REFERENCE_ROPE_BASE:
@@ -155,6 +162,23 @@ def derive(source: Source) -> Derived:
         layer.discrepancies,
         layer.left_out,
     )
+
+
+def _same_sizes(source: Source) -> dict[str, str]:
+    """The keys that give the verifier's sizes, which are the draft's, too, and why they go.
+
+    Raises:
+        ConversionError: if one of them gives another size.
+
+    """
+    config = source.checkpoint.config
+    for key, own in SAME_SIZES.items():
+        if config.get(key) not in {None, config.get(own)}:
+            raise ConversionError(
+                f"{source.checkpoint.config_file} gives {key} {config[key]!r} and {own} "
+                f"{config.get(own)!r}, but such a draft has its verifier's sizes; correct it."
+            )
+    return {key: f"it is {own}" for key, own in SAME_SIZES.items() if key in config}
 
 
 def export_config(config: EagleConfig, target: Target) -> dict[str, Any]:

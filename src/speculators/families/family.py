@@ -316,6 +316,10 @@ class Family:
     instead: str = "serve it with vLLM and the plugin that comes with speculators"
     model_types: tuple[str, ...] = ()
 
+    def wanted(self, feature: str) -> str:
+        """What a message calls a feature that a draft lacks, perhaps one of another family."""
+        return self.features.get(feature, feature).removeprefix("a ")
+
     def features_of(self, names: Collection[str]) -> frozenset[str]:
         """The features that tensors of these names in the format show."""
         shown = features_shown(self.tensors, names, counts_shown(self.tensors, names))

@@ -6,18 +6,32 @@ The converter uses it to refuse what it cannot convert, and ``inspect`` to say w
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
-from speculators.checkpoint.tensor import TensorInfo, describe_shape
+from speculators.checkpoint.tensor import FLOATS, TensorInfo, describe_shape
 from speculators.families.family import Family
-from speculators.families.foreign import CONVERTED
-from speculators.families.registry import family_named, signatures
+from speculators.families.foreign import CONVERTED, DRAFT_IN_MODEL
+from speculators.families.fused import unfused
+from speculators.families.registry import families, family_named, signatures
+from speculators.families.rope_names import is_rope_table
 from speculators.families.signature import Signature
 
-__all__ = ["Near", "Recognition", "listed", "recognise", "strip_prefix"]
+__all__ = ["Names", "Near", "Recognition", "listed", "recognise", "short_names"]
 
-PREFIXES = ("model.",)
-"""Prefixes that some training code puts before every name."""
+USUAL_PREFIX = "model."
+"""What transformers' own code puts before the names, of all tensors or all but some."""
+
+WRAPPERS = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing put into names."""
+
+MOST_TENSORS = 10_000
+"""No draft has more."""
+
+LAYERS = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
+
+FUSION = "fc.weight"
+"""The matrix that shows where the names of a draft begin."""
 
 QUANTIZED = re.compile(
     r"(?P<module>.+)\.(qweight|qzeros|g_idx|weight_scale(_inv)?|weight_packed|input_scale|scales?"
@@ -84,16 +98,20 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> R
         tensors: its tensors, by their stored names; if empty, the config alone decides.
 
     """
-    stored = {strip_prefix(name): info for name, info in tensors.items()}
+    names = short_names(tensors)
+    stored = {short: tensors[name] for name, short in names.short.items()}
     quantized = [info.name for name, info in stored.items() if QUANTIZED.fullmatch(name)]
     quantization = [f"it has {listed(quantized)}"] if quantized else []
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and not (tensors and _are_plain(stored)):
         quantization.append("config.json has a quantization_config")
     # Judge a quantized module by the name that its weight had before.
     whole = {QUANTIZED.sub(r"\g<module>.weight", name): info for name, info in stored.items()}
+    inside = None if names.exact else _draft_inside(whole)
 
     for signature, family in signatures():
         evidence = _evidence(signature, config, whole)
+        if signature is DRAFT_IN_MODEL and inside is not None:
+            evidence = [inside]
         if evidence:
             written = family_named(config.get("speculators_model_type"))
             if signature is CONVERTED and written and written.converts_again(config):
@@ -104,11 +122,103 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> R
     return Recognition(None, None, (), tuple(quantization), _nearest(whole))
 
 
-def strip_prefix(name: str) -> str:
-    """A stored name without any of ``PREFIXES``."""
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The names of a checkpoint's tensors without what training code put before them.
+
+    Attributes:
+        short: stored name → short name.
+        prefix: what was taken off all of them; may be empty.
+        exact: whether the short names are exactly those of a family.
+
+    """
+
+    short: dict[str, str]
+    prefix: str
+    exact: bool
+
+
+def short_names(stored: Collection[str]) -> Names:
+    """The names without a prefix.
+
+    ``model.`` is taken off wherever it is, and a prefix that all names share, whatever it is, if
+    it leaves exactly the tensors of a family, or else those of a kind that is known by its names.
+    """
+    without = {name: WRAPPERS.sub("", name) for name in stored}
+    prefixes = _common_prefixes(without.values())
+    shortened = [
+        {
+            name: inner.removeprefix(prefix).removeprefix(USUAL_PREFIX)
+            for name, inner in without.items()
+        }
+        for prefix in prefixes
+    ]
+    if len(without) <= MOST_TENSORS:
+        for prefix, short in zip(prefixes, shortened, strict=True):
+            if any(_is_exact(family, short.values()) for family in families()):
+                return Names(short, prefix, exact=True)
+    for prefix, short in zip(prefixes, shortened, strict=True):
+        if any(
+            re.fullmatch(signature.marks, name)
+            for signature, _ in signatures()
+            if not signature.alone
+            for name in (short.values() if len(short) <= MOST_TENSORS else ())
+        ):
+            return Names(short, prefix, exact=False)
+    return Names(shortened[0], "", exact=False)
+
+
+def _common_prefixes(names: Collection[str]) -> list[str]:
+    """The prefixes, of whole parts, that all names share: the empty one first."""
+    first, last = (
+        name.split(".")[:-1] for name in (min(names, default=""), max(names, default=""))
+    )
+    shared = [
+        one for one, _ in takewhile(lambda it: it[0] == it[1], zip(first, last, strict=False))
+    ]
+    return ["".join(f"{part}." for part in shared[:count]) for count in range(len(shared) + 1)]
+
+
+def _is_exact(family: Family, short: Collection[str]) -> bool:
+    """Whether these are all tensors of a draft of a family, and nothing else."""
+    named = {family.names.in_format(part) for name in short for part in unfused(name)}
+    pattern = {spec: spec.pattern for spec in family.tensors}
+    known = {
+        spec: {name for name in named if found.fullmatch(name)} for spec, found in pattern.items()
+    }
+    single = [it for it in family.tensors if it.feature is None and "{" not in it.name]
+    if not all(known[spec] for spec in single):
+        return False
+    return all(
+        is_rope_table(name) or any(re.fullmatch(form, name) for form in family.omissions)
+        for name in named - set().union(*known.values())
+    )
+
+
+def _draft_inside(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """What shows that a draft's tensors are among others; ``None`` if that is not so."""
+    if len(tensors) > MOST_TENSORS:
+        return None
+    starts = {name.removesuffix(FUSION) for name in tensors if f".{name}".endswith(f".{FUSION}")}
+    for start in sorted(starts):
+        inside = {name for name in tensors if name.startswith(start)}
+        if not start:
+            inside = {name for name in tensors if name.split(".")[0] in {"fc", "layers"}}
+        others = tensors.keys() - inside
+        if any(LAYERS.search(name) for name in others) and any(
+            _is_exact(family, [name.removeprefix(start) for name in inside])
+            for family in families()
+        ):
+            return f"{tensors[start + FUSION].name} is a draft's, and {listed(others, 1)} are not"
+    return None
+
+
+def _are_plain(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether all weights are floating-point numbers, and none is split into quantized parts."""
+    return all(
+        info.dtype in FLOATS or not name.endswith(("weight", "bias"))
+        for name, info in tensors.items()
+    ) and not any(QUANTIZED.fullmatch(name) for name in tensors)
 
 
 def listed(names: Collection[str], at_most: int = 4) -> str:
@@ -126,22 +236,37 @@ def _evidence(
     if signature.decisive or not tensors:
         return hints if len(hints) == len(signature.hints) > 0 else []
     marks = [info.name for name, info in tensors.items() if re.fullmatch(signature.marks, name)]
-    fc = tensors.get("fc.weight")
-    evidence = [f"it has {listed(marks)}"] if marks else []
-    if fc is not None and signature.fc_inputs == _inputs(fc):
-        evidence.append(
+    shown = [f"it has {listed(marks)}"] if marks else []
+    if signature.alone and len(marks) != len(tensors):
+        return []
+    fc, query = tensors.get(FUSION), tensors.get("layers.0.self_attn.q_proj.weight")
+    output = tensors.get("layers.0.self_attn.o_proj.weight")
+    wide = fc is not None and signature.fc_inputs == _ratio(fc.shape[1:], fc.shape[:1])
+    if fc is not None and wide:
+        shown.append(
             f"{fc.name} {describe_shape(fc.shape)} takes {signature.fc_inputs} hidden sizes"
         )
-    if not evidence or signature.lacks in tensors:
+    if signature.both and not (marks and wide):
+        return []
+    if (
+        query is not None
+        and output is not None
+        and signature.attention_inputs == _ratio(query.shape[1:], output.shape[:1])
+    ):
+        shown.append(
+            f"{query.name} {describe_shape(query.shape)} takes {signature.attention_inputs} "
+            "hidden sizes"
+        )
+    if not shown or signature.lacks in tensors:
         return []
     if signature.lacks is not None:
-        evidence.append(f"it has no {signature.lacks}")
-    return evidence + hints
+        shown.append(f"it has no {signature.lacks}")
+    return shown + hints
 
 
-def _inputs(fc: TensorInfo) -> float:
-    """The ratio of inputs to outputs of ``fc``; 0 if it is not a matrix."""
-    return fc.shape[1] / fc.shape[0] if len(fc.shape) == 2 and fc.shape[0] else 0
+def _ratio(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> float:
+    """The ratio of a matrix's inputs to outputs; 0 if it is not a matrix."""
+    return inputs[0] / outputs[0] if len(inputs) == len(outputs) == 1 and outputs[0] else 0
 
 
 def _hints(signature: Signature, config: Mapping[str, Any]) -> list[str]:

@@ -6,18 +6,27 @@ A new family is one line here.
 from speculators.families import foreign
 from speculators.families.eagle import EAGLE
 from speculators.families.eagle3 import EAGLE3
-from speculators.families.family import Family, Option
+from speculators.families.family import Family, Flag, Option
 from speculators.families.signature import Signature
 
-__all__ = ["KNOWN", "families", "family_named", "options_of", "signatures"]
+__all__ = ["KNOWN", "families", "family_named", "flags_of", "options_of", "signatures"]
 
 KNOWN: tuple[Family | Signature, ...] = (
     foreign.CONVERTED,
+    foreign.DRAFT_IN_MODEL,
+    foreign.GRIFFIN,
+    foreign.MINICPM,
     EAGLE3,
     foreign.LANGUAGE_MODEL,
     foreign.SEVERAL_LAYERS,
     foreign.MEDUSA,
     foreign.MLP_SPECULATOR,
+    foreign.ONE_MATRIX,
+    foreign.LLAMA4,
+    foreign.GROUPED_HEADS,
+    foreign.QK_NORMS,
+    foreign.WITH_NORMS,
+    foreign.MISTRAL,
     EAGLE,
 )
 """A checkpoint belongs to the first one that it matches."""
@@ -37,6 +46,12 @@ def options_of(family: Family | None) -> list[Option]:
     """The options of a family's conversion; those of all families if ``None``."""
     among = [family] if family else families()
     return list({option.name: option for it in among for option in it.options}.values())
+
+
+def flags_of(family: Family | None) -> list[Flag]:
+    """The flags of a family's conversion; those of all families if ``None``."""
+    among = [family] if family else families()
+    return list({flag.feature: flag for it in among for flag in it.flags}.values())
 
 
 def signatures() -> list[tuple[Signature, Family | None]]:

@@ -17,6 +17,10 @@ class Signature:
         title: its name in messages, as it follows "holds".
         marks: a pattern of tensor names; one match is enough to show the kind.
         fc_inputs: the input width of ``fc``, in hidden sizes; this, too, is enough on its own.
+        both: whether the marks and the width of ``fc`` show the kind only together.
+        attention_inputs: the input width of the first layer's attention, in hidden sizes; enough on
+            its own.
+        alone: whether a mark shows the kind only if it is all that is there.
         lacks: a tensor that it never has.
         hints: key of config.json → a pattern of its value. Hints that match are added to the
             evidence; without tensors to judge by, the kind is assumed if all of them match.
@@ -30,6 +34,9 @@ class Signature:
     title: str
     marks: str = NEVER
     fc_inputs: int | None = None
+    both: bool = False
+    attention_inputs: int | None = None
+    alone: bool = False
     lacks: str | None = None
     hints: Mapping[str, str] = field(default_factory=dict)
     decisive: bool = False

@@ -49,6 +49,12 @@ class TensorSpec:
         found = NUMBERED.search(self.name)
         return found[1] if found else None
 
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """What its names match; a number is the first group."""
+        form = NUMBERED.sub("NUMBER", self.name)
+        return re.compile(re.escape(form).replace("NUMBER", r"(\d+)"))
+
     def names(self, counts: Mapping[str, int]) -> list[str]:
         """The names of the tensors that this stands for, given how many parts a draft has."""
         if self.numbered is None:
@@ -78,8 +84,7 @@ def counts_shown(table: Iterable[TensorSpec], names: Collection[str]) -> dict[st
     counts: dict[str, int] = {}
     for spec in table:
         if spec.numbered is not None:
-            form = NUMBERED.sub("NUMBER", spec.name)
-            pattern = re.compile(re.escape(form).replace("NUMBER", r"(\d+)"))
+            pattern = spec.pattern
             numbers = [int(found[1]) for name in names if (found := pattern.fullmatch(name))]
             count = max(numbers, default=-1) + 1
             counts[spec.numbered] = max(count, counts.get(spec.numbered, 0))

@@ -17,7 +17,8 @@ from speculators.errors import CheckpointError, ConversionError, FormatError, No
 from speculators.families.converted import check_converted
 from speculators.families.family import Family
 from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
-from speculators.families.recognition import recognise, strip_prefix
+from speculators.families.fused import unfused
+from speculators.families.recognition import recognise, short_names
 from speculators.families.registry import family_named
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
 from speculators.format.tensors import counts_shown, features_shown
@@ -201,13 +202,25 @@ def _details_of_draft(checkpoint: Checkpoint, family: Family) -> Details:
         return Details(
             checkpoint.config, ConversionFinding(possible=False, why_not=why_not), notes=notes
         )
-    short = {name: strip_prefix(name) for name in checkpoint.tensors}
-    features = _features(family, {name: family.names.in_format(it) for name, it in short.items()})
+    short = short_names(checkpoint.tensors).short
+    features = _features(
+        family,
+        {
+            part: name
+            for name, it in short.items()
+            for part in map(family.names.in_format, unfused(it))
+        },
+    )
     try:
         plan = plan_draft(family, checkpoint)
     except ConversionError as error:
         conversion = ConversionFinding(possible=False, why_not=str(error))
         return Details(checkpoint.config, conversion, features, notes=notes)
+    targets: dict[str, str] = {}
+    for target, info in plan.tensors.items():  # a fused tensor becomes several
+        targets[info.name] = ", ".join(filter(None, (targets.get(info.name), target)))
+    if plan.prefix:
+        notes.append(f"Every tensor's name begins with {plan.prefix}, which is taken off.")
     if "embedding" in set(family.borrows) - plan.features:
         notes.append("It has no embedding of its own: the verifier's is used.")
     return Details(
@@ -221,7 +234,7 @@ def _details_of_draft(checkpoint: Checkpoint, family: Family) -> Details:
             discrepancies=plan.derived.discrepancies,
         ),
         features,
-        targets={info.name: target for target, info in plan.tensors.items()},
+        targets=targets,
         left_out=plan.left_out,
         facts=plan.derived.facts,
         fits=plan.fits,
@@ -253,7 +266,7 @@ def _details_of_converted(checkpoint: Checkpoint, family: Family) -> Details:
     return Details(
         sizes,
         ConversionFinding(possible=False, why_not=_why_not(checkpoint)),
-        _features(family, targets) if targets else None,
+        _features(family, {target: name for name, target in targets.items()}) if targets else None,
         targets,
         layout=_layout(targets) if targets else None,
         facts=facts,
@@ -288,9 +301,8 @@ def _layout(targets: Mapping[str, str]) -> Literal["current", "0.1.0 to 0.3.0"]:
     return "current" if all(k == v for k, v in targets.items()) else "0.1.0 to 0.3.0"
 
 
-def _features(family: Family, names: Mapping[str, str]) -> dict[str, list[str]]:
-    """Feature → stored names of the tensors that show it, given stored → current names."""
-    stored = {name: where for where, name in names.items()}
+def _features(family: Family, stored: Mapping[str, str]) -> dict[str, list[str]]:
+    """Feature → stored names of the tensors that show it, given current → stored names."""
     shown = features_shown(family.tensors, stored, counts_shown(family.tensors, stored))
     return {
         feature: [stored[name] for name in shown.get(feature, ())] for feature in family.features

@@ -56,10 +56,24 @@ SHOWN_BY = {
 }
 """Feature that a config claims → the tensors that show it."""
 
+READ = (
+    "draft_vocab_size",
+    "eagle_aux_hidden_state_layer_ids",
+    "embed_requires_grad",
+    "fc_norm",
+    "mask_token_id",
+    "norm_before_fc",
+    "norm_before_residual",
+    "norm_output",
+    "target_hidden_size",
+)
+"""Keys of a config that are read here, not by the layer."""
+
 RENAMED = {
     "aux_hidden_states_layer_ids": "it is written as eagle_aux_hidden_state_layer_ids",
     "auto_map": "it names a module of another package",
     "eagle_config": "its parts are written at the top of the config, or the tensors say them",
+    "num_depths": "it is about training",
     "num_aux_hidden_states": "it is the number of eagle_aux_hidden_state_layer_ids",
     "pard_token": "it is written as mask_token_id",
     "ptd_token_id": "it is written as mask_token_id",
@@ -68,6 +82,7 @@ RENAMED = {
     "speculators_config": "it is written anew",
     "speculators_model_type": "the tensors say it",
     "speculators_version": "this version writes its own",
+    "tie_word_embeddings": "the head is never the embedding",
     "transformers_version": "the config holds nothing that depends on it",
     "use_aux_norm": "it is written as fc_norm",
 }
@@ -238,6 +253,7 @@ def _derive_layer(source: Source) -> DerivedLayer:
         {"model_type": "qwen3" if normed else "llama", "num_hidden_layers": layers, **biased},
         {},
         {key: why for key, why in RENAMED.items() if key != "rope_parameters"},
+        READ,
     )
     if given.get("head_dim") not in {None, derived.config.head_dim}:
         query = tensors["layers.0.self_attn.q_proj.weight"]
@@ -250,9 +266,9 @@ def _derive_layer(source: Source) -> DerivedLayer:
     if nested:
         left_out = {f"transformer_layer_config.{key}": why for key, why in left_out.items()}
         left_out |= {
-            key: RENAMED.get(key, "the draft does not use it")
+            key: RENAMED.get(key, "this version writes its own")
             for key in source.checkpoint.config
-            if key not in {"transformer_layer_config", "architectures", "dtype", "torch_dtype"}
+            if key not in {"transformer_layer_config", "tie_word_embeddings"}
         }
     return DerivedLayer(derived.config, derived.discrepancies, left_out)
 
@@ -416,6 +432,11 @@ def _warn(source: Source, publisher: Publisher, layer: LayerConfig, notes: list[
         notes.append(
             f"rope_theta {layer.rope_theta:g} is used, as engines do; SafeAILab's and AngelSlim's "
             f"trainers always used {REFERENCE_ROPE_BASE:g}"
+        )
+    if "mask_hidden" in features and layer.rope_type != "default" and publisher.usual_layers:
+        notes.append(
+            f"its {layer.rope_type} RoPE scaling is used, as engines do; SpecForge's trainer of "
+            "P-EAGLE ignores it"
         )
     if "fc_bias" in features:
         notes.append("vLLM and speculators drop fc.bias without a word, and then draft badly")

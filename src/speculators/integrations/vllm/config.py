@@ -12,9 +12,6 @@ __all__ = ["cover_positions", "update_eagle"]
 
 WHERE = "the draft"
 
-EXTENSIBLE_ROPE = frozenset({"default", "linear", "llama3"})
-"""The types of RoPE whose angles do not depend on ``max_position_embeddings``."""
-
 
 def update_eagle(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
     """Fill in the config that vLLM builds the draft's model from.
@@ -67,13 +64,13 @@ def update_eagle(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]
 def cover_positions(config: Any, max_model_len: int) -> None:
     """Let the draft's table of rotary embeddings cover all positions that vLLM serves.
 
-    vLLM makes it ``max_position_embeddings`` rows long. From 0.27 on it extends drafts' tables
-    itself; before, a draft in a longer sequence reads beyond the end of its table.
+    vLLM makes it ``max_position_embeddings`` rows long, and in none of the format's types of RoPE
+    does it compute the angles from that number. From 0.27 on it extends drafts' tables itself;
+    before, a draft reads beyond the end of its table in a longer sequence.
 
     Args:
         config: the draft's config in vLLM; changed in place.
         max_model_len: of the verifier, in tokens.
 
     """
-    if config.rope_parameters["rope_type"] in EXTENSIBLE_ROPE:
-        config.max_position_embeddings = max(config.max_position_embeddings, max_model_len)
+    config.max_position_embeddings = max(config.max_position_embeddings, max_model_len)
