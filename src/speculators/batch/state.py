@@ -59,15 +59,14 @@ def is_done(conversion: Conversion, *, cache_dir: Path | None = None) -> bool:
 def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str]:
     """Say how the output differs from what the conversion would make, as clauses."""
     output = conversion.output
+    if not (output / "config.json").is_file():
+        yield "it is not a converted checkpoint"
+        return
     try:
         record = read_record(output)
-        config = read_json(output / "config.json")
-        family, checked = parse_config(config, str(output))
+        family, checked = parse_config(read_json(output / "config.json"), str(output))
     except SpeculatorsError:
         yield f"its config.json or {CONVERSION_FILE} cannot be read"
-        return
-    except FileNotFoundError:
-        yield "it is not a converted checkpoint"
         return
     if record is None:
         yield f"it has no {CONVERSION_FILE}"
