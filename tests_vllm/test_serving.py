@@ -253,11 +253,12 @@ def test_a_draft_for_another_verifier_is_told_at_start(
 def test_a_draft_that_was_not_converted_is_told_at_start(
     outcomes: Outcomes, published: dict[str, Path], variant: str, feature: str
 ) -> None:
-    assert outcomes.refused[f"published {variant}"] == (
+    reason = outcomes.refused[f"published {variant}"]
+    assert reason.startswith(
         f"ConversionError: {published[variant]} has {feature}, which vLLM's own EAGLE model "
-        "does not compute; convert it, and name the result instead: "
-        f"speculators convert eagle {published[variant]} OUTPUT BASE_MODEL"
+        "does not compute; convert it"
     )
+    assert reason.endswith(f": speculators convert eagle {published[variant]} OUTPUT BASE_MODEL")
 
 
 @pytest.fixture(scope="module")
