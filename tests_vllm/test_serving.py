@@ -39,7 +39,7 @@ from speculators.models.eagle import EagleSpeculator
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", params=[6, pytest.param(16, marks=pytest.mark.exhaustive)])
+@pytest.fixture(scope="session", params=[10, pytest.param(16, marks=pytest.mark.exhaustive)])
 def prompts(request: pytest.FixtureRequest) -> list[list[int]]:
     """The first prompts of `speculators evaluate`, as tokens; exhaustive: more of them."""
     tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
@@ -190,23 +190,41 @@ def test_as_much_is_accepted_as_evaluate_says(
     assert outcomes.answers[variant].acceptance_length == pytest.approx(expected, abs=0.05)
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_one_draft_in_two_ways(
-    tmp_path: Path, prompts: list[list[int]], outcomes: Outcomes, tiny: tuple[Path, Path]
+    tmp_path: Path,
+    prompts: list[list[int]],
+    outcomes: Outcomes,
+    tiny: tuple[Path, Path],
+    workers: int,
 ) -> None:
-    """Serve it as it is, eagerly, with one worker; and in the older layout, compiled, with two."""
+    """Serve it as it is, eagerly; and in the older layout, compiled; exhaustive: by two workers."""
     verifier, draft = tiny
     older = drafts.in_the_older_layout(draft, tmp_path / "older")
-    compiled = engine(older, model=str(verifier), tensor_parallel_size=2, enforce_eager=False)
-    again = run(tmp_path / "result", prompts, {"compiled": compiled}, ONE_CORE_EACH)
+    compiled = engine(older, model=str(verifier), tensor_parallel_size=workers, enforce_eager=False)
+    environment = ONE_CORE_EACH if workers > 1 else None
+    again = run(tmp_path / "result", prompts, {"compiled": compiled}, environment)
     assert not again.refused
     assert again.answers["compiled"] == outcomes.answers["tiny"]
     assert sum(outcomes.answers["tiny"].accepted) > 0
 
 
+@pytest.mark.parametrize(
+    "variants",
+    [
+        ("attention_biases",),
+        pytest.param(("eagle1", "attention_biases"), marks=pytest.mark.exhaustive),
+    ],
+    ids=["some", "all"],
+)
 def test_an_exported_draft_is_served_without_the_plugin(
-    tmp_path: Path, prompts: list[list[int]], converted: dict[str, Path], outcomes: Outcomes
+    tmp_path: Path,
+    prompts: list[list[int]],
+    converted: dict[str, Path],
+    outcomes: Outcomes,
+    variants: tuple[str, ...],
 ) -> None:
-    variants = ("eagle1", "attention_biases")
+    """With every tensor that vLLM computes with; exhaustive: also with the verifier's embedding."""
     engines = {
         # Otherwise the tests above would prove nothing.
         "converted": engine(converted["eagle1"]),
@@ -311,8 +329,9 @@ def test_the_server_answers_chats_in_a_stream(server: Server, outcomes: Outcomes
     assert len([text for text in texts if text]) > 1
 
 
+@pytest.mark.exhaustive
 def test_a_server_that_does_not_start_says_why(tmp_path: Path, published: dict[str, Path]) -> None:
-    """The engine's process says it, and its log is part of the server's."""
+    """The engine's process says it, as above, and its log is part of the server's."""
     draft = {"method": "eagle", "model": str(published["hass"]), "num_speculative_tokens": LENGTH}
     option = f"--speculative-config={json.dumps(draft)}"
     with (
