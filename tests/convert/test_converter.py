@@ -812,9 +812,10 @@ def test_what_appears_at_the_output_meanwhile_is_not_overwritten(
 
     out = tmp_path / "out"
 
-    def another_process(*_: object, **__: object) -> None:
+    def another_process(*_: object, **__: object) -> list[str]:
         out.mkdir()
         (out / "theirs.txt").write_text("x")
+        return []
 
     monkeypatch.setattr(module, "validate_conversion", another_process)
     with pytest.raises(OutputError, match="exists"):
@@ -834,7 +835,6 @@ def test_validation_finds_a_wrong_result(
 ) -> None:
     """The test breaks what was written, or the model that is loaded."""
     import speculators.convert.conversion as converter
-    import speculators.models.eagle as model
     import speculators.models.speculator as base
 
     if what == "bytes":
@@ -849,7 +849,7 @@ def test_validation_finds_a_wrong_result(
         monkeypatch.setattr(converter, "write_safetensors_file", write_wrong)
     elif what == "causality":
         monkeypatch.setattr(
-            model, "create_causal_mask", lambda **_: torch.ones(2, 1, 24, 24, dtype=torch.bool)
+            base, "create_causal_mask", lambda **_: torch.ones(2, 1, 24, 24, dtype=torch.bool)
         )
     else:
         borrow = base._linear

@@ -262,7 +262,9 @@ def masked(text: str) -> str:
 
 def words_of(command: str) -> list[str]:
     """The words of a command for the shell; operators are words of their own."""
-    return [*shlex.shlex(command.replace("\\\n", " "), posix=True, punctuation_chars=True)]
+    lexer = shlex.shlex(command.replace("\\\n", " "), posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True  # otherwise a colon, as in a URL, is a word of its own
+    return [*lexer]
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
