@@ -207,6 +207,45 @@ def test_sglang_s_way_with_embeddings_is_told(
     assert not any(remark in line for line in log)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "tokens"),
+    [
+        (None, 2048),
+        ({"rope_type": "linear", "factor": 4.0}, 8192),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            2048,
+        ),
+    ],
+)
+def test_the_context_that_sglang_may_serve_is_told(
+    tmp_path: Path,
+    verifier: Path,
+    log: list[str],
+    scaling: dict[str, Any] | None,
+    tokens: int,
+) -> None:
+    """As SGLang 0.5.23 derives it from the exported config."""
+    keys = {"max_position_embeddings": 2048, "rope_scaling": scaling, "rope_theta": 10000.0}
+    source = write_checkpoint(tmp_path / "source", config=keys)
+    out = convert(source, tmp_path / "out", verifier)
+    export(out, tmp_path / "exported", "sglang")
+    assert any(f"give it --context-length {tokens}, or set SGLANG_" in line for line in log)
+
+
+def test_the_compile_cache_of_vllm_is_told(
+    tmp_path: Path, converted: dict[str, Path], log: list[str]
+) -> None:
+    export(converted[PLAIN], tmp_path / "out", "vllm")
+    assert any("give every draft a VLLM_CACHE_ROOT of its own" in line for line in log)
+
+
 def test_an_older_layout_is_exported_under_today_s_names(
     tmp_path: Path, converted: dict[str, Path]
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from speculators.errors import ConversionError
+from speculators.families.advice import give_each_its_compile_cache, limit_context
 from speculators.families.family import Card, Derived, Family, Flag, Names, Source, Target
 from speculators.families.layer import REFERENCE_ROPE_BASE, derive_layer
 from speculators.families.signature import Signature
@@ -208,8 +209,9 @@ def _model(model_type: str, architecture: str, **keys: Any) -> dict[str, Any]:
     return {"model_type": model_type, "architectures": [architecture], **keys}
 
 
-# What each can express, according to vLLM 0.32 (``model_executor/models/llama_eagle.py``), SGLang
-# 0.5 (``srt/models/llama_eagle.py``, ``qwen2_eagle.py``, ``srt/speculative``) and the reference.
+# What each can express, according to vLLM 0.26 to 0.33 (``model_executor/models/llama_eagle.py``),
+# SGLang 0.5 (``srt/models/llama_eagle.py``, ``qwen2_eagle.py``, ``srt/speculative``) and the
+# reference.
 # Both engines read ``bias`` as biases on q, k, v and o; the reference means the bias of fc.
 TARGETS = {
     "eagle": Target(
@@ -227,6 +229,7 @@ TARGETS = {
         },
         lacks=frozenset({"fusion_bias", "layernorms"}),
         activation="silu",
+        advice=give_each_its_compile_cache,
     ),
     "sglang": Target(
         reader="SGLang",
@@ -240,6 +243,7 @@ TARGETS = {
         remarks={
             "embedding": "SGLang uses the verifier's embedding, whatever the draft's own holds"
         },
+        advice=limit_context,
     ),
 }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from speculators.checkpoint.tensor import Constant, PlannedTensor
+from speculators.families.advice import limit_context
 from speculators.families.eagle3.config import USUAL_STATES, Eagle3Config
 from speculators.families.family import Target
 
@@ -359,6 +360,7 @@ TARGETS: dict[str, Eagle3Target] = {
                 "their hidden sizes differ"
             ),
         },
+        advice=limit_context,
     ),
     "specforge": Eagle3Target(
         reader="SpecForge",
