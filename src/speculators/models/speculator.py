@@ -4,6 +4,7 @@ A family's model adds its layers, ``draft`` and ``logits``.
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,7 +54,7 @@ BY_ENVIRONMENT = {
 """transformers' download options → what to use instead of them."""
 
 
-class Speculator(PreTrainedModel):
+class Speculator(PreTrainedModel, ABC):
     """A draft, with what it borrows from its verifier.
 
     A subclass sets ``config_class``, builds its modules in ``__init__`` (among them ``fc``, whose
@@ -397,16 +398,16 @@ class Speculator(PreTrainedModel):
         """The verifier's ids of the draft's tokens, of any shape: here, the same."""
         return tokens
 
+    @abstractmethod
     def draft(self, input_ids: Tensor, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward`` without the head; ``logits`` is ``None`` in the output.
 
         ``hidden_states`` are projected, or an earlier output's ``last_hidden_state``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Apply the head, as ``forward`` does after the layer."""
-        raise NotImplementedError
 
     def forward(
         self,
