@@ -89,19 +89,7 @@ class EagleConverter:
             progress=progress,
         )
 
-    def validate(
-        self,
-        directory: str | Path,
-        source: str | Path | None = None,
-        *,
-        cache_dir: str | Path | None = None,
-        revision: str | None = None,
-        progress: Progress = silent,
-    ) -> None:
-        """Check a converted checkpoint again, at any time; see ``conversion.validate``."""
-        conversion.validate(
-            directory, source, cache_dir=cache_dir, revision=revision, progress=progress
-        )
+    validate = staticmethod(conversion.validate)
 
     def plan(
         self,
