@@ -5,6 +5,8 @@ expected here is written down, not computed by the product.
 """
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -355,3 +357,26 @@ def test_what_a_family_reads_itself_is_not_told_as_unknown(draft: str) -> None:
     checkpoint = read_checkpoint(open_repository(EAGLE3 / draft))
     plan = plan_draft(family_of(checkpoint), checkpoint)
     assert not [clause for clause in plan.derived.discrepancies if "is not known" in clause]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "path"),
+    [
+        ("initializer_range", math.nan, "initializer_range: nan"),
+        ("rms_norm_eps", math.inf, "rms_norm_eps"),
+        (
+            "rope_scaling",
+            {"type": "yarn", "factor": 2.0, "beta_fast": -math.inf},
+            "rope_scaling.beta_fast: -inf",
+        ),
+    ],
+)
+def test_a_number_that_json_cannot_hold(
+    tmp_path: Path, verifier: Path, key: str, value: object, path: str
+) -> None:
+    """It is never written as null."""
+    source = write_checkpoint(tmp_path / "source", config={key: value})
+    with pytest.raises(
+        ConversionError, match=rf"config\.json, key {re.escape(path)}.* finite number"
+    ):
+        convert(source, tmp_path / "out", verifier, validate=False)

@@ -1,5 +1,6 @@
 """The plan of a conversion: a plain value, complete before anything is written."""
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -254,6 +255,7 @@ def plan_draft(
     )
     derived = family.derive(replace(source, tensors=tensors, features=features))
     derived.discrepancies[:0] = completion.discrepancies
+    _check_finite({**derived.layer.model_dump(), **derived.keys}, checkpoint.config_file)
     config = family.config.model_construct(transformer_layer_config=derived.layer, **derived.keys)
     _check_shapes(checkpoint, tensors, required, config.sizes)
     return DraftPlan(
@@ -422,6 +424,20 @@ def _check_dtypes(
                 f"{info.file}: {info.name} has the type {info.dtype}, so its weights are quantized "
                 f"or not a draft's; a draft's are one of {', '.join(dtypes)}."
             )
+
+
+def _check_finite(value: Any, config_file: Path, path: str = "") -> None:
+    """Refuse numbers that JSON cannot hold: they would be written as null."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_finite(inner, config_file, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _check_finite(inner, config_file, f"{path}.{number}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConversionError(
+            f"{config_file}, key {path}: {value} is not a finite number; correct the config."
+        )
 
 
 def _dtype_of(tensors: Collection[TensorInfo]) -> str:
