@@ -15,7 +15,7 @@ from speculators.checkpoint.hub.repository import HubRepository
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import open_repository
-from speculators.errors import CheckpointError, OutputError
+from speculators.errors import CheckpointError, NoWeightsError, OutputError
 
 WEIGHTS = {"fc.weight": torch.arange(6.0).reshape(2, 3), "fc.bias": torch.zeros(2)}
 CONFIG = '{"num_hidden_layers": 1}'
@@ -145,7 +145,11 @@ FOLDERS: dict[str, tuple[tuple[str, ...], bool, tuple[str, ...]]] = {
         ("its folders a and b may be: give {}/a",),
     ),
     "GGUF": (("draft.gguf",), True, ("draft.gguf is in a format that is not read",)),
-    "another name": (("draft.safetensors",), True, ("a file of another name can be given itself",)),
+    "another name": (
+        ("draft.safetensors",),
+        True,
+        ("it has draft.safetensors: give {}/draft.safetensors itself",),
+    ),
     "nothing": (("README.md",), False, ("give the directory that holds config.json and the wei",)),
 }
 
@@ -351,3 +355,10 @@ def test_paths_that_cannot_be(path: str, told_of: str) -> None:
     assert told_of in told(path)
     with pytest.raises(OutputError):
         local_path(path, OutputError)
+
+
+def test_weights_of_another_name_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "draft_model.pt").write_bytes(b"")
+    with pytest.raises(NoWeightsError, match=r"draft_model\.pt: give .*/draft_model\.pt itself"):
+        read_checkpoint(open_repository(tmp_path))

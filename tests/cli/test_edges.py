@@ -48,6 +48,13 @@ def test_printing_to_a_closed_stream(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("arguments", ["--version", "--help", "convert --help"])
+def test_output_that_cannot_be_written(arguments: str) -> None:
+    done = shell(f"$SPECULATORS {arguments} >/dev/full")
+    assert done.returncode == 1
+    assert done.stderr == "The output cannot be printed: No space left on device.\n"
+
+
 INTERRUPTED = """
 import builtins, os, signal
 original = builtins.__import__

@@ -380,3 +380,30 @@ def test_a_number_that_json_cannot_hold(
         ConversionError, match=rf"config\.json, key {re.escape(path)}.* finite number"
     ):
         convert(source, tmp_path / "out", verifier, validate=False)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        (
+            {
+                "rope_theta": 500000.0,
+                "rope_type": "default",
+                "full_attention": {"rope_theta": 1000000.0, "rope_type": "default"},
+            },
+            r"gives rope_theta 500000\.0 beside 1000000\.0 by the type of a layer",
+        ),
+        (
+            {"full_attention": None, "sliding_attention": {"rope_theta": 10000.0}},
+            "layer_types does not say",
+        ),
+    ],
+)
+def test_rope_that_is_given_twice_or_by_half(
+    tmp_path: Path, verifier: Path, parameters: dict[str, object], words: str
+) -> None:
+    source = write_checkpoint(
+        tmp_path / "source", config={"rope_parameters": parameters}, without=("rope_theta",)
+    )
+    with pytest.raises(ConversionError, match=words):
+        convert(source, tmp_path / "out", verifier, validate=False)

@@ -165,11 +165,21 @@ def read_tensors(
         return _read_file(container, path)
     if repository.weights is None and (path := _find_deepspeed_weights(repository)):
         return _read_file(CONTAINERS[-1], path)
-    advice = _say_what_is_there(repository)
+    advice = _say_what_is_there(repository) or _name_other_weights(repository)
     raise NoWeightsError(
         f"{repository.name} has no weights: none of {', '.join(weights)} is there; "
         f"{advice or 'a file of another name can be given itself'}."
     )
+
+
+def _name_other_weights(repository: Repository) -> str | None:
+    """Name files of weights that are not called as they usually are; ``None`` if there are none."""
+    suffixes = tuple(suffix for container in CONTAINERS for suffix in container.suffixes)
+    others = sorted(it for it in repository.names() if it.endswith(suffixes) and "/" not in it)
+    if not others or not isinstance(repository, LocalDirectory):
+        return None
+    given = repository.path / others[0]
+    return f"it has {', '.join(map(printable, others[:4]))}: give {printable(str(given))} itself"
 
 
 def _say_what_is_there(repository: Repository) -> str | None:

@@ -373,7 +373,16 @@ class _Rope:
     def _of_layer_type(self, key: Key) -> tuple[str, dict[str, Any]] | None:
         """The parameters of the draft's layers, where they are given by the type of a layer."""
         by_type = {name: it for name, it in key.value.items() if isinstance(it, dict)}
-        if len({str(sorted(it.items(), key=str)) for it in by_type.values()}) == 1:
+        unsaid = {name for name, it in key.value.items() if it is None}
+        for name, it in key.value.items():
+            others = {str(inner[name]) for inner in by_type.values() if name in inner} - {str(it)}
+            if name not in by_type and name not in unsaid and others:
+                raise ConversionError(
+                    f"{self.keys.where}, key {key.path} gives {printable(name)} {it!r} beside "
+                    f"{', '.join(sorted(others))} by the type of a layer; remove what the draft "
+                    "was not trained with."
+                )
+        if not unsaid and len({str(sorted(it.items(), key=str)) for it in by_type.values()}) == 1:
             name, parameters = next(iter(by_type.items()))
             return f"{key.path}.{printable(name)}", dict(parameters)
         if self.layer_type in by_type:

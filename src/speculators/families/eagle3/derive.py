@@ -22,6 +22,7 @@ from speculators.families.eagle3.states import (
     state_width,
     verifier_layers,
 )
+from speculators.families.eagle3.types import check_types
 from speculators.families.eagle3.vocabulary import (
     complete_vocabulary,
     drafted_tokens,
@@ -102,6 +103,7 @@ RENAMED = {
 def complete(source: Source) -> Completion:
     """Refuse what is EAGLE-3 only by its name; derive ``t2d`` from ``d2t``, or the reverse."""
     _refuse_variants(source)
+    check_types(source)
     return complete_vocabulary(source, vocabulary_size(source, _layer(source).get("vocab_size")))
 
 
@@ -449,7 +451,10 @@ def _warn(source: Source, publisher: Publisher, layer: LayerConfig, notes: list[
             "P-EAGLE ignores it"
         )
     if "fc_bias" in features:
-        notes.append("vLLM and speculators drop fc.bias without a word, and then draft badly")
+        notes.append(
+            "vLLM and the PyPI project speculators drop fc.bias without a word, and then draft "
+            "badly"
+        )
     if {"qk_norm", "attention_bias"} <= features:
         notes.append(
             "vLLM drops o_proj.bias of a layer with norms on queries and keys without a word, and "

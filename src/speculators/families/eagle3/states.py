@@ -229,8 +229,9 @@ def _check(source: Source, key: str, layers: list[int], states: int, depth: int 
             "states would reach the wrong columns of fc. Give the order of the training with "
             f"{AUX_LAYERS.flag} if it was ascending."
         )
-    outside = [layer for layer in layers if layer < 0 or (depth is not None and layer > depth)]
-    if outside:
+    if layers[0] < 0:
+        raise ConversionError(f"{where}: {layers} has a number below 0, and layers have none.")
+    if depth is not None and layers[-1] > depth:
         assert source.verifier is not None
         raise ConversionError(
             f"{where}: {layers} (by the states that enter them) do not lie in the verifier "

@@ -18,9 +18,21 @@ INTEGERS = {"I32": "i", "I64": "q"}
 
 
 def drafted_tokens(source: Source) -> int | None:
-    """How many tokens the draft can propose: the rows of its head; ``None`` if it has none."""
+    """How many tokens the draft can propose: the rows of its head; ``None`` if it has none.
+
+    Raises:
+        ConversionError: if its head is not a matrix.
+
+    """
     head = source.tensors.get("lm_head.weight")
-    return head.shape[0] if head is not None and head.shape else None
+    if head is None:
+        return None
+    if len(head.shape) != 2 or 0 in head.shape:
+        raise ConversionError(
+            f"{head.file}: {head.name} has the shape {describe_shape(head.shape)}, which is not "
+            "that of a head, (draft vocabulary, hidden); give the checkpoint as it was published."
+        )
+    return head.shape[0]
 
 
 def vocabulary_size(source: Source, said: object) -> int:
@@ -141,7 +153,12 @@ def _tokens(
     offsets = array(INTEGERS[d2t.dtype])
     offsets.frombytes(_data(d2t))
     tokens = [index + offset for index, offset in enumerate(offsets)]
-    if tokens[0] < 0 or any(one >= other for one, other in pairwise(tokens)):
+    if tokens[0] < 0:
+        raise ConversionError(
+            f"{d2t.file}: {d2t.name} gives the token {tokens[0]} for the draft's first; tokens are "
+            "not negative."
+        )
+    if any(one >= other for one, other in pairwise(tokens)):
         raise ConversionError(
             f"{d2t.file}: {d2t.name} does not give ascending tokens: token i of the draft is "
             "i + d2t[i] of the verifier; it is damaged."
