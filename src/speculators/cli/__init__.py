@@ -18,6 +18,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise
     except OSError as error:  # commands report their own: this one is about what is printed
         print(f"The output cannot be printed: {error.strerror}.", file=sys.stderr)
         raise SystemExit(1) from None

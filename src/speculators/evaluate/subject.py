@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from speculators.checkpoint.hub.client import watched_client
 from speculators.checkpoint.verifier import Verifier
 from speculators.errors import EvaluationError, PromptsError, SpeculatorsError, VerifierError
 from speculators.evaluate.prompts import Prompt
@@ -161,7 +162,8 @@ def _open_verifier(converted: Converted, given: str | Path | None) -> Verifier:
 
 def _load(what: str, loader: Any, verifier: Verifier, options: dict[str, Any]) -> Any:
     try:
-        return loader.from_pretrained(verifier.name, **options)
+        with watched_client():  # so that no password in an endpoint's URL is logged
+            return loader.from_pretrained(verifier.name, **options)
     except Exception as error:  # transformers lets errors of many kinds through
         reason = " ".join(str(error).split())
         raise VerifierError(

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from typing_extensions import Self
 
+from speculators.checkpoint.hub.client import watched_client
 from speculators.checkpoint.hub.upload import README, SAVED, check_upload, upload
 from speculators.checkpoint.output.stamp import write_stamped
 from speculators.checkpoint.tensor import describe_shape
@@ -332,9 +333,10 @@ class Speculator(PreTrainedModel, ABC):
                 )
             )
             # Not by device_map, which needs another package.
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                verifier, dtype="auto", cache_dir=cache_dir
-            )
+            with watched_client():  # so that no password in an endpoint's URL is logged
+                loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                    verifier, dtype="auto", cache_dir=cache_dir
+                )
             loaded.to(self.device)  # type: ignore[arg-type]
             verifier = loaded
         head = verifier.get_output_embeddings()
