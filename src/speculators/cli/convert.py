@@ -83,9 +83,12 @@ def command_of(family: "Family | None") -> Any:
             _parameter(
                 option.name,
                 None,
-                str | None,
+                str | None if option.metavar else bool | None,
                 typer.Option(
-                    option.flag, metavar=option.metavar, help=option.help, show_default=False
+                    option.flag if option.metavar else f"{option.flag}/--no-{option.flag[2:]}",
+                    metavar=option.metavar or None,
+                    help=option.help,
+                    show_default=False,
                 ),
             )
             for option in options_of(family)

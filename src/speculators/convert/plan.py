@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators import __version__
-from speculators.checkpoint.reader import Checkpoint
+from speculators.checkpoint.reader import Checkpoint, Companion
 from speculators.checkpoint.tensor import (
     FLOATS,
     PlannedTensor,
@@ -104,6 +104,11 @@ class ConversionPlan:
     rounded_to: str | None = None
     prefix: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def companions(self) -> dict[str, Companion]:
+        """The files beside the weights that are copied: their names are kept."""
+        return {name: self.source.companions[name] for name in sorted(self.config.companions)}
 
     @property
     def heads(self) -> list[TensorInfo]:

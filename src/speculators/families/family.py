@@ -116,7 +116,8 @@ class Option:
 
     Attributes:
         name: its name in Python and in manifests.
-        metavar: the form of its value on the command line.
+        metavar: the form of its value on the command line; empty for one that is said with
+            ``--name`` or ``--no-name``.
         help: what it says.
         read: turns the text of the command line, or a value of a manifest or of Python, into the
             value; raises ``ValueError`` with a clause on what is expected.
@@ -132,6 +133,11 @@ class Option:
     def flag(self) -> str:
         """Its name on the command line."""
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def answers(self) -> str:
+        """How a message asks for it."""
+        return self.flag if self.metavar else f"{self.flag} or --no-{self.flag[2:]}"
 
 
 def read_options(options: Collection[Option], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,6 +296,8 @@ class Family:
         instead: what to do with a draft that a target cannot compute.
         model_types: the values of ``speculators_model_type`` in the configs of its drafts, if there
             are others than its name.
+        companions: the names of files that may lie beside the weights and belong to the draft; a
+            config says which do.
         ambiguity: what a checkpoint's tensors cannot tell, given its name, for ``inspect``.
 
     """
@@ -320,6 +328,7 @@ class Family:
     ambiguity: Callable[[str], str] | None = None
     instead: str = "serve it with vLLM and the plugin that comes with speculators"
     model_types: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
 
     def wanted(self, feature: str) -> str:
         """What a message calls a feature that a draft lacks, perhaps one of another family."""

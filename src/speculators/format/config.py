@@ -174,6 +174,11 @@ class SpeculatorConfig(Model):
         return frozenset()
 
     @property
+    def companions(self) -> frozenset[str]:
+        """The names of the files beside the weights that belong to the draft."""
+        return frozenset()
+
+    @property
     def parallel(self) -> bool:
         """Whether the draft drafts all tokens in one pass, and takes ``num_draft_tokens``."""
         return False

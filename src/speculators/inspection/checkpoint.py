@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.hub.headers import headers_only
-from speculators.checkpoint.reader import Checkpoint, read_config, read_tensors
+from speculators.checkpoint.reader import Checkpoint, Companion, read_config, read_tensors
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.convert.export import obstacle
 from speculators.convert.plan import family_of, plan_draft
@@ -19,7 +19,7 @@ from speculators.families.family import Family
 from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
 from speculators.families.fused import unfused
 from speculators.families.recognition import recognise, short_names
-from speculators.families.registry import family_named
+from speculators.families.registry import companions, family_named
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
 from speculators.format.tensors import counts_shown, features_shown
 from speculators.inspection.findings import (
@@ -83,7 +83,17 @@ def _inspect(repository: Repository) -> Finding:
         home = Path(repository.name)
         tensors = {n: replace(info, file=home / info.file.name) for n, info in tensors.items()}
         config_file = home / config_file.name
-    checkpoint = Checkpoint(repository.name, config, config_file, tensors)
+    checkpoint = Checkpoint(
+        repository.name,
+        config,
+        config_file,
+        tensors,
+        companions={
+            name: Companion(config_file.parent / name)
+            for name in companions()
+            if repository.holds(name)
+        },
+    )
     found = recognise(config, tensors)
     is_converted = found.signature is CONVERTED
     family = family_named(config.get("speculators_model_type")) if is_converted else found.family
