@@ -110,6 +110,8 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> R
         if quantized
         else stored
     )
+    # A head of rank 0 is none.
+    whole = {name: info for name, info in whole.items() if info.elements or not info.shape}
     inside = None if names.exact else _draft_inside(whole)
 
     for signature, family in signatures():
@@ -253,6 +255,12 @@ def _evidence(
         )
     if signature.both and not (marks and wide):
         return []
+    if not all(_match(pattern, tensors) for pattern in signature.needs):
+        return []
+    if signature.hinted and len(hints) < len(signature.hints):
+        return []
+    if _match(signature.never, tensors):
+        return []
     if (
         query is not None
         and output is not None
@@ -267,6 +275,11 @@ def _evidence(
     if signature.lacks is not None:
         shown.append(f"it has no {signature.lacks}")
     return shown + hints
+
+
+def _match(pattern: str, tensors: Collection[str]) -> bool:
+    """Whether a pattern matches one of the names."""
+    return any(map(re.compile(pattern).fullmatch, tensors))
 
 
 def _ratio(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> float:

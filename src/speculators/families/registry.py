@@ -4,18 +4,30 @@ A new family is one line here.
 """
 
 from speculators.families import foreign
+from speculators.families.dflash import DFLASH, DFLASH2, DSPARK
 from speculators.families.eagle import EAGLE
 from speculators.families.eagle3 import EAGLE3
 from speculators.families.family import Family, Flag, Option
 from speculators.families.signature import Signature
 
-__all__ = ["KNOWN", "families", "family_named", "flags_of", "options_of", "signatures"]
+__all__ = [
+    "KNOWN",
+    "companions",
+    "families",
+    "family_named",
+    "flags_of",
+    "options_of",
+    "signatures",
+]
 
 KNOWN: tuple[Family | Signature, ...] = (
     foreign.CONVERTED,
     foreign.DRAFT_IN_MODEL,
     foreign.GRIFFIN,
     foreign.MINICPM,
+    DSPARK,
+    DFLASH2,
+    DFLASH,
     EAGLE3,
     foreign.LANGUAGE_MODEL,
     foreign.SEVERAL_LAYERS,
@@ -40,6 +52,11 @@ def families() -> list[Family]:
 def family_named(name: object) -> Family | None:
     """The family of this name, or with drafts of this ``speculators_model_type``."""
     return next((it for it in families() if name in {it.name, *it.model_types}), None)
+
+
+def companions() -> set[str]:
+    """The names of files that may lie beside the weights of a draft and belong to it."""
+    return {name for family in families() for name in family.companions}
 
 
 def options_of(family: Family | None) -> list[Option]:

@@ -20,6 +20,9 @@ class Signature:
         both: whether the marks and the width of ``fc`` show the kind only together.
         attention_inputs: the input width of the first layer's attention, in hidden sizes; enough on
             its own.
+        needs: patterns of tensor names; without a match of each, the kind is not shown.
+        never: a pattern of names that it never has.
+        hinted: whether the marks show the kind only together with all of the hints.
         alone: whether a mark shows the kind only if it is all that is there.
         lacks: a tensor that it never has.
         hints: key of config.json → a pattern of its value. Hints that match are added to the
@@ -36,6 +39,9 @@ class Signature:
     fc_inputs: int | None = None
     both: bool = False
     attention_inputs: int | None = None
+    needs: tuple[str, ...] = ()
+    never: str = NEVER
+    hinted: bool = False
     alone: bool = False
     lacks: str | None = None
     hints: Mapping[str, str] = field(default_factory=dict)

@@ -21,12 +21,17 @@ from speculators.format.config import (
 
 __all__ = [
     "FULL",
+    "MASK_FILE",
     "SLIDING",
     "DFlash2Config",
     "DFlashConfig",
     "DFlashLayerConfig",
     "DSparkConfig",
 ]
+
+MASK_FILE = "mask_embedding.pt"
+"""The file beside the weights that holds a mask token's embedding, where the vocabulary's does not:
+vLLM, SGLang and this package read it."""
 
 FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"
@@ -99,8 +104,8 @@ class DFlashConfig(SpeculatorConfig):
     aux_hidden_state_layer_ids: list[int] = Field(min_length=1)
     """Which of the verifier's states are the context, in the order in which ``fc`` takes them:
     number i is the residual stream that enters its decoder layer i (the number of layers: what
-    leaves the last one), and so ``hidden_states[i]`` of transformers. Native configs count the
-    layer that it leaves, from 0, which is one less."""
+    leaves the last one; 0: the embeddings), and so ``hidden_states[i]`` of transformers. Native
+    configs count the layer that it leaves, from 0, which is one less."""
     mask_token_id: int = Field(ge=0)
     """The token that stands for those that are not drafted yet."""
     mask_embedding: bool | None = None
@@ -111,7 +116,9 @@ class DFlashConfig(SpeculatorConfig):
     and DFlash 2. Readers disagree on its default, so it has none."""
     sample_from_anchor: bool = False
     """Whether the anchor's position drafts a token, too: then a block drafts ``block_size`` tokens,
-    and otherwise one less."""
+    and otherwise one less. Of DFlash and DFlash 2, only DeepSpec's and some of upstream's do."""
+    num_target_layers: int | None = Field(default=None, ge=1)
+    """How many layers the verifier has, as native configs say it; not a key of upstream's."""
     tie_word_embeddings: Literal[False] = False
     speculators_config: SpeculatorsConfig
 
@@ -130,8 +137,8 @@ class DFlashConfig(SpeculatorConfig):
     @field_validator("aux_hidden_state_layer_ids")
     @classmethod
     def _check_ids(cls, ids: list[int]) -> list[int]:
-        if ids[0] < 1 or any(one >= other for one, other in pairwise(ids)):
-            raise ValueError(f"{ids} is not a list of layers over 0 in ascending order")
+        if ids[0] < 0 or any(one >= other for one, other in pairwise(ids)):
+            raise ValueError(f"{ids} is not a list of layers in ascending order")
         return ids
 
     @model_validator(mode="after")
@@ -144,14 +151,8 @@ class DFlashConfig(SpeculatorConfig):
         if self.drafted_per_block < 1:
             raise ValueError("a block of this block_size drafts nothing")
         self.mask_embedding = self.mask_embedding or None
-        self._check_sampling()
         self._check_causality()
         return self
-
-    def _check_sampling(self) -> None:
-        """Check ``sample_from_anchor``."""
-        if self.sample_from_anchor:
-            raise ValueError("sample_from_anchor is DSpark's alone; no reader takes it here")
 
     def _check_causality(self) -> None:
         """Check that all readers take the layers to be causal, or not."""
@@ -164,6 +165,11 @@ class DFlashConfig(SpeculatorConfig):
                 "too, and the trainer that writes it does not; convert the draft again with "
                 "--causal or --no-causal"
             )
+
+    @property
+    def companions(self) -> frozenset[str]:
+        """The file of the mask token's embedding, if it has one."""
+        return frozenset({MASK_FILE} if self.mask_embedding else ())
 
     @property
     def parallel(self) -> bool:
@@ -298,7 +304,7 @@ class DSparkConfig(DFlashConfig):
 
     speculators_model_type: Literal["dspark"] = "dspark"  # type: ignore[assignment]
     sample_from_anchor: bool
-    """As for DFlash, but usually true. Readers disagree on its default, so it has none."""
+    """As of a DFlash draft, but usually true. Readers disagree on its default, so it has none."""
     markov_rank: int = Field(ge=1)
     """The width of the Markov head's factors."""
     markov_head_type: Literal["vanilla", "gated", "rnn"]
@@ -319,9 +325,6 @@ class DSparkConfig(DFlashConfig):
         if layer.is_causal is not None:
             return (layer.is_causal,) * self.layers
         return tuple(it == SLIDING for it in layer.layer_types)
-
-    def _check_sampling(self) -> None:
-        """Either is possible."""
 
     def _check_causality(self) -> None:
         layer = self.transformer_layer_config
