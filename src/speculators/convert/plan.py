@@ -23,7 +23,6 @@ from speculators.families.family import Derived, Family, Source, read_options
 from speculators.families.fused import split
 from speculators.families.keys import SourceKeys
 from speculators.families.recognition import listed, recognise, short_names
-from speculators.families.registry import families
 from speculators.families.rope_names import is_rope_table
 from speculators.format.config import ProposalMethod, SpeculatorConfig
 from speculators.format.tensors import TensorSpec, compare, counts_shown, required_tensors
@@ -294,11 +293,11 @@ def family_of(checkpoint: Checkpoint) -> Family:
 def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
     """Refuse what is not of a family, or of any if none is given, and what is quantized."""
     found = recognise(checkpoint.config, checkpoint.tensors)
-    nouns = [it.noun for it in ([family] if family else families())]
     if found.signature and found.signature.advice:
         raise ConversionError(
-            f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]}), not "
-            f"{' or '.join(nouns)}; {found.signature.advice}."
+            f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]})"
+            f"{f', not {family.noun}' if family else ''}; {found.signature.advice}."
+            + (f" {served[0].upper()}{served[1:]}." if (served := found.signature.served) else "")
         )
     if not checkpoint.tensors:
         raise ConversionError(

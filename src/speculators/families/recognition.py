@@ -253,13 +253,12 @@ def _evidence(
         shown.append(
             f"{fc.name} {describe_shape(fc.shape)} takes {signature.fc_inputs} hidden sizes"
         )
-    if signature.both and not (marks and wide):
-        return []
-    if not all(_match(pattern, tensors) for pattern in signature.needs):
-        return []
-    if signature.hinted and len(hints) < len(signature.hints):
-        return []
-    if _match(signature.never, tensors):
+    if (
+        (signature.both and not (marks and wide))
+        or (signature.hinted and len(hints) < len(signature.hints))
+        or not all(_match(pattern, tensors) for pattern in signature.needs)
+        or _match(signature.never, tensors)
+    ):
         return []
     if (
         query is not None

@@ -3,7 +3,7 @@
 A new family is one line here.
 """
 
-from speculators.families import foreign
+from speculators.families import foreign, foreign_blocks, foreign_mtp
 from speculators.families.dflash import DFLASH, DFLASH2, DSPARK
 from speculators.families.eagle import EAGLE
 from speculators.families.eagle3 import EAGLE3
@@ -22,16 +22,30 @@ __all__ = [
 
 KNOWN: tuple[Family | Signature, ...] = (
     foreign.CONVERTED,
+    foreign_mtp.MTP_OF_UPSTREAM,
+    foreign_blocks.XPRESS_OF_UPSTREAM,
     foreign.DRAFT_IN_MODEL,
     foreign.GRIFFIN,
     foreign.MINICPM,
+    foreign_blocks.DSPARK_OF_DEEPSEEK,
+    foreign.MEDUSA_IN_MODEL,
+    foreign_blocks.LAGUNA,
+    foreign_blocks.DFLARE,
+    foreign_blocks.DOMINO,
+    foreign_blocks.XPRESS,
+    foreign_blocks.LILICORR,
+    foreign_blocks.MUSE,
     DSPARK,
     DFLASH2,
     DFLASH,
+    foreign.GEMMA_ASSISTANT,
+    *foreign_mtp.MTP,
     EAGLE3,
+    foreign.PARD,
     foreign.LANGUAGE_MODEL,
     foreign.SEVERAL_LAYERS,
     foreign.MEDUSA,
+    foreign.HYDRA,
     foreign.MLP_SPECULATOR,
     foreign.ONE_MATRIX,
     foreign.LLAMA4,

@@ -86,12 +86,14 @@ def derive_attention(said: Said, layers: int, *, dspark: bool, notes: list[str])
 
 
 def _why_causality_is_open(non_causal: bool | None) -> str:
-    said = "says sliding_window_non_causal false" if non_causal is False else "lacks sliding_window_non_causal"
+    said = "lacks" if non_causal is None else "says"
+    end = "" if non_causal is None else " false"
+    all_are = "bidirectional" if non_causal is None else "causal"
     return (
-        f"its config.json {said}, which has two meanings for its layers: to vLLM, all of them are "
-        f"{'causal' if non_causal is False else 'bidirectional'}; to upstream's trainer and "
-        "converter, only those that slide are causal, so that drafts of full layers, as z-lab's "
-        "and most others, are bidirectional."
+        f"its config.json {said} sliding_window_non_causal{end}, which has two meanings for its "
+        f"layers: to vLLM, all of them are {all_are}; to upstream's trainer and converter, only "
+        "those that slide are causal, so that drafts of full layers, as z-lab's and most others, "
+        "are bidirectional."
     )
 
 
@@ -107,11 +109,7 @@ def _windows(said: Said, layers: int, notes: list[str]) -> tuple[tuple[str, ...]
         # As transformers derives it.
         slides = bool(used) and window is not None
         types = [SLIDING if slides and it >= (first or 0) else FULL for it in range(layers)]
-    if (
-        not isinstance(types, list)
-        or len(types) != layers
-        or not set(types) <= {FULL, SLIDING}
-    ):
+    if not isinstance(types, list) or len(types) != layers or not set(types) <= {FULL, SLIDING}:
         raise ConversionError(
             f"{said.where}, key layer_types: {types!r} are not the types of {layers} layers, each "
             f"{FULL} or {SLIDING}; give the config that belongs to the tensors."

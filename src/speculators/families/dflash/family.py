@@ -31,12 +31,14 @@ from speculators.families.dflash.tensors import (
     OMISSIONS,
 )
 from speculators.families.family import Card, Family, Names
-from speculators.families.signature import Signature
+from speculators.families.signature import Serving, Signature
 
 __all__ = ["DFLASH", "DFLASH2", "DSPARK"]
 
 BACKBONE = ("hidden_norm.weight", "layers.0.self_attn.q_norm.weight")
 PARTS = ("fc.weight", *BACKBONE, "layers.0.self_attn.q_proj.weight")
+OF_EAGLE3 = r"mask_hidden|midlayer\..*|layers\.0\.hidden_norm\.weight"
+NATIVE = "the native layout"
 INSTEAD = "`speculators inspect` says what it can be exported to"
 
 
@@ -52,8 +54,15 @@ DFLASH = Family(
         "a DFlash draft",
         marks=r"hidden_norm\.weight",
         needs=BACKBONE,
+        never=OF_EAGLE3,
         hints={"architectures": r"DFlash.*|Qwen3DSparkModel"},
         parts=PARTS,
+        serving=(
+            Serving("vLLM", 'method "dflash"'),
+            Serving("SGLang", "DFLASH", note=NATIVE),
+            Serving("llama.cpp", "draft-dflash", note=NATIVE),
+            Serving("TensorRT-LLM", "DFlash", note=NATIVE),
+        ),
     ),
     config=DFlashConfig,
     tensors=DFLASH_TENSORS,
@@ -86,8 +95,14 @@ DFLASH2 = Family(
         "a DFlash 2 draft",
         marks=r"candidate_selector\..*|layers\.\d+\.(attention|mlp)_conv\..*",
         needs=BACKBONE,
+        never=OF_EAGLE3,
         hints={"architectures": r"DFlash2.*"},
         parts=(*PARTS, "candidate_selector.predecessor_codebook"),
+        serving=(
+            Serving("vLLM", 'method "dflash"'),
+            Serving("SGLang", "DFLASH", note=NATIVE),
+            Serving("llama.cpp", "draft-dflash", note=NATIVE),
+        ),
     ),
     config=DFlash2Config,
     tensors=DFLASH2_TENSORS,
@@ -126,8 +141,14 @@ DSPARK = Family(
         "a DSpark draft",
         marks=r"(logit_head\.)?markov_head\..*|markov_w[12]\.weight",
         needs=BACKBONE,
+        never=OF_EAGLE3,
         hints={"architectures": r".*DSpark.*"},
         parts=(*PARTS, "markov_head.markov_w1.weight"),
+        serving=(
+            Serving("vLLM", 'method "dspark"', note="vanilla Markov heads only"),
+            Serving("SGLang", "DSPARK", note=NATIVE),
+            Serving("llama.cpp", "draft-dspark", note="vanilla Markov heads only"),
+        ),
     ),
     config=DSparkConfig,
     tensors=DSPARK_TENSORS,

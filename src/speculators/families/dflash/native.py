@@ -6,12 +6,15 @@ format nests those of the layers in ``transformer_layer_config``.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from speculators.checkpoint.tensor import TensorInfo, describe_shape
 from speculators.errors import ConversionError, printable
 from speculators.families.family import Source
 
-__all__ = ["Publisher", "Said", "publisher_of"]
+__all__ = ["LAYER", "Kind", "Publisher", "Said", "matrix", "publisher_of"]
+
+Kind = Literal["dflash", "dflash2", "dspark"]
 
 LAYER = "transformer_layer_config"
 NESTED = ("dspark_config", "dflash_config")
@@ -78,7 +81,7 @@ PUBLISHERS = (
     ),
     Publisher(
         "ModelOpt",
-        lambda config, nested: "causal" in nested or "use_confidence_head" in nested,
+        lambda config, nested: "causal" in nested or "use_confidence_head" in nested,  # noqa: ARG005
     ),
     Publisher(
         "SpecForge",
@@ -240,6 +243,22 @@ class Said:
         ]
         self.read |= dict.fromkeys(paths, "its meaning is not known")
         return paths
+
+
+def matrix(said: Said, name: str, rank: int = 2) -> TensorInfo:
+    """A tensor of so many dimensions, none of them 0.
+
+    Raises:
+        ConversionError: if it has another form.
+
+    """
+    info = said.source.tensors[name]
+    if len(info.shape) != rank or 0 in info.shape:
+        raise ConversionError(
+            f"{info.file}: {info.name} has the shape {describe_shape(info.shape)}, but should have "
+            f"{rank} dimensions; give the checkpoint as it was published."
+        )
+    return info
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ __all__ = ["CAUSAL", "OPTIONS"]
 
 def _yes_or_no(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{value!r} is not true or false")
+        raise ValueError(f"{value!r} is not true or false")  # noqa: TRY004
     return value
 
 
