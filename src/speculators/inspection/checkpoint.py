@@ -20,12 +20,14 @@ from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
 from speculators.families.fused import unfused
 from speculators.families.recognition import recognise, short_names
 from speculators.families.registry import companions, family_named
+from speculators.families.signature import Signature
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
 from speculators.format.tensors import counts_shown, features_shown
 from speculators.inspection.findings import (
     ConversionFinding,
     Finding,
     NearFinding,
+    ServingFinding,
     TensorFinding,
     VerifierFinding,
 )
@@ -131,6 +133,7 @@ def _inspect(repository: Repository) -> Finding:
         layout=details.layout,
         features=details.features,
         facts=details.facts,
+        serving=_serving(family.signature if family else found.signature),
         exports=details.exports,
         sizes=sizes,
         parameters=sum(info.elements for info in tensors.values()),
@@ -153,6 +156,18 @@ def _inspect(repository: Repository) -> Finding:
         else None,
         conversion=details.conversion,
     )
+
+
+def _serving(signature: Signature | None) -> list[ServingFinding] | None:
+    """The engines that serve drafts of a kind."""
+    if signature is None or signature.serving is None:
+        return None
+    return [
+        ServingFinding(
+            engine=it.engine, option=it.option, until=it.until or None, note=it.note or None
+        )
+        for it in signature.serving
+    ]
 
 
 @dataclass(frozen=True, slots=True)

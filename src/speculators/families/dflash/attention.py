@@ -51,12 +51,11 @@ def derive_attention(said: Said, layers: int, *, dspark: bool, notes: list[str])
         ConversionError: if the config contradicts itself, or does not tell.
 
     """
-    layer_types, window = _windows(said, layers, notes)
+    layer_types, window, sliding = _windows(said, layers, notes)
     answer = said.source.options.get(CAUSAL.name)
     is_causal = said.flag("is_causal", becomes="how the layers see a block is written")
     override = said.flag("causal", becomes="how the layers see a block is written")
     non_causal = said.flag("sliding_window_non_causal")
-    sliding = tuple(it == SLIDING for it in layer_types)
     everywhere = is_causal if is_causal is not None else override
     causal: tuple[bool, ...]
     if everywhere is not None:
@@ -97,8 +96,13 @@ def _why_causality_is_open(non_causal: bool | None) -> str:
     )
 
 
-def _windows(said: Said, layers: int, notes: list[str]) -> tuple[tuple[str, ...], int | None]:
-    """The types of the layers, and the window of those that slide."""
+def _windows(
+    said: Said, layers: int, notes: list[str]
+) -> tuple[tuple[str, ...], int | None, tuple[bool, ...]]:
+    """The types of the layers, the window of those that slide, and which are causal by that.
+
+    With ``use_swa``, layers slide that are causal, or not, as full ones.
+    """
     types: Any = said.find("layer_types")
     use_swa = said.flag("use_swa", becomes="it is written as layer_types")
     used = said.flag("use_sliding_window")
@@ -114,6 +118,7 @@ def _windows(said: Said, layers: int, notes: list[str]) -> tuple[tuple[str, ...]
             f"{said.where}, key layer_types: {types!r} are not the types of {layers} layers, each "
             f"{FULL} or {SLIDING}; give the config that belongs to the tensors."
         )
+    causal = tuple(it == SLIDING for it in types)
     if use_swa and SLIDING not in types:
         types = [SLIDING] * layers  # as vLLM does, and ModelOpt means it
         notes.append("its dflash_config says use_swa, which only vLLM reads: all its layers slide")
@@ -123,11 +128,11 @@ def _windows(said: Said, layers: int, notes: list[str]) -> tuple[tuple[str, ...]
             "correct the one that the draft was not trained with."
         )
     if SLIDING not in types:
-        return tuple(types), None
+        return tuple(types), None, causal
     found = swa if swa is not None else window
     if found is None:
         raise ConversionError(
             f"{said.where} has layers that slide, but no sliding_window; add the one that the "
             "draft was trained with."
         )
-    return tuple(types), found
+    return tuple(types), found, causal

@@ -8,7 +8,13 @@ from typing import Any
 from speculators.checkpoint.tensor import describe_shape
 from speculators.errors import ConversionError
 from speculators.families.dflash.attention import Attention, derive_attention, is_usual
-from speculators.families.dflash.config import SLIDING, DFlashLayerConfig
+from speculators.families.dflash.config import (
+    SLIDING,
+    DFlash2Config,
+    DFlashConfig,
+    DFlashLayerConfig,
+    DSparkConfig,
+)
 from speculators.families.dflash.heads import markov, no_heads, selector
 from speculators.families.dflash.mask import MASK_TOKEN_KEYS, mask_token
 from speculators.families.dflash.native import LAYER, Kind, Said, matrix, publisher_of
@@ -20,6 +26,7 @@ from speculators.families.vocabulary import (
     drafted_tokens,
     vocabulary_size,
 )
+from speculators.format.config import LayerConfig
 
 __all__ = ["complete", "converts_again", "derive_dflash", "derive_dflash2", "derive_dspark"]
 
@@ -29,6 +36,12 @@ ARCHITECTURES: Mapping[Kind, str] = {
     "dspark": "DSparkDraftModel",
 }
 """What upstream calls the class of a draft."""
+
+CONFIGS: Mapping[Kind, type[DFlashConfig]] = {
+    "dflash": DFlashConfig,
+    "dflash2": DFlash2Config,
+    "dspark": DSparkConfig,
+}
 
 KNOWN = {
     *ARCHITECTURES.values(),
@@ -147,6 +160,7 @@ def _derive(source: Source, kind: Kind) -> Derived:
     }
     _check_draft_vocabulary(said, keys["draft_vocab_size"])
     keys |= mask_token(said, layer.config.vocab_size, layer.config.hidden_size, kind, notes)
+    known = keys["aux_hidden_state_layer_ids"] is not None
     check_states(said, keys, layer.config.hidden_size)
     if left := said.left():
         notes.append(
@@ -165,12 +179,16 @@ def _derive(source: Source, kind: Kind) -> Derived:
         {key: why for key, why in (layer.left_out | read).items() if key not in keys},
         kind,
         given or [{"proposal_type": "greedy", "speculative_tokens": max(drafted, 1)}],
-        {
-            "publisher": publisher.name,
-            "drafts": f"{keys['draft_vocab_size']} of {layer.config.vocab_size} tokens, {drafted} "
-            f"from a block of {block_size}",
-        },
+        {"publisher": publisher.name} | _facts(kind, layer.config, keys, known=known),
     )
+
+
+def _facts(
+    kind: Kind, layer: LayerConfig, keys: Mapping[str, Any], *, known: bool
+) -> dict[str, str]:
+    """What the config says, before there is one; ``known`` is whether the states are."""
+    config = CONFIGS[kind].model_construct(transformer_layer_config=layer, **keys)
+    return {label: fact for label, fact in config.facts().items() if known or label != "reads"}
 
 
 def _refuse_variants(source: Source) -> None:

@@ -6,7 +6,7 @@ What each reader takes is by the sources of z-lab's ``dflash`` 0.1.0, vLLM 0.32 
 read one native layout, which is flat and nests what is DFlash's own in ``dflash_config``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +157,12 @@ def sliding(config: DFlashConfig) -> str | None:
     return "has layers that slide" if slides else None
 
 
+def scaled(config: DFlashConfig) -> str | None:
+    """DFlash 2's scales."""
+    given = [key for key in SCALES if getattr(config, key, None) is not None]
+    return f"has {given[0]}" if given else None
+
+
 def refusal(
     reader: str, *limits: Limit
 ) -> Callable[[DFlashConfig, Callable[[], int | None]], str | None]:
@@ -191,6 +197,7 @@ def _advice_on_llamacpp(config: DFlashConfig) -> str:
 
 
 OWN = frozenset({"embedding", "head", "draft_vocabulary"})
+EMPTY: Mapping[str | None, str] = {}
 IGNORES_OWN = {
     "embedding": "{reader} uses the verifier's embedding, whatever the draft's own holds",
     "head": "{reader} uses the verifier's head, whatever the draft's own holds",
@@ -240,25 +247,40 @@ def _sglang(
     )
 
 
-def _llamacpp(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFlashTarget:
+def _llamacpp(
+    architecture: str,
+    keys: Callable[[Any], dict[str, Any]],
+    *limits: Limit,
+    ignores: Mapping[str | None, str] = EMPTY,
+) -> DFlashTarget:
+    """What llama.cpp's converter takes; which windows and masks it writes is not documented."""
     return DFlashTarget(
         reader="llama.cpp's convert_hf_to_gguf.py",
         layers=_called(architecture),
-        lacks=OWN | {"attention_bias"},
+        lacks=(OWN - ignores.keys()) | {"attention_bias"},
         refuses=refusal(
-            "llama.cpp", other_width, embeddings_read, own_mask, paired_rope, other_markov
+            "llama.cpp",
+            other_width,
+            embeddings_read,
+            own_mask,
+            paired_rope,
+            causal_full,
+            sliding,
+            *limits,
         ),
         keys=keys,
         activation="silu",
+        remarks=ignores,
         advice=_advice_on_llamacpp,
     )
 
 
 def _trtllm(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFlashTarget:
+    """What TensorRT-LLM's PyTorch backend takes: blocks that are bidirectional, without windows."""
     return DFlashTarget(
         reader="TensorRT-LLM",
         layers=_called(architecture),
-        lacks=OWN | {"attention_bias"},
+        lacks=frozenset({"draft_vocabulary"}),
         refuses=refusal(
             "TensorRT-LLM",
             samples_anchor,
@@ -271,6 +293,7 @@ def _trtllm(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFlashT
         ),
         keys=keys,
         activation="silu",
+        remarks=_ignores_own("TensorRT-LLM"),
     )
 
 
@@ -278,13 +301,19 @@ DFLASH_TARGETS = {
     "dflash": _reference("DFlashDraftModel", _nested),
     "vllm": _vllm("DFlashDraftModel", _dflash_for_vllm),
     "sglang": _sglang("DFlashDraftModel", _nested, samples_anchor),
+    "llamacpp": _llamacpp("DFlashDraftModel", _nested, samples_anchor),
+    "trtllm": _trtllm("DFlashDraftModel", _nested),
 }
 DFLASH2_TARGETS = {
     "dflash": _reference("DFlash2DraftModel", _dflash2),
     "vllm": _vllm("DFlash2DraftModel", _dflash2, samples_anchor),
     "sglang": _sglang("DFlash2DraftModel", _dflash2, samples_anchor),
+    "llamacpp": _llamacpp("DFlash2DraftModel", _dflash2, samples_anchor, scaled),
 }
 DSPARK_TARGETS = {
     "vllm": _vllm("Qwen3DSparkModel", _dspark, other_markov),
     "sglang": _sglang("Qwen3DSparkModel", _dspark),
+    "llamacpp": _llamacpp(
+        "Qwen3DSparkModel", _dspark, other_markov, ignores=_ignores_own("llama.cpp")
+    ),
 }

@@ -108,7 +108,7 @@ DFLASH2 = Family(
     tensors=DFLASH2_TENSORS,
     features=DFLASH2_FEATURES,
     names=Names(
-        {
+        prefixes={
             # As upstream's own class saves them.
             f"candidate_selector.{name}_codebook.weight": f"candidate_selector.{name}_codebook"
             for name in ("predecessor", "successor")
