@@ -53,7 +53,7 @@ def write_draft(
     return directory
 
 
-def native(name: str = PLAIN, /, *, nested: Mapping[str, Any] = {}, **keys: Any) -> Config:  # noqa: B006
+def native(name: str = PLAIN, /, *, nested: Mapping[str, Any] = {}, **keys: Any) -> Config:
     """z-lab's layout, with other keys; ``None`` takes one away."""
     config = config_of(name) | keys
     config["dflash_config"] = config["dflash_config"] | dict(nested)
@@ -79,7 +79,7 @@ def deepspec(**keys: Any) -> Config:
     return {key: it for key, it in (config | keys).items() if it is not None}
 
 
-def upstream(kind: str = "dflash", /, *, layer: Mapping[str, Any] = {}, **keys: Any) -> Config:  # noqa: B006
+def upstream(kind: str = "dflash", /, *, layer: Mapping[str, Any] = {}, **keys: Any) -> Config:
     """What the converter of the PyPI project speculators 0.9.0 writes."""
     flat = native()
     of_layer = {

@@ -526,7 +526,7 @@ def test_fused_projections_are_taken_apart(tmp_path: Path) -> None:
         tensors["layers.0.self_attn.g_proj.weight"] = torch.ones(4, 64)
 
     laguna = write_draft(tmp_path / "laguna", native(), gate)
-    with pytest.raises(ConversionError, match="holds a Laguna DFlash draft .* served by vLLM"):
+    with pytest.raises(ConversionError, match=r"holds a Laguna DFlash draft .* served by vLLM"):
         converted(laguna, tmp_path / "none")
 
 
@@ -615,9 +615,9 @@ def test_upstreams_bidirectional_draft_is_asked_about(
     tmp_path: Path, speculators: CommandLine
 ) -> None:
     source = write_draft(tmp_path / "source", upstream())
-    with pytest.raises(ConversionError, match="two meanings .* --causal or --no-causal"):
+    with pytest.raises(ConversionError, match=r"two meanings .* --causal or --no-causal"):
         converted(source, tmp_path / "out")
-    with pytest.raises(FormatError, match="convert the draft again with --causal or --no-causal"):
+    with pytest.raises(FormatError, match=r"convert the draft again with --causal or --no-causal"):
         open_converted(source)
     for answer in (True, False):
         out = converted(source, tmp_path / f"out-{answer}", causal=answer)
@@ -675,7 +675,7 @@ def test_upstreams_dspark_is_clear(tmp_path: Path, *, non_causal: bool) -> None:
 
 def test_upstreams_missing_layers_are_asked_for(tmp_path: Path) -> None:
     source = write_draft(tmp_path / "source", upstream(aux_hidden_state_layer_ids=None))
-    with pytest.raises(ConversionError, match="which of the verifier's states .* --aux-layers"):
+    with pytest.raises(ConversionError, match=r"which of the verifier's states .* --aux-layers"):
         converted(source, tmp_path / "out", causal=False)
     out = converted(source, tmp_path / "out", causal=False, aux_layers=[2, 4, 8])
     assert config_in(out)["aux_hidden_state_layer_ids"] == [2, 4, 8]
@@ -716,7 +716,7 @@ def test_a_mask_embedding_is_carried_along(tmp_path: Path, *, alone: bool) -> No
     assert MASK_FILE in record["source"]["files"]
     exported = export(out, tmp_path / "vllm", "vllm")
     assert (exported / MASK_FILE).read_bytes() == (source / MASK_FILE).read_bytes()
-    with pytest.raises(ConversionError, match="mask embedding of its own .*z-lab's dflash cannot"):
+    with pytest.raises(ConversionError, match=r"mask embedding of its own .*z-lab's dflash cannot"):
         export(out, tmp_path / "dflash", "dflash")
     assert inspect_checkpoint(source).facts["mask token"] == "319, with an embedding of its own"
 
@@ -743,7 +743,7 @@ def test_a_lost_mask_embedding_is_missed(tmp_path: Path) -> None:
     save_mask(source, torch.ones(64))
     out = converted(source, tmp_path / "out")
     (out / MASK_FILE).unlink()
-    with pytest.raises(FormatError, match="lacks mask_embedding.pt, which its config.json names"):
+    with pytest.raises(FormatError, match=r"lacks mask_embedding.pt, which its config.json names"):
         open_converted(out)
 
 

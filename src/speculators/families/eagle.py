@@ -289,5 +289,11 @@ EAGLE = Family(
     ),
     example=("yuhuili/EAGLE-LLaMA3.1-Instruct-8B", "meta-llama/Llama-3.1-8B-Instruct"),
     unusual=("fusion_bias", "attention_bias", "layernorms"),
+    beside={
+        r"freq_.*\.pt": (
+            "is a list of the tokens to draft (FR-Spec), which only SGLang reads: give it with "
+            "--speculative-token-map beside an export for it"
+        )
+    },
     ambiguity=ambiguity,
 )

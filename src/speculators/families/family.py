@@ -298,6 +298,8 @@ class Family:
             are others than its name.
         companions: the names of files that may lie beside the weights and belong to the draft; a
             config says which do.
+        beside: pattern of other files that are published beside such drafts → what to know about
+            them, as a clause that follows their name.
         ambiguity: what a checkpoint's tensors cannot tell, given its name, for ``inspect``.
 
     """
@@ -329,6 +331,7 @@ class Family:
     instead: str = "serve it with vLLM and the plugin that comes with speculators"
     model_types: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     def wanted(self, feature: str) -> str:
         """What a message calls a feature that a draft lacks, perhaps one of another family."""

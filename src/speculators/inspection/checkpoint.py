@@ -1,5 +1,6 @@
 """What a checkpoint is and what can be done with it, judged by its config and tensor table."""
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
@@ -106,6 +107,13 @@ def _inspect(repository: Repository) -> Finding:
     else:
         details = _details_of_draft(checkpoint, family)
     record = repository.file(CONVERSION_FILE) if is_converted else None
+    if family is not None and repository.commit is None:
+        notes += [
+            f"{name} {what}."
+            for name in sorted(repository.names())
+            for pattern, what in family.beside.items()
+            if re.fullmatch(pattern, name)
+        ]
 
     title = found.signature.title if found.signature else "a checkpoint of no known kind"
     features = details.features or {}
