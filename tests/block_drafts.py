@@ -33,7 +33,7 @@ NAMES = ("dflash2", "dflash_full", "dflash_window", "dspark", "dspark_gated", "d
 SEQUENTIAL = tuple(name for name in NAMES if name not in {"dflash_full", "dflash_window"})
 E2E = "dflash_e2e"
 VERIFIER = GOLDEN_FAMILIES / E2E / "verifier"
-"""The verifier of ``E2E``; the others fit it, but have their embeddings and heads in the vectors."""
+"""The verifier of ``E2E``. The others fit it; their vectors have other embeddings and heads."""
 
 OF_LAYERS = (
     "vocab_size",

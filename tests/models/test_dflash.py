@@ -254,6 +254,9 @@ def test_the_mask_has_an_embedding_of_its_own(form: str, tmp_path: Path) -> None
     g["embed_tokens.weight"][319] = 7.0
     draft = lend(load_draft(path), g)
     assert close(draft(g["block_ids"], g["target_hidden"]).logits, g["logits"])
+    torch.save(vector[:-1].clone(), path / "mask_embedding.pt")
+    with pytest.raises(FormatError, match="holds no embedding of 64 values"):
+        load_draft(path)
     draft.save_pretrained(tmp_path / "saved")
     again = lend(load_draft(tmp_path / "saved", dtype="bfloat16"), g)
     assert again.mask_embedding.dtype == torch.bfloat16
@@ -327,7 +330,8 @@ def test_how_many_tokens_it_proposes(converted: dict[str, Path]) -> None:
         aux_hidden_state_layer_ids=[1],
         mask_token_id=5,
     )
-    assert [m.speculative_tokens for m in config.checked().speculators_config.proposal_methods] == [3]
+    methods = config.checked().speculators_config.proposal_methods
+    assert [method.speculative_tokens for method in methods] == [3]
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ where they are not causal (DFlash, arXiv:2602.06036; PyPI's dflash 0.1.0, model.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from speculators.errors import FormatError
 from speculators.families.converted import Converted
 from speculators.families.dflash import DFLASH
 from speculators.families.dflash.config import MASK_FILE, SLIDING
-from speculators.families.dflash.mask import check_mask_embedding
 from speculators.format.config import ProposalMethod, SpeculatorsConfig
 from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.layers import LAYER_CLASSES
@@ -211,11 +210,10 @@ class DFlashSpeculator(Speculator):
         """Load a draft that has been opened already; see ``from_pretrained``."""
         model = super().from_converted(converted, own_head="head" in converted.features, **kwargs)
         if model.mask_embedding is not None:
-            file = converted.checkpoint.companions[MASK_FILE].file
-            check_mask_embedding(file, model.mask_token_id, model.config.layer.hidden_size)
-            entries = read_torch_entries(file)
-            vector = read_tensor(cast("TensorInfo", entries.get("embedding", entries.get(""))))
-            model.mask_embedding = vector.flatten().to(model.fc.weight.dtype).to(model.device)
+            vector = _read_mask_embedding(
+                converted.checkpoint.companions[MASK_FILE].file, len(model.mask_embedding)
+            )
+            model.mask_embedding = vector.to(device=model.device, dtype=model.fc.weight.dtype)
         return model
 
     def _save(self, directory: Path, name: str, **kwargs: Any) -> None:
@@ -421,6 +419,15 @@ class DFlashSpeculator(Speculator):
     def _drafting(self, states: Tensor) -> Tensor:
         """The part of a block's outputs, (batch, block, hidden), that drafts tokens."""
         return states[:, self.block_size - self.drafted_per_block :]
+
+
+def _read_mask_embedding(file: Path, hidden: int) -> Tensor:
+    """The embedding, (hidden,), in a file that holds it by itself or in a dictionary."""
+    entries = read_torch_entries(file)
+    held = entries.get("embedding", entries.get(""))
+    if not isinstance(held, TensorInfo) or held.elements != hidden:
+        raise FormatError(f"{file} holds no embedding of {hidden} values; convert the draft again.")
+    return read_tensor(held).flatten()
 
 
 def _padding(rows: int, attention_mask: Tensor | None) -> list[int]:
