@@ -1,4 +1,7 @@
-"""The table of docs/families.md, made from the registry: ``python tests/families_page.py`` writes it."""
+"""The table of docs/families.md, made from the registry.
+
+``python tests/families_page.py`` writes it.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +13,7 @@ from speculators.families.signature import ENGINES, Signature
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 START, END = "<!-- made from the registry -->\n", "<!-- end -->\n"
 
-NOTHING = "–"
+NOTHING = "no"
 
 
 def rows() -> Iterator[tuple[str, ...]]:

@@ -37,6 +37,9 @@ MAY_IMPORT = {
 """Package → the others that it may import. All may import the version from ``speculators``."""
 
 OF_FAMILIES = (
+    "speculators.families.dflash",
+    "speculators.convert.references.dflash",
+    "speculators.models.dflash",
     "speculators.families.eagle",
     "speculators.convert.eagle",
     "speculators.convert.references.eagle",

@@ -28,7 +28,7 @@ from dflash import (
 )
 from speculators.convert.export import export
 
-WINDOW = {"sliding_window": 4, "use_sliding_window": True}
+WINDOW: dict[str, Any] = {"sliding_window": 4, "use_sliding_window": True}
 ALL = sliding(True, True, True)
 
 
@@ -63,7 +63,8 @@ def sources() -> Path:
     if given:
         return Path(given) / "vllm"
     found = importlib.util.find_spec("vllm")
-    assert found and found.submodule_search_locations
+    assert found
+    assert found.submodule_search_locations
     return Path(found.submodule_search_locations[0])
 
 

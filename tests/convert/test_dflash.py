@@ -40,7 +40,7 @@ from dflash import (
 from helpers import CommandLine, write_shards
 from speculators.convert.conversion import convert, plan
 from speculators.convert.export import export
-from speculators.errors import ConversionError, FormatError, VerifierError
+from speculators.errors import ConversionError, FormatError, ValidationError, VerifierError
 from speculators.families.converted import open_converted
 from speculators.families.dflash import DFLASH, DSPARK
 from speculators.families.dflash.config import MASK_FILE, DFlashConfig, DSparkConfig
@@ -51,7 +51,7 @@ def nothing(tensors: Tensors) -> None:
     """Changes nothing."""
 
 
-WINDOW = {"sliding_window": 4, "use_sliding_window": True}
+WINDOW: dict[str, Any] = {"sliding_window": 4, "use_sliding_window": True}
 DRAFTS: dict[str, tuple[Config, Edit]] = {
     "z-lab": (native(), nothing),
     "z-lab, newer": (native(block_size=None, nested={"block_size": 8}), nothing),
@@ -121,13 +121,13 @@ DRAFTS: dict[str, tuple[Config, Edit]] = {
 
 @pytest.fixture(scope="module")
 def drafts(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Path, Path]]:
-    """Each of ``DRAFTS``: as published, and converted."""
+    """Each of ``DRAFTS``: as published, and converted with validation."""
     root = tmp_path_factory.mktemp("drafts")
     found = {}
     for number, (name, (config, edit)) in enumerate(DRAFTS.items()):
         golden = SELECTING if "2" in name and "DFlash" in name else PLAIN
         source = write_draft(root / f"source{number}", config, edit, golden)
-        found[name] = (source, converted(source, root / f"out{number}"))
+        found[name] = (source, convert(None, source, root / f"out{number}", TARGET))
     return found
 
 
@@ -507,6 +507,18 @@ def test_every_tensor_keeps_its_dtype(tmp_path: Path) -> None:
     assert dtypes == {
         name: it.dtype for name, it in load_file(source / "model.safetensors").items()
     }
+
+
+def test_nan_is_refused(tmp_path: Path) -> None:
+    """Upstream looks for it on request only, and then in three matrices."""
+
+    def spoil(tensors: Tensors) -> None:
+        tensors["layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+
+    source = write_draft(tmp_path / "source", native(), spoil)
+    with pytest.raises(ValidationError, match=r"layers.1.mlp.up_proj.weight .* not finite"):
+        convert(None, source, tmp_path / "out", TARGET)
+    assert not (tmp_path / "out").exists()
 
 
 def test_fused_projections_are_taken_apart(tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def _llamacpp(
     return DFlashTarget(
         reader="llama.cpp's convert_hf_to_gguf.py",
         layers=_called(architecture),
-        lacks=(OWN - ignores.keys()) | {"attention_bias"},
+        lacks=frozenset({*(OWN - ignores.keys()), "attention_bias"}),
         refuses=refusal(
             "llama.cpp",
             other_width,
