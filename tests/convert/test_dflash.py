@@ -645,6 +645,18 @@ def test_upstreams_bidirectional_draft_is_asked_about(
     assert record["options"] == {"causal": False}
 
 
+def test_a_manifest_can_answer(tmp_path: Path, speculators: CommandLine) -> None:
+    write_draft(tmp_path / "source", upstream())
+    entry = {"input": "source", "output": "out", "base_model": str(TARGET), "causal": False}
+    manifest = tmp_path / "batch.json"
+    manifest.write_text(json.dumps([entry | {"validate": False}]))
+    assert speculators("convert", "auto", "--manifest", manifest).status == 0
+    assert config_in(tmp_path / "out")["sliding_window_non_causal"] is True
+    beside = speculators("convert", "dflash", "--manifest", manifest, "--no-causal")
+    assert beside.status == 2
+    assert "--causal belongs in the manifest" in beside.stderr
+
+
 def test_upstreams_draft_of_mixed_layers(tmp_path: Path) -> None:
     """It means that some layers are causal, and vLLM makes all of them so."""
     layer = {"layer_types": sliding(True, False, True), **WINDOW}

@@ -29,7 +29,13 @@ __all__ = ["README", "SAVED", "check_upload", "upload"]
 README = "README.md"
 """What the Hub shows as the model card."""
 
-SAVED = ("config.json", README, "model*.safetensors", "model*.index.json")
+SAVED = (
+    "config.json",
+    README,
+    "model*.safetensors",
+    "model*.index.json",
+    "mask_embedding.pt",  # of some DFlash drafts
+)
 """The files of a draft."""
 
 FILES = (*SAVED, "conversion.json", "report.json")
