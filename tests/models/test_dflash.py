@@ -24,8 +24,10 @@ from block_drafts import (
     reference_of,
 )
 from helpers import TOLERANCE, config_of, largest_difference, stored_tensors
+from speculators.checkpoint.hub.upload import SAVED
 from speculators.convert.conversion import convert
 from speculators.errors import FormatError, ValidationError, VerifierError
+from speculators.families.registry import companions
 from speculators.format.config import ProposalMethod
 from speculators.models import load_draft
 from speculators.models.dflash import (
@@ -74,6 +76,14 @@ def test_it_computes_a_block(converted: dict[str, Path], name: str) -> None:
     if "logits" in g:
         assert close(output.logits, g["logits"])
         assert torch.equal(output.logits.argmax(-1), g["logits"].argmax(-1))
+
+
+@torch.inference_mode()
+def test_eager_attention_computes_the_same(converted: dict[str, Path]) -> None:
+    g = golden("dflash_window")
+    draft = draft_of(converted, "dflash_window", attn_implementation="eager")
+    output = draft.draft(g["block_ids"], g["target_hidden"])
+    assert close(output.last_hidden_state, g["output_hidden"])
 
 
 @every_sequential
@@ -262,6 +272,10 @@ def test_the_mask_has_an_embedding_of_its_own(form: str, tmp_path: Path) -> None
     assert again.mask_embedding.dtype == torch.bfloat16
     assert torch.equal(again.mask_embedding, vector.bfloat16())
     assert "mask_embedding" not in stored_tensors(tmp_path / "saved")
+
+
+def test_what_belongs_to_a_draft_is_uploaded() -> None:
+    assert companions() <= set(SAVED)
 
 
 @torch.inference_mode()

@@ -34,9 +34,9 @@ SAVED = (
     README,
     "model*.safetensors",
     "model*.index.json",
-    "mask_embedding.pt",  # of some DFlash drafts
+    "mask_embedding.pt",
 )
-"""The files of a draft."""
+"""The files of a draft; the last one, which some DFlash drafts have, is beside the weights."""
 
 FILES = (*SAVED, "conversion.json", "report.json")
 """The files of a draft that was converted, and perhaps evaluated."""
