@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from speculators.evaluate.report import Report
+from speculators.families.dflash import DFlash2Config, DFlashConfig, DSparkConfig
 from speculators.families.eagle import EagleConfig
 from speculators.families.eagle3 import Eagle3Config
 from speculators.format.conversion import ConversionRecord
@@ -18,6 +19,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 READ: dict[str, type[BaseModel]] = {
     "config": EagleConfig,
     "conversion": ConversionRecord,
+    "dflash": DFlashConfig,
+    "dflash2": DFlash2Config,
+    "dspark": DSparkConfig,
     "eagle3": Eagle3Config,
 }
 """Files that are read: a key with a default may be missing."""

@@ -39,6 +39,9 @@ MAY_IMPORT = {
 """Package → the others that it may import. All may import the version from ``speculators``."""
 
 OF_FAMILIES = (
+    "speculators.families.dflash",
+    "speculators.convert.references.dflash",
+    "speculators.models.dflash",
     "speculators.families.eagle",
     "speculators.convert.eagle",
     "speculators.convert.references.eagle",
@@ -134,7 +137,13 @@ def test_torch_is_imported_at_the_top_only_where_models_are(module: str) -> None
     proof = {
         module
         for module in FILES
-        if module.startswith(("speculators.convert.references.", "speculators.convert.validation"))
+        if module.startswith(
+            (
+                "speculators.convert.references.",
+                "speculators.convert.checks.",
+                "speculators.convert.validation",
+            )
+        )
     }
     light = MAY_IMPORT.keys() - {"decode", "models", "evaluate", "chat", "integrations"}
     if package(module) in light:

@@ -221,7 +221,8 @@ def completed(words: str) -> list[str]:
 
 def test_shell_completion() -> None:
     assert completed("speculators ins") == ["inspect"]
-    assert {*completed("speculators convert ")} == {"eagle", "eagle3", "auto"}
+    families = {"dflash", "dflash2", "dspark", "eagle", "eagle3"}
+    assert {*completed("speculators convert ")} == {*families, "auto"}
     assert "--json" in completed("speculators inspect --")
     assert {"--quiet", "--debug"} <= {*completed("speculators convert eagle --")}
 

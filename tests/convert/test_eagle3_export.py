@@ -227,4 +227,4 @@ def test_inspect_says_who_can_take_it(eagle3_drafts: dict[str, Path], name: str)
 
 
 def test_every_target_has_a_reader() -> None:
-    assert EAGLE3.targets.keys() == READERS.keys()
+    assert EAGLE3.targets.keys() == READERS.keys() - {"dflash"}

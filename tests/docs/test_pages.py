@@ -20,6 +20,7 @@ import typer
 from loguru import logger
 from typer.core import TyperGroup
 
+import dflash
 from eagle3 import GOLDEN3, TARGET
 from helpers import GOLDEN, PLAIN, fork_processes, source_tensors
 from hub_server import MEMBER, HubServer, patch_hub
@@ -89,6 +90,11 @@ def directory(
     (here / "draft3").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(GOLDEN3 / "eagle31_specforge" / name, here / "draft3")
+    (here / "verifier-dflash").symlink_to(dflash.TARGET)
+    dflash.write_draft(here / "draft-dflash", dflash.native())
+    dflash.write_draft(here / "upstream-dflash", dflash.upstream())
+    (here / "tests").mkdir()
+    (here / "tests" / "golden-families").symlink_to(dflash.GOLDEN_FAMILIES)
     shutil.copytree(ROOT / "examples", here / "examples")
     config = GOLDEN / PLAIN / "config.json"
     for name in ("draft", "pointer", "hostile"):

@@ -44,7 +44,7 @@ def test_every_key_of_a_file_is_described(name: str, page: str, converted: dict[
 
 
 def test_every_kind_is_described() -> None:
-    page = (DOCS / "inspect.md").read_text(encoding="utf-8")
+    page = (DOCS / "families.md").read_text(encoding="utf-8")
     for signature, _ in signatures():
         assert f"\n| `{signature.kind}` |" in page
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+import dflash
 from helpers import GOLDEN_NAMES, config_of, stored_tensors
 from speculators.families.card import model_card, names_hub_id
-from speculators.families.converted import parse_config
+from speculators.families.converted import open_converted, parse_config
+from speculators.families.dflash import DFLASH
 from speculators.families.eagle import EAGLE
 from speculators.format.config import SpeculatorConfig
 from speculators.format.conversion import ConversionRecord, parse_conversion
@@ -87,6 +89,17 @@ def test_what_it_takes_from_its_verifier(converted: dict[str, Path]) -> None:
     assert "uses the verifier's output head, and has none of its own" in with_own
     assert "uses the verifier's embedding and output head, and has none of its own" in without
     assert rows(without)["has"] == "nothing beyond what every draft of its kind has"
+
+
+def test_a_draft_that_takes_no_matrix(tmp_path: Path) -> None:
+    out = dflash.converted(
+        dflash.write_draft(tmp_path / "source", dflash.native(), dflash.with_own_matrices),
+        tmp_path / "out",
+    )
+    draft = open_converted(out)
+    card = model_card("org/draft", DFLASH, draft.config, parameters=1, features=draft.features)
+    assert "it reads the verifier's hidden states." in card
+    assert '"method": "dflash"' in card
 
 
 def test_how_to_serve_it(converted: dict[str, Path]) -> None:

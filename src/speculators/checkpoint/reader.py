@@ -1,8 +1,8 @@
 """Read the config and the table of tensors of a repository, but not the tensors' data."""
 
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,7 +17,14 @@ from speculators.checkpoint.repository import LocalDirectory, Repository
 from speculators.checkpoint.tensor import TensorInfo, check_name
 from speculators.errors import CheckpointError, NoWeightsError, printable
 
-__all__ = ["Checkpoint", "read_checkpoint", "read_config", "read_tensors"]
+__all__ = [
+    "Checkpoint",
+    "Companion",
+    "find_companions",
+    "read_checkpoint",
+    "read_config",
+    "read_tensors",
+]
 
 
 MAX_FILENAME = 255
@@ -88,15 +95,43 @@ class Checkpoint:
     config_identity: FileIdentity | None = None
     """What ``config_file`` was when it was read."""
 
+    companions: Mapping[str, "Companion"] = field(default_factory=dict)
+    """Name of a file beside the weights that belongs to the draft, too → the file."""
+
     @property
     def files(self) -> dict[Path, FileIdentity | None]:
-        """The files that config and tensors lie in, and what they were when they were read."""
+        """The files that make up the checkpoint, and what they were when they were read."""
         tensors = {info.file: info.identity for info in self.tensors.values()}
-        return {self.config_file: self.config_identity, **tensors}
+        companions = {it.file: it.identity for it in self.companions.values()}
+        return {self.config_file: self.config_identity, **tensors, **companions}
 
 
-def read_checkpoint(repository: Repository) -> Checkpoint:
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """A file beside the weights that belongs to a draft."""
+
+    file: Path
+    identity: FileIdentity | None = None
+    """What it was when it was found; ``None`` if it was not fetched from the Hub."""
+
+
+def find_companions(repository: Repository, names: Collection[str]) -> dict[str, Companion]:
+    """Those of the files of these names that are there.
+
+    Raises:
+        HubError: if a file cannot be fetched from the Hub.
+
+    """
+    found = {name: repository.file(name) for name in names if repository.holds(name)}
+    return {name: Companion(path, FileIdentity.at(path)) for name, path in found.items() if path}
+
+
+def read_checkpoint(repository: Repository, companions: Collection[str] = ()) -> Checkpoint:
     """Read a checkpoint's config.json and the headers of its weight files.
+
+    Args:
+        repository: where the files are.
+        companions: the names of files beside the weights that may belong to it.
 
     Raises:
         CheckpointError: if either is missing or damaged.
@@ -106,7 +141,15 @@ def read_checkpoint(repository: Repository) -> Checkpoint:
     _weights_of(repository)
     config, config_file, identity = _read_config(repository)
     tensors = read_tensors(repository)
-    return Checkpoint(repository.name, config, config_file, tensors, repository.commit, identity)
+    return Checkpoint(
+        repository.name,
+        config,
+        config_file,
+        tensors,
+        repository.commit,
+        identity,
+        find_companions(repository, companions),
+    )
 
 
 def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:

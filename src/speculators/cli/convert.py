@@ -83,9 +83,12 @@ def command_of(family: "Family | None") -> Any:
             _parameter(
                 option.name,
                 None,
-                str | None,
+                str | None if option.metavar else bool | None,
                 typer.Option(
-                    option.flag, metavar=option.metavar, help=option.help, show_default=False
+                    option.flag if option.metavar else f"{option.flag}/--no-{option.flag[2:]}",
+                    metavar=option.metavar or None,
+                    help=option.help,
+                    show_default=False,
                 ),
             )
             for option in options_of(family)
@@ -199,13 +202,18 @@ def convert_draft(
     from speculators.families.registry import family_named, flags_of
 
     family = family_named(family_name)
+    flags = {flag.feature for flag in flags_of(family)}
     if manifest is not None:
         _refuse_beside_manifest(
             {
                 "INPUT": source,
                 "OUTPUT": output,
                 "BASE_MODEL": base_model,
-                **{f"--{name.replace('_', '-')}": value for name, value in said.items()},
+                # An option may be answered with no.
+                **{
+                    f"--{name.replace('_', '-')}": value if name in flags else value is not None
+                    for name, value in said.items()
+                },
                 "--no-validate": not validate,
                 "--revision": revision,
                 "--overwrite": overwrite,
@@ -233,7 +241,6 @@ def convert_draft(
     from speculators.cli.progress import progress_bar
     from speculators.convert import conversion
 
-    flags = {flag.feature for flag in flags_of(family)}
     asked = [name for name in said if name in flags and said[name]]
     options = {name: value for name, value in said.items() if name not in flags}
     if push_to_hub is not None:

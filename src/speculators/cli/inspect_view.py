@@ -8,7 +8,13 @@ from speculators.checkpoint.tensor import describe_shape
 from speculators.cli.output import Listing, labelled, show
 from speculators.families.readers import READERS
 from speculators.families.registry import family_named
-from speculators.inspection.findings import Finding, TensorFinding, VerifierFinding
+from speculators.families.signature import Serving
+from speculators.inspection.findings import (
+    Finding,
+    ServingFinding,
+    TensorFinding,
+    VerifierFinding,
+)
 
 __all__ = ["print_finding"]
 
@@ -57,6 +63,8 @@ def _lines(finding: Finding) -> Iterator[tuple[str, list[str]]]:
         yield "layout", [LAYOUTS[finding.layout]]
     if finding.verifier:
         yield "fits", _fits(finding.kind, finding.verifier)
+    if finding.serving is not None:
+        yield "served by", [*map(_served, finding.serving)] or ["no engine"]
     if finding.exports is not None:
         yield "exports", [", ".join(READERS[it] for it in finding.exports) or "none"]
     if finding.kind != "unknown":
@@ -79,6 +87,10 @@ def _fits(kind: str, verifier: VerifierFinding) -> list[str]:
         f"{what} of hidden size {verifier.hidden_size} and a vocabulary of {verifier.vocab_size}"
     )
     return [sizes] + ([f"its config names {verifier.name}"] if verifier.name else [])
+
+
+def _served(it: ServingFinding) -> str:
+    return str(Serving(it.engine, it.option, it.until or "", it.note or ""))
 
 
 def _conversion(finding: Finding) -> list[str]:

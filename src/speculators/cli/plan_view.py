@@ -26,6 +26,7 @@ def print_plan(plan: ConversionPlan) -> None:
         "config.json (= kept, ~ changed, - left out, + added)",
         *map(_line, config_diff(plan)),
         "",
+        *(f"{name} is copied as it is." for name in plan.companions),
         *(f"Note: {clause}." for clause in plan.discrepancies),
         "Nothing was written.",
     )

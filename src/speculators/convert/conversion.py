@@ -7,7 +7,7 @@ from typing import Any
 from loguru import logger
 
 from speculators.checkpoint.output.staging import check_output, staged_directory
-from speculators.checkpoint.output.writer import write_safetensors_file
+from speculators.checkpoint.output.writer import copy_file, write_safetensors_file
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint
@@ -31,6 +31,7 @@ from speculators.convert.replan import plan_of_itself, verifier_of
 from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
 from speculators.families.converted import open_converted
 from speculators.families.family import Family
+from speculators.families.registry import companions
 from speculators.format.conversion import CONVERSION_FILE
 
 __all__ = ["convert", "plan", "validate"]
@@ -108,6 +109,8 @@ def convert(
         hashes = write_safetensors_file(
             staging / "model.safetensors", planned.tensors, progress=progress, hashed=validate
         )
+        for companion in planned.companions.values():
+            copy_file(companion.file, companion.identity, staging / companion.file.name)
         if validate:
             from speculators.convert.validation import validate_conversion
 
@@ -222,7 +225,8 @@ def plan(
 
 def _read(source: str | Path, revision: str | None, cache_dir: str | Path | None) -> Checkpoint:
     checkpoint = read_checkpoint(
-        open_repository(source, revision=revision, cache_dir=cache_dir, one_file=True)
+        open_repository(source, revision=revision, cache_dir=cache_dir, one_file=True),
+        companions(),
     )
     logger.info(f"Loaded {len(checkpoint.tensors)} weights")
     return checkpoint

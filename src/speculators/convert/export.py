@@ -12,7 +12,7 @@ from typing import Any
 from loguru import logger
 
 from speculators.checkpoint.output.staging import check_output, staged_directory
-from speculators.checkpoint.output.writer import write_safetensors_file
+from speculators.checkpoint.output.writer import copy_file, write_safetensors_file
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.tensor import DTYPE_BITS, Constant, PlannedTensor
 from speculators.errors import ConversionError, OutputError, SpeculatorsError
@@ -85,6 +85,8 @@ def export(
         config = json.dumps(plan.config, indent=2, ensure_ascii=False)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
         write_safetensors_file(staging / "model.safetensors", plan.tensors)
+        for name, companion in converted.checkpoint.companions.items():
+            copy_file(companion.file, companion.identity, staging / name)
     logger.success(f"Exported for {target.reader}: {directory}")
     return directory
 

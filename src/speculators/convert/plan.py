@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators import __version__
-from speculators.checkpoint.reader import Checkpoint
+from speculators.checkpoint.reader import Checkpoint, Companion
 from speculators.checkpoint.tensor import (
     FLOATS,
     PlannedTensor,
@@ -23,7 +23,6 @@ from speculators.families.family import Derived, Family, Source, read_options
 from speculators.families.fused import split
 from speculators.families.keys import SourceKeys
 from speculators.families.recognition import listed, recognise, short_names
-from speculators.families.registry import families
 from speculators.families.rope_names import is_rope_table
 from speculators.format.config import ProposalMethod, SpeculatorConfig
 from speculators.format.tensors import TensorSpec, compare, counts_shown, required_tensors
@@ -104,6 +103,11 @@ class ConversionPlan:
     rounded_to: str | None = None
     prefix: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def companions(self) -> dict[str, Companion]:
+        """The files beside the weights that are copied: their names are kept."""
+        return {name: self.source.companions[name] for name in sorted(self.config.companions)}
 
     @property
     def heads(self) -> list[TensorInfo]:
@@ -289,11 +293,11 @@ def family_of(checkpoint: Checkpoint) -> Family:
 def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
     """Refuse what is not of a family, or of any if none is given, and what is quantized."""
     found = recognise(checkpoint.config, checkpoint.tensors)
-    nouns = [it.noun for it in ([family] if family else families())]
     if found.signature and found.signature.advice:
         raise ConversionError(
-            f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]}), not "
-            f"{' or '.join(nouns)}; {found.signature.advice}."
+            f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]})"
+            f"{f', not {family.noun}' if family else ''}; {found.signature.advice}."
+            + (f" {served[0].upper()}{served[1:]}." if (served := found.signature.served) else "")
         )
     if not checkpoint.tensors:
         raise ConversionError(

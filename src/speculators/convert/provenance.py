@@ -227,7 +227,7 @@ def _changed(
 
 
 def _source_files(source: Checkpoint) -> list[Path]:
-    return sorted({source.config_file, *(info.file for info in source.tensors.values())})
+    return sorted(source.files)
 
 
 def _describe(

@@ -8,7 +8,6 @@ and a sampled one has one distribution for each position.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -77,16 +76,7 @@ class BlockDrafter(Drafter):
             logits: (rows, length, draft vocabulary), of what follows.
 
         """
-        return self._tree(root, self.draft.to_verifier(logits.argmax(-1)))
-
-    def _tree(self, root: Tensor, drafted: Tensor) -> Tree:
-        return Tree(
-            tokens=torch.cat((root, drafted), 1),
-            parents=self.shape.parents,
-            depths=self.shape.depths,
-            ancestors=self.shape.ancestors,
-            is_chain=True,
-        )
+        return self.shape.tree(torch.cat((root, self.draft.to_verifier(logits.argmax(-1))), 1))
 
 
 class SampledBlockDrafter(BlockDrafter):
@@ -101,6 +91,6 @@ class SampledBlockDrafter(BlockDrafter):
     def _chain(self, root: Tensor, logits: Tensor) -> Tree:
         tokens, probabilities = draw_drafted(self.draft, self.warp, logits.flatten(0, 1))
         rows = (len(root), self.length)
-        return replace(
-            self._tree(root, tokens.view(rows)), probabilities=probabilities.unflatten(0, rows)
+        return self.shape.tree(
+            torch.cat((root, tokens.view(rows)), 1), probabilities.unflatten(0, rows)
         )

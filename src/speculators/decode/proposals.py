@@ -2,6 +2,7 @@
 
 from speculators.decode.block import BlockDraft, BlockDrafter, SampledBlockDrafter
 from speculators.decode.cache import BlockCache
+from speculators.decode.context import ContextDraft, ContextDrafter
 from speculators.decode.drafter import Draft, Drafter
 from speculators.decode.recurrent import (
     DynamicTreeDrafter,
@@ -31,13 +32,13 @@ def drafter_of(draft: Draft, cache: BlockCache, method: ProposalMethod, warp: Wa
             impossible.
 
     """
+    if isinstance(draft, (ContextDraft, BlockDraft)):
+        return _one_pass_drafter_of(draft, cache, method, warp)
     if not isinstance(draft, RecurrentDraft):
         raise GenerationError(
             f"{type(draft).__name__} is not a draft: it lacks members of "
             f"{RecurrentDraft.__module__}.{RecurrentDraft.__name__}."
         )
-    if isinstance(draft, BlockDraft):
-        return _block_drafter_of(draft, cache, method, warp)
     size, depth, top_k = method.speculative_tokens, method.tree_depth, method.tree_top_k
     match method.proposal_type:
         case "greedy":
@@ -67,16 +68,17 @@ def drafter_of(draft: Draft, cache: BlockCache, method: ProposalMethod, warp: Wa
             )
 
 
-def _block_drafter_of(
-    draft: BlockDraft, cache: BlockCache, method: ProposalMethod, warp: Warp
+def _one_pass_drafter_of(
+    draft: ContextDraft | BlockDraft, cache: BlockCache, method: ProposalMethod, warp: Warp
 ) -> Drafter:
-    match method.proposal_type:
-        case "greedy":
-            return BlockDrafter(draft, cache, method.speculative_tokens)
-        case "sampling":
-            return SampledBlockDrafter(draft, cache, method.speculative_tokens, warp)
-        case other:
-            raise GenerationError(
-                f"{type(draft).__name__} drafts all tokens in one pass, so it proposes chains, not "
-                f"{other!r}; choose greedy or sampling."
-            )
+    size, sampled = method.speculative_tokens, method.proposal_type == "sampling"
+    if not sampled and method.proposal_type != "greedy":
+        raise GenerationError(
+            f"{type(draft).__name__} drafts all tokens in one pass, so it proposes chains, not "
+            f"{method.proposal_type!r}; choose greedy or sampling."
+        )
+    if isinstance(draft, ContextDraft):
+        return ContextDrafter(draft, cache, size, warp if sampled else None)
+    if sampled:
+        return SampledBlockDrafter(draft, cache, size, warp)
+    return BlockDrafter(draft, cache, size)

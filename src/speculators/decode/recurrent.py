@@ -197,13 +197,7 @@ class FixedTreeDrafter(RecurrentDrafter):
                     drafted = drafted[:, level.inner]
                     state = state[:, level.parents[level.inner]]
                 state, logits = self._extend(drafted, state, depth, level.visible)
-        return Tree(
-            tokens=torch.cat(tokens, 1),
-            parents=self.shape.parents,
-            depths=self.shape.depths,
-            ancestors=self.shape.ancestors,
-            is_chain=self.shape.is_chain,
-        )
+        return self.shape.tree(torch.cat(tokens, 1))
 
     def _children(self, logits: Tensor, level: Level) -> Tensor:
         """The tokens of a level's nodes, by the verifier's ids.

@@ -84,6 +84,17 @@ class Shape:
     is_chain: bool
     levels: tuple[Level, ...]
 
+    def tree(self, tokens: Tensor, probabilities: Tensor | None = None) -> Tree:
+        """The tree of this shape with these tokens; both arguments are as in ``Tree``."""
+        return Tree(
+            tokens=tokens,
+            parents=self.parents,
+            depths=self.depths,
+            ancestors=self.ancestors,
+            is_chain=self.is_chain,
+            probabilities=probabilities,
+        )
+
 
 def chain(length: int) -> tuple[Path, ...]:
     """The paths of a chain."""

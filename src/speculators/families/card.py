@@ -27,8 +27,7 @@ CARD = """\
 
 {draft} for `{verifier}`, in the speculators format. In speculative decoding the draft \
 proposes the next tokens, and the verifier checks them in one pass, so that one pass of the large \
-model gives several tokens. The draft works with this verifier alone: it uses the verifier's \
-{borrowed}, and has none of its own.
+model gives several tokens. The draft works with this verifier alone: it {ties}.
 
 | | |
 | --- | --- |
@@ -143,7 +142,7 @@ def model_card(
         name_in_python=json.dumps(name),
         verifier_in_python=json.dumps(verifier),
         verifier_architectures=", ".join(f"`{it}`" for it in reference.architectures),
-        borrowed=" and ".join(BORROWED[it] for it in borrowed),
+        ties=_ties(borrowed),
         layers="one" if config.layers == 1 else str(config.layers),
         layer=config.architectures[-1],
         hidden=layer.hidden_size,
@@ -159,6 +158,14 @@ def model_card(
     if record:
         card += _provenance(record)
     return card
+
+
+def _ties(borrowed: Collection[str]) -> str:
+    """What a draft takes from its verifier, as it follows "it"."""
+    if not borrowed:
+        return "reads the verifier's hidden states"
+    matrices = " and ".join(BORROWED[it] for it in borrowed)
+    return f"uses the verifier's {matrices}, and has none of its own"
 
 
 def _provenance(record: ConversionRecord) -> str:

@@ -7,7 +7,12 @@ from typing import Any
 
 from pydantic import ValidationError as PydanticValidationError
 
-from speculators.checkpoint.reader import Checkpoint, read_config, read_tensors
+from speculators.checkpoint.reader import (
+    Checkpoint,
+    find_companions,
+    read_config,
+    read_tensors,
+)
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.tensor import TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier, open_verifier
@@ -99,7 +104,14 @@ def open_converted(
     config, config_file = read_config(repository)
     parsed = parse_config(config, repository.name)  # before the weights are fetched
     tensors = read_tensors(repository)
-    checkpoint = Checkpoint(repository.name, config, config_file, tensors, repository.commit)
+    checkpoint = Checkpoint(
+        repository.name,
+        config,
+        config_file,
+        tensors,
+        repository.commit,
+        companions=find_companions(repository, parsed[0].companions),
+    )
     return _checked(checkpoint, *parsed, cache_dir)
 
 
@@ -141,6 +153,15 @@ def _checked(
             f"{checkpoint.name}: {tensors[name].name} has the type {tensors[name].dtype}; "
             f"one of {', '.join(dtypes)} is expected."
         )
+    there = checkpoint.companions.keys()
+    if there != config.companions:
+        lacks, has = sorted(config.companions - there), sorted(there - config.companions)
+        problem = (
+            f"lacks {', '.join(lacks)}, which its config.json names"
+            if lacks
+            else f"has {', '.join(has)}, which its config.json does not name"
+        )
+        raise FormatError(f"{checkpoint.name} {problem}; convert it again.")
     return Converted(family, checkpoint, config, tensors, config.features | own, cache_dir)
 
 

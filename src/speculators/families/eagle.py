@@ -13,7 +13,7 @@ from speculators.errors import ConversionError
 from speculators.families.advice import give_each_its_compile_cache, limit_context
 from speculators.families.family import Card, Derived, Family, Flag, Names, Source, Target
 from speculators.families.layer import REFERENCE_ROPE_BASE, derive_layer
-from speculators.families.signature import Signature
+from speculators.families.signature import Serving, Signature
 from speculators.format.config import LayerConfig, SpeculatorConfig, SpeculatorsConfig
 from speculators.format.tensors import TensorSpec, required_tensors
 
@@ -258,6 +258,11 @@ EAGLE = Family(
         lacks="layers.0.input_layernorm.weight",
         hints={"num_hidden_layers": r"1"},
         parts=tuple(required_tensors(TENSORS, ())),
+        serving=(
+            Serving("vLLM", 'method "eagle"', note="with the plugin, if it has fc.bias or norms"),
+            Serving("SGLang", "EAGLE"),
+            Serving("TensorRT-LLM", "convert_checkpoint.py", note="the TensorRT backend"),
+        ),
     ),
     config=EagleConfig,
     tensors=TENSORS,
@@ -284,5 +289,11 @@ EAGLE = Family(
     ),
     example=("yuhuili/EAGLE-LLaMA3.1-Instruct-8B", "meta-llama/Llama-3.1-8B-Instruct"),
     unusual=("fusion_bias", "attention_bias", "layernorms"),
+    beside={
+        r"freq_.*\.pt": (
+            "is a list of the tokens to draft (FR-Spec), which only SGLang reads: give it with "
+            "--speculative-token-map beside an export for it"
+        )
+    },
     ambiguity=ambiguity,
 )

@@ -1,7 +1,7 @@
 """A family of drafts as one value: all that the general code needs to know about it.
 
-Its model and its independent reference are given by name, since they need torch; they are imported
-when they are used.
+Its model, its independent reference and its check are given by name, since they need torch; they
+are imported when they are used.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -116,7 +116,8 @@ class Option:
 
     Attributes:
         name: its name in Python and in manifests.
-        metavar: the form of its value on the command line.
+        metavar: the form of its value on the command line; empty for one that is said with
+            ``--name`` or ``--no-name``.
         help: what it says.
         read: turns the text of the command line, or a value of a manifest or of Python, into the
             value; raises ``ValueError`` with a clause on what is expected.
@@ -132,6 +133,11 @@ class Option:
     def flag(self) -> str:
         """Its name on the command line."""
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def answers(self) -> str:
+        """How a message asks for it."""
+        return self.flag if self.metavar else f"{self.flag} or --no-{self.flag[2:]}"
 
 
 def read_options(options: Collection[Option], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,6 +278,10 @@ class Family:
             it has none of its own.
         model: the class of its model, as ``module:class``.
         reference: an independent computation to compare the model with, likewise.
+        check: the class that compares the two, likewise; by default that of drafts that go from
+            token to token. It is called with a ``ConversionPlan`` and the model in float32, has
+            ``run()``, which raises ``ValidationError``, and ``unchecked``, sentences on what could
+            not be checked.
         card: what the model card says about it.
         export_config: the config.json of a target's layout, from a draft's config.
         targets: what it can be exported to, by the names on the command line.
@@ -286,6 +296,10 @@ class Family:
         instead: what to do with a draft that a target cannot compute.
         model_types: the values of ``speculators_model_type`` in the configs of its drafts, if there
             are others than its name.
+        companions: the names of files that may lie beside the weights and belong to the draft; a
+            config says which do.
+        beside: pattern of other files that are published beside such drafts → what to know about
+            them, as a clause that follows their name.
         ambiguity: what a checkpoint's tensors cannot tell, given its name, for ``inspect``.
 
     """
@@ -304,6 +318,7 @@ class Family:
     reference: str
     card: Card
     export_config: Callable[[Any, Any], dict[str, Any]]
+    check: str = "speculators.convert.checks.recurrent:RecurrentCheck"
     targets: Mapping[str, Target] = field(default_factory=dict)
     flags: tuple[Flag, ...] = ()
     options: tuple[Option, ...] = ()
@@ -315,6 +330,8 @@ class Family:
     ambiguity: Callable[[str], str] | None = None
     instead: str = "serve it with vLLM and the plugin that comes with speculators"
     model_types: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     def wanted(self, feature: str) -> str:
         """What a message calls a feature that a draft lacks, perhaps one of another family."""

@@ -1,19 +1,23 @@
 """Kinds of checkpoints that are recognised, but belong to no family: refused, each with advice."""
 
-from speculators.families.signature import Signature
+from speculators.families.signature import Serving, Signature
 
 __all__ = [
     "CONVERTED",
     "DRAFT_IN_MODEL",
+    "GEMMA_ASSISTANT",
     "GRIFFIN",
     "GROUPED_HEADS",
+    "HYDRA",
     "LANGUAGE_MODEL",
     "LLAMA4",
     "MEDUSA",
+    "MEDUSA_IN_MODEL",
     "MINICPM",
     "MISTRAL",
     "MLP_SPECULATOR",
     "ONE_MATRIX",
+    "PARD",
     "QK_NORMS",
     "SEVERAL_LAYERS",
     "WITH_NORMS",
@@ -22,7 +26,7 @@ __all__ = [
 CONVERTED = Signature(
     "speculators",
     "a draft in the speculators format",
-    hints={"speculators_model_type": r".+"},
+    hints={"speculators_model_type": r"(?!(mtp|xpress)$).+"},
     decisive=True,
     advice="it is converted already: load it with speculators.models.load_draft",
 )
@@ -45,18 +49,76 @@ SEVERAL_LAYERS = Signature(
     "a draft of several layers",
     marks=r"layers\.[1-9]\d*\..*",
     advice="the drafts of this shape that are converted have one layer",
+    serving=(Serving("vLLM", 'method "eagle"'), Serving("SGLang", "EAGLE")),
 )
 
 MEDUSA = Signature(
     "medusa",
     "Medusa heads",
     marks=(
-        r"(medusa_head\.)?\d+\.\d+\.(linear\.)?(weight|bias)"
+        r"(medusa_heads?\.)?\d+\.\d+\.(linear\.)?(weight|bias)"
+        r"|medusa_heads\.\d+\.(medusa_layers\.\d+\.linear|lm_head)\.(weight|bias)"
         r"|blocks\.\d+\.layers\.\d+\.(weight|bias)"
     ),
     hints={"medusa_num_heads": r"\d+"},
     parts=("0.0.linear.weight", "0.0.linear.bias", "0.1.weight"),
-    advice="they are not converted",
+    advice=(
+        "they are served as published, by the releases that still know them, and are not converted"
+    ),
+    serving=(
+        Serving("vLLM", 'method "medusa"', until="0.32"),
+        Serving("TensorRT-LLM", "convert_checkpoint.py", note="the TensorRT backend"),
+    ),
+)
+
+MEDUSA_IN_MODEL = Signature(
+    "medusa-in-model",
+    "a language model with Medusa heads that were trained together (Medusa-2)",
+    marks=r"(.*\.)?medusa_heads?\..*",
+    needs=(r"(.*\.)?layers\.\d+\.(self_attn|input_layernorm)\..*",),
+    advice=(
+        "the heads belong to this model, not to the one that it was made of, so they are not "
+        "converted; serve the model without them, or train a draft for it"
+    ),
+    serving=(),
+)
+
+HYDRA = Signature(
+    "hydra",
+    "Hydra heads",
+    marks=r"(.*\.)?hydra_(head|mlp|lm_head)\..*",
+    hints={"hydra_num_heads": r"\d+"},
+    parts=("hydra_mlp.0.0.linear.weight", "hydra_lm_head.0.weight"),
+    advice="no engine serves them, so they are not converted",
+    serving=(),
+)
+
+PARD = Signature(
+    "pard",
+    "a PARD draft: a small language model that drafts in parallel",
+    marks=LANGUAGE_MODEL.marks,
+    never=r"mask_hidden|fc\.weight|midlayer\..*",
+    hints={"pard_token": r"\d+"},
+    hinted=True,
+    advice="it needs nothing of its verifier, and nothing to be converted: serve it as published",
+    serving=(
+        Serving("vLLM", 'method "draft_model"', note='with "parallel_drafting": true'),
+        Serving("TensorRT-LLM", "PARD"),
+    ),
+)
+
+GEMMA_ASSISTANT = Signature(
+    "gemma-assistant",
+    "a Gemma 4 assistant",
+    marks=r"pre_projection\.weight",
+    needs=(r"post_projection\.weight",),
+    hints={"model_type": r"gemma4_assistant"},
+    parts=("pre_projection.weight", "post_projection.weight"),
+    advice=(
+        "it reads its verifier's cache and has no keys and values of its own; it is served as "
+        "published, and is not converted"
+    ),
+    serving=(Serving("vLLM", 'method "mtp"'), Serving("SGLang", "FROZEN_KV_MTP")),
 )
 
 MLP_SPECULATOR = Signature(
@@ -65,7 +127,11 @@ MLP_SPECULATOR = Signature(
     marks=r"(speculator\.)?(emb|proj|head|ln)\.\d+\..*",
     hints={"model_type": r"mlp_speculator"},
     parts=("emb.0.weight", "proj.0.weight", "ln.0.weight", "head.0.weight"),
-    advice="it is not converted",
+    advice=(
+        "no current engine serves it (vLLM removed it in 0.33.0, and 0.32 has no way to it), so it "
+        "is not converted"
+    ),
+    serving=(),
 )
 
 DRAFT_IN_MODEL = Signature(
@@ -91,6 +157,7 @@ GRIFFIN = Signature(
     "a GRIFFIN draft",
     marks=r"fc\.fc\.(weight|bias)|fc\.mlp\..*",
     advice="its token-guided fusion is another architecture than EAGLE's, and is not converted",
+    serving=(),
 )
 
 MINICPM = Signature(
@@ -101,6 +168,7 @@ MINICPM = Signature(
         "MiniCPM's draft has norms of its own and scales its embedding and residuals: it is "
         "another architecture, and is not converted; vLLM serves it as published"
     ),
+    serving=(Serving("vLLM", 'method "eagle"'),),
 )
 
 MISTRAL = Signature(
@@ -108,6 +176,7 @@ MISTRAL = Signature(
     "an EAGLE draft in Mistral's own names",
     marks=r"eagle_linear\..*",
     advice="it is another architecture, and is not converted; vLLM serves it as published",
+    serving=(Serving("vLLM", 'method "eagle"'),),
 )
 
 LLAMA4 = Signature(
@@ -120,6 +189,7 @@ LLAMA4 = Signature(
         "Llama 4's layer is another architecture than Llama's, and is not converted; vLLM serves "
         "such drafts as published"
     ),
+    serving=(Serving("vLLM", 'method "eagle"'),),
 )
 
 QK_NORMS = Signature(
@@ -133,6 +203,7 @@ QK_NORMS = Signature(
         "Qwen3's attention has these norms, and the format's layers (Llama's and Qwen2's) do not, "
         "so it is not converted"
     ),
+    serving=(),
 )
 
 WITH_NORMS = Signature(
@@ -146,6 +217,7 @@ WITH_NORMS = Signature(
         "NeMo Automodel and verl-SpeCo train such drafts; the format has no place for these "
         "norms, and without them the draft would compute something else, so it is not converted"
     ),
+    serving=(),
 )
 
 GROUPED_HEADS = Signature(
@@ -158,4 +230,5 @@ GROUPED_HEADS = Signature(
         "how its rows are ordered differs from model to model, so save q_proj, k_proj and v_proj "
         "as matrices of their own"
     ),
+    serving=(),
 )

@@ -4,6 +4,7 @@ __all__ = ["READERS"]
 
 READERS = {
     "eagle": "the research code",
+    "dflash": "z-lab's dflash",
     "vllm": "vLLM without the plugin",
     "sglang": "SGLang",
     "specforge": "SpecForge",

@@ -110,6 +110,8 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> R
         if quantized
         else stored
     )
+    # A head of rank 0 is none.
+    whole = {name: info for name, info in whole.items() if info.elements or not info.shape}
     inside = None if names.exact else _draft_inside(whole)
 
     for signature, family in signatures():
@@ -251,7 +253,12 @@ def _evidence(
         shown.append(
             f"{fc.name} {describe_shape(fc.shape)} takes {signature.fc_inputs} hidden sizes"
         )
-    if signature.both and not (marks and wide):
+    if (
+        (signature.both and not (marks and wide))
+        or (signature.hinted and len(hints) < len(signature.hints))
+        or not all(_match(pattern, tensors) for pattern in signature.needs)
+        or _match(signature.never, tensors)
+    ):
         return []
     if (
         query is not None
@@ -267,6 +274,11 @@ def _evidence(
     if signature.lacks is not None:
         shown.append(f"it has no {signature.lacks}")
     return shown + hints
+
+
+def _match(pattern: str, tensors: Collection[str]) -> bool:
+    """Whether a pattern matches one of the names."""
+    return any(map(re.compile(pattern).fullmatch, tensors))
 
 
 def _ratio(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> float:

@@ -3,23 +3,49 @@
 A new family is one line here.
 """
 
-from speculators.families import foreign
+from speculators.families import foreign, foreign_blocks, foreign_mtp
+from speculators.families.dflash import DFLASH, DFLASH2, DSPARK
 from speculators.families.eagle import EAGLE
 from speculators.families.eagle3 import EAGLE3
 from speculators.families.family import Family, Flag, Option
 from speculators.families.signature import Signature
 
-__all__ = ["KNOWN", "families", "family_named", "flags_of", "options_of", "signatures"]
+__all__ = [
+    "KNOWN",
+    "companions",
+    "families",
+    "family_named",
+    "flags_of",
+    "options_of",
+    "signatures",
+]
 
 KNOWN: tuple[Family | Signature, ...] = (
     foreign.CONVERTED,
+    foreign_mtp.MTP_OF_UPSTREAM,
+    foreign_blocks.XPRESS_OF_UPSTREAM,
     foreign.DRAFT_IN_MODEL,
     foreign.GRIFFIN,
     foreign.MINICPM,
+    foreign_blocks.DSPARK_OF_DEEPSEEK,
+    foreign.MEDUSA_IN_MODEL,
+    foreign_blocks.LAGUNA,
+    foreign_blocks.DFLARE,
+    foreign_blocks.DOMINO,
+    foreign_blocks.XPRESS,
+    foreign_blocks.LILICORR,
+    foreign_blocks.MUSE,
+    DSPARK,
+    DFLASH2,
+    DFLASH,
+    foreign.GEMMA_ASSISTANT,
+    *foreign_mtp.MTP,
     EAGLE3,
+    foreign.PARD,
     foreign.LANGUAGE_MODEL,
     foreign.SEVERAL_LAYERS,
     foreign.MEDUSA,
+    foreign.HYDRA,
     foreign.MLP_SPECULATOR,
     foreign.ONE_MATRIX,
     foreign.LLAMA4,
@@ -40,6 +66,11 @@ def families() -> list[Family]:
 def family_named(name: object) -> Family | None:
     """The family of this name, or with drafts of this ``speculators_model_type``."""
     return next((it for it in families() if name in {it.name, *it.model_types}), None)
+
+
+def companions() -> set[str]:
+    """The names of files that may lie beside the weights of a draft and belong to it."""
+    return {name for family in families() for name in family.companions}
 
 
 def options_of(family: Family | None) -> list[Option]:

@@ -17,6 +17,8 @@ __all__ = [
     "SpeculatorConfig",
     "SpeculatorsConfig",
     "VerifierReference",
+    "dtype_in_both_spellings",
+    "rope_in_both_spellings",
 ]
 
 
@@ -172,6 +174,11 @@ class SpeculatorConfig(Model):
         return frozenset()
 
     @property
+    def companions(self) -> frozenset[str]:
+        """The names of the files beside the weights that belong to the draft."""
+        return frozenset()
+
+    @property
     def parallel(self) -> bool:
         """Whether the draft drafts all tokens in one pass, and takes ``num_draft_tokens``."""
         return False
@@ -195,3 +202,33 @@ class SpeculatorConfig(Model):
     def verifier_sizes(self) -> tuple[int, int]:
         """The vocabulary and the hidden size that a verifier must have."""
         return self.transformer_layer_config.vocab_size, self.transformer_layer_config.hidden_size
+
+
+def rope_in_both_spellings(layer: Any) -> Any:
+    """A layer's keys with RoPE as transformers 5 spells it and as it was spelled before.
+
+    ``rope_parameters`` counts where both are given. Anything but a dictionary is returned as it is.
+    """
+    if not isinstance(layer, dict):
+        return layer
+    parameters = layer.get("rope_parameters")
+    if isinstance(parameters, dict) and parameters:
+        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        scaled = scaling.get("rope_type", "default") != "default"
+        said = {"rope_theta": parameters.get("rope_theta", layer.get("rope_theta"))}
+        said["rope_scaling"] = scaling if scaled else None
+        return layer | {key: value for key, value in said.items() if key != "rope_theta" or value}
+    scaling = layer.get("rope_scaling") or {}
+    theta = layer.get("rope_theta", 10000.0)
+    return layer | {"rope_parameters": {"rope_type": "default", **scaling, "rope_theta": theta}}
+
+
+def dtype_in_both_spellings(config: Any) -> Any:
+    """A config's keys with ``torch_dtype``, and the same as ``dtype``, as transformers 5 spells it.
+
+    Anything but a dictionary is returned as it is.
+    """
+    if not isinstance(config, dict):
+        return config
+    dtype = config.get("torch_dtype") or config.get("dtype")
+    return config | {"torch_dtype": dtype, "dtype": dtype}

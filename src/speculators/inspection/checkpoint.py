@@ -1,5 +1,6 @@
 """What a checkpoint is and what can be done with it, judged by its config and tensor table."""
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.hub.headers import headers_only
-from speculators.checkpoint.reader import Checkpoint, read_config, read_tensors
+from speculators.checkpoint.reader import Checkpoint, Companion, read_config, read_tensors
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.convert.export import obstacle
 from speculators.convert.plan import family_of, plan_draft
@@ -19,13 +20,15 @@ from speculators.families.family import Family
 from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
 from speculators.families.fused import unfused
 from speculators.families.recognition import recognise, short_names
-from speculators.families.registry import family_named
+from speculators.families.registry import companions, family_named
+from speculators.families.signature import Signature
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
 from speculators.format.tensors import counts_shown, features_shown
 from speculators.inspection.findings import (
     ConversionFinding,
     Finding,
     NearFinding,
+    ServingFinding,
     TensorFinding,
     VerifierFinding,
 )
@@ -83,7 +86,17 @@ def _inspect(repository: Repository) -> Finding:
         home = Path(repository.name)
         tensors = {n: replace(info, file=home / info.file.name) for n, info in tensors.items()}
         config_file = home / config_file.name
-    checkpoint = Checkpoint(repository.name, config, config_file, tensors)
+    checkpoint = Checkpoint(
+        repository.name,
+        config,
+        config_file,
+        tensors,
+        companions={
+            name: Companion(config_file.parent / name)
+            for name in companions()
+            if repository.holds(name)
+        },
+    )
     found = recognise(config, tensors)
     is_converted = found.signature is CONVERTED
     family = family_named(config.get("speculators_model_type")) if is_converted else found.family
@@ -94,6 +107,13 @@ def _inspect(repository: Repository) -> Finding:
     else:
         details = _details_of_draft(checkpoint, family)
     record = repository.file(CONVERSION_FILE) if is_converted else None
+    if family is not None and repository.commit is None:
+        notes += [
+            f"{name} {what}."
+            for name in sorted(repository.names())
+            for pattern, what in family.beside.items()
+            if re.fullmatch(pattern, name)
+        ]
 
     title = found.signature.title if found.signature else "a checkpoint of no known kind"
     features = details.features or {}
@@ -121,6 +141,7 @@ def _inspect(repository: Repository) -> Finding:
         layout=details.layout,
         features=details.features,
         facts=details.facts,
+        serving=_serving(family.signature if family else found.signature),
         exports=details.exports,
         sizes=sizes,
         parameters=sum(info.elements for info in tensors.values()),
@@ -143,6 +164,18 @@ def _inspect(repository: Repository) -> Finding:
         else None,
         conversion=details.conversion,
     )
+
+
+def _serving(signature: Signature | None) -> list[ServingFinding] | None:
+    """The engines that serve drafts of a kind."""
+    if signature is None or signature.serving is None:
+        return None
+    return [
+        ServingFinding(
+            engine=it.engine, option=it.option, until=it.until or None, note=it.note or None
+        )
+        for it in signature.serving
+    ]
 
 
 @dataclass(frozen=True, slots=True)

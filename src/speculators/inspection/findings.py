@@ -10,6 +10,7 @@ __all__ = [
     "ConversionFinding",
     "Finding",
     "NearFinding",
+    "ServingFinding",
     "TensorFinding",
     "VerifierFinding",
 ]
@@ -73,6 +74,17 @@ class ConversionFinding(_Part):
     """Where config, tensors and reference disagree."""
 
 
+class ServingFinding(_Part):
+    """An engine that serves drafts of the kind."""
+
+    engine: str
+    option: str
+    """What to tell it: vLLM's method, SGLang's algorithm, and so on."""
+    until: str | None
+    """The last release that serves them; null if the current one does."""
+    note: str | None
+
+
 class Finding(_Part):
     """What a checkpoint is."""
 
@@ -80,8 +92,7 @@ class Finding(_Part):
     name: str
     """The path or the Hub id, as it was given."""
     kind: str
-    """eagle, eagle3, speculators, language-model, several-layers, medusa, mlp-speculator, or
-    unknown."""
+    """One of the table in docs/families.md, or unknown."""
     family: str | None = None
     """The family of drafts that it belongs to, converted or not; null if it is of none."""
     title: str
@@ -102,6 +113,8 @@ class Finding(_Part):
     """For a draft of a family: optional feature → the tensors that show it, if any."""
     facts: dict[str, str] = Field(default_factory=dict)
     """For a draft of a family: what else is worth telling about it, such as who published it."""
+    serving: list[ServingFinding] | None = None
+    """For a draft: the engines that serve its kind, if any; null for what is no draft."""
     exports: list[str] | None = None
     """For a converted draft: the targets of `speculators export` that can compute it."""
     sizes: dict[str, int]

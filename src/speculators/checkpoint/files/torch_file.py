@@ -35,7 +35,7 @@ from speculators.checkpoint.identity import FileIdentity, open_unchanged
 from speculators.checkpoint.tensor import MAX_SIZE, TensorInfo, check_name, check_sizes
 from speculators.errors import CheckpointError, printable
 
-__all__ = ["read_torch_file"]
+__all__ = ["read_torch_entries", "read_torch_file"]
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training scripts, Lightning and DeepSpeed put a dict of weights."""
@@ -144,6 +144,36 @@ def read_torch_file(path: Path) -> dict[str, TensorInfo]:
             tensor that safetensors files cannot hold.
 
     """
+    value, spans, identity = _read(path)
+    tensors = _find_tensors(value, path)
+    return {
+        name: _tensor_info(name, tensor, spans, path, identity) for name, tensor in tensors.items()
+    }
+
+
+def read_torch_entries(path: Path) -> dict[str, object]:
+    """The entries of the dict that ``torch.save`` wrote; of a lone tensor, one with an empty name.
+
+    Returns:
+        Key → a ``TensorInfo``, or a plain value. Keys that are not strings are left out.
+
+    Raises:
+        UnsafeCheckpointError: its pickle asks for more than tensors and plain values.
+        CheckpointError: the file cannot be read, is damaged, or has a tensor that safetensors files
+            cannot hold.
+
+    """
+    value, spans, identity = _read(path)
+    entries = [("", value)] if isinstance(value, _Tensor) else _pairs(value)
+    return {
+        key: _tensor_info(key, item, spans, path, identity) if isinstance(item, _Tensor) else item
+        for key, item in entries
+        if isinstance(key, str)
+    }
+
+
+def _read(path: Path) -> tuple[object, dict[str, _Span], FileIdentity]:
+    """The pickled value of a file, where its storages are, and which file it is."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing or is not a file: check the path.")
     try:
@@ -156,10 +186,7 @@ def read_torch_file(path: Path) -> dict[str, TensorInfo]:
             value, spans = read(file, path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): check it.") from error
-    tensors = _find_tensors(value, path)
-    return {
-        name: _tensor_info(name, tensor, spans, path, identity) for name, tensor in tensors.items()
-    }
+    return value, spans, identity
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

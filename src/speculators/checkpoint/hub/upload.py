@@ -29,8 +29,14 @@ __all__ = ["README", "SAVED", "check_upload", "upload"]
 README = "README.md"
 """What the Hub shows as the model card."""
 
-SAVED = ("config.json", README, "model*.safetensors", "model*.index.json")
-"""The files of a draft."""
+SAVED = (
+    "config.json",
+    README,
+    "model*.safetensors",
+    "model*.index.json",
+    "mask_embedding.pt",
+)
+"""The files of a draft; the last one, which some DFlash drafts have, is beside the weights."""
 
 FILES = (*SAVED, "conversion.json", "report.json")
 """The files of a draft that was converted, and perhaps evaluated."""

@@ -10,6 +10,7 @@ Each source file is opened once, and must be the one whose header was read, befo
 import errno
 import hashlib
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["contiguous_chunks", "write_safetensors_file"]
+__all__ = ["contiguous_chunks", "copy_file", "write_safetensors_file"]
 
 CHUNK_BYTES = 8 << 20
 ROUNDED_BYTES = 1 << 19  # arithmetic is fastest within the processor's cache
@@ -138,6 +139,23 @@ def write_safetensors_file(
     if hashed:
         hashes[path] = sha256_of_file(path, progress("Hashing", path.stat().st_size))
     return hashes
+
+
+def copy_file(source: Path, identity: FileIdentity | None, target: Path) -> None:
+    """Copy a file as it is.
+
+    Args:
+        source: the file.
+        identity: what it was when it was found; what it is now, if not given.
+        target: the new file.
+
+    Raises:
+        CheckpointError: if the source changed since, or cannot be read.
+        OSError: if the target cannot be written.
+
+    """
+    with open_unchanged(source, identity) as file, target.open("xb") as copy:
+        shutil.copyfileobj(file, copy, CHUNK_BYTES)
 
 
 def _check_size(total: int, tensors: Mapping[str, PlannedTensor]) -> None:

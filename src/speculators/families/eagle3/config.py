@@ -10,7 +10,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from speculators.format.config import LayerConfig, SpeculatorConfig, SpeculatorsConfig
+from speculators.format.config import (
+    LayerConfig,
+    SpeculatorConfig,
+    SpeculatorsConfig,
+    dtype_in_both_spellings,
+    rope_in_both_spellings,
+)
 
 __all__ = ["USUAL_STATES", "Eagle3Config", "Eagle3LayerConfig"]
 
@@ -35,20 +41,7 @@ class Eagle3LayerConfig(LayerConfig):
     @model_validator(mode="before")
     @classmethod
     def _spell_rope_both_ways(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        parameters = data.get("rope_parameters")
-        if isinstance(parameters, dict) and parameters:
-            scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-            scaled = scaling.get("rope_type", "default") != "default"
-            said = {"rope_theta": parameters.get("rope_theta", data.get("rope_theta"))}
-            said["rope_scaling"] = scaling if scaled else None
-            return data | {
-                key: value for key, value in said.items() if key != "rope_theta" or value
-            }
-        scaling = data.get("rope_scaling") or {}
-        theta = data.get("rope_theta", 10000.0)
-        return data | {"rope_parameters": {"rope_type": "default", **scaling, "rope_theta": theta}}
+        return rope_in_both_spellings(data)
 
 
 class Eagle3SpeculatorsConfig(SpeculatorsConfig):
@@ -109,10 +102,7 @@ class Eagle3Config(SpeculatorConfig):
     @model_validator(mode="before")
     @classmethod
     def _spell_dtype_both_ways(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        dtype = data.get("torch_dtype") or data.get("dtype")
-        return data | {"torch_dtype": dtype, "dtype": dtype}
+        return dtype_in_both_spellings(data)
 
     @model_validator(mode="after")
     def _check_together(self) -> "Eagle3Config":

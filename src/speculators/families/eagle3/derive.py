@@ -9,7 +9,7 @@ from speculators.checkpoint.tensor import describe_shape
 from speculators.errors import ConversionError
 from speculators.families.eagle3.config import Eagle3LayerConfig
 from speculators.families.eagle3.embedding import compared_embedding
-from speculators.families.eagle3.options import MASK_TOKEN_ID, NORM_OUTPUT, ask
+from speculators.families.eagle3.options import NORM_OUTPUT
 from speculators.families.eagle3.publishers import (
     MODELOPT,
     SPECULATORS,
@@ -17,19 +17,17 @@ from speculators.families.eagle3.publishers import (
     eagle_config,
     publisher_of,
 )
-from speculators.families.eagle3.states import (
-    count_states,
-    state_width,
-    verifier_layers,
-)
+from speculators.families.eagle3.states import count_states, verifier_layers
 from speculators.families.eagle3.types import check_types
-from speculators.families.eagle3.vocabulary import (
+from speculators.families.family import Completion, Derived, Source
+from speculators.families.layer import REFERENCE_ROPE_BASE, DerivedLayer, derive_layer
+from speculators.families.options import MASK_TOKEN_ID, ask
+from speculators.families.states import state_width
+from speculators.families.vocabulary import (
     complete_vocabulary,
     drafted_tokens,
     vocabulary_size,
 )
-from speculators.families.family import Completion, Derived, Source
-from speculators.families.layer import REFERENCE_ROPE_BASE, DerivedLayer, derive_layer
 from speculators.format.config import LayerConfig
 
 __all__ = ["ARCHITECTURES", "complete", "converts_again", "derive"]

@@ -6,7 +6,7 @@ from speculators.families.eagle3.export import TARGETS, export_config
 from speculators.families.eagle3.options import OPTIONS
 from speculators.families.eagle3.tensors import FEATURES, OLDER_PREFIXES, OMISSIONS, TENSORS
 from speculators.families.family import Card, Family, Names
-from speculators.families.signature import Signature
+from speculators.families.signature import Serving, Signature
 
 __all__ = ["EAGLE3"]
 
@@ -22,6 +22,12 @@ EAGLE3 = Family(
         attention_inputs=2,
         hints={"architectures": r".*Eagle3.*|PEagleDraftModel"},
         parts=("fc.weight", "midlayer.self_attn.q_proj.weight", "midlayer.hidden_norm.weight"),
+        serving=(
+            Serving("vLLM", 'method "eagle3"', note='P-EAGLE with "parallel_drafting": true'),
+            Serving("SGLang", "EAGLE3", note="but not P-EAGLE"),
+            Serving("llama.cpp", "draft-eagle3", note="but not P-EAGLE"),
+            Serving("TensorRT-LLM", "Eagle3", note="but not P-EAGLE"),
+        ),
     ),
     config=Eagle3Config,
     tensors=TENSORS,

@@ -7,11 +7,12 @@ from typing import Any
 from speculators.checkpoint.tensor import describe_shape
 from speculators.errors import ConversionError
 from speculators.families.eagle3.config import USUAL_STATES
-from speculators.families.eagle3.options import AUX_LAYERS, AUX_NUMBERING, ask
+from speculators.families.eagle3.options import AUX_NUMBERING
 from speculators.families.eagle3.publishers import Publisher, eagle_config
 from speculators.families.family import Source
+from speculators.families.options import AUX_LAYERS, ask
 
-__all__ = ["count_states", "state_width", "verifier_layers"]
+__all__ = ["count_states", "verifier_layers"]
 
 LAYER_KEYS = (
     "eagle_aux_hidden_state_layer_ids",
@@ -25,31 +26,6 @@ NUMBERINGS = (
     "number N can mean the state that enters the verifier's layer N (input: vLLM, speculators) or "
     "the one that leaves it (output: ModelOpt, SpecForge, TensorRT-LLM, AngelSlim)"
 )
-
-
-def state_width(source: Source, said: object, hidden: int) -> int:
-    """The width of one state: the verifier's hidden size.
-
-    Args:
-        source: the checkpoint.
-        said: ``target_hidden_size`` of its config.
-        hidden: the draft's hidden size.
-
-    Raises:
-        ConversionError: if the config names another width than the verifier has.
-
-    """
-    if source.verifier is None:
-        return said if type(said) is int else hidden
-    width = source.verifier.hidden_size
-    if width != (hidden if said is None else said):
-        says = "no target_hidden_size" if said is None else f"target_hidden_size {said}"
-        raise ConversionError(
-            f"The draft does not fit the verifier {source.verifier.name}, whose hidden size is "
-            f"{width}: {source.checkpoint.config_file} says {says}, and the draft's own is "
-            f"{hidden}; give the model that it was trained for."
-        )
-    return width
 
 
 def count_states(source: Source, width: int) -> int:

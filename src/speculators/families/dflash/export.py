@@ -1,0 +1,319 @@
+"""What DFlash, DFlash 2 and DSpark drafts can be exported to.
+
+What each reader takes is by the sources of z-lab's ``dflash`` 0.1.0, vLLM 0.32 and 0.33
+(``model_executor/models/qwen3_dflash.py``, ``qwen3_dflash2.py``, ``qwen3_dspark.py``) and SGLang
+0.5.23 (``srt/models/dflash.py``, ``dspark.py``, ``srt/speculative/dflash_utils.py``). All of them
+read one native layout, which is flat and nests what is DFlash's own in ``dflash_config``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from speculators.families.advice import limit_context
+from speculators.families.dflash.attention import is_usual
+from speculators.families.dflash.config import DFlash2Config, DFlashConfig, DSparkConfig
+from speculators.families.family import Target
+
+__all__ = ["DFLASH2_TARGETS", "DFLASH_TARGETS", "DSPARK_TARGETS", "export_config"]
+
+Limit = Callable[[DFlashConfig], str | None]
+"""What a draft has that a reader cannot compute, as it follows "it"; ``None`` if nothing."""
+
+SELECTOR = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+SCALES = ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
+HEADS = (
+    "markov_rank",
+    "markov_head_type",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DFlashTarget(Target):
+    """A layout to export to.
+
+    Attributes:
+        keys: what config.json has beside what all native layouts have.
+
+    """
+
+    keys: Callable[[Any], dict[str, Any]] = lambda config: {}  # noqa: ARG005
+
+
+def export_config(config: DFlashConfig, target: DFlashTarget) -> dict[str, Any]:
+    """The draft's config in the native layout: flat, with ``dflash_config``."""
+    layer = config.transformer_layer_config
+    values = layer.model_dump(exclude_none=True) | {"rope_scaling": None}
+    values.pop("is_causal", None)
+    if layer.is_neox_style:
+        del values["is_neox_style"]
+    if layer.rope_scaling is not None:
+        # Older software reads ``type``, newer ``rope_type``.
+        both = {"type": layer.rope_type, "rope_type": layer.rope_type}
+        values["rope_scaling"] = layer.rope_scaling | both
+    values |= {"sliding_window": layer.sliding_window, "block_size": config.block_size}
+    values |= {key: config.dtype for key in ("torch_dtype", "dtype") if config.dtype}
+    for key in ("num_target_layers", "target_hidden_size"):
+        if (value := getattr(config, key)) is not None:
+            values[key] = value
+    if config.draft_vocab_size != layer.vocab_size:
+        values["draft_vocab_size"] = config.draft_vocab_size
+    if not is_usual(layer.layer_types, config.causal):
+        # All three readers look at it first; they do not agree on dflash_config.causal.
+        values["is_causal"] = config.causal[0]
+    return values | dict(target.layers["qwen3"]) | target.keys(config)
+
+
+def _nested(config: DFlashConfig) -> dict[str, Any]:
+    """``dflash_config`` with the keys of DFlash."""
+    return {
+        "dflash_config": {
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": config.target_layer_ids,
+        }
+    }
+
+
+def _dflash2(config: DFlash2Config) -> dict[str, Any]:
+    own = {key: getattr(config, key) for key in (*SELECTOR, *SCALES)}
+    nested = _nested(config)["dflash_config"]
+    return {"dflash_config": nested | {key: it for key, it in own.items() if it is not None}}
+
+
+def _dspark(config: DSparkConfig) -> dict[str, Any]:
+    """DeepSpec's layout, which vLLM and SGLang read at the top."""
+    return {
+        "target_layer_ids": config.target_layer_ids,
+        "mask_token_id": config.mask_token_id,
+        "sample_from_anchor": config.sample_from_anchor,
+        **{key: getattr(config, key) for key in HEADS},
+    }
+
+
+def _dflash_for_vllm(config: DFlashConfig) -> dict[str, Any]:
+    """DFlash, or a DSpark draft with a Markov head of rank 0 if it samples from the anchor."""
+    if not config.sample_from_anchor:
+        return _nested(config)
+    return {
+        "architectures": ["Qwen3DSparkModel"],
+        "target_layer_ids": config.target_layer_ids,
+        "mask_token_id": config.mask_token_id,
+        "sample_from_anchor": True,
+        "markov_rank": 0,
+        "enable_confidence_head": False,
+    }
+
+
+def samples_anchor(config: DFlashConfig) -> str | None:
+    """A first token that is drafted at the anchor's position."""
+    return "samples from the anchor" if config.sample_from_anchor else None
+
+
+def other_width(config: DFlashConfig) -> str | None:
+    """States of another width than the draft's."""
+    return "reads states of another width than its own" if config.target_hidden_size else None
+
+
+def embeddings_read(config: DFlashConfig) -> str | None:
+    """The state that enters layer 0, which leaves none."""
+    reads = 0 in config.aux_hidden_state_layer_ids
+    return "reads the verifier's embeddings (layer -1)" if reads else None
+
+
+def own_mask(config: DFlashConfig) -> str | None:
+    """A mask token with an embedding of its own."""
+    return "has a mask embedding of its own (mask_embedding.pt)" if config.mask_embedding else None
+
+
+def paired_rope(config: DFlashConfig) -> str | None:
+    """RoPE that pairs neighbouring channels."""
+    paired = not config.transformer_layer_config.is_neox_style
+    return "has RoPE that pairs neighbouring channels (is_neox_style false)" if paired else None
+
+
+def depth_unknown(config: DFlashConfig) -> str | None:
+    """No number of the verifier's layers, which the reference always reads."""
+    unknown = config.num_target_layers is None
+    return "does not say how many layers its verifier has" if unknown else None
+
+
+def other_markov(config: DFlashConfig) -> str | None:
+    """A Markov head that depends on more than the token before."""
+    kind = getattr(config, "markov_head_type", "vanilla")
+    return f"has a {kind} Markov head" if kind != "vanilla" else None
+
+
+def causal_full(config: DFlashConfig) -> str | None:
+    """Layers whose causality is not that of their type."""
+    usual = is_usual(config.transformer_layer_config.layer_types, config.causal)
+    return None if usual else "has layers that are causal, or not, unlike others of their type"
+
+
+def sliding(config: DFlashConfig) -> str | None:
+    """A window."""
+    slides = config.transformer_layer_config.use_sliding_window
+    return "has layers that slide" if slides else None
+
+
+def scaled(config: DFlashConfig) -> str | None:
+    """DFlash 2's scales."""
+    given = [key for key in SCALES if getattr(config, key, None) is not None]
+    return f"has {given[0]}" if given else None
+
+
+def refusal(
+    reader: str, *limits: Limit
+) -> Callable[[DFlashConfig, Callable[[], int | None]], str | None]:
+    """Why a reader cannot compute a draft: by the first of the limits that it exceeds."""
+
+    def refuses(config: DFlashConfig, depth: Callable[[], int | None]) -> str | None:  # noqa: ARG001
+        exceeded = next(filter(None, (limit(config) for limit in limits)), None)
+        return exceeded and f"{exceeded}, which {reader} cannot compute"
+
+    return refuses
+
+
+def _called(architecture: str) -> dict[str, dict[str, Any]]:
+    return {"qwen3": {"model_type": "qwen3", "architectures": [architecture]}}
+
+
+def _served_as_dspark(config: DFlashConfig) -> str | None:
+    if not config.sample_from_anchor:
+        return None
+    return (
+        "it samples from the anchor, so it is written as DeepSpec does, as a DSpark draft with a "
+        "Markov head of rank 0: serve it with the method dspark, without tensor parallelism"
+    )
+
+
+def _advice_on_llamacpp(config: DFlashConfig) -> str:
+    verifier = config.speculators_config.verifier.name_or_path
+    return (
+        "give convert_hf_to_gguf.py the option --target-model-dir with the directory of "
+        f"{verifier}: it takes the tokenizer from there"
+    )
+
+
+OWN = frozenset({"embedding", "head", "draft_vocabulary"})
+EMPTY: Mapping[str | None, str] = {}
+IGNORES_OWN = {
+    "embedding": "{reader} uses the verifier's embedding, whatever the draft's own holds",
+    "head": "{reader} uses the verifier's head, whatever the draft's own holds",
+}
+
+
+def _ignores_own(reader: str) -> dict[str | None, str]:
+    return {feature: remark.format(reader=reader) for feature, remark in IGNORES_OWN.items()}
+
+
+def _reference(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFlashTarget:
+    """z-lab's own code, and its layout."""
+    return DFlashTarget(
+        reader="z-lab's dflash",
+        layers=_called(architecture),
+        lacks=OWN,
+        refuses=refusal(
+            "z-lab's dflash", samples_anchor, other_width, own_mask, paired_rope, depth_unknown
+        ),
+        keys=keys,
+    )
+
+
+def _vllm(architecture: str, keys: Callable[[Any], dict[str, Any]], *limits: Limit) -> DFlashTarget:
+    return DFlashTarget(
+        reader="vLLM",
+        layers=_called(architecture),
+        refuses=refusal("vLLM", *limits),
+        keys=keys,
+        activation="silu",
+        advice=_served_as_dspark,
+    )
+
+
+def _sglang(
+    architecture: str, keys: Callable[[Any], dict[str, Any]], *limits: Limit
+) -> DFlashTarget:
+    return DFlashTarget(
+        reader="SGLang",
+        layers=_called(architecture),
+        lacks=frozenset({"draft_vocabulary"}),
+        refuses=refusal("SGLang", other_width, embeddings_read, *limits),
+        keys=keys,
+        activation="silu",
+        remarks=_ignores_own("SGLang"),
+        advice=limit_context,
+    )
+
+
+def _llamacpp(
+    architecture: str,
+    keys: Callable[[Any], dict[str, Any]],
+    *limits: Limit,
+    ignores: Mapping[str | None, str] = EMPTY,
+) -> DFlashTarget:
+    """What llama.cpp's converter takes; which windows and masks it writes is not documented."""
+    return DFlashTarget(
+        reader="llama.cpp's convert_hf_to_gguf.py",
+        layers=_called(architecture),
+        lacks=frozenset({*(OWN - ignores.keys()), "attention_bias"}),
+        refuses=refusal(
+            "llama.cpp",
+            other_width,
+            embeddings_read,
+            own_mask,
+            paired_rope,
+            causal_full,
+            sliding,
+            *limits,
+        ),
+        keys=keys,
+        activation="silu",
+        remarks=ignores,
+        advice=_advice_on_llamacpp,
+    )
+
+
+def _trtllm(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFlashTarget:
+    """What TensorRT-LLM's PyTorch backend takes: blocks that are bidirectional, without windows."""
+    return DFlashTarget(
+        reader="TensorRT-LLM",
+        layers=_called(architecture),
+        lacks=frozenset({"draft_vocabulary"}),
+        refuses=refusal(
+            "TensorRT-LLM",
+            samples_anchor,
+            other_width,
+            embeddings_read,
+            own_mask,
+            paired_rope,
+            sliding,
+            causal_full,
+        ),
+        keys=keys,
+        activation="silu",
+        remarks=_ignores_own("TensorRT-LLM"),
+    )
+
+
+DFLASH_TARGETS = {
+    "dflash": _reference("DFlashDraftModel", _nested),
+    "vllm": _vllm("DFlashDraftModel", _dflash_for_vllm),
+    "sglang": _sglang("DFlashDraftModel", _nested, samples_anchor),
+    "llamacpp": _llamacpp("DFlashDraftModel", _nested, samples_anchor),
+    "trtllm": _trtllm("DFlashDraftModel", _nested),
+}
+DFLASH2_TARGETS = {
+    "dflash": _reference("DFlash2DraftModel", _dflash2),
+    "vllm": _vllm("DFlash2DraftModel", _dflash2, samples_anchor),
+    "sglang": _sglang("DFlash2DraftModel", _dflash2, samples_anchor),
+    "llamacpp": _llamacpp("DFlash2DraftModel", _dflash2, samples_anchor, scaled),
+}
+DSPARK_TARGETS = {
+    "vllm": _vllm("Qwen3DSparkModel", _dspark, other_markov),
+    "sglang": _sglang("Qwen3DSparkModel", _dspark),
+    "llamacpp": _llamacpp(
+        "Qwen3DSparkModel", _dspark, other_markov, ignores=_ignores_own("llama.cpp")
+    ),
+}

@@ -1,0 +1,180 @@
+"""The families of DFlash, DFlash 2 and DSpark drafts (z-lab/dflash, deepseek-ai/DeepSpec)."""
+
+from speculators.families.dflash.config import (
+    MASK_FILE,
+    DFlash2Config,
+    DFlashConfig,
+    DSparkConfig,
+)
+from speculators.families.dflash.derive import (
+    complete,
+    converts_again,
+    derive_dflash,
+    derive_dflash2,
+    derive_dspark,
+)
+from speculators.families.dflash.export import (
+    DFLASH2_TARGETS,
+    DFLASH_TARGETS,
+    DSPARK_TARGETS,
+    export_config,
+)
+from speculators.families.dflash.options import OPTIONS
+from speculators.families.dflash.tensors import (
+    DFLASH2_FEATURES,
+    DFLASH2_TENSORS,
+    DFLASH_FEATURES,
+    DFLASH_TENSORS,
+    DSPARK_FEATURES,
+    DSPARK_TENSORS,
+    OLDER_PREFIXES,
+    OMISSIONS,
+)
+from speculators.families.family import Card, Family, Names
+from speculators.families.signature import Serving, Signature
+
+__all__ = ["DFLASH", "DFLASH2", "DSPARK"]
+
+BACKBONE = ("hidden_norm.weight", "layers.0.self_attn.q_norm.weight")
+PARTS = ("fc.weight", *BACKBONE, "layers.0.self_attn.q_proj.weight")
+OF_EAGLE3 = r"mask_hidden|midlayer\..*|layers\.0\.hidden_norm\.weight"
+NATIVE = "the native layout"
+INSTEAD = "`speculators inspect` says what it can be exported to"
+
+
+def _card(draft: str, method: str, tag: str) -> Card:
+    return Card(draft, method, tags=(tag, "speculative-decoding", "speculators"))
+
+
+DFLASH = Family(
+    name="dflash",
+    noun="a DFlash draft",
+    signature=Signature(
+        "dflash",
+        "a DFlash draft",
+        marks=r"hidden_norm\.weight",
+        needs=BACKBONE,
+        never=OF_EAGLE3,
+        hints={"architectures": r"DFlash.*|Qwen3DSparkModel"},
+        parts=PARTS,
+        serving=(
+            Serving("vLLM", 'method "dflash"'),
+            Serving("SGLang", "DFLASH", note=NATIVE),
+            Serving("llama.cpp", "draft-dflash", note=NATIVE),
+            Serving("TensorRT-LLM", "DFlash", note=NATIVE),
+        ),
+    ),
+    config=DFlashConfig,
+    tensors=DFLASH_TENSORS,
+    features=DFLASH_FEATURES,
+    names=Names(prefixes=OLDER_PREFIXES),
+    omissions=OMISSIONS,
+    derive=derive_dflash,
+    complete=complete,
+    facts=DFlashConfig.facts,
+    converts_again=converts_again,
+    options=OPTIONS,
+    companions=(MASK_FILE,),
+    borrows=("embedding", "head"),
+    model="speculators.models.dflash:DFlashSpeculator",
+    reference="speculators.convert.references.dflash:DFlashReference",
+    check="speculators.convert.checks.block:BlockCheck",
+    card=_card("A DFlash draft", "dflash", "dflash"),
+    export_config=export_config,
+    targets=DFLASH_TARGETS,
+    instead=INSTEAD,
+    example=("z-lab/Qwen3-8B-DFlash-b16", "Qwen/Qwen3-8B"),
+    unusual=("draft_vocabulary", "attention_bias"),
+)
+
+DFLASH2 = Family(
+    name="dflash2",
+    noun="a DFlash 2 draft",
+    signature=Signature(
+        "dflash2",
+        "a DFlash 2 draft",
+        marks=r"candidate_selector\..*|layers\.\d+\.(attention|mlp)_conv\..*",
+        needs=BACKBONE,
+        never=OF_EAGLE3,
+        hints={"architectures": r"DFlash2.*"},
+        parts=(*PARTS, "candidate_selector.predecessor_codebook"),
+        serving=(
+            Serving("vLLM", 'method "dflash"'),
+            Serving("SGLang", "DFLASH", note=NATIVE),
+            Serving("llama.cpp", "draft-dflash", note=NATIVE),
+        ),
+    ),
+    config=DFlash2Config,
+    tensors=DFLASH2_TENSORS,
+    features=DFLASH2_FEATURES,
+    names=Names(
+        prefixes={
+            # As upstream's own class saves them.
+            f"candidate_selector.{name}_codebook.weight": f"candidate_selector.{name}_codebook"
+            for name in ("predecessor", "successor")
+        },
+    ),
+    omissions=OMISSIONS,
+    derive=derive_dflash2,
+    complete=complete,
+    facts=DFlash2Config.facts,
+    converts_again=converts_again,
+    options=OPTIONS,
+    companions=(MASK_FILE,),
+    borrows=("embedding", "head"),
+    model="speculators.models.dflash:DFlash2Speculator",
+    reference="speculators.convert.references.dflash:DFlash2Reference",
+    check="speculators.convert.checks.block:BlockCheck",
+    card=_card("A DFlash 2 draft", "dflash", "dflash2"),
+    export_config=export_config,
+    targets=DFLASH2_TARGETS,
+    instead=INSTEAD,
+    example=("z-lab/Qwen3.8-27B-DFlash2", "Qwen/Qwen3.8-27B"),
+    unusual=("draft_vocabulary", "attention_bias"),
+)
+
+DSPARK = Family(
+    name="dspark",
+    noun="a DSpark draft",
+    signature=Signature(
+        "dspark",
+        "a DSpark draft",
+        marks=r"(logit_head\.)?markov_head\..*|markov_w[12]\.weight",
+        needs=BACKBONE,
+        never=OF_EAGLE3,
+        hints={"architectures": r".*DSpark.*"},
+        parts=(*PARTS, "markov_head.markov_w1.weight"),
+        serving=(
+            Serving("vLLM", 'method "dspark"', note="vanilla Markov heads only"),
+            Serving("SGLang", "DSPARK", note=NATIVE),
+            Serving("llama.cpp", "draft-dspark", note="vanilla Markov heads only"),
+        ),
+    ),
+    config=DSparkConfig,
+    tensors=DSPARK_TENSORS,
+    features=DSPARK_FEATURES,
+    names=Names(prefixes=OLDER_PREFIXES),
+    omissions={r"verifier_(lm_head|norm)\.weight": OMISSIONS[r"verifier_(lm_head|norm)\.weight"]},
+    derive=derive_dspark,
+    complete=complete,
+    facts=DSparkConfig.facts,
+    converts_again=converts_again,
+    options=OPTIONS,
+    companions=(MASK_FILE,),
+    borrows=("embedding", "head"),
+    model="speculators.models.dflash:DSparkSpeculator",
+    reference="speculators.convert.references.dflash:DSparkReference",
+    check="speculators.convert.checks.block:BlockCheck",
+    card=_card("A DSpark draft", "dspark", "dspark"),
+    export_config=export_config,
+    targets=DSPARK_TARGETS,
+    instead=INSTEAD,
+    example=("deepseek-ai/dspark_qwen3_8b_block7", "Qwen/Qwen3-8B"),
+    unusual=(
+        "gated_markov",
+        "rnn_markov",
+        "confidence_head",
+        "draft_vocabulary",
+        "attention_bias",
+    ),
+)

@@ -1,0 +1,31 @@
+"""The verifier's states that a draft reads, in all families that read several."""
+
+from speculators.errors import ConversionError
+from speculators.families.family import Source
+
+__all__ = ["state_width"]
+
+
+def state_width(source: Source, said: object, hidden: int) -> int:
+    """The width of one state: the verifier's hidden size.
+
+    Args:
+        source: the checkpoint.
+        said: ``target_hidden_size`` of its config.
+        hidden: the draft's hidden size.
+
+    Raises:
+        ConversionError: if the config names another width than the verifier has.
+
+    """
+    if source.verifier is None:
+        return said if type(said) is int else hidden
+    width = source.verifier.hidden_size
+    if width != (hidden if said is None else said):
+        says = "no target_hidden_size" if said is None else f"target_hidden_size {said}"
+        raise ConversionError(
+            f"The draft does not fit the verifier {source.verifier.name}, whose hidden size is "
+            f"{width}: {source.checkpoint.config_file} says {says}, and the draft's own is "
+            f"{hidden}; give the model that it was trained for."
+        )
+    return width
