@@ -65,7 +65,7 @@ def families() -> list[Family]:
 
 def family_named(name: object) -> Family | None:
     """The family of this name, or with drafts of this ``speculators_model_type``."""
-    return next((it for it in families() if name in {it.name, *it.model_types}), None)
+    return next((it for it in families() if name in (it.name, *it.model_types)), None)
 
 
 def companions() -> set[str]:
