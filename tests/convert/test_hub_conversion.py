@@ -275,3 +275,18 @@ def test_a_verifier_that_is_attached_by_its_id_is_kept_in_the_same_cache(
     assert model.verifier is not None
     assert list(elsewhere.glob("models--org--verifier/snapshots/*/model.safetensors"))
     assert not list(cache.glob("**/model.safetensors"))
+
+
+def test_a_draft_with_a_file_beside_its_weights(
+    server: HubServer, tmp_path: Path, speculators: CommandLine
+) -> None:
+    """A DFlash draft's mask embedding is fetched with it; nothing asks for one of other drafts."""
+    source = dflash.write_draft(tmp_path / "source", dflash.native())
+    torch.save({"embedding": torch.ones(64), "mask_token_id": 319}, source / MASK_FILE)
+    server.add_repo("org/dflash", source)
+    server.add_repo("org/qwen3", dflash.TARGET)
+    run = speculators("convert", "auto", "org/dflash", tmp_path / "out", "org/qwen3")
+    assert (run.status, run.errors) == (0, [])
+    assert (tmp_path / "out" / MASK_FILE).read_bytes() == (source / MASK_FILE).read_bytes()
+    assert speculators("inspect", "org/dflash").stdout.count("an embedding of its own") == 2
+    assert not [path for path in server.paths if MASK_FILE in path and "org/draft" in path]
