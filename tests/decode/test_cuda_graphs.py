@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import EtaLogitsWarper, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from block_drafts import knowing_dflash
 from distributions import SETTINGS, TOKENS, analytic, chi_square_is_likely, small_verifier
 from eagle3 import knowing_eagle3
 from speculators.decode import Generation, Workspace, speculate
@@ -186,6 +187,20 @@ def test_a_draft_that_projects_states_and_maps_tokens(proposal: ProposalMethod |
             own = verifier.generate(ids, max_new_tokens=30, **settings)
             assert found[0][0] == own.tolist()
     assert sum(one is not None for one in workspace.recordings.values()) > 1
+
+
+@pytest.mark.parametrize("kind", ["windows", "dflash2", "rnn"])
+def test_a_draft_of_blocks(kind: str) -> None:
+    verifier: Any = tiny_verifier(num_hidden_layers=3, context=0.001)
+    draft = knowing_dflash(verifier, kind)
+    verifier.to(DEVICE)
+    draft.to(DEVICE)
+    for proposal in ("greedy", "sampling"):
+        for length in (1, 9, 26):
+            ids = ids_of(length, seed=length)
+            check_same(draft, ids, proposal=proposal, max_new_tokens=12)
+    check_same(draft, ids, proposal="sampling", max_new_tokens=12, do_sample=True, top_k=9)
+    assert recordings(draft) > 2
 
 
 def test_replayed_draws_from_some_tokens_have_the_verifiers_distribution() -> None:

@@ -98,6 +98,9 @@ class SequentialDraft(ContextDraft, Protocol):
 class ContextDrafter(Drafter):
     """Proposes chains from one pass over a block.
 
+    Each token comes with the state at the token before it. So the states of the newly confirmed
+    tokens are the context that is new, up to the last of these tokens, which is the anchor.
+
     Args:
         draft: the model.
         cache: an empty one.
