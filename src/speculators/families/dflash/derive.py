@@ -168,7 +168,8 @@ def _derive(source: Source, kind: Kind) -> Derived:
     }
     _check_draft_vocabulary(said, keys["draft_vocab_size"])
     keys |= mask_token(said, layer.config.vocab_size, layer.config.hidden_size, kind, notes)
-    known = keys["aux_hidden_state_layer_ids"] is not None
+    open_ends = {"reads"} if keys["aux_hidden_state_layer_ids"] is None else set[str]()
+    open_ends |= set() if attention.known else {"attention"}
     check_states(said, keys, layer.config.hidden_size)
     if left := said.left():
         notes.append(
@@ -187,16 +188,16 @@ def _derive(source: Source, kind: Kind) -> Derived:
         {key: why for key, why in (layer.left_out | read).items() if key not in keys},
         kind,
         given or [{"proposal_type": "greedy", "speculative_tokens": max(drafted, 1)}],
-        {"publisher": publisher.name} | _facts(kind, layer.config, keys, known=known),
+        {"publisher": publisher.name} | _facts(kind, layer.config, keys, open_ends),
     )
 
 
 def _facts(
-    kind: Kind, layer: LayerConfig, keys: Mapping[str, Any], *, known: bool
+    kind: Kind, layer: LayerConfig, keys: Mapping[str, Any], open_ends: set[str]
 ) -> dict[str, str]:
-    """What the config says, before there is one; ``known`` is whether the states are."""
+    """What the config says, before there is one, without what an answer is asked for."""
     config = CONFIGS[kind].model_construct(transformer_layer_config=layer, **keys)
-    return {label: fact for label, fact in config.facts().items() if known or label != "reads"}
+    return {label: fact for label, fact in config.facts().items() if label not in open_ends}
 
 
 def _refuse_variants(source: Source) -> None:
