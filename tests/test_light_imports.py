@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import speculators
+from dflash import GOLDEN_FAMILIES, PLAIN, SELECTING
+from dflash import TARGET as DFLASH_TARGET
 from eagle3 import GOLDEN3, TARGET
 from helpers import entries, write_checkpoint
 
@@ -54,6 +56,7 @@ def test_this_test_sees_what_is_loaded() -> None:
         ["convert", "--help"],
         ["convert", "eagle", "--help"],
         ["convert", "eagle3", "--help"],
+        ["convert", "dflash", "--help"],
         ["convert", "auto", "--help"],
         ["evaluate", "--help"],
         ["export", "--help"],
@@ -87,6 +90,15 @@ def test_an_eagle3_draft_needs_no_torch(tmp_path: Path) -> None:
     arguments = ["convert", "auto", str(tmp_path), "out", str(TARGET), "--no-validate"]
     assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
     for command in (["inspect", "out"], ["export", "out", "modelopt", "--to", "modelopt"]):
+        assert loaded_after(MAIN, *command, cwd=tmp_path) == (0, set())
+
+
+@pytest.mark.parametrize("name", [PLAIN, SELECTING])
+def test_a_dflash_draft_needs_no_torch(tmp_path: Path, name: str) -> None:
+    source = GOLDEN_FAMILIES / name
+    arguments = ["convert", "auto", str(source), "out", str(DFLASH_TARGET), "--no-validate"]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
+    for command in (["inspect", "out"], ["export", "out", "native", "--to", "dflash"]):
         assert loaded_after(MAIN, *command, cwd=tmp_path) == (0, set())
 
 

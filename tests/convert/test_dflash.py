@@ -629,6 +629,7 @@ def test_upstreams_bidirectional_draft_is_asked_about(
     source = write_draft(tmp_path / "source", upstream())
     with pytest.raises(ConversionError, match=r"two meanings .* --causal or --no-causal"):
         converted(source, tmp_path / "out")
+    assert "attention" not in inspect_checkpoint(source).facts
     with pytest.raises(FormatError, match=r"convert the draft again with --causal or --no-causal"):
         open_converted(source)
     for answer in (True, False):
@@ -701,6 +702,7 @@ def test_upstreams_missing_layers_are_asked_for(tmp_path: Path) -> None:
     source = write_draft(tmp_path / "source", upstream(aux_hidden_state_layer_ids=None))
     with pytest.raises(ConversionError, match=r"which of the verifier's states .* --aux-layers"):
         converted(source, tmp_path / "out", causal=False)
+    assert "reads" not in inspect_checkpoint(source).facts
     out = converted(source, tmp_path / "out", causal=False, aux_layers=[2, 4, 8])
     assert config_in(out)["aux_hidden_state_layer_ids"] == [2, 4, 8]
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import dflash
 from helpers import (
     PLAIN,
     CommandLine,
@@ -21,6 +23,7 @@ from helpers import (
     write_shards,
 )
 from hub_server import MEMBER, HubServer, patch_hub, skip_waits
+from speculators.families.dflash.config import MASK_FILE
 from speculators.models.eagle import EagleSpeculator
 
 DRAFT, VERIFIER = "org/draft", "org/verifier"
@@ -275,3 +278,18 @@ def test_a_verifier_that_is_attached_by_its_id_is_kept_in_the_same_cache(
     assert model.verifier is not None
     assert list(elsewhere.glob("models--org--verifier/snapshots/*/model.safetensors"))
     assert not list(cache.glob("**/model.safetensors"))
+
+
+def test_a_draft_with_a_file_beside_its_weights(
+    server: HubServer, tmp_path: Path, speculators: CommandLine
+) -> None:
+    """A DFlash draft's mask embedding is fetched with it."""
+    source = dflash.write_draft(tmp_path / "source", dflash.native())
+    torch.save({"embedding": torch.ones(64), "mask_token_id": 319}, source / MASK_FILE)
+    server.add_repo("org/dflash", source)
+    server.add_repo("org/qwen3", dflash.TARGET)
+    run = speculators("convert", "auto", "org/dflash", tmp_path / "out", "org/qwen3")
+    assert (run.status, run.errors) == (0, [])
+    assert (tmp_path / "out" / MASK_FILE).read_bytes() == (source / MASK_FILE).read_bytes()
+    assert speculators("inspect", "org/dflash").stdout.count("an embedding of its own") == 2
+    assert MASK_FILE in server.fetched

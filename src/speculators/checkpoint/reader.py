@@ -126,12 +126,8 @@ def find_companions(repository: Repository, names: Collection[str]) -> dict[str,
     return {name: Companion(path, FileIdentity.at(path)) for name, path in found.items() if path}
 
 
-def read_checkpoint(repository: Repository, companions: Collection[str] = ()) -> Checkpoint:
+def read_checkpoint(repository: Repository) -> Checkpoint:
     """Read a checkpoint's config.json and the headers of its weight files.
-
-    Args:
-        repository: where the files are.
-        companions: the names of files beside the weights that may belong to it.
 
     Raises:
         CheckpointError: if either is missing or damaged.
@@ -141,15 +137,7 @@ def read_checkpoint(repository: Repository, companions: Collection[str] = ()) ->
     _weights_of(repository)
     config, config_file, identity = _read_config(repository)
     tensors = read_tensors(repository)
-    return Checkpoint(
-        repository.name,
-        config,
-        config_file,
-        tensors,
-        repository.commit,
-        identity,
-        find_companions(repository, companions),
-    )
+    return Checkpoint(repository.name, config, config_file, tensors, repository.commit, identity)
 
 
 def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:

@@ -1,6 +1,7 @@
 """Conversion: read, plan, write, validate, and only then move into place."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import copy_file, write_safetensors_file
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent
-from speculators.checkpoint.reader import Checkpoint, read_checkpoint
+from speculators.checkpoint.reader import Checkpoint, find_companions, read_checkpoint
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.tensor import FLOATS
 from speculators.checkpoint.verifier import Verifier, open_verifier
@@ -31,7 +32,6 @@ from speculators.convert.replan import plan_of_itself, verifier_of
 from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
 from speculators.families.converted import open_converted
 from speculators.families.family import Family
-from speculators.families.registry import companions
 from speculators.format.conversion import CONVERSION_FILE
 
 __all__ = ["convert", "plan", "validate"]
@@ -187,8 +187,7 @@ def validate(
         validate_model(plan_of_itself(written, verifier), written)
     else:
         planned = _plan(
-            written.family,
-            _read(source, revision, cache_dir),
+            *_read(written.family, source, revision, cache_dir),
             verifier,
             dtype=record.dtype if record else None,
             options=record.options if record else None,
@@ -212,8 +211,7 @@ def plan(
 ) -> ConversionPlan:
     """Plan what ``convert`` would do, without writing anything; see there for the arguments."""
     planned = _plan(
-        family,
-        _read(source, revision, cache_dir),
+        *_read(family, source, revision, cache_dir),
         open_verifier(base_model, cache_dir=cache_dir),
         asked=asked,
         options=options,
@@ -223,17 +221,23 @@ def plan(
     return planned
 
 
-def _read(source: str | Path, revision: str | None, cache_dir: str | Path | None) -> Checkpoint:
-    checkpoint = read_checkpoint(
-        open_repository(source, revision=revision, cache_dir=cache_dir, one_file=True),
-        companions(),
-    )
+def _read(
+    family: Family | None,
+    source: str | Path,
+    revision: str | None,
+    cache_dir: str | Path | None,
+) -> tuple[Family, Checkpoint]:
+    """Read a source, and the files beside its weights that its family may have."""
+    repository = open_repository(source, revision=revision, cache_dir=cache_dir, one_file=True)
+    checkpoint = read_checkpoint(repository)
     logger.info(f"Loaded {len(checkpoint.tensors)} weights")
-    return checkpoint
+    family = family or family_of(checkpoint)
+    companions = find_companions(repository, family.companions)
+    return family, replace(checkpoint, companions=companions)
 
 
 def _plan(
-    family: Family | None,
+    family: Family,
     checkpoint: Checkpoint,
     verifier: Verifier,
     *,
@@ -242,7 +246,7 @@ def _plan(
     options: Mapping[str, Any] | None = None,
 ) -> ConversionPlan:
     planned = plan_conversion(
-        family or family_of(checkpoint),
+        family,
         checkpoint,
         verifier,
         asked=asked,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError as PydanticValidationError
+
 from speculators import __version__
 from speculators.checkpoint.reader import Checkpoint, Companion
 from speculators.checkpoint.tensor import (
@@ -24,7 +26,9 @@ from speculators.families.fused import split
 from speculators.families.keys import SourceKeys
 from speculators.families.recognition import listed, recognise, short_names
 from speculators.families.rope_names import is_rope_table
+from speculators.families.signature import Signature
 from speculators.format.config import ProposalMethod, SpeculatorConfig
+from speculators.format.problems import first_problem
 from speculators.format.tensors import TensorSpec, compare, counts_shown, required_tensors
 
 __all__ = [
@@ -166,24 +170,27 @@ def plan_conversion(
                 f"{feature} asks for; omit it: features are detected from the tensors."
             )
     model_type = draft.derived.model_type or family.name
-    config = family.config.model_validate(
-        {
-            "architectures": draft.derived.architectures,
-            "speculators_model_type": model_type,
-            "speculators_version": __version__,
-            "torch_dtype": float_name(rounded_to) or draft.dtype,
-            "transformer_layer_config": draft.derived.layer.model_dump(),
-            **draft.derived.keys,
-            "speculators_config": {
-                "algorithm": model_type,
-                "proposal_methods": draft.derived.proposals or [ProposalMethod().model_dump()],
-                "verifier": {
-                    "name_or_path": verifier.name,
-                    "architectures": list(verifier.architectures),
+    try:
+        config = family.config.model_validate(
+            {
+                "architectures": draft.derived.architectures,
+                "speculators_model_type": model_type,
+                "speculators_version": __version__,
+                "torch_dtype": float_name(rounded_to) or draft.dtype,
+                "transformer_layer_config": draft.derived.layer.model_dump(),
+                **draft.derived.keys,
+                "speculators_config": {
+                    "algorithm": model_type,
+                    "proposal_methods": draft.derived.proposals or [ProposalMethod().model_dump()],
+                    "verifier": {
+                        "name_or_path": verifier.name,
+                        "architectures": list(verifier.architectures),
+                    },
                 },
-            },
-        }
-    )
+            }
+        )
+    except PydanticValidationError as error:
+        raise ConversionError(f"{checkpoint.config_file}, {first_problem(error)}.") from error
     vocabulary, hidden = config.verifier_sizes
     verifier.check_fits(hidden, vocabulary)
     discrepancies = draft.derived.discrepancies + _check_rope_tables(draft)
@@ -297,7 +304,7 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
         raise ConversionError(
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]})"
             f"{f', not {family.noun}' if family else ''}; {found.signature.advice}."
-            + (f" {served[0].upper()}{served[1:]}." if (served := found.signature.served) else "")
+            + _served(found.signature)
         )
     if not checkpoint.tensors:
         raise ConversionError(
@@ -307,7 +314,7 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
     if found.quantized:
         raise ConversionError(
             f"{checkpoint.name} holds quantized weights ({found.quantized[0]}), which are not "
-            "converted; give the original, unquantized checkpoint."
+            "converted; give the original, unquantized checkpoint." + _served(found.signature)
         )
     if found.signature is None:
         near = "; ".join(map(str, found.near)) or "it resembles none that is"
@@ -320,6 +327,12 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]}); convert it "
             f"with: speculators convert {found.family.name}."
         )
+
+
+def _served(signature: Signature | None) -> str:
+    """A sentence, after a space, on which engines serve a kind; empty for what is no draft."""
+    served = signature.served if signature else None
+    return f" {served[0].upper()}{served[1:]}." if served else ""
 
 
 def _by_short_name(checkpoint: Checkpoint, short: Mapping[str, str]) -> dict[str, TensorInfo]:

@@ -12,7 +12,6 @@ from speculators.families.signature import Signature
 
 __all__ = [
     "KNOWN",
-    "companions",
     "families",
     "family_named",
     "flags_of",
@@ -65,12 +64,7 @@ def families() -> list[Family]:
 
 def family_named(name: object) -> Family | None:
     """The family of this name, or with drafts of this ``speculators_model_type``."""
-    return next((it for it in families() if name in {it.name, *it.model_types}), None)
-
-
-def companions() -> set[str]:
-    """The names of files that may lie beside the weights of a draft and belong to it."""
-    return {name for family in families() for name in family.companions}
+    return next((it for it in families() if name in (it.name, *it.model_types)), None)
 
 
 def options_of(family: Family | None) -> list[Option]:

@@ -49,7 +49,7 @@ def vocabulary_size(source: Source, said: object) -> int:
     for name in ("embed_tokens.weight", "t2d"):
         info = source.tensors.get(name)
         if info is not None and info.shape:
-            if said not in {None, info.shape[0]}:
+            if said not in (None, info.shape[0]):
                 raise ConversionError(
                     f"{source.checkpoint.config_file} says vocab_size {said}, but {info.name} has "
                     f"the shape {describe_shape(info.shape)}; give the config that belongs to the "

@@ -20,7 +20,7 @@ from speculators.families.family import Family
 from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
 from speculators.families.fused import unfused
 from speculators.families.recognition import recognise, short_names
-from speculators.families.registry import companions, family_named
+from speculators.families.registry import family_named
 from speculators.families.signature import Signature
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
 from speculators.format.tensors import counts_shown, features_shown
@@ -86,6 +86,9 @@ def _inspect(repository: Repository) -> Finding:
         home = Path(repository.name)
         tensors = {n: replace(info, file=home / info.file.name) for n, info in tensors.items()}
         config_file = home / config_file.name
+    found = recognise(config, tensors)
+    is_converted = found.signature is CONVERTED
+    family = family_named(config.get("speculators_model_type")) if is_converted else found.family
     checkpoint = Checkpoint(
         repository.name,
         config,
@@ -93,13 +96,10 @@ def _inspect(repository: Repository) -> Finding:
         tensors,
         companions={
             name: Companion(config_file.parent / name)
-            for name in companions()
+            for name in (family.companions if family else ())
             if repository.holds(name)
         },
     )
-    found = recognise(config, tensors)
-    is_converted = found.signature is CONVERTED
-    family = family_named(config.get("speculators_model_type")) if is_converted else found.family
     if family is None:
         details = _details(checkpoint)
     elif is_converted:

@@ -25,12 +25,14 @@ class Attention:
         layer_types: of each layer.
         window: of those that slide; ``None`` if none does.
         causal: whether each layer is causal inside a block.
+        known: whether the config, or an answer, tells that; an answer is asked for if not.
 
     """
 
     layer_types: tuple[str, ...]
     window: int | None
     causal: tuple[bool, ...]
+    known: bool = True
 
 
 def is_usual(layer_types: Sequence[str], causal: Sequence[bool]) -> bool:
@@ -58,6 +60,7 @@ def derive_attention(said: Said, layers: int, *, dspark: bool, notes: list[str])
     non_causal = said.flag("sliding_window_non_causal")
     everywhere = is_causal if is_causal is not None else override
     causal: tuple[bool, ...]
+    known = True
     if everywhere is not None:
         causal = (everywhere,) * layers
     elif non_causal is True:
@@ -66,6 +69,7 @@ def derive_attention(said: Said, layers: int, *, dspark: bool, notes: list[str])
         open_end = non_causal is False or any(sliding)
         if open_end and answer is None:
             notes.append(ask(said.source, CAUSAL, _why_causality_is_open(non_causal)))
+            known = False
         elif open_end:
             return Attention(layer_types, window, (True,) * layers if answer else sliding)
         causal = (False,) * layers
@@ -81,7 +85,7 @@ def derive_attention(said: Said, layers: int, *, dspark: bool, notes: list[str])
             f"its dflash_config says causal {str(override).lower()}, which only vLLM reads: other "
             "engines take the layers that slide to be causal, and the others not"
         )
-    return Attention(layer_types, window, causal)
+    return Attention(layer_types, window, causal, known)
 
 
 def _why_causality_is_open(non_causal: bool | None) -> str:

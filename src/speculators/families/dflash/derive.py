@@ -17,7 +17,15 @@ from speculators.families.dflash.config import (
 )
 from speculators.families.dflash.heads import markov, no_heads, selector
 from speculators.families.dflash.mask import MASK_TOKEN_KEYS, mask_token
-from speculators.families.dflash.native import LAYER, Kind, Said, matrix, publisher_of
+from speculators.families.dflash.native import (
+    LAYER,
+    Kind,
+    Publisher,
+    Said,
+    architectures_of,
+    matrix,
+    publisher_of,
+)
 from speculators.families.dflash.states import check_states, target_hidden_size, verifier_states
 from speculators.families.family import Completion, Derived, Source
 from speculators.families.layer import DerivedLayer, derive_layer
@@ -142,7 +150,7 @@ def _derive(source: Source, kind: Kind) -> Derived:
         raise ConversionError(
             f"{said.where} lacks block_size; add the one that the draft was trained with."
         )
-    anchor = _sample_from_anchor(said, kind, publisher.from_anchor, publisher.name, notes)
+    anchor = _sample_from_anchor(said, kind, publisher, notes)
     attention = derive_attention(said, layers, dspark=kind == "dspark", notes=notes)
     heads = {"dflash": no_heads, "dflash2": selector, "dspark": markov}[kind](said, notes)
     said.refuse_what_changes()
@@ -160,7 +168,8 @@ def _derive(source: Source, kind: Kind) -> Derived:
     }
     _check_draft_vocabulary(said, keys["draft_vocab_size"])
     keys |= mask_token(said, layer.config.vocab_size, layer.config.hidden_size, kind, notes)
-    known = keys["aux_hidden_state_layer_ids"] is not None
+    open_ends = {"reads"} if keys["aux_hidden_state_layer_ids"] is None else set[str]()
+    open_ends |= set() if attention.known else {"attention"}
     check_states(said, keys, layer.config.hidden_size)
     if left := said.left():
         notes.append(
@@ -179,16 +188,16 @@ def _derive(source: Source, kind: Kind) -> Derived:
         {key: why for key, why in (layer.left_out | read).items() if key not in keys},
         kind,
         given or [{"proposal_type": "greedy", "speculative_tokens": max(drafted, 1)}],
-        {"publisher": publisher.name} | _facts(kind, layer.config, keys, known=known),
+        {"publisher": publisher.name} | _facts(kind, layer.config, keys, open_ends),
     )
 
 
 def _facts(
-    kind: Kind, layer: LayerConfig, keys: Mapping[str, Any], *, known: bool
+    kind: Kind, layer: LayerConfig, keys: Mapping[str, Any], open_ends: set[str]
 ) -> dict[str, str]:
-    """What the config says, before there is one; ``known`` is whether the states are."""
+    """What the config says, before there is one, without what an answer is asked for."""
     config = CONFIGS[kind].model_construct(transformer_layer_config=layer, **keys)
-    return {label: fact for label, fact in config.facts().items() if known or label != "reads"}
+    return {label: fact for label, fact in config.facts().items() if label not in open_ends}
 
 
 def _refuse_variants(source: Source) -> None:
@@ -202,7 +211,8 @@ def _refuse_variants(source: Source) -> None:
 
 
 def _refuse_architectures(said: Said) -> None:
-    for architecture in said.find("architectures", becomes="the draft's own are written") or ():
+    said.find("architectures", becomes="the draft's own are written")
+    for architecture in architectures_of(said.source.checkpoint.config):
         if architecture not in KNOWN:
             raise ConversionError(
                 f"{said.where} says architectures {architecture}, whose layers are not those of "
@@ -211,9 +221,7 @@ def _refuse_architectures(said: Said) -> None:
             )
 
 
-def _sample_from_anchor(
-    said: Said, kind: Kind, usual: bool, publisher: str, notes: list[str]
-) -> bool:
+def _sample_from_anchor(said: Said, kind: Kind, publisher: Publisher, notes: list[str]) -> bool:
     """Whether the anchor's position drafts a token."""
     given = said.flag("sample_from_anchor")
     bonus = said.flag("dspark_bonus_anchor", becomes="it is written as sample_from_anchor")
@@ -224,17 +232,21 @@ def _sample_from_anchor(
             f"{said.where}: sample_from_anchor, dspark_bonus_anchor and shift_label contradict "
             "each other; keep the one of the training."
         )
-    if answers:
-        return bool(answers.pop())
-    if said.upstream:
-        # Upstream's own classes, which trained it; vLLM reads false.
-        usual = kind == "dspark"
-    if usual or kind == "dspark":
+    # As engines take it that read a native layout, and upstream's classes; vLLM reads false there.
+    usual = kind == "dspark" if publisher.from_anchor is None else publisher.from_anchor
+    said_so = bool(answers)
+    samples = bool(answers.pop()) if said_so else usual
+    if not said_so and (samples or kind == "dspark"):
         notes.append(
             "its config.json does not say sample_from_anchor: taken to be "
-            f"{str(usual).lower()}, as {publisher} trains"
+            f"{str(samples).lower()}, as {publisher.name} trains"
         )
-    return usual
+    if samples and kind != "dspark":
+        notes.append(
+            "it samples from the anchor, which vLLM 0.32 and 0.33 refuse of such a draft in this "
+            "format" + ("; export it with --to vllm to serve it there" if kind == "dflash" else "")
+        )
+    return samples
 
 
 def _ways_to_say(said: Said, kind: Kind, attention: Attention) -> dict[str, Any]:
@@ -269,7 +281,7 @@ def _derive_layer(
     """Derive the config of the layers, with all sizes from the tensors."""
     source, tensors = said.source, said.source.tensors
     given = said.whole_number("num_hidden_layers")
-    if given not in {None, layers}:
+    if given not in (None, layers):
         raise ConversionError(
             f"{said.where} says num_hidden_layers {given}, but the tensors are those of {layers}; "
             "give the config that belongs to them."
@@ -280,7 +292,7 @@ def _derive_layer(
         ("intermediate_size", "layers.0.mlp.gate_proj.weight"),
     ):
         found = matrix(said, name).shape[0]
-        if said.layer.get(key) not in {None, found}:
+        if said.layer.get(key) not in (None, found):
             raise ConversionError(
                 f"{said.where} says {key} {said.layer[key]}, but {tensors[name].name} has the "
                 f"shape {describe_shape(tensors[name].shape)}; give the config that belongs to the "
@@ -316,7 +328,7 @@ def _derive_layer(
         {key: why for key, why in RENAMED.items() if key != LAYER},
         {*RENAMED, *MASK_TOKEN_KEYS, "target_hidden_size", "draft_vocab_size"},
     )
-    if said.layer.get("head_dim") not in {None, derived.config.head_dim}:
+    if said.layer.get("head_dim") not in (None, derived.config.head_dim):
         query = tensors["layers.0.self_attn.q_proj.weight"]
         raise ConversionError(
             f"{said.where} says head_dim {said.layer['head_dim']}, but {query.name} has the shape "
@@ -357,7 +369,7 @@ def _settle_rope(said: Said) -> None:
 
 def _check_draft_vocabulary(said: Said, drafted: int) -> None:
     given = said.whole_number("draft_vocab_size")
-    if given not in {None, drafted}:
+    if given not in (None, drafted):
         raise ConversionError(
             f"{said.where} says draft_vocab_size {given}, but the draft has {drafted} tokens by "
             "its head; give the config that belongs to the tensors."

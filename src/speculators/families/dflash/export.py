@@ -127,6 +127,12 @@ def own_mask(config: DFlashConfig) -> str | None:
     return "has a mask embedding of its own (mask_embedding.pt)" if config.mask_embedding else None
 
 
+def anchored_mask(config: DFlashConfig) -> str | None:
+    """Both: vLLM serves what samples from the anchor as DSpark, which reads no mask embedding."""
+    both = config.sample_from_anchor and config.mask_embedding
+    return "samples from the anchor and has a mask embedding of its own" if both else None
+
+
 def paired_rope(config: DFlashConfig) -> str | None:
     """RoPE that pairs neighbouring channels."""
     paired = not config.transformer_layer_config.is_neox_style
@@ -299,7 +305,7 @@ def _trtllm(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFlashT
 
 DFLASH_TARGETS = {
     "dflash": _reference("DFlashDraftModel", _nested),
-    "vllm": _vllm("DFlashDraftModel", _dflash_for_vllm),
+    "vllm": _vllm("DFlashDraftModel", _dflash_for_vllm, anchored_mask),
     "sglang": _sglang("DFlashDraftModel", _nested, samples_anchor),
     "llamacpp": _llamacpp("DFlashDraftModel", _nested, samples_anchor),
     "trtllm": _trtllm("DFlashDraftModel", _nested),

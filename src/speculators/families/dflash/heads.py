@@ -26,7 +26,7 @@ def no_heads(said: Said, notes: list[str]) -> dict[str, Any]:  # noqa: ARG001
         )
     for name in ("output_multiplier", "input_embedding_scale", "final_logit_softcapping"):
         value = said.find(name, becomes="with this value it changes nothing")
-        if value not in {None, 1 if name != "final_logit_softcapping" else 0}:
+        if value not in (None, 1 if name != "final_logit_softcapping" else 0):
             raise ConversionError(
                 f"{said.where} says {name} {value!r}, which readers disagree on for a DFlash "
                 "draft; remove it if the training ignored it."
@@ -55,7 +55,7 @@ def selector(said: Said, notes: list[str]) -> dict[str, Any]:
     }
     for name, size in found.items():
         given = said.whole_number(name)
-        if given not in {None, size}:
+        if given not in (None, size):
             raise ConversionError(
                 f"{said.where} says {name} {given}, but the tensors have {size}; give the config "
                 "that belongs to them."
@@ -74,7 +74,10 @@ def selector(said: Said, notes: list[str]) -> dict[str, Any]:
         value = said.find(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ConversionError(f"{said.where}, key {name}: {value!r} is not a number.")
-        scales[name] = None if value in {None, neutral} else value
+        if neutral and value is not None and not value > 0:
+            raise ConversionError(f"{said.where}, key {name}: {value!r} is not over 0.")
+        off = value is None or value == neutral or (not neutral and value < 0)
+        scales[name] = None if off else value
     if changing := [name for name, value in scales.items() if value is not None]:
         notes.append(
             f"vLLM does not read {' and '.join(changing)} in the speculators format, and then "
@@ -93,7 +96,7 @@ def markov(said: Said, notes: list[str]) -> dict[str, Any]:
     )
     kind = said.find("markov_head_type", "dspark_markov_head_type")
     for name, value, found in (("markov_rank", given, rank), ("markov_head_type", kind, shown)):
-        if value not in {None, found}:
+        if value not in (None, found):
             raise ConversionError(
                 f"{said.where} says {name} {value}, but the tensors are those of {found}; give the "
                 "config that belongs to them."
@@ -109,7 +112,7 @@ def markov(said: Said, notes: list[str]) -> dict[str, Any]:
     if there:
         info, hidden = tensors["confidence_head.proj.weight"], tensors["fc.weight"].shape[0]
         wide = info.shape[-1] != hidden
-        if with_markov not in {None, wide}:
+        if with_markov not in (None, wide):
             raise ConversionError(
                 f"{said.where} says confidence_head_with_markov {str(with_markov).lower()}, but "
                 f"{info.name} has the shape {describe_shape(info.shape)}; give the config that "

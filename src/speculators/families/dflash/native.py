@@ -12,7 +12,15 @@ from speculators.checkpoint.tensor import TensorInfo, describe_shape
 from speculators.errors import ConversionError, printable
 from speculators.families.family import Source
 
-__all__ = ["LAYER", "Kind", "Publisher", "Said", "matrix", "publisher_of"]
+__all__ = [
+    "LAYER",
+    "Kind",
+    "Publisher",
+    "Said",
+    "architectures_of",
+    "matrix",
+    "publisher_of",
+]
 
 Kind = Literal["dflash", "dflash2", "dspark"]
 
@@ -57,17 +65,24 @@ class Publisher:
     Attributes:
         name: what it is called.
         wrote: whether a config is its own.
-        from_anchor: whether its drafts sample from the anchor, if the config does not say so.
+        from_anchor: whether its drafts sample from the anchor, if the config does not say so;
+            ``None`` if those of DSpark do, and others do not.
 
     """
 
     name: str
     wrote: Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
-    from_anchor: bool = False
+    from_anchor: bool | None = None
+
+
+def architectures_of(config: Mapping[str, Any]) -> list[str]:
+    """The architectures that a config names, whatever form it names them in."""
+    named = config.get("architectures")
+    return [str(it) for it in (named if isinstance(named, list) else [named]) if it is not None]
 
 
 def _is_called(config: Mapping[str, Any], *architectures: str) -> bool:
-    return bool(set(architectures) & set(config.get("architectures") or ()))
+    return not set(architectures).isdisjoint(architectures_of(config))
 
 
 SPECULATORS = Publisher("speculators", lambda config, nested: "speculators_model_type" in config)  # noqa: ARG005
@@ -88,6 +103,7 @@ PUBLISHERS = (
         lambda config, nested: (
             _is_called(config, "DSparkDraftModel") or nested.get("projector_type") == "dspark"
         ),
+        from_anchor=False,
     ),
     Publisher("DeepSpec", lambda config, nested: "markov_rank" in config, from_anchor=True),  # noqa: ARG005
     Publisher("z-lab, or in its layout", lambda config, nested: True),  # noqa: ARG005
