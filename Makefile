@@ -85,7 +85,7 @@ test-vllm: $(VERIFIER)  ## serve drafts with real releases of vLLM, on the CPU
 	fi
 
 $(VLLM_OLDER_TESTS): test-vllm-%: $(VLLM_VENV)-%/.installed $(VERIFIER)
-	$(VLLM_VENV)-$*/bin/python -m pytest tests_vllm/test_release.py
+	$(VLLM_VENV)-$*/bin/python -m pytest tests_vllm/test_release.py tests_vllm/test_eagle3.py
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff format --check .
