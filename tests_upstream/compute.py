@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from speculators import SpeculatorModel
 from speculators.losses import resolve_loss_config
 from speculators.models.peagle import core as peagle
 from torch import Tensor
+
+from speculators import SpeculatorModel
 
 STEPS = 4
 LATER = STEPS - 1
