@@ -107,8 +107,9 @@ lint: $(INSTALLED)  ## check style and types
 docs: $(INSTALLED)  ## build the documentation as a site, in site/
 	$(BIN)/python docs/build_site.py site
 
-bench: $(VERIFIER)  ## measure, and write benchmarks/results
+bench: $(VERIFIER) .venv-upstream/.installed  ## measure, and write benchmarks/results
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/eagle3.py
 	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite
 	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1
 	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1 --temperature 1 \
