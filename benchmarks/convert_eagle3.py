@@ -1,12 +1,12 @@
-"""Measure converting an EAGLE-3 draft against `cp` of the same bytes, and against speculators 0.9.0.
+"""Measure converting an EAGLE-3 draft against `cp`, and against speculators 0.9.0.
 
     make .venv-upstream/.installed
-    python benchmarks/eagle3.py
+    python benchmarks/convert_eagle3.py
 
 The draft has the shapes of EAGLE-3 for Llama 3.1 8B in SafeAILab's layout: 848 MB in float16. As
 in `convert.py`, a copy, a conversion and one of a tiny draft (the start-up time) run one after the
 other, and ratios are taken within such a round. The raw seconds go into
-benchmarks/results/eagle3.json.
+benchmarks/results/convert-eagle3.json.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from convert import CACHE, COMMAND, ROOT, TIMED_COMMAND, Case, Run, conditions, copy, run
 from make_checkpoint import SIZES, write_verifier
 
-RESULTS = ROOT / "benchmarks" / "results" / "eagle3.json"
+from convert import CACHE, COMMAND, ROOT, TIMED_COMMAND, Case, Run, conditions, copy, run
+
+RESULTS = ROOT / "benchmarks" / "results" / "convert-eagle3.json"
 UPSTREAM = ROOT / ".venv-upstream" / "bin" / "python"
 UPSTREAM_VERSION = "speculators==0.9.0"
 MAKE = "make"
