@@ -20,7 +20,7 @@ WITH_OTHER_RELEASES := tests/models tests/convert/test_golden.py tests/decode/te
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-exhaustive test-oldest test-newest test-vllm $(VLLM_OLDER_TESTS) lint docs
-.PHONY: bench bench-vllm clean
+.PHONY: test-upstream bench bench-vllm clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/' | expand -t 18
@@ -93,7 +93,19 @@ test-vllm: $(VERIFIER)  ## serve drafts with real releases of vLLM, on the CPU
 	fi
 
 $(VLLM_OLDER_TESTS): test-vllm-%: $(VLLM_VENV)-%/.installed $(VERIFIER)
-	$(VLLM_VENV)-$*/bin/python -m pytest tests_vllm/test_release.py
+	$(VLLM_VENV)-$*/bin/python -m pytest tests_vllm/test_release.py tests_vllm/test_eagle3.py
+
+# Without dependencies: of those that it asks for, torchvision and torchaudio come from the index
+# with another torch, and none is needed here.
+.venv-upstream/.installed: constraints-upstream.txt
+	$(PYTHON) -m venv .venv-upstream
+	.venv-upstream/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-upstream/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement constraints-upstream.txt
+	touch $@
+
+test-upstream: $(INSTALLED) .venv-upstream/.installed  ## load what is converted with the PyPI project speculators
+	$(BIN)/python -m pytest tests_upstream
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff format --check .
@@ -103,8 +115,9 @@ lint: $(INSTALLED)  ## check style and types
 docs: $(INSTALLED)  ## build the documentation as a site, in site/
 	$(BIN)/python docs/build_site.py site
 
-bench: $(VERIFIER)  ## measure, and write benchmarks/results
+bench: $(VERIFIER) .venv-upstream/.installed  ## measure, and write benchmarks/results
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/convert_eagle3.py
 	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite
 	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1
 	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1 --temperature 1 \

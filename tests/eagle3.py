@@ -37,8 +37,8 @@ def golden3(name: str) -> Tensors:
     return load_file(GOLDEN3 / name / "golden.safetensors")
 
 
-def convert_golden3(name: str, root: Path, **options: Any) -> Path:
-    """A golden draft, converted with validation into a folder of ``root``."""
+def convert_golden3(name: str, root: Path, *, validate: bool = True, **options: Any) -> Path:
+    """A golden draft, converted into a folder of ``root``."""
     source, output, verifier = root / "source", root / "out", TARGET
     source.mkdir(parents=True)
     for file in ("config.json", "model.safetensors"):
@@ -46,7 +46,8 @@ def convert_golden3(name: str, root: Path, **options: Any) -> Path:
     width = json.loads((source / "config.json").read_text()).get("target_hidden_size")
     if width is not None:
         verifier = save_quietly(narrow_verifier(width), root / "verifier")
-    return convert(None, source, output, verifier, options=OPTIONS.get(name, {}) | options)
+    options = OPTIONS.get(name, {}) | options
+    return convert(None, source, output, verifier, options=options, validate=validate)
 
 
 def narrow_verifier(width: int) -> PreTrainedModel:

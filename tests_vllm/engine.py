@@ -4,14 +4,17 @@
 
 An engine is given by the arguments of ``LLM``. One after another starts, answers, and stops. The
 result is written to the file that is named, as JSON by the engine's name: the tokens of each
-answer, and how many tokens were drafted and accepted; or why the engine did not start.
+answer, what was drafted for it step by step, and how many tokens were accepted; or why the engine
+did not start.
 """
 
 import gc
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from vllm import LLM, SamplingParams
 
@@ -21,6 +24,7 @@ def try_engine(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int
         llm = LLM(**engine)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
+    proposals = recorded_proposals(llm)
     answers = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(temperature=0, max_tokens=max_tokens),
@@ -33,14 +37,36 @@ def try_engine(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int
         "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
         "drafts": drafts.value if drafts else 0,
         "accepted": accepted.values if accepted else [],
+        "proposals": [proposals[int(answer.request_id)] for answer in answers],
     }
+
+
+def recorded_proposals(llm: LLM) -> dict[int, list[list[int]]]:
+    """What will be drafted for each request, step by step: no public interface tells it."""
+    found: dict[int, list[list[int]]] = defaultdict(list)
+    core: Any = llm.llm_engine.engine_core
+    executor = core.engine_core.model_executor
+    take = executor.take_draft_token_ids
+
+    def take_and_record() -> Any:
+        drafted = take()
+        if drafted is not None:
+            for request, tokens in zip(drafted.req_ids, drafted.draft_token_ids, strict=True):
+                # Releases since 0.31 append something random to a request's number.
+                found[int(request.partition("-")[0])].append(list(tokens))
+        return drafted
+
+    executor.take_draft_token_ids = take_and_record
+    return found
 
 
 def main(result: Path) -> None:
     job: dict[str, Any] = json.load(sys.stdin)
     outcomes = {}
     for name, engine in job["engines"].items():
-        outcomes[name] = try_engine(engine, job["prompts"], job["max_tokens"])
+        # vLLM does so ten times for each engine, every time through all that is imported here.
+        with patch.object(gc, "collect", return_value=0):
+            outcomes[name] = try_engine(engine, job["prompts"], job["max_tokens"])
         gc.collect()
     result.write_text(json.dumps(outcomes))
 

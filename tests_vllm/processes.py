@@ -55,6 +55,8 @@ class Answers:
     drafts: int
     accepted: list[int]
     """How many tokens were accepted at each position."""
+    proposals: list[list[list[int]]]
+    """What was drafted for each prompt, step by step; perhaps once more after the last step."""
 
     @property
     def acceptance_length(self) -> float:
@@ -82,6 +84,7 @@ def run(
     prompts: list[list[int]],
     engines: Mapping[str, Mapping[str, Any]],
     environment: Mapping[str, str] | None = None,
+    max_tokens: int = MAX_TOKENS,
 ) -> Outcomes:
     """Start engines one after another in one process, and let each answer and stop.
 
@@ -90,9 +93,10 @@ def run(
         prompts: the tokens of each prompt.
         engines: name → arguments of ``LLM``.
         environment: environment variables to set for the process.
+        max_tokens: how many tokens each answer may have.
 
     """
-    job = {"engines": engines, "prompts": prompts, "max_tokens": MAX_TOKENS}
+    job = {"engines": engines, "prompts": prompts, "max_tokens": max_tokens}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("engine.py"), result],
         check=False,

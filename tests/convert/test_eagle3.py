@@ -26,6 +26,7 @@ from speculators.errors import (
 )
 from speculators.families.eagle import EAGLE
 from speculators.families.eagle3 import EAGLE3
+from speculators.inspection.checkpoint import inspect_checkpoint
 
 SAILAB, SPECFORGE, MODELOPT = "sailab_llama", "qwen3_specforge", "modelopt_4aux"
 NEWER, UPSTREAM, FULL = "eagle31_specforge", "speculators_norm_before_residual_true", "fullvocab"
@@ -155,6 +156,25 @@ def test_other_containers(tmp_path: Path, eagle3_drafts: dict[str, Path], contai
     expected = stored_tensors(eagle3_drafts[SAILAB])
     assert out.keys() == expected.keys()
     assert all(torch.equal(out[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prefix", ["ea_layer.", "module.", "model.", "module.model."])
+def test_a_prefix_does_not_hide_the_publisher(tmp_path: Path, prefix: str, name: str) -> None:
+    """Of all names, or of all but those that a part of a model has beside it."""
+    expected = inspect_checkpoint(GOLDEN3 / name)
+    for beside in (set(), {"lm_head.weight", "d2t", "t2d"}):
+        folder = tmp_path / f"beside {len(beside)}"
+        folder.mkdir()
+        shutil.copy(GOLDEN3 / name / "config.json", folder)
+        tensors = load_file(GOLDEN3 / name / "model.safetensors")
+        save_file(
+            {it if it in beside else prefix + it: tensor for it, tensor in tensors.items()},
+            folder / "model.safetensors",
+        )
+        found = inspect_checkpoint(folder)
+        assert (found.kind, found.facts) == (expected.kind, expected.facts)
+        assert found.conversion.possible == expected.conversion.possible
 
 
 # The publishers' layouts that no golden folder has

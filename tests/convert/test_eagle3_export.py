@@ -1,11 +1,25 @@
-"""Export of EAGLE-3 drafts: what a reader takes, there and back; what it would drop is refused."""
+"""Export of EAGLE-3 drafts: what a reader takes, there and back; what it would drop is refused.
+
+What the readers' own code does with the exports of the golden drafts, by which the limits are set:
+
+| reader | version | what was run | result |
+| --- | --- | --- | --- |
+| vLLM | 0.29.0, 0.31.0, 0.32.0 | the engine, in tests_vllm/test_eagle3.py | the golden tokens |
+| SGLang | 0.5.23 | srt/models/llama_eagle3.py: model, loader and token map, over plain layers | golden chains, within 2e-6; srt/models/llama.py never captures what leaves the last layer |
+| SpecForge | 0.2.0 | AutoDraftModel, and its training's unrolling | golden chains, within 3e-6; P-EAGLE is loaded whole |
+| ModelOpt | 0.47.0 | EagleModule and EagleExporter's check of names (it reads no drafts) | loaded whole, valid |
+| llama.cpp | gguf 0.19.0 | its map of names; conversion/llama.py (a copy of 2026) was only read | every name is known |
+| TensorRT-LLM | a copy of 2026 | _torch/models/modeling_speculative.py was only read | no fc for a single state |
+"""  # noqa: E501
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from eagle3 import GOLDEN3, NAMES, TARGET, narrow_verifier
 from helpers import CommandLine, config_of, save_quietly, stored_tensors
@@ -35,6 +49,7 @@ REFUSED: dict[tuple[str, str], str] = {
         "a norm on all of the verifier's states",
     ),
     ("norm_before_fc", "modelopt"): "a norm on all of the verifier's states",
+    ("norm_before_fc", "sglang"): "leaves the verifier's last layer",
     **dict.fromkeys(
         [(PARALLEL, it) for it in ("eagle", "sglang", "modelopt", "llamacpp", "trtllm")],
         "a hidden state for tokens that are not drafted yet",
@@ -120,10 +135,9 @@ def test_layers_are_numbered_as_the_reader_does(
     tmp_path: Path, eagle3_drafts: dict[str, Path]
 ) -> None:
     draft = eagle3_drafts[ONE_STATE]
-    for to in ("sglang", "trtllm"):
-        config = config_of(export(draft, tmp_path / to, to))
-        assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [3, 5, 7]
-        assert "eagle_aux_hidden_state_layer_ids" not in config
+    config = config_of(export(draft, tmp_path / "trtllm", "trtllm"))
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [3, 5, 7]
+    assert "eagle_aux_hidden_state_layer_ids" not in config
     config = config_of(export(draft, tmp_path / "vllm", "vllm"))
     assert config["eagle_aux_hidden_state_layer_ids"] == [4, 6, 8]
     assert config["norm_before_residual"] is False
@@ -180,6 +194,10 @@ def test_llamacpp_reads_rope_where_it_looks(tmp_path: Path) -> None:
         ([2, 4, 6], "llamacpp", r"\[2, 4, 6\], and not \[2, 4, 5\]"),
         ([0, 4, 5], "sglang", r"the verifier's embeddings \(layer 0\)"),
         ([0, 4, 5], "trtllm", r"the verifier's embeddings \(layer 0\)"),
+        # What SGLang 0.5.23 captures is what enters a layer (srt/models/llama.py), and SpecForge
+        # 0.2.0 captures by SGLang (offline_capture/sglang_backend/capture.py).
+        ([2, 4, 8], "sglang", r"leaves the verifier's last layer \(layer 8\)"),
+        ([2, 4, 8], "specforge", r"leaves the verifier's last layer \(layer 8\)"),
     ],
 )
 def test_layers_that_a_reader_cannot_be_told(
@@ -195,6 +213,32 @@ def test_layers_that_a_reader_cannot_be_told(
     with pytest.raises(ConversionError, match=expected):
         export(draft, tmp_path / "out", to)
     export(draft, tmp_path / "vllm", "vllm")
+
+
+def test_the_last_state_of_gpt_oss_can_be_captured(
+    tmp_path: Path, eagle3_drafts: dict[str, Path]
+) -> None:
+    """SGLang 0.5.23, srt/models/gpt_oss.py; and other layers are exported with such a norm."""
+    draft = shutil.copytree(eagle3_drafts[ONE_STATE], tmp_path / "draft")
+    config = config_of(draft)
+    config["speculators_config"]["verifier"]["architectures"] = ["GptOssForCausalLM"]
+    (draft / "config.json").write_text(json.dumps(config))
+    assert config_of(export(draft, tmp_path / "out", "sglang"))["norm_before_fc"] is True
+
+
+def test_tensorrt_has_no_fc_for_one_state(tmp_path: Path) -> None:
+    """_torch/models/modeling_speculative.py: ``if self.spec_config.num_capture_layers > 1``."""
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = stored_tensors(GOLDEN3 / "sailab_llama")
+    tensors["fc.weight"] = tensors["fc.weight"][:, :64].clone()
+    save_file(tensors, source / "model.safetensors")
+    shutil.copy(GOLDEN3 / "sailab_llama" / "config.json", source)
+    draft = convert(
+        EAGLE3, source, tmp_path / "draft", TARGET, options={"aux_layers": [4]}, validate=False
+    )
+    with pytest.raises(ConversionError, match="reads only one state"):
+        export(draft, tmp_path / "out", "trtllm")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +266,11 @@ def test_what_to_tell_the_reader_is_printed(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inspect_says_who_can_take_it(eagle3_drafts: dict[str, Path], name: str) -> None:
-    possible = [to for to in EAGLE3.targets if (name, to) not in REFUSED]
+    """Without the verifier, whose number of layers only an export looks up."""
+    last_layer = ("norm_before_fc", "sglang")
+    possible = [
+        to for to in EAGLE3.targets if (name, to) not in REFUSED or (name, to) == last_layer
+    ]
     assert inspect_checkpoint(eagle3_drafts[name]).exports == possible
 
 

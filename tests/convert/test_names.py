@@ -46,7 +46,7 @@ def test_a_prefix_of_all_names_is_taken_off_and_told(
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     taken = prefix.removesuffix("model.") if prefix == "module.model." else prefix
-    assert f"INFO Every tensor's name begins with {taken}, which is taken off" in log
+    assert f"INFO The tensors' names begin with {taken}, which is taken off" in log
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,36 @@ def test_other_prefixes(tmp_path: Path, verifier: Path, rename: Callable[[str], 
     assert stored_tensors(out).keys() == source_tensors().keys()
 
 
+@pytest.mark.parametrize("prefix", ["module.", "ea_layer.", "module.model."])
+def test_a_head_may_lie_beside_the_draft(
+    tmp_path: Path, verifier: Path, speculators: CommandLine, prefix: str
+) -> None:
+    def edit(tensors: Tensors) -> None:
+        renamed(lambda name: prefix + name)(tensors)
+        tensors["lm_head.weight"] = torch.zeros(320, 64)
+
+    source = write_checkpoint(tmp_path / "s", edit=edit)
+    assert json.loads(speculators("inspect", source, "--json").stdout)["kind"] == "eagle"
+    out = convert(source, tmp_path / "out", verifier, validate=False)
+    assert stored_tensors(out).keys() == source_tensors().keys()
+
+
+def test_two_heads_are_one_too_many(tmp_path: Path, verifier: Path) -> None:
+    def edit(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = torch.ones(320, 64)
+        renamed(lambda name: "module." + name)(tensors)
+        tensors["lm_head.weight"] = torch.zeros(320, 64)
+
+    source = write_checkpoint(tmp_path / "s", edit=edit)
+    with pytest.raises(ConversionError, match=r"has lm_head\.weight and module\.lm_head\.weight"):
+        convert(source, tmp_path / "out", verifier)
+
+
 def test_inspect_says_what_is_taken_off(tmp_path: Path, speculators: CommandLine) -> None:
     source = write_checkpoint(tmp_path / "s", edit=renamed(lambda name: f"ea_layer.{name}"))
     found = json.loads(speculators("inspect", source, "--json").stdout)
     assert found["kind"] == "eagle"
-    assert any("begins with ea_layer." in note for note in found["notes"])
+    assert any("begin with ea_layer." in note for note in found["notes"])
     assert found["conversion"]["possible"]
 
 

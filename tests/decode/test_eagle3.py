@@ -269,12 +269,13 @@ OFFLOADED = {
     "lm_head": "disk",
     "d2t": "cpu",
     "t2d": "cpu",
-    "mask_hidden": "cpu",
+    "mask_hidden": "disk",
 }
+WHOLE = {"": "disk"}
 
 
 @pytest.mark.filterwarnings("ignore:The following device_map keys")
-@pytest.mark.parametrize("device_map", ["auto", OFFLOADED], ids=["auto", "offloaded"])
+@pytest.mark.parametrize("device_map", ["auto", OFFLOADED, WHOLE], ids=["auto", "parts", "whole"])
 def test_a_spread_draft(
     verifier: PreTrainedModel, draft: Eagle3Speculator, device_map: Any, tmp_path: Path
 ) -> None:
@@ -282,9 +283,9 @@ def test_a_spread_draft(
     spread = load_draft(
         tmp_path / "draft", verifier=verifier, device_map=device_map, offload_folder=tmp_path
     )
-    ids = prompt(8, seed=8)
+    ids, few = prompt(8, seed=8), {"max_new_tokens": 10}
     for proposal in methods(draft):
-        found = generated(spread, ids, proposal=proposal)
-        assert torch.equal(found.sequences, own(verifier, ids))
+        found = generated(spread, ids, proposal=proposal, **few)
+        assert torch.equal(found.sequences, own(verifier, ids, **few))
         if proposal is not SAMPLED:
-            assert found.accepted == generated(draft, ids, proposal=proposal).accepted
+            assert found.accepted == generated(draft, ids, proposal=proposal, **few).accepted

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.utils import logging as transformers_logging
 
+from eagle3 import knowing_eagle3
 from helpers import (
     HIDDEN,
     PLAIN,
@@ -126,6 +127,38 @@ def arguments(pair: Pair, prompts: Path, tmp_path: Path) -> list[str]:
     """The arguments of a small evaluation that writes ``report``."""
     options = {"prompts": prompts, "max-new-tokens": NEW_TOKENS, "output": tmp_path / "report"}
     return ["evaluate", str(pair.draft), *(f"--{key}={value}" for key, value in options.items())]
+
+
+def test_a_draft_that_drafts_in_one_pass(
+    pair: Pair, prompts: Path, tmp_path: Path, speculators: CommandLine
+) -> None:
+    verifier = AutoModelForCausalLM.from_pretrained(pair.verifier)
+    speculation = {
+        "algorithm": "peagle",
+        "verifier": {"name_or_path": str(pair.verifier), "architectures": ["LlamaForCausalLM"]},
+    }
+    draft = knowing_eagle3(
+        verifier, layers=(0, 1), doubt=0.002, parallel=True, speculators_config=speculation
+    )
+    draft.save_pretrained(tmp_path / "draft")
+    given = (tmp_path / "draft", f"--prompts={prompts}", f"--max-new-tokens={NEW_TOKENS}")
+    run = speculators("evaluate", *given, "--num-draft-tokens=2..3", f"--output={tmp_path / 'r'}")
+    assert run.status == 0, run.stderr
+    report = report_in(tmp_path / "r")
+    for index, length in enumerate((2, 3)):
+        expected = []
+        for prompt in report.prompts:
+            found = prompt.speculative[index]
+            assert found.difference is None
+            assert found.acceptance.offered[0] == found.acceptance.steps
+            expected.append(found.acceptance)
+        found_length = report.results[index].overall.acceptance_length
+        assert found_length is not None
+        assert found_length > 1.2
+        assert len(total(expected).accepted) == length
+    run = speculators("evaluate", *given, "--proposal=dynamic_tree")
+    assert run.status == 1
+    assert "choose greedy or sampling" in run.errors[0]
 
 
 def report_in(directory: Path) -> Report:

@@ -274,7 +274,7 @@ def _log(planned: ConversionPlan) -> None:
     }
     logger.debug(f"Detected: {', '.join(f'{key}={value}' for key, value in detected.items())}")
     if planned.prefix:
-        logger.info(f"Every tensor's name begins with {planned.prefix}, which is taken off")
+        logger.info(f"The tensors' names begin with {planned.prefix}, which is taken off")
     for name, tensor in planned.tensors.items():
         if name != tensor.label:
             logger.debug(f"Remapped: {tensor.label} -> {name}")

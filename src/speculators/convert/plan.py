@@ -58,7 +58,7 @@ class DraftPlan:
         made: name in the format → a tensor that follows from others.
         left_out: source name → why the tensor is left out.
         fits: the vocabulary and the hidden size of its verifiers.
-        prefix: what was taken off every name of the source, beside ``model.``; may be empty.
+        prefix: what was taken off the names of the source, beside ``model.``; may be empty.
 
     """
 
@@ -90,7 +90,7 @@ class ConversionPlan:
         discrepancies: clauses for the log: where config, tensors and reference disagree.
         rounded_to: the dtype that all weights are rounded to, a key of ``FLOATS``; ``None`` if each
             keeps its own.
-        prefix: what was taken off every name of the source, beside ``model.``; may be empty.
+        prefix: what was taken off the names of the source, beside ``model.``; may be empty.
         options: what the user said about the checkpoint: name of an option → its value.
 
     """
@@ -248,7 +248,8 @@ def plan_draft(
     keys = SourceKeys(checkpoint.config, str(checkpoint.config_file))
     kept = split(kept, keys.get("num_attention_heads"), keys.get("num_key_value_heads"))
     tensors = {family.names.in_format(name): info for name, info in kept.items()}
-    source = Source(checkpoint, tensors, family.features_of(tensors), verifier, options or {})
+    features = family.features_of(tensors)
+    source = Source(checkpoint, tensors, features, verifier, options or {}, names.short)
     completion = family.complete(source)
     tensors = {
         name: info

@@ -44,6 +44,7 @@ class Source:
         verifier: the model that the draft was trained for; ``None`` if it is not known yet. Then
             nothing is asked for, and no data of a tensor is read.
         options: what the user said about it: name of an option → its value.
+        names: name of a tensor in the checkpoint → the same without what training code put before.
 
     """
 
@@ -52,6 +53,7 @@ class Source:
     features: frozenset[str]
     verifier: Verifier | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

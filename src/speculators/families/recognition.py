@@ -22,6 +22,9 @@ __all__ = ["Names", "Near", "Recognition", "listed", "recognise", "short_names"]
 USUAL_PREFIX = "model."
 """What transformers' own code puts before the names, of all tensors or all but some."""
 
+BESIDE = {"lm_head.weight", "d2t", "t2d"}
+"""What may lie beside a draft that is a part of a model, without the prefix of its names."""
+
 WRAPPERS = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile, FSDP and activation checkpointing put into names."""
 
@@ -134,7 +137,7 @@ class Names:
 
     Attributes:
         short: stored name → short name.
-        prefix: what was taken off all of them; may be empty.
+        prefix: what was taken off all of them, or all but those of ``BESIDE``; may be empty.
         exact: whether the short names are exactly those of a family.
 
     """
@@ -147,8 +150,9 @@ class Names:
 def short_names(stored: Collection[str]) -> Names:
     """The names without a prefix.
 
-    ``model.`` is taken off wherever it is, and a prefix that all names share, whatever it is, if
-    it leaves exactly the tensors of a family, or else those of a kind that is known by its names.
+    ``model.`` is taken off wherever it is, and a prefix that all names share, perhaps but those of
+    ``BESIDE``, whatever it is, if it leaves exactly the tensors of a family, or else those of a
+    kind that is known by its names.
     """
     inner = {name: WRAPPERS.sub("", name) if "._" in name else name for name in stored}
 
@@ -159,7 +163,8 @@ def short_names(stored: Collection[str]) -> Names:
 
     if len(inner) > MOST_TENSORS:
         return Names(without(""), "", exact=False)
-    shortened = {prefix: without(prefix) for prefix in _common_prefixes(inner.values())}
+    within = [name for name in inner.values() if name not in BESIDE]
+    shortened = {prefix: without(prefix) for prefix in _common_prefixes(within)}
     for prefix, short in shortened.items():
         if any(_is_exact(family, short.values()) for family in families()):
             return Names(short, prefix, exact=True)

@@ -253,7 +253,7 @@ def _details_of_draft(checkpoint: Checkpoint, family: Family) -> Details:
     for target, info in plan.tensors.items():  # a fused tensor becomes several
         targets[info.name] = ", ".join(filter(None, (targets.get(info.name), target)))
     if plan.prefix:
-        notes.append(f"Every tensor's name begins with {plan.prefix}, which is taken off.")
+        notes.append(f"The tensors' names begin with {plan.prefix}, which is taken off.")
     if "embedding" in set(family.borrows) - plan.features:
         notes.append("It has no embedding of its own: the verifier's is used.")
     return Details(

@@ -21,7 +21,7 @@ from speculators.families.eagle3 import EAGLE3
 from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.layers import LAYER_CLASSES, LayerClasses
 from speculators.models.output import DraftOutput
-from speculators.models.placement import device_of
+from speculators.models.placement import device_of, value_of
 from speculators.models.speculator import Speculator
 
 __all__ = ["Eagle3Speculator", "Eagle3SpeculatorConfig", "PEagleSpeculator"]
@@ -280,6 +280,15 @@ class PEagleSpeculator(Eagle3Speculator):
     that are not there yet.
     """
 
+    @classmethod
+    def from_converted(cls, converted: Converted, **kwargs: Any) -> Self:
+        """Load a draft that has been opened already; see ``from_pretrained``."""
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and device_map.get("mask_hidden") == "disk":
+            # Accelerate can offload modules only, and this is one small vector.
+            kwargs["device_map"] = device_map | {"mask_hidden": "cpu"}
+        return super().from_converted(converted, **kwargs)
+
     @property
     def mask_token_id(self) -> int:
         """The token that stands for those that are not drafted yet, by the verifier's ids."""
@@ -289,8 +298,7 @@ class PEagleSpeculator(Eagle3Speculator):
 
     def mask_state(self) -> Tensor:
         """What stands for the projected states where the verifier has not run, (1, 1, hidden)."""
-        assert self.mask_hidden is not None
-        return self.project(self.mask_hidden)
+        return self.project(value_of(self, "mask_hidden"))
 
     def forward(
         self,

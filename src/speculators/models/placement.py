@@ -8,18 +8,34 @@ device on which it runs.
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["device_of"]
+__all__ = ["device_of", "value_of"]
 
 
 def device_of(module: nn.Module) -> torch.device:
     """The device on which a module with a weight runs; ``meta`` if the weight has no values."""
     weight: Any = module.weight
     if weight.is_meta:
-        hook: Any = getattr(module, "_hf_hook", None)
-        for one in (hook, *getattr(hook, "hooks", ())):  # a hook can hold several others
-            if (device := getattr(one, "execution_device", None)) is not None:
+        for hook in _hooks_of(module):
+            if (device := getattr(hook, "execution_device", None)) is not None:
                 return torch.device(device)
     device_of_weight: torch.device = weight.device
     return device_of_weight
+
+
+def value_of(module: nn.Module, name: str) -> Tensor:
+    """A tensor of a module's own while the module does not run, loaded if it is offloaded."""
+    tensor: Tensor = getattr(module, name)
+    if tensor.is_meta:
+        for hook in _hooks_of(module):
+            if (weights := getattr(hook, "weights_map", None)) is not None:
+                loaded: Tensor = weights[name]
+                return loaded
+    return tensor
+
+
+def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """Accelerate's hook of a module, and those that it holds."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return (hook, *getattr(hook, "hooks", ()))

@@ -18,8 +18,35 @@ from speculators.families.family import Target
 
 __all__ = ["TARGETS", "Eagle3Target", "export_config"]
 
-Limit = Callable[[Eagle3Config], str | None]
-"""What a draft has that a reader cannot compute, as it follows "it"; ``None`` if nothing."""
+Depth = Callable[[], int | None]
+"""Gives the number of the verifier's layers, if it is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a reader cannot compute, beside features.
+
+    Attributes:
+        what: it, as the documentation calls it.
+        found: what a draft has of it, as a clause that follows the draft's name; ``None`` if it
+            has nothing of it.
+
+    """
+
+    what: str
+    found: Callable[[Eagle3Config, Depth], str | None]
+
+
+def limit(what: str) -> Callable[[Callable[[Eagle3Config], str | None]], Limit]:
+    """Make a limit of a function of the config."""
+    return lambda found: Limit(what, lambda config, _: found(config))
+
+
+def limit_of_layers(
+    what: str,
+) -> Callable[[Callable[[Eagle3Config, int | None], str | None]], Limit]:
+    """Make a limit of a function of the config and the number of the verifier's layers."""
+    return lambda found: Limit(what, lambda config, depth: found(config, depth()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +55,11 @@ class Eagle3Target(Target):
 
     Attributes:
         keys: what config.json has beside the sizes of the draft.
+        limits: what its reader cannot compute, beside features.
 
     """
 
+    limits: tuple[Limit, ...] = ()
     keys: Callable[[Eagle3Config], dict[str, Any]] = lambda config: {}  # noqa: ARG005
 
 
@@ -57,11 +86,13 @@ def outputs(config: Eagle3Config) -> list[int]:
     return [layer - 1 for layer in config.eagle_aux_hidden_state_layer_ids]
 
 
+@limit("more than one layer")
 def several_layers(config: Eagle3Config) -> str | None:
     """More than one layer."""
     return f"has {config.layers} layers" if config.layers > 1 else None
 
 
+@limit("`norm_before_residual`")
 def residual_norm(config: Eagle3Config) -> str | None:
     """A residual that is normalised."""
     if not config.norm_before_residual:
@@ -69,6 +100,7 @@ def residual_norm(config: Eagle3Config) -> str | None:
     return "takes its residual after the norm (norm_before_residual)"
 
 
+@limit("`norm_output`")
 def feedback_norm(config: Eagle3Config) -> str | None:
     """EAGLE-3.1's feedback."""
     if not config.norm_output:
@@ -76,18 +108,21 @@ def feedback_norm(config: Eagle3Config) -> str | None:
     return "feeds back the output after the final norm (norm_output)"
 
 
+@limit("states of another width than the draft's")
 def other_width(config: Eagle3Config) -> str | None:
     """States of another width than the draft's."""
     return "reads states of another width than its own" if config.target_hidden_size else None
 
 
+@limit("another number of states than three")
 def other_number(config: Eagle3Config) -> str | None:
     """Not three states."""
     return f"reads {config.states} states" if config.states != USUAL_STATES else None
 
 
+@limit_of_layers("other layers than 2, n/2 and n-3")
 def other_layers(config: Eagle3Config, depth: int | None) -> str | None:
-    """Other layers than 2, n//2 and n-3 of n; if n is not known, of the n that it could be."""
+    """Others than the reference's 2, n//2 and n-3 of n; if n is not known, of what n could be."""
     layers = config.eagle_aux_hidden_state_layer_ids
     depth = depth or layers[-1] + 3
     usual = [2, depth // 2, depth - 3]
@@ -96,12 +131,30 @@ def other_layers(config: Eagle3Config, depth: int | None) -> str | None:
     return f"reads the states that enter the layers {layers}, and not {usual}"
 
 
+@limit_of_layers("the state that leaves the last layer, except of gpt-oss")
+def last_state(config: Eagle3Config, depth: int | None) -> str | None:
+    """What leaves the last layer: SGLang captures what enters a layer, except for gpt-oss."""
+    layers = config.eagle_aux_hidden_state_layer_ids
+    verifiers = config.speculators_config.verifier.architectures
+    if layers[-1] != depth or any("GptOss" in name for name in verifiers):
+        return None
+    return f"reads the state that leaves the verifier's last layer (layer {depth})"
+
+
+@limit("a single state")
+def one_state(config: Eagle3Config) -> str | None:
+    """A single state, for which TensorRT-LLM has no ``fc``."""
+    return "reads only one state" if config.states == 1 else None
+
+
+@limit("the state that enters layer 0")
 def embeddings_read(config: Eagle3Config) -> str | None:
     """The state that enters layer 0, which leaves none."""
     reads = 0 in config.eagle_aux_hidden_state_layer_ids
     return "reads the verifier's embeddings (layer 0)" if reads else None
 
 
+@limit("a size of heads of its own")
 def own_head_size(config: Eagle3Config) -> str | None:
     """A head size that is not the hidden size over the number of heads."""
     layer = config.transformer_layer_config
@@ -109,6 +162,7 @@ def own_head_size(config: Eagle3Config) -> str | None:
     return None if usual else f"has heads of size {layer.head_dim}"
 
 
+@limit("RoPE scaling, except linear and dynamic with the base 10000")
 def newer_rope(config: Eagle3Config) -> str | None:
     """RoPE scaling that the reference implementation lacks, or computes with another base."""
     layer = config.transformer_layer_config
@@ -119,18 +173,21 @@ def newer_rope(config: Eagle3Config) -> str | None:
     return f"has {layer.rope_type} RoPE scaling with the base {layer.rope_theta:g}"
 
 
+@limit("RoPE scaling of a P-EAGLE draft")
 def scaled_rope_in_parallel(config: Eagle3Config) -> str | None:
     """RoPE scaling of a P-EAGLE draft, which SpecForge ignores."""
     scaled = config.parallel and config.transformer_layer_config.rope_type != "default"
     return "has RoPE scaling and drafts in parallel" if scaled else None
 
 
+@limit("`fc_norm` or `norm_output` of a P-EAGLE draft")
 def norms_in_parallel(config: Eagle3Config) -> str | None:
     """The norms of EAGLE-3.1 in a P-EAGLE draft."""
     both = config.parallel and (config.fc_norm or config.norm_output)
     return "drafts in parallel and has EAGLE-3.1's norms" if both else None
 
 
+@limit("attention biases beside norms on queries and keys")
 def qwen3_biases(config: Eagle3Config) -> str | None:
     """Biases in a layer with norms on queries and keys."""
     layer = config.transformer_layer_config
@@ -138,12 +195,14 @@ def qwen3_biases(config: Eagle3Config) -> str | None:
     return "has biases in the attention beside norms on queries and keys" if both else None
 
 
+@limit("a single state of the draft's own width")
 def one_wide_state(config: Eagle3Config) -> str | None:
     """``fc`` from one state of the draft's own width."""
     same = config.sizes["states"] == config.transformer_layer_config.hidden_size
     return "reads no more than one state, of its own width" if same else None
 
 
+@limit("layers of a DeepSeek verifier that do not start with 2")
 def other_numbering(config: Eagle3Config) -> str | None:
     """Layers that SGLang would misread for DeepSeek: it adds 1 only if the first one is 1."""
     verifiers = config.speculators_config.verifier.architectures
@@ -153,30 +212,22 @@ def other_numbering(config: Eagle3Config) -> str | None:
     return "reads other layers of a DeepSeek verifier than those that start with 2"
 
 
-def unless_parallel(limit: Limit) -> Limit:
+def unless_parallel(it: Limit) -> Limit:
     """A limit that does not concern P-EAGLE drafts."""
-    return lambda config: None if config.parallel else limit(config)
+    return Limit(
+        f"{it.what}, except of a P-EAGLE draft",
+        lambda config, depth: None if config.parallel else it.found(config, depth),
+    )
 
 
-def refusal(
-    reader: str, *limits: Limit, usual_layers: bool = False
-) -> Callable[[Eagle3Config, Callable[[], int | None]], str | None]:
-    """Why a reader cannot compute a draft: by the first of the limits that it exceeds.
+def _target(reader: str, *limits: Limit, **settings: Any) -> Eagle3Target:
+    """A target whose reader refuses a draft by the first of the limits that it exceeds."""
 
-    Args:
-        reader: the reader.
-        *limits: what it cannot compute.
-        usual_layers: whether it always reads the reference's layers, whatever it is told.
-
-    """
-
-    def refuses(config: Eagle3Config, depth: Callable[[], int | None]) -> str | None:
-        exceeded = next(filter(None, (limit(config) for limit in limits)), None)
-        if exceeded is None and usual_layers:
-            exceeded = other_layers(config, depth())
+    def refuses(config: Eagle3Config, depth: Depth) -> str | None:
+        exceeded = next(filter(None, (it.found(config, depth) for it in limits)), None)
         return exceeded and f"{exceeded}, which {reader} cannot compute"
 
-    return refuses
+    return Eagle3Target(reader, limits=limits, refuses=refuses, **settings)
 
 
 def _nested(config: Eagle3Config, **keys: Any) -> dict[str, Any]:
@@ -309,28 +360,25 @@ def _llama(architecture: str) -> dict[str, dict[str, Any]]:
 BIASES_AND_NORMS = frozenset({"attention_bias", "mlp_bias", "qk_norm"})
 
 TARGETS: dict[str, Eagle3Target] = {
-    "eagle": Eagle3Target(
-        reader="the EAGLE research code",
+    "eagle": _target(
+        "the EAGLE research code",
+        several_layers,
+        residual_norm,
+        feedback_norm,
+        other_number,
+        own_head_size,
+        newer_rope,
+        other_layers,
         layers=_llama("LlamaForCausalLM"),
         lacks=BIASES_AND_NORMS | {"fc_bias", "fc_norm", "input_norm", "mask_hidden"},
-        refuses=refusal(
-            "the EAGLE research code",
-            several_layers,
-            residual_norm,
-            feedback_norm,
-            other_number,
-            own_head_size,
-            newer_rope,
-            usual_layers=True,
-        ),
         prefixes=_midlayer,
     ),
-    "vllm": Eagle3Target(
-        reader="vLLM without a plugin",
+    "vllm": _target(
+        "vLLM without a plugin",
+        qwen3_biases,
         layers=_llama("LlamaForCausalLMEagle3")
         | {"qwen3": {"model_type": "qwen3", "architectures": ["Eagle3Qwen3ForCausalLM"]}},
         lacks=frozenset({"fc_bias"}),
-        refuses=refusal("vLLM", qwen3_biases),
         keys=_keys_of_vllm,
         activation="silu",
         remarks={
@@ -339,18 +387,16 @@ TARGETS: dict[str, Eagle3Target] = {
             )
         },
     ),
-    "sglang": Eagle3Target(
-        reader="SGLang",
+    "sglang": _target(
+        "SGLang",
+        several_layers,
+        residual_norm,
+        one_wide_state,
+        embeddings_read,
+        other_numbering,
+        last_state,
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"mask_hidden"},
-        refuses=refusal(
-            "SGLang",
-            several_layers,
-            residual_norm,
-            one_wide_state,
-            embeddings_read,
-            other_numbering,
-        ),
         prefixes=_midlayer,
         keys=_keys_of_sglang,
         activation="silu",
@@ -362,31 +408,31 @@ TARGETS: dict[str, Eagle3Target] = {
         },
         advice=limit_context,
     ),
-    "specforge": Eagle3Target(
-        reader="SpecForge",
+    "specforge": _target(
+        "SpecForge",
+        unless_parallel(several_layers),
+        unless_parallel(residual_norm),
+        norms_in_parallel,
+        scaled_rope_in_parallel,
+        other_number,
+        embeddings_read,
+        last_state,  # it trains with what SGLang captures
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"fc_bias", "input_norm"},
-        refuses=refusal(
-            "SpecForge",
-            unless_parallel(several_layers),
-            unless_parallel(residual_norm),
-            norms_in_parallel,
-            scaled_rope_in_parallel,
-            other_number,
-            embeddings_read,
-        ),
         prefixes=_midlayer,
         adds=_whole_vocabulary,
         keys=_keys_of_specforge,
         advice=_advice_on_specforge,
     ),
-    "modelopt": Eagle3Target(
-        reader="ModelOpt",
+    "modelopt": _target(
+        "ModelOpt",
+        several_layers,
+        residual_norm,
+        feedback_norm,
+        other_width,
+        embeddings_read,
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"embedding", "fc_bias", "fc_norm", "input_norm", "mask_hidden"},
-        refuses=refusal(
-            "ModelOpt", several_layers, residual_norm, feedback_norm, other_width, embeddings_read
-        ),
         drops=frozenset({"t2d"}),
         keys=_keys_of_modelopt,
         remarks={
@@ -396,23 +442,27 @@ TARGETS: dict[str, Eagle3Target] = {
             )
         },
     ),
-    "llamacpp": Eagle3Target(
-        reader="llama.cpp's convert_hf_to_gguf.py",
+    "llamacpp": _target(
+        "llama.cpp's convert_hf_to_gguf.py",
+        several_layers,
+        feedback_norm,
+        other_number,
+        other_layers,
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"fc_bias", "fc_norm", "input_norm", "mask_hidden"},
-        refuses=refusal(
-            "llama.cpp", several_layers, feedback_norm, other_number, usual_layers=True
-        ),
         prefixes=_midlayer,
         keys=_keys_of_llamacpp,
         activation="silu",
         advice=_advice_on_llamacpp,
     ),
-    "trtllm": Eagle3Target(
-        reader="TensorRT-LLM",
+    "trtllm": _target(
+        "TensorRT-LLM",
+        several_layers,
+        residual_norm,
+        embeddings_read,
+        one_state,
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"mask_hidden"},
-        refuses=refusal("TensorRT-LLM", several_layers, residual_norm, embeddings_read),
         prefixes=_midlayer,
         keys=_keys_of_trtllm,
         activation="silu",

@@ -36,12 +36,14 @@ class Layout:
 
     Attributes:
         config: its config.json.
-        names: the stored names of its tensors.
+        names: the names of its tensors, without what training code put before them.
+        nested: whether ``fc`` and the layers are in a ``model``.
 
     """
 
     config: Mapping[str, Any]
     names: frozenset[str]
+    nested: bool
 
     def has(self, pattern: str) -> bool:
         """Whether the name of a tensor matches."""
@@ -97,7 +99,7 @@ NEMO = Publisher(
     "NeMo Automodel",
     lambda it: (
         (
-            "model.fc.weight" in it.names
+            it.nested
             and bool(
                 {"num_aux_hidden_states", "num_depths", "parallel_drafting"} & it.config.keys()
             )
@@ -116,7 +118,7 @@ PUBLISHERS = (
     NEMO,
     Publisher(
         "NVIDIA",
-        lambda it: it.has("(model\\.)?d2t") and not it.has("(model\\.)?t2d"),
+        lambda it: "d2t" in it.names and "t2d" not in it.names,
     ),
     Publisher(
         "SpecForge",
@@ -145,5 +147,6 @@ PUBLISHERS = (
 
 def publisher_of(source: Source) -> Publisher:
     """The publisher of a checkpoint, by its layout."""
-    layout = Layout(source.checkpoint.config, frozenset(source.checkpoint.tensors))
+    nested = any(f".{name}".endswith(".model.fc.weight") for name in source.names)
+    layout = Layout(source.checkpoint.config, frozenset(source.names.values()), nested)
     return next(publisher for publisher in PUBLISHERS if publisher.wrote(layout))
