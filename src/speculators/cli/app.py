@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from speculators.cli import convert, doctor, evaluate, export, inspect, publish, validate
+from speculators.cli import convert, doctor, evaluate, export, inspect, mtp, publish, validate
 from speculators.cli.shared import share_options
 from speculators.cli.signals import stop_on_signals
 
@@ -21,6 +21,7 @@ app.command()(inspect.inspect)
 app.command()(validate.validate)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
+app.add_typer(mtp.app, name="mtp")
 app.command()(publish.publish)
 app.command()(doctor.doctor)
 

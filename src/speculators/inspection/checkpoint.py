@@ -29,6 +29,8 @@ from speculators.inspection.findings import (
     TensorFinding,
     VerifierFinding,
 )
+from speculators.inspection.mtp import mtp_finding
+from speculators.mtp.find import why_unknown
 
 __all__ = ["inspect_checkpoint"]
 
@@ -94,6 +96,8 @@ def _inspect(repository: Repository) -> Finding:
     else:
         details = _details_of_draft(checkpoint, family)
     record = repository.file(CONVERSION_FILE) if is_converted else None
+    if family is None and (why := why_unknown(config, tensors)):
+        notes.append(f"It {why}.")
 
     title = found.signature.title if found.signature else "a checkpoint of no known kind"
     features = details.features or {}
@@ -141,6 +145,7 @@ def _inspect(repository: Repository) -> Finding:
         verifier=_verifier(sizes, details)
         if family is not None or found.signature is LANGUAGE_MODEL or is_converted
         else None,
+        mtp=None if family else mtp_finding(config, tensors),
         conversion=details.conversion,
     )
 
