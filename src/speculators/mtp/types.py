@@ -281,7 +281,7 @@ NAMED_ONLY = {
 }
 """``model_type`` → name of models whose MTP engines know, and whose tensors are not known here."""
 
-_DSPARK = re.compile(r"(?:model\.)?(?:mtp\.\d+\.)?(?:main_proj|markov_head|confidence_head)\..+")
+_DSPARK = re.compile(r"(?:model\.)?mtp\.\d+\.(?:main_proj|markov_head|confidence_head)\..+")
 
 
 def find_dspark(names: Collection[str]) -> str | None:
