@@ -25,19 +25,22 @@ __all__ = [
 
 GOLDEN_MTP = Path(__file__).parent / "golden-families" / "mtp_qwen3_next"
 
-H, I, V, EXPERTS = 16, 8, 32, 3
+H, W, V, EXPERTS = 16, 8, 32, 3
 """Hidden size, width of an expert, vocabulary, experts."""
 
 NORMS = {"input_layernorm.weight": (H,), "post_attention_layernorm.weight": (H,)}
-MLP = {f"mlp.{it}_proj.weight": (H, 2 * I) if it == "down" else (2 * I, H) for it in ("gate", "up", "down")}
+MLP = {
+    f"mlp.{it}_proj.weight": (H, 2 * W) if it == "down" else (2 * W, H)
+    for it in ("gate", "up", "down")
+}
 EACH = {
-    f"mlp.experts.{expert}.{matrix}_proj.weight": (H, I) if matrix == "down" else (I, H)
+    f"mlp.experts.{expert}.{matrix}_proj.weight": (H, W) if matrix == "down" else (W, H)
     for expert in range(EXPERTS)
     for matrix in ("gate", "up", "down")
 }
 FUSED = {
-    "mlp.experts.gate_up_proj": (EXPERTS, 2 * I, H),
-    "mlp.experts.down_proj": (EXPERTS, H, I),
+    "mlp.experts.gate_up_proj": (EXPERTS, 2 * W, H),
+    "mlp.experts.down_proj": (EXPERTS, H, W),
 }
 ROUTER = {"mlp.gate.weight": (EXPERTS, H)}
 GQA = {
@@ -88,7 +91,11 @@ def _config(model_type: str, architecture: str, **more: Any) -> dict[str, Any]:
 
 
 def _body(*layers: Shapes, prefix: str = "model.") -> dict[str, tuple[int, ...]]:
-    shapes = {f"{prefix}embed_tokens.weight": (V, H), f"{prefix}norm.weight": (H,), "lm_head.weight": (V, H)}
+    shapes = {
+        f"{prefix}embed_tokens.weight": (V, H),
+        f"{prefix}norm.weight": (H,),
+        "lm_head.weight": (V, H),
+    }
     for number, layer in enumerate(layers):
         shapes |= within(f"{prefix}layers.{number}.", layer)
     return shapes
@@ -232,7 +239,7 @@ VERIFIERS = {
             "mtp.layers.0.enorm.weight": (H,),
             "mtp.layers.0.hnorm.weight": (H,),
             "mtp.layers.0.mixer.q_proj.weight": (H, H),
-            "mtp.layers.1.mixer.up_proj.weight": (I, H),
+            "mtp.layers.1.mixer.up_proj.weight": (W, H),
             "mtp.layers.1.final_layernorm.weight": (H,),
         },
     ),

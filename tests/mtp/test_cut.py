@@ -98,7 +98,10 @@ def test_fp8_goes_with_its_scales(tmp_path: Path, kind: str) -> None:
     cut(verifier, tmp_path / "out")
     assert bytes_of(stored_tensors(tmp_path / "out")) == bytes_of(mtp)
     found = config_of(tmp_path / "out")["quantization_config"]
-    not_quantized = {"qwen3_next": "mtp.layers.0.mlp.gate", "deepseek_v3": "model.layers.2.mlp.gate"}
+    not_quantized = {
+        "qwen3_next": "mtp.layers.0.mlp.gate",
+        "deepseek_v3": "model.layers.2.mlp.gate",
+    }
     entries_added = set(found["modules_to_not_convert"]) - set(quantized["modules_to_not_convert"])
     assert not_quantized[kind] in entries_added
     assert not any("q_proj" in it or "q_a_proj" in it for it in entries_added)
@@ -109,7 +112,9 @@ def test_fp8_without_scales_is_refused(tmp_path: Path) -> None:
     mtp = scales_of(mtp_of("qwen3_next"))
     del mtp["mtp.layers.0.self_attn.q_proj.weight_scale_inv"]
     verifier = write_verifier(tmp_path / "verifier", mtp=mtp)
-    with pytest.raises(CheckpointError, match=r"lacks mtp\.layers\.0\.self_attn\.q_proj\.weight_sc"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks mtp\.layers\.0\.self_attn\.q_proj\.weight_sc"
+    ):
         cut(verifier, tmp_path / "out")
     assert entries(tmp_path) == entries_below(verifier)
 
@@ -122,7 +127,12 @@ METHODS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "compressed-tensors": (
         {"quant_method": "compressed-tensors", "ignore": ["lm_head", "mtp.fc"]},
         "ignore",
-        ["lm_head", "mtp.fc", "mtp.layers.0.self_attn.q_proj", r"re:^mtp\.layers\.0\.mlp\.experts\..*"],
+        [
+            "lm_head",
+            "mtp.fc",
+            "mtp.layers.0.self_attn.q_proj",
+            r"re:^mtp\.layers\.0\.mlp\.experts\..*",
+        ],
     ),
     "by a pattern": (
         {"quant_method": "compressed-tensors", "ignore": ["re:^mtp.*"]},
@@ -218,11 +228,12 @@ def test_an_mtp_that_is_only_promised(tmp_path: Path, speculators: CommandLine) 
     verifier = write_verifier(tmp_path / "verifier", "deepseek_v3", mtp={})
     run = speculators("mtp", "cut", verifier, tmp_path / "out")
     assert run.status == 1
-    assert run.errors == [
+    (error,) = run.errors
+    assert error == (
         f"{verifier} has lost its MTP: config.json promises 1 layer(s) (num_nextn_predict_layers), "
         "and no tensor has a name of the MTP of DeepSeek's type; take it from a checkpoint that "
         "has it."
-    ]
+    )
 
 
 def test_a_file_beside_the_index_may_hold_it(tmp_path: Path) -> None:
@@ -259,9 +270,9 @@ def test_a_type_that_is_known_by_name_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen3_5", "deepseek_v3"])
 def test_a_new_model_type_is_known_by_its_tensors(tmp_path: Path, kind: str) -> None:
-    config = {"model_type": "brand_new"}
+    config: dict[str, Any] = {"model_type": "brand_new"}
     if kind == "qwen3_5":
-        config["text_config"] = VERIFIERS[kind].config["text_config"] | {"model_type": "brand_new"}  # type: ignore[assignment]
+        config["text_config"] = VERIFIERS[kind].config["text_config"] | {"model_type": "brand_new"}
     verifier = write_verifier(tmp_path / "verifier", kind, config=config)
     cut(verifier, tmp_path / "out")
     assert bytes_of(stored_tensors(tmp_path / "out")) == bytes_of(mtp_of(kind))

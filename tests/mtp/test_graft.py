@@ -30,7 +30,11 @@ PLACE = "mtp.layers.0.mlp.experts"
 
 def body_of(directory: Path) -> Tensors:
     """The tensors of a verifier that are no MTP's."""
-    kind = next(it for it in VERIFIERS if VERIFIERS[it].config["model_type"] == config_of(directory)["model_type"])
+    kind = next(
+        it
+        for it in VERIFIERS
+        if VERIFIERS[it].config["model_type"] == config_of(directory)["model_type"]
+    )
     shapes = VERIFIERS[kind].body | VERIFIERS[kind].extra  # type: ignore[operator]
     return {name: it for name, it in load_all(directory).items() if name in shapes}
 
@@ -51,9 +55,7 @@ def retrained(kind: str = "qwen3_next") -> Tensors:
 def test_grafted_and_cut_again_it_is_the_same(
     tmp_path: Path, kind: str, shards: int, had: bool
 ) -> None:
-    verifier = write_verifier(
-        tmp_path / "verifier", kind, shards=shards, mtp=None if had else {}
-    )
+    verifier = write_verifier(tmp_path / "verifier", kind, shards=shards, mtp=None if had else {})
     mtp = write_mtp(tmp_path / "mtp", kind, mtp=retrained(kind))
     before = load_all(verifier)
     graft(verifier, mtp, tmp_path / "out")
@@ -75,8 +77,15 @@ def test_shards_are_linked_but_the_one_with_the_old_mtp(tmp_path: Path) -> None:
     linked = [(out / name).samefile(verifier / name) for name in names]
     assert linked == [True, True, False]
     assert entries(out) == sorted(
-        ["config.json", "figures", "figures/one.png", INDEX, "tokenizer.json", *names]
-        + ["model-mtp.safetensors"]
+        [
+            "config.json",
+            "figures",
+            "figures/one.png",
+            "model-mtp.safetensors",
+            INDEX,
+            "tokenizer.json",
+            *names,
+        ]
     )
     # What may be edited is not shared.
     assert not (out / "tokenizer.json").samefile(verifier / "tokenizer.json")
@@ -172,7 +181,7 @@ def test_transformers_takes_the_stacks_for_the_same_experts(tmp_path: Path) -> N
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen
     from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
 
-    sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "num_experts": EXPERTS}
+    sizes: dict[str, Any] = {"hidden_size": 16, "moe_intermediate_size": 8, "num_experts": EXPERTS}
     experts = qwen.Qwen3_5MoeExperts(Qwen3_5MoeTextConfig(**sizes, num_experts_per_tok=1))
     tensors = mtp_of("qwen3_next", torch.float32)
     verifier = write_verifier(tmp_path / "verifier", mtp=mtp_of_stacks(3))
@@ -296,7 +305,11 @@ def test_another_shape_is_refused(
         ("qwen3_next", {"num_attention_heads": 8}, "num_attention_heads 4"),
         ("qwen3_next", {"num_experts": 4}, "num_experts 3"),
         # Upstream looks for the width at the top level only.
-        ("qwen3_5", {"text_config": {"model_type": "qwen3_5_text", "hidden_size": 32}}, "hidden_size 16, and .* has 32"),
+        (
+            "qwen3_5",
+            {"text_config": {"model_type": "qwen3_5_text", "hidden_size": 32}},
+            "hidden_size 16, and .* has 32",
+        ),
     ],
 )
 def test_another_verifiers_mtp_is_refused(
@@ -365,7 +378,11 @@ def test_no_output_is_overwritten(tmp_path: Path) -> None:
 
 def test_a_quantized_verifier_excepts_what_is_not_quantized(tmp_path: Path) -> None:
     """As llm-compressor leaves a verifier: the MTP is lost, and everything else is quantized."""
-    settings = {"quant_method": "compressed-tensors", "ignore": ["lm_head"], "format": "int-quantized"}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "ignore": ["lm_head"],
+        "format": "int-quantized",
+    }
     verifier = write_verifier(
         tmp_path / "verifier", mtp={}, config={"quantization_config": settings}
     )

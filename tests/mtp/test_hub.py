@@ -83,7 +83,9 @@ def test_only_headers_and_the_mtp_are_fetched(
     # No shard of the body is touched, and neighbouring tensors come in one request.
     files = {it.file for it in requests}
     assert len(files) == 1
-    gets = [it for it in requests if it.method == "GET" and it.range != f"bytes=0-{HEADER_BYTES - 1}"]
+    gets = [
+        it for it in requests if it.method == "GET" and it.range != f"bytes=0-{HEADER_BYTES - 1}"
+    ]
     assert 1 <= len(gets) < len(mtp) / 2
 
 
