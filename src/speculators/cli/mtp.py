@@ -63,7 +63,7 @@ def graft(
     ],
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="[OUT]", help="The directory to create.", show_default=False),
+        typer.Argument(metavar="OUT", help="The directory to create.", show_default=False),
     ] = None,
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Change VERIFIER itself, instead of creating OUT.")
