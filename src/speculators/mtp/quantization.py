@@ -235,7 +235,11 @@ def with_exclusions(
                 )
             entries.remove(entry)
     for module in modules.whole:
-        if not _is_covered(module, entries, method):
+        if _is_covered(module, entries, method):
+            continue
+        if method == "gptq":  # the first pattern that matches counts
+            entries.insert(0, _gptq_pattern(module, modules.quantized))
+        else:
             entries.append(_entry_for(module, method))
     if key is not None and (entries or key in settings):
         said = settings.get(key) or {}
@@ -266,11 +270,20 @@ def _is_covered(module: str, entries: Collection[str], method: str) -> bool:
 
 
 def _entry_for(module: str, method: str) -> str:
-    if method == "gptq":
-        return rf"-:^{re.escape(module)}(\..*)?$"
     if _is_experts(module) and method in PATTERNS:
         return PATTERNS[method].format(re.escape(module))
     return module
+
+
+def _gptq_pattern(module: str, quantized: Collection[str]) -> str:
+    """A pattern of all that is beside a module, or of the module alone if not all of that is whole.
+
+    Engines ask for the names of fused modules, such as qkv_proj, which no checkpoint has.
+    """
+    parent = module.rpartition(".")[0]
+    if any(it.startswith(f"{parent}.") for it in quantized):
+        return rf"-:^{re.escape(module)}$"
+    return rf"-:^{re.escape(parent)}\..*"
 
 
 def _covers(entry: str, module: str, method: str) -> bool:
