@@ -349,9 +349,8 @@ def load_all(directory: Path) -> Tensors:
     return found
 
 
-def stacked(tensors: Tensors, place: str) -> Tensors:
+def stacked(tensors: Tensors, place: str, count: int = EXPERTS) -> Tensors:
     """Experts with a tensor for each matrix as two stacks, as PyTorch stacks them."""
-    count = EXPERTS
     each = [
         [tensors[f"{place}.{expert}.{matrix}_proj.weight"] for expert in range(count)]
         for matrix in ("gate", "up", "down")

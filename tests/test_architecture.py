@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "format": {"checkpoint", "errors"},
     "families": {"format", "checkpoint", "errors"},
     "decode": {"format", "errors"},
-    "models": {"decode", "families", "format", "checkpoint", "errors"},
+    "models": {"mtp", "decode", "families", "format", "checkpoint", "errors"},
     "convert": {"models", "families", "format", "checkpoint", "errors"},
     "evaluate": {"decode", "models", "families", "format", "checkpoint", "errors"},
     "integrations": {"families", "format", "checkpoint", "errors"},
