@@ -31,9 +31,10 @@ def plain_mtp(tensors: Tensors, config: dict[str, Any], embedded: Tensor, states
     eps = config["rms_norm_eps"]
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return (
+        normed: Tensor = (
             (1 + weights[f"{name}.weight"]) * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
         )
+        return normed
 
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ weights[f"{name}.weight"].T

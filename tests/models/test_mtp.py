@@ -13,6 +13,7 @@ from plain_mtp import plain_mtp
 from speculators.errors import FormatError, GenerationError, VerifierError
 from speculators.format.config import ProposalMethod
 from speculators.models.mtp import QwenMtp
+from speculators.models.output import DraftOutput
 from speculators.mtp.cut import cut
 from tiny_models import tiny_verifier
 
@@ -31,13 +32,19 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> QwenMtp:
     return QwenMtp.load(directory, verifier=GOLDEN_MTP)
 
 
+def output_of(drafted: DraftOutput) -> Tensor:
+    assert drafted.last_hidden_state is not None
+    return drafted.last_hidden_state
+
+
 @torch.no_grad()
 def steps_of(draft: QwenMtp, golden: Tensors) -> list[tuple[Tensor, Tensor]]:
     """Hidden states and logits of each step, each step fed with the states of the one before."""
-    found, states = [], draft.project(golden["hidden_states"][:, :LENGTH])
+    found: list[tuple[Tensor, Tensor]] = []
+    states = draft.project(golden["hidden_states"][:, :LENGTH])
     for step in range(STEPS):
         tokens = golden["input_ids"][:, step + 1 : step + 1 + LENGTH]
-        states = draft.draft(tokens, states).last_hidden_state
+        states = output_of(draft.draft(tokens, states))
         found.append((states, draft.logits(states)))
     return found
 
@@ -66,7 +73,7 @@ def test_a_cache_makes_no_difference(draft: QwenMtp, golden: Tensors) -> None:
     with torch.no_grad():
         first = draft.draft(tokens[:, :9], states[:, :9], use_cache=True)
         rest = draft.draft(tokens[:, 9:], states[:, 9:], cache=first.cache)
-    found = torch.cat((first.last_hidden_state, rest.last_hidden_state), 1)
+    found = torch.cat((output_of(first), output_of(rest)), 1)
     assert largest_difference(found, golden["step0_hidden"]) < TOLERANCE
 
 

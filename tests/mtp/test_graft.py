@@ -478,6 +478,8 @@ def test_an_mtp_that_speculators_0_9_trained(tmp_path: Path) -> None:
         out = graft(verifier, given, tmp_path / f"out{shards}")
         assert bytes_of(only_mtp(out)) == bytes_of(retrained())
         assert "verifier_lm_head.weight" not in load_all(out)
+    with pytest.raises(CheckpointError, match="graft it into its verifier, and cut it out of that"):
+        cut(given, tmp_path / "cut")
 
 
 # In place

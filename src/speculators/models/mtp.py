@@ -278,7 +278,7 @@ class QwenMtp(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """The logits of its outputs: (..., hidden) → (..., vocabulary)."""
-        head = self._borrowed[1]
+        head: Any = self._borrowed[1]
         logits: Tensor = head(states.to(device=device_of(head), dtype=head.weight.dtype))
         return logits
 

@@ -65,6 +65,11 @@ def cut(
     check_output(directory, overwrite=False, marker=None)
     repository = open_repository(verifier, revision=revision, cache_dir=cache_dir, one_file=True)
     config, _ = read_config(repository)
+    if config.get("speculators_model_type") == "mtp":
+        raise CheckpointError(
+            f"{repository.name} is an MTP as speculators 0.9 writes it, under names that no engine "
+            "reads; graft it into its verifier, and cut it out of that."
+        )
     mtp = read_mtp(repository, config)
     modelopt = repository.file(MODELOPT_FILE)
     with staged_directory(directory, marker=None) as staging:

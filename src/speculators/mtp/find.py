@@ -239,7 +239,8 @@ def _missing(mtp: Mtp, names: Collection[str], config: Mapping[str, Any]) -> Ite
         lost = parameters(nearest_layer(block, layers)) - parameters(block)
         yield from (stored.removesuffix(name) + it for it in sorted(lost))
 
-    said = map(language_config(config).get, EXPERTS)
+    # An MTP that is not like the verifier's layers may have fewer experts.
+    said = map(language_config(config).get, EXPERTS if blocks_of(mtp) else ())
     yield from _missing_experts(mtp.slots, next((it for it in said if type(it) is int), 0))
 
 
