@@ -285,7 +285,7 @@ def write_verifier(
     shards: int = 2,
     config: Mapping[str, Any] | None = None,
     without: tuple[str, ...] = (),
-    extra: Tensors | None = None,
+    spread: bool = False,
 ) -> Path:
     """Write a verifier in bfloat16.
 
@@ -293,11 +293,11 @@ def write_verifier(
         directory: the directory to create.
         kind: a key of ``VERIFIERS``.
         mtp: the tensors of its MTP; random ones if ``None``. The last shard holds them beside some
-            of the body's; all others hold nothing but the body's.
+            of the body's.
         shards: how many files; with 1 there is no index.
         config: keys of config.json to set.
         without: keys of config.json to leave out.
-        extra: further tensors, in the first shard.
+        spread: whether all shards hold some of the MTP's tensors instead.
 
     """
     directory.mkdir(parents=True)
@@ -305,13 +305,14 @@ def write_verifier(
     said = {key: it for key, it in model.config.items() if key not in without} | dict(config or {})
     (directory / "config.json").write_text(json.dumps(said, indent=2))
     (directory / "tokenizer.json").write_text("{}")
-    body = random_tensors({**model.body, **model.extra}, torch.bfloat16, 0) | (extra or {})
+    body = random_tensors({**model.body, **model.extra}, torch.bfloat16, 0)
     own = mtp_of(kind) if mtp is None else mtp
     names = sorted(body)
     parts: list[Tensors] = [
         {name: body[name] for name in names[number::shards]} for number in range(shards)
     ]
-    parts[-1] |= own
+    for number, name in enumerate(sorted(own)):
+        parts[number % shards if spread else -1][name] = own[name]
     if shards == 1:
         save_file(parts[0], directory / "model.safetensors")
     else:

@@ -31,7 +31,7 @@ def scales_of(tensors: Tensors) -> Tensors:
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("kind", VERIFIERS)
 def test_exactly_the_mtp_is_cut(tmp_path: Path, kind: str, shards: int) -> None:
-    verifier = write_verifier(tmp_path / "verifier", kind, shards=shards)
+    verifier = write_verifier(tmp_path / "verifier", kind, shards=shards, spread=True)
     cut(verifier, tmp_path / "out")
     assert entries(tmp_path / "out") == CUT
     assert bytes_of(stored_tensors(tmp_path / "out")) == bytes_of(mtp_of(kind))

