@@ -599,3 +599,24 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         graft(verifier, mtp, in_place=True)
     assert {it: (verifier / it).read_bytes() for it in entries(verifier)} == before
+
+
+def test_once_the_index_is_there_nothing_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verifier = write_verifier(tmp_path / "verifier", shards=1)
+    before = load_all(verifier)
+    mtp = write_mtp(tmp_path / "mtp", mtp=retrained())
+    replace = Path.replace
+
+    def interrupted(path: Path, target: Path) -> Path:
+        done = replace(path, target)
+        if target.name == INDEX:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        graft(verifier, mtp, in_place=True)
+    monkeypatch.undo()
+    assert bytes_of(load_all(verifier)) == bytes_of({**before, **retrained()})
