@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "decode": {"format", "errors"},
     "models": {"mtp", "decode", "families", "format", "checkpoint", "errors"},
     "convert": {"models", "families", "format", "checkpoint", "errors"},
-    "evaluate": {"decode", "models", "families", "format", "checkpoint", "errors"},
+    "evaluate": {"mtp", "decode", "models", "families", "format", "checkpoint", "errors"},
     "integrations": {"families", "format", "checkpoint", "errors"},
     "mtp": {"checkpoint", "errors"},
     "inspection": {"mtp", "convert", "integrations", "families", "format", "checkpoint", "errors"},

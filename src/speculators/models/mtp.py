@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
@@ -89,7 +89,9 @@ class QwenMtp(nn.Module):
         }
         said = {key: value for key, value in config.items() if key not in {"model_type", "dtype"}}
         self.config = getattr(configs, place.config)(**said | one_layer)
+        # transformers chooses implementations only for the config of a whole model.
         self.config._attn_implementation = "sdpa"
+        self.config._experts_implementation = "eager"
         hidden, eps = self.config.hidden_size, self.config.rms_norm_eps
         norm = getattr(models, f"{place.prefix}RMSNorm")
         text = "" if hasattr(models, f"{place.prefix}RotaryEmbedding") else "Text"
@@ -287,6 +289,7 @@ class QwenMtp(nn.Module):
         input_ids: Tensor,
         *,
         proposal: ProposalMethod | None = None,
+        generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Generation:
         """Generate what the verifier's own ``generate`` would, in fewer verifier passes.
@@ -294,6 +297,7 @@ class QwenMtp(nn.Module):
         Args:
             input_ids: (batch, length), prompts, padded at the left.
             proposal: how to propose; a greedy chain if not given.
+            generation_config: as for the verifier's ``generate``.
             **kwargs: as for the verifier's ``generate``.
 
         Raises:
@@ -305,8 +309,21 @@ class QwenMtp(nn.Module):
         """
         if not self._verifier:
             raise VerifierError("Generating takes the whole verifier; attach the loaded model.")
-        method = proposal or ProposalMethod()
-        return speculate(self, self._verifier[0], input_ids, proposal=method, **kwargs)
+        return speculate(
+            self,
+            self._verifier[0],
+            input_ids,
+            proposal=proposal or self.proposal_method(),
+            generation=generation_config,
+            **kwargs,
+        )
+
+    def proposal_method(
+        self, proposal: str | None = None, num_draft_tokens: int | None = None
+    ) -> ProposalMethod:
+        """The proposal method of a type and a size, with the defaults of its type."""
+        sized = {} if num_draft_tokens is None else {"speculative_tokens": num_draft_tokens}
+        return ProposalMethod.model_validate({"proposal_type": proposal or "greedy", **sized})
 
     @property
     def _has_three(self) -> bool:
