@@ -15,7 +15,7 @@ __all__ = ["plain_mtp"]
 
 
 def plain_mtp(tensors: Tensors, config: dict[str, Any], embedded: Tensor, states: Tensor) -> Tensor:
-    """One step of the MTP.
+    """One step of the MTP, with experts or without.
 
     Args:
         tensors: ``mtp.*``, with a tensor for each expert's matrix.
@@ -69,6 +69,9 @@ def plain_mtp(tensors: Tensors, config: dict[str, Any], embedded: Tensor, states
     def mlp(x: Tensor, name: str) -> Tensor:
         gated = torch.nn.functional.silu(linear(x, f"{name}.gate_proj"))
         return linear(gated * linear(x, f"{name}.up_proj"), f"{name}.down_proj")
+
+    if "layers.0.mlp.gate.weight" not in weights:
+        return norm(x + mlp(h, "layers.0.mlp"), "norm")
 
     shares = linear(h, "layers.0.mlp.gate").softmax(-1)
     best = shares.topk(config["num_experts_per_tok"])

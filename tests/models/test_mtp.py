@@ -1,5 +1,6 @@
 """The MTP of Qwen's models as a draft, against golden vectors and plain operations."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,35 @@ def test_plain_operations_give_the_golden_steps(golden: Tensors) -> None:
         embedded = tensors["model.embed_tokens.weight"][tokens]
         states = plain_mtp(mtp, config_of(GOLDEN_MTP), embedded, states)
         assert largest_difference(states, golden[f"step{step}_hidden"][0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
+def test_qwen3_5_is_the_same_function(tmp_path: Path, golden: Tensors, kind: str) -> None:
+    """Its MTP differs in what surrounds it: the config, and experts or none."""
+    directory = cut(GOLDEN_MTP, tmp_path / "cut")
+    text = config_of(directory) | {"model_type": f"{kind}_text", "mtp_num_hidden_layers": 1}
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": text.pop("rope_theta"),
+        "partial_rotary_factor": text.pop("partial_rotary_factor"),
+        "mrope_section": [1, 1, 0],
+    }
+    tensors = load_file(directory / "model.safetensors")
+    if kind == "qwen3_5":
+        generator = torch.Generator().manual_seed(0)
+        tensors = {name: it for name, it in tensors.items() if ".mlp." not in name}
+        for matrix, shape in (("gate", (128, 64)), ("up", (128, 64)), ("down", (64, 128))):
+            name = f"mtp.layers.0.mlp.{matrix}_proj.weight"
+            tensors[name] = torch.randn(shape, generator=generator) * 0.1
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({"model_type": kind, "text_config": text}))
+    found = steps_of(QwenMtp.load(directory, verifier=GOLDEN_MTP), golden)
+    states = golden["hidden_states"][0, :LENGTH]
+    embedding = load_file(GOLDEN_MTP / "model.safetensors")["model.embed_tokens.weight"]
+    for step in range(STEPS):
+        tokens = golden["input_ids"][0, step + 1 : step + 1 + LENGTH]
+        states = plain_mtp(tensors, config_of(GOLDEN_MTP), embedding[tokens], states)
+        assert largest_difference(found[step][0][0], states) < TOLERANCE
 
 
 def test_a_cache_makes_no_difference(draft: QwenMtp, golden: Tensors) -> None:
