@@ -152,6 +152,18 @@ VERIFIERS = {
         _body({**NORMS, **LINEAR, **FUSED, **ROUTER}, _MOE_FUSED, prefix="model.language_model."),
         _qwen(_MOE_FUSED, _MOE_FUSED),
     ),
+    "qwen4_exp": Model(
+        _config("qwen4_exp", "Qwen4ExpForCausalLM", mtp_num_hidden_layers=1, hc_count=2),
+        _body(_MOE, _MOE),
+        {
+            "mtp.fc_embedding.weight": (H, H),
+            "mtp.fc_hidden.weight": (H, H),
+            "mtp.pre_fc_norm_embedding.weight": (H,),
+            "mtp.pre_fc_norm_hidden.weight": (2 * H,),
+            "mtp.hyper_connection_mixer.weight": (4, 2 * H),
+            **within("mtp.layers.0.", {**NORMS, **GQA, **EACH}),
+        },
+    ),
     "deepseek_v3": Model(
         _config(
             "deepseek_v3",

@@ -170,15 +170,17 @@ def _plan(
             f"{given} is given as the verifier and as the MTP; give what holds the MTP to graft."
         )
     config, _ = read_config(repository)
+    names = (repository.name, str(receiver.directory))
+    tensors: dict[str, TensorInfo] | None = None
     if config.get("speculators_model_type") == "mtp":
         config, tensors = read_upstream(repository, config)
         source = check_mtp(find_mtp(config, tensors), repository, config, tensors)
     else:
         source = read_mtp(repository, config)
-        tensors = tensors_of(source, repository)
-    names = (repository.name, str(receiver.directory))
     _check_sizes(config, receiver.config, names)
     before = _find_place(receiver, source, names)
+    if tensors is None:  # only now, since they may be on the Hub
+        tensors = tensors_of(source, repository)
 
     others = receiver.tensors.keys() - before.names
     layout = layout_of(before.slots) or layout_of([it for it in others if BODY.fullmatch(it)])

@@ -75,18 +75,8 @@ class MtpType:
 QWEN = MtpType(
     name="qwen",
     title="the MTP of Qwen's models",
-    model_types=frozenset(
-        {
-            "qwen3_5",
-            "qwen3_5_moe",
-            "qwen4_exp",
-            "intern_s2_preview",
-        }
-    ),
-    names=(
-        r"mtp\.(?:layers\.(?P<layer>\d+)\.(?P<block>.+)"
-        r"|(?:fc|norm|pre_fc_norm_embedding|pre_fc_norm_hidden|embed_tokens)\..+)"
-    ),
+    model_types=frozenset({"intern_s2_preview", "qwen3_5", "qwen3_5_moe"}),
+    names=r"mtp\.(?:layers\.(?P<layer>\d+)\.(?P<block>.+)|.+)",
     once={
         "mtp.fc.weight": (1, 2),
         "mtp.pre_fc_norm_embedding.weight": (1,),
@@ -106,6 +96,19 @@ QWEN3_NEXT = replace(
     title="the MTP of Qwen3-Next",
     model_types=frozenset({"qwen3_next", "qwen3", "qwen3_moe"}),
     key="num_nextn_predict_layers",
+)
+
+QWEN4 = replace(
+    QWEN,
+    name="qwen4",
+    title="the MTP of Qwen4",
+    model_types=frozenset({"qwen4_exp"}),
+    names=QWEN.names.replace("?P<block>", "?:"),
+    once={
+        "mtp.fc_embedding.weight": (1, 1),
+        "mtp.fc_hidden.weight": (1, 1),
+        "mtp.pre_fc_norm_embedding.weight": (1,),
+    },
 )
 
 EXAONE = replace(
@@ -190,7 +193,7 @@ MIMO_V2 = MtpType(
     name="mimo_v2",
     title="the MTP of MiMo-V2",
     model_types=frozenset({"mimo_v2", "mimo_v2_flash", "mimo_v2_omni"}),
-    names=r"model\.mtp\.layers\.(?P<layer>\d+)\..+",
+    names=r"model\.mtp\.(?:layers\.(?P<layer>\d+)\..+|.+)",
     each={
         "model.mtp.layers.{layer}.pre_mlp_layernorm.weight": (1,),
         "model.mtp.layers.{layer}.eh_proj.weight": (1, 2),
@@ -204,7 +207,7 @@ LONGCAT = MtpType(
     name="longcat",
     title="the MTP of LongCat-Flash",
     model_types=frozenset({"longcat_flash"}),
-    names=r"model\.mtp\.(?:layers\.(?P<layer>\d+)\..+|(?:embed_tokens|norm)\..+)",
+    names=r"model\.mtp\.(?:layers\.(?P<layer>\d+)\..+|.+)",
     once={"model.mtp.norm.weight": (1,)},
     each={
         "model.mtp.layers.{layer}.enorm.m.weight": (1,),
@@ -232,7 +235,7 @@ NEMOTRON_H = MtpType(
     name="nemotron_h",
     title="the MTP of Nemotron-H",
     model_types=frozenset({"nemotron_h", "nemotron_h_puzzle"}),
-    names=r"mtp\.layers\.(?P<layer>\d+)\..+",
+    names=r"mtp\.(?:layers\.(?P<layer>\d+)\..+|.+)",
     once={
         "mtp.layers.0.eh_proj.weight": (1, 2),
         "mtp.layers.0.enorm.weight": (1,),
@@ -256,6 +259,7 @@ DEEPSEEK_V4 = MtpType(
 TYPES: tuple[MtpType, ...] = (
     QWEN,
     QWEN3_NEXT,
+    QWEN4,
     EXAONE,
     AFTER_BODY,
     DEEPSEEK,
