@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,8 +73,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     body = {name: it for name, it in tensors.items() if f"layers.{LAYERS}." not in name}
     save_file(body, lost / "model.safetensors", metadata={"format": "pt"})
     grafted = graft(lost, mtp, root / "grafted")
-    speculation = {"method": "mtp", "num_speculative_tokens": 1}
-    engines = {
+    speculation: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": 1}
+    engines: dict[str, dict[str, Any]] = {
         "plain": {"model": str(lost)},
         "published": {"model": str(verifier), "speculative_config": speculation},
         "cut": {"model": str(lost), "speculative_config": speculation | {"model": str(mtp)}},
