@@ -22,24 +22,24 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11 + number] for number in range(8)]
 def write_verifier(directory: Path) -> Path:
     """A small GLM-4-MoE with an MTP, whose next token depends almost only on the last one."""
     torch.manual_seed(0)
-    config = Glm4MoeConfig(
-        vocab_size=json.loads((VERIFIER / "config.json").read_text())["vocab_size"],
-        hidden_size=HIDDEN,
-        intermediate_size=128,
-        moe_intermediate_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-    )
-    model = Glm4MoeForCausalLM(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": json.loads((VERIFIER / "config.json").read_text())["vocab_size"],
+        "hidden_size": HIDDEN,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+    }
+    model = Glm4MoeForCausalLM(Glm4MoeConfig(**sizes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "o_proj" in name or "down_proj" in name:
