@@ -118,6 +118,7 @@ docs: $(INSTALLED)  ## build the documentation as a site, in site/
 bench: $(VERIFIER) .venv-upstream/.installed  ## measure, and write benchmarks/results
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/convert_eagle3.py
+	$(BIN)/python benchmarks/mtp.py
 	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite
 	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1
 	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1 --temperature 1 \

@@ -13,6 +13,7 @@ from dflash import GOLDEN_FAMILIES, PLAIN, SELECTING
 from dflash import TARGET as DFLASH_TARGET
 from eagle3 import GOLDEN3, TARGET
 from helpers import entries, write_checkpoint
+from mtp_verifiers import write_verifier
 
 HEAVY = ("torch", "transformers", "numpy")
 OF_VLLM = {"speculators.integrations.vllm.draft", "speculators.integrations.vllm.plain"}
@@ -60,6 +61,8 @@ def test_this_test_sees_what_is_loaded() -> None:
         ["convert", "auto", "--help"],
         ["evaluate", "--help"],
         ["export", "--help"],
+        ["mtp", "cut", "--help"],
+        ["mtp", "graft", "--help"],
         ["-h"],
         ["validate", "--help"],
     ],
@@ -132,6 +135,15 @@ def test_an_export_needs_no_torch(tmp_path: Path, converted: dict[str, Path]) ->
     assert "out/model.safetensors" in entries(tmp_path)
 
 
+def test_cutting_and_grafting_need_no_torch(tmp_path: Path) -> None:
+    write_verifier(tmp_path / "verifier")
+    assert loaded_after(MAIN, "mtp", "cut", "verifier", "mtp", cwd=tmp_path) == (0, set())
+    assert loaded_after(MAIN, "inspect", "verifier", cwd=tmp_path) == (0, set())
+    # numpy finds numbers that are none.
+    arguments = ["mtp", "graft", "verifier", "mtp", "out"]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, {"numpy"})
+
+
 def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
     source = write_checkpoint(tmp_path / "source", edit=lambda tensors: tensors.pop("fc.weight"))
     arguments = ["convert", "eagle", str(source), "out", str(verifier)]
@@ -160,6 +172,7 @@ LIGHT = [
         "errors",
         "convert",
         "inspection",
+        "mtp",
         "batch",
         "publish",
         "integrations",

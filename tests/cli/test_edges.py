@@ -80,7 +80,7 @@ import os, signal, sys
 from speculators.checkpoint.output import staging
 def hang_up(*_):
     os.kill(os.getpid(), signal.SIGHUP)
-staging._sync = hang_up
+staging.sync = hang_up
 sys.argv[0] = "speculators"
 from speculators.cli import main
 main()

@@ -24,6 +24,7 @@ import dflash
 from eagle3 import GOLDEN3, TARGET
 from helpers import GOLDEN, PLAIN, fork_processes, source_tensors
 from hub_server import MEMBER, HubServer, patch_hub
+from mtp_verifiers import write_verifier
 from pages import PAGES, ROOT, RUN, SHOWN, Block, blocks
 from speculators.cli import main
 from speculators.cli.app import app
@@ -95,6 +96,13 @@ def directory(
     dflash.write_draft(here / "upstream-dflash", dflash.upstream())
     (here / "tests").mkdir()
     (here / "tests" / "golden-families").symlink_to(dflash.GOLDEN_FAMILIES)
+    settings = {"quant_method": "compressed-tensors", "ignore": ["lm_head"]}
+    write_verifier(here / "qwen3-next", config={"num_nextn_predict_layers": 1})
+    write_verifier(
+        here / "quantized",
+        mtp={},
+        config={"num_nextn_predict_layers": 1, "quantization_config": settings},
+    )
     shutil.copytree(ROOT / "examples", here / "examples")
     config = GOLDEN / PLAIN / "config.json"
     for name in ("draft", "pointer", "hostile"):

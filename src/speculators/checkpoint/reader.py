@@ -23,6 +23,7 @@ __all__ = [
     "find_companions",
     "read_checkpoint",
     "read_config",
+    "read_names",
     "read_tensors",
 ]
 
@@ -203,6 +204,23 @@ def read_tensors(
     )
 
 
+def read_names(repository: Repository) -> set[str]:
+    """The names of a repository's tensors, from its index if it has one; no shard is read.
+
+    Raises:
+        CheckpointError: if there are no weights, or what names them is damaged.
+        HubError: if a file cannot be fetched from the Hub.
+
+    """
+    for filename in _weights_of(repository):
+        if not repository.holds(filename):
+            continue
+        if filename.endswith(INDEX) and (path := repository.file(filename)):
+            return set(_read_weight_map(path))
+        break
+    return set(read_tensors(repository))
+
+
 def _name_other_weights(repository: Repository) -> str | None:
     """Name files of weights that are not called as they usually are; ``None`` if there are none."""
     suffixes = tuple(suffix for container in CONTAINERS for suffix in container.suffixes)
@@ -284,12 +302,9 @@ def _say_what_is_passed_over(
 def _read_shards(
     repository: Repository, container: Container, index: Path, only: Collection[str] | None
 ) -> dict[str, TensorInfo]:
-    weight_map = read_json(index, unique=True).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map from tensor names to files.")
     shards = {
         name: _shard_name(index, name, shard)
-        for name, shard in weight_map.items()
+        for name, shard in _read_weight_map(index).items()
         if only is None or name in only
     }
     tensors: dict[str, TensorInfo] = {}
@@ -313,6 +328,13 @@ def _read_shards(
                 f"{index.name} says that {shard} holds the tensor {name}, but it does not."
             )
     return tensors
+
+
+def _read_weight_map(index: Path) -> dict[str, Any]:
+    weight_map = read_json(index, unique=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map from tensor names to files.")
+    return weight_map
 
 
 def _shard_name(index: Path, name: str, shard: object) -> str:

@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from speculators.cli import chat, convert, doctor, evaluate, export, inspect, publish, validate
+from speculators.cli import (
+    chat,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    mtp,
+    publish,
+    validate,
+)
 from speculators.cli.shared import share_options
 from speculators.cli.signals import stop_on_signals
 
@@ -22,6 +32,7 @@ app.command()(validate.validate)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
 app.command()(export.export)
+app.add_typer(mtp.app, name="mtp")
 app.command()(publish.publish)
 app.command()(doctor.doctor)
 

@@ -15,7 +15,9 @@ def evaluate(
     directory: Annotated[
         str,
         typer.Argument(
-            metavar="DIR", help="The converted draft: a directory or a Hugging Face id."
+            metavar="DIR",
+            help="The converted draft, or the MTP that was cut out of a verifier: a directory or a "
+            "Hugging Face id.",
         ),
     ],
     verifier: Annotated[

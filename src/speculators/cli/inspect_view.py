@@ -1,5 +1,6 @@
 """How a finding of `speculators inspect` is shown."""
 
+import shlex
 from collections.abc import Iterator
 
 from rich.filesize import decimal
@@ -7,10 +8,12 @@ from rich.filesize import decimal
 from speculators.checkpoint.tensor import describe_shape
 from speculators.cli.output import Listing, labelled, show
 from speculators.families.readers import READERS
+from speculators.families.recognition import listed
 from speculators.families.registry import family_named
 from speculators.families.signature import Serving
 from speculators.inspection.findings import (
     Finding,
+    MtpFinding,
     ServingFinding,
     TensorFinding,
     VerifierFinding,
@@ -67,6 +70,8 @@ def _lines(finding: Finding) -> Iterator[tuple[str, list[str]]]:
         yield "served by", [*map(_served, finding.serving)] or ["no engine"]
     if finding.exports is not None:
         yield "exports", [", ".join(READERS[it] for it in finding.exports) or "none"]
+    if finding.mtp:
+        yield "mtp", _mtp(finding, finding.mtp)
     if finding.kind != "unknown":
         yield "conversion", _conversion(finding)
     yield "notes", finding.notes
@@ -91,6 +96,33 @@ def _fits(kind: str, verifier: VerifierFinding) -> list[str]:
 
 def _served(it: ServingFinding) -> str:
     return str(Serving(it.engine, it.option, it.until or "", it.note or ""))
+
+
+def _mtp(finding: Finding, mtp: MtpFinding) -> list[str]:
+    said = f"{mtp.key} {mtp.promised}" if mtp.promised else None
+    promise = f"promised by {said}" if said else f"config.json does not promise it ({mtp.key})"
+    given = shlex.quote(finding.name)
+    if mtp.state == "missing":
+        return [
+            f"{mtp.title}: missing, though config.json promises it ({said})",
+            f"speculators mtp graft {given} MTP OUT puts one back",
+        ]
+    size = (
+        f"{mtp.layers} layer{'s' * (mtp.layers > 1)}, {mtp.tensors} tensors, {decimal(mtp.bytes)}"
+    )
+    lines = [f"{mtp.title}: {mtp.state}, {size}; {promise}"]
+    if mtp.missing:
+        lines.append(f"missing: {listed(mtp.missing)}")
+    stored = "; ".join(f"{count} in {how}" for how, count in mtp.stored.items())
+    lines.append(f"{'quantized' if mtp.quantized else 'not quantized'}; its matrices: {stored}")
+    if mtp.not_excluded:
+        lines.append(
+            "the quantization_config does not except these, which are not quantized: "
+            + listed(mtp.not_excluded)
+        )
+    if mtp.state == "complete" and finding.kind == "language-model":
+        lines.append(f"speculators mtp cut {given} OUT makes a draft of it")
+    return lines
 
 
 def _conversion(finding: Finding) -> list[str]:

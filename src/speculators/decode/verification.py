@@ -179,6 +179,11 @@ class VerifierPass:
         return masks.get(None, masks)
 
 
+def is_stateful(model: PreTrainedModel) -> bool:
+    """Whether a model keeps a state that cannot be rolled back, as linear attention does."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
 def windows_of(model: PreTrainedModel) -> dict[str | None, int | None]:
     """The attention window of a verifier's layers, by the type of the layers.
 
@@ -191,7 +196,7 @@ def windows_of(model: PreTrainedModel) -> dict[str | None, int | None]:
 
     """
     name = type(model).__name__
-    if getattr(model, "_is_stateful", False):
+    if is_stateful(model):
         raise GenerationError(
             f"Speculative decoding does not support {name}: its state cannot be rolled back when "
             "drafted tokens are rejected."

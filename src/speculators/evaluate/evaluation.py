@@ -13,7 +13,10 @@ from transformers import GenerationConfig
 
 from speculators import __version__
 from speculators.decode import Generation
+from speculators.decode.along import draft_along
 from speculators.decode.cuda_graphs import RECORDERS
+from speculators.decode.verification import is_stateful
+from speculators.errors import EvaluationError
 from speculators.evaluate.metrics import Acceptance, count_steps
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import (
@@ -31,6 +34,9 @@ from speculators.evaluate.subject import Subject
 from speculators.format.config import ProposalMethod
 
 __all__ = ["Evaluation"]
+
+NOT_TIMED = 0.0
+"""The seconds of a generation that was none: see ``draft_along``."""
 
 WARM_UP_TOKENS = 16
 """Enough new tokens to run every kind of step once."""
@@ -61,7 +67,11 @@ class Evaluation:
     Attributes:
         measured: what has been measured so far, by prompt.
 
+    Of a verifier whose state cannot be rolled back, only acceptance is measured, along its own
+    greedy output.
+
     Raises:
+        EvaluationError: if the verifier is such a one, and more is asked for.
         PromptsError: if a prompt cannot be encoded for the verifier.
 
     """
@@ -73,6 +83,7 @@ class Evaluation:
         proposals: Sequence[ProposalMethod],
         settings: Settings,
     ) -> None:
+        _check_verifier(subject, settings)
         self.subject = subject
         self.proposals = list(proposals)
         self.settings = settings
@@ -183,6 +194,18 @@ class Evaluation:
             sequences = verifier.generate(  # type: ignore[operator]
                 input_ids, attention_mask=mask, generation_config=generation
             )
+        elif is_stateful(verifier):
+            along = draft_along(
+                self.subject.draft,
+                verifier,
+                input_ids,
+                attention_mask=mask,
+                proposal=proposal,
+                generation=generation,
+            )
+            new_tokens = along.sequences[0, len(tokens) :].tolist()
+            acceptance = count_steps(along.accepted[0], along.offered[0])
+            return Output(new_tokens, NOT_TIMED, acceptance)
         else:
             counted = copy.copy(generation)
             counted.return_dict_in_generate = True  # as an argument it is deprecated
@@ -194,6 +217,16 @@ class Evaluation:
             acceptance = count_steps(generated.accepted[0], generated.offered[0])
         new_tokens = sequences[0, len(tokens) :].tolist()  # waits for an accelerator
         return Output(new_tokens, perf_counter() - start, acceptance)
+
+
+def _check_verifier(subject: Subject, settings: Settings) -> None:
+    greedy = settings.temperature == 0 and settings.acceptance_only
+    if is_stateful(subject.verifier) and not greedy:
+        raise EvaluationError(
+            f"The state of {type(subject.verifier).__name__} cannot be rolled back when drafted "
+            "tokens are rejected, so nothing is decoded with a draft here; --acceptance-only "
+            "measures what would be accepted along its own greedy output (temperature 0)."
+        )
 
 
 def first_difference(plain: Sequence[int], speculative: Sequence[int]) -> Difference | None:

@@ -53,7 +53,8 @@ class Measurement(Model):
     new_tokens: int = Field(ge=0)
     """Tokens generated, an end-of-sequence token included."""
     seconds: float = Field(ge=0)
-    """From the prompt's tokens to the last new token, the pass over the prompt included."""
+    """From the prompt's tokens to the last new token, the pass over the prompt included; 0 if
+    nothing was decoded with the draft, and only its acceptance was counted."""
 
 
 class Difference(Model):

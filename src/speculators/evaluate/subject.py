@@ -10,13 +10,24 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from speculators.checkpoint.hub.client import watched_client
-from speculators.checkpoint.verifier import Verifier
-from speculators.errors import EvaluationError, PromptsError, SpeculatorsError, VerifierError
+from speculators.checkpoint.hub.headers import headers_only
+from speculators.checkpoint.reader import read_config, read_names
+from speculators.checkpoint.repository import open_repository
+from speculators.checkpoint.verifier import Verifier, open_verifier
+from speculators.errors import (
+    CheckpointError,
+    EvaluationError,
+    PromptsError,
+    SpeculatorsError,
+    VerifierError,
+)
 from speculators.evaluate.prompts import Prompt
 from speculators.families.converted import Converted, open_converted
 from speculators.models.loading import load_converted, without_progress_bar
+from speculators.models.mtp import QwenMtp
 from speculators.models.placement import device_of
 from speculators.models.speculator import Speculator
+from speculators.mtp.find import body_layers, find_mtp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +54,7 @@ class Subject:
 
     name: str
     commit: str | None
-    draft: Speculator
+    draft: Speculator | QwenMtp
     verifier: PreTrainedModel
     verifier_name: str
     tokenizer: PreTrainedTokenizerBase
@@ -101,10 +112,11 @@ def load_subject(
     cache_dir: Path | None = None,
     revision: str | None = None,
 ) -> Subject:
-    """Load a converted draft, its verifier and the verifier's tokenizer.
+    """Load a converted draft or an MTP, its verifier and the verifier's tokenizer.
 
     Args:
-        directory: the directory or Hub id of a converted draft.
+        directory: the directory or Hub id of a converted draft, of an MTP that was cut out of its
+            verifier, or of a verifier with its MTP.
         verifier: a directory or a Hub id; the one that the draft's config names if not given.
         dtype: of both models, by torch's name; ``auto`` for the one that the verifier is stored in.
         device: by torch's name; ``auto`` spreads the verifier over all accelerators, and into CPU
@@ -120,8 +132,12 @@ def load_subject(
 
     """
     place = None if device == SPREAD else _device(device)
-    converted = open_converted(directory, revision=revision, cache_dir=cache_dir)
-    opened = _open_verifier(converted, verifier)
+    mtp = _find_mtp(directory, revision, cache_dir)
+    if mtp is None:
+        converted = open_converted(directory, revision=revision, cache_dir=cache_dir)
+        opened, commit = _open_verifier(converted, verifier), converted.checkpoint.commit
+    else:
+        opened, commit = _verifier_of(mtp, verifier, cache_dir), mtp.commit
     options: dict[str, Any] = {"cache_dir": cache_dir}
     tokenizer = _load("tokenizer", AutoTokenizer, opened, options)
     options["dtype"] = dtype
@@ -131,17 +147,60 @@ def load_subject(
         model = _load("weights", AutoModelForCausalLM, opened, options)
         if place is not None:
             model.to(place)
-        draft = load_converted(converted, verifier=model.eval(), dtype=model.dtype)
+        draft: Speculator | QwenMtp
+        if mtp is None:
+            draft = load_converted(converted, verifier=model.eval(), dtype=model.dtype)
+        else:
+            draft = QwenMtp.load(
+                directory, verifier=model.eval(), revision=revision, cache_dir=cache_dir
+            ).to(model.dtype)
     # On the head's device, since the head computes the logits of all drafted tokens.
     draft.to(device_of(model.get_output_embeddings())).eval()  # type: ignore[arg-type]
     return Subject(
         name=str(directory),
-        commit=converted.checkpoint.commit,
+        commit=commit,
         draft=draft,
         verifier=model,
         verifier_name=opened.name if verifier is None else str(verifier),
         tokenizer=tokenizer,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _MtpSource:
+    """Where an MTP was found: the name, the commit, and whether its verifier is there, too."""
+
+    name: str
+    commit: str | None
+    has_body: bool
+
+
+def _find_mtp(
+    directory: str | Path, revision: str | None, cache_dir: Path | None
+) -> _MtpSource | None:
+    """The MTP of a checkpoint in its verifier's own layout; ``None`` if there is none."""
+    try:
+        repository = open_repository(directory, revision=revision, cache_dir=cache_dir)
+        config, _ = read_config(repository)
+        if "speculators_model_type" in config:
+            return None
+        with headers_only(repository) as light:
+            names = read_names(light)
+    except CheckpointError:
+        return None  # what is wrong is told where a converted draft is looked for
+    mtp = find_mtp(config, names)
+    if mtp is None or not mtp.slots:
+        return None
+    return _MtpSource(repository.name, repository.commit, bool(body_layers(mtp, names)))
+
+
+def _verifier_of(mtp: _MtpSource, given: str | Path | None, cache_dir: Path | None) -> Verifier:
+    """The verifier of an MTP: the one that is given, or the checkpoint that the MTP is in."""
+    if given is None and not mtp.has_body:
+        raise VerifierError(
+            f"{mtp.name} is an MTP without its verifier; give that with --verifier."
+        )
+    return open_verifier(mtp.name if given is None else given, cache_dir=cache_dir)
 
 
 def _open_verifier(converted: Converted, given: str | Path | None) -> Verifier:

@@ -32,6 +32,8 @@ from speculators.inspection.findings import (
     TensorFinding,
     VerifierFinding,
 )
+from speculators.inspection.mtp import mtp_finding
+from speculators.mtp.find import why_unknown
 
 __all__ = ["inspect_checkpoint"]
 
@@ -114,6 +116,8 @@ def _inspect(repository: Repository) -> Finding:
             for pattern, what in family.beside.items()
             if re.fullmatch(pattern, name)
         ]
+    if family is None and (why := why_unknown(config, tensors)):
+        notes.append(f"It {why}.")
 
     title = found.signature.title if found.signature else "a checkpoint of no known kind"
     features = details.features or {}
@@ -162,6 +166,7 @@ def _inspect(repository: Repository) -> Finding:
         verifier=_verifier(sizes, details)
         if family is not None or found.signature is LANGUAGE_MODEL or is_converted
         else None,
+        mtp=None if family else mtp_finding(config, tensors),
         conversion=details.conversion,
     )
 

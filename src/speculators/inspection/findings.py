@@ -9,6 +9,7 @@ from speculators.format.conversion import RepositoryRecord
 __all__ = [
     "ConversionFinding",
     "Finding",
+    "MtpFinding",
     "NearFinding",
     "ServingFinding",
     "TensorFinding",
@@ -85,6 +86,31 @@ class ServingFinding(_Part):
     note: str | None
 
 
+class MtpFinding(_Part):
+    """The MTP (multi-token prediction) of a language model."""
+
+    type: str
+    title: str
+    """The type in words."""
+    state: Literal["complete", "incomplete", "missing"]
+    """Missing: config.json promises it, and none of its tensors is there."""
+    layers: int
+    """How many layers there are."""
+    key: str
+    """The key of config.json that promises it."""
+    promised: int | None
+    """How many layers that key says; null if it says none."""
+    tensors: int
+    bytes: int
+    missing: list[str]
+    """Tensors that should be there, and are not."""
+    stored: dict[str, int]
+    """How its matrices are stored, such as F8_E4M3 with weight_scale_inv → how many are so."""
+    quantized: bool
+    not_excluded: list[str]
+    """Modules that are not quantized, while the quantization_config leaves them to be."""
+
+
 class Finding(_Part):
     """What a checkpoint is."""
 
@@ -127,4 +153,6 @@ class Finding(_Part):
     """Dtype → how many tensors have it."""
     tensors: list[TensorFinding]
     verifier: VerifierFinding | None = None
+    mtp: MtpFinding | None = None
+    """For a checkpoint that has an MTP, or promises one."""
     conversion: ConversionFinding

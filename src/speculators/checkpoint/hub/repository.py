@@ -12,7 +12,7 @@ The client is imported only when a file is requested, since importing it is slow
 import hashlib
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NoReturn, TypeVar
@@ -470,11 +470,12 @@ def _read_range(url: str, start: int, size: int) -> tuple[bytes, int] | None:
     return _retried(read, "TransportError")
 
 
-def _fetch_tensor(url: str, info: TensorInfo, file: BinaryIO) -> None:
-    """Append a tensor's bytes to ``file``."""
+def _fetch_run(url: str, run: Sequence[TensorInfo], file: BinaryIO) -> None:
+    """Append the bytes of tensors that lie one after another to ``file``."""
     from huggingface_hub.file_download import http_get
 
     begin = file.tell()
+    size = sum(info.nbytes for info in run)
 
     def fetch() -> None:
         file.seek(begin)
@@ -482,12 +483,28 @@ def _fetch_tensor(url: str, info: TensorInfo, file: BinaryIO) -> None:
         http_get(
             url,
             file,
-            headers=_range(info.offset, info.nbytes),
-            expected_size=info.nbytes,
-            displayed_filename=info.name,
+            headers=_range(run[0].offset, size),
+            expected_size=size,
+            displayed_filename=run[0].name,
         )
 
     _retried(fetch, "GET 5xx")
+
+
+def _runs(tensors: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
+    """Tensors in the order of their bytes, split where other bytes are between two of them.
+
+    A layer may have thousands, for its experts: a request for each would take far longer.
+    """
+    runs: list[list[TensorInfo]] = []
+    end = None
+    for info in sorted(tensors, key=lambda it: (it.offset, it.nbytes)):
+        if info.offset == end:
+            runs[-1].append(info)
+        else:
+            runs.append([info])
+        end = info.offset + info.nbytes
+    return runs
 
 
 def _write_part(part: Path, tensors: Mapping[str, TensorInfo], url: str) -> None:
@@ -501,10 +518,13 @@ def _write_part(part: Path, tensors: Mapping[str, TensorInfo], url: str) -> None
             return
         try:
             with incomplete.open("wb") as file:
-                planned = {name: PlannedTensor.copy_of(info) for name, info in tensors.items()}
+                runs = _runs(tensors.values())
+                ordered = [info for run in runs for info in run]
+                planned = {info.name: PlannedTensor.copy_of(info) for info in ordered}
                 file.write(encode_header(planned, {"format": "pt"}))
-                for info in tensors.values():
-                    _fetch_tensor(url, info, file)
+                for run in runs:
+                    if any(info.nbytes for info in run):
+                        _fetch_run(url, run, file)
             incomplete.replace(part)
         finally:
             incomplete.unlink(missing_ok=True)

@@ -30,9 +30,17 @@ from pathlib import Path
 
 from loguru import logger
 
-from speculators.errors import OutputError, printable
+from speculators.errors import OutputError, SpeculatorsError, printable
 
-__all__ = ["CONVERTED", "Marker", "check_output", "staged_directory"]
+__all__ = [
+    "CONVERTED",
+    "Marker",
+    "check_output",
+    "staged_directory",
+    "sync",
+    "sync_directory",
+    "working_directory",
+]
 
 LOCK, NEW, OLD, COPY, COPYING = "lock", "new", "old", "copy", "copying"
 DIRECTORIES = (NEW, OLD, COPY, COPYING)
@@ -162,11 +170,11 @@ def staged_directory(
         staging = sibling / NEW
         staging.mkdir()
         yield staging
-        _sync(staging)
+        sync(staging)
         check_output(output, overwrite=overwrite, marker=marker)
         _publish(sibling, output, overwrite=overwrite)
         for directory in {output.parent, *(parent.parent for parent in new_parents)}:
-            _sync_directory(directory)
+            sync_directory(directory)
     except OSError as error:
         if isinstance(error, OutputError) or error.errno is None:
             raise
@@ -178,6 +186,36 @@ def staged_directory(
     finally:
         _discard(sibling, output, lock)
         _remove_empty(new_parents)
+
+
+@contextmanager
+def working_directory(directory: Path, name: str) -> Iterator[Path]:
+    """A temporary directory within ``directory``, for files that are moved out of it one by one.
+
+    It is removed at the end, and so are those that runs of the same ``name`` left that were killed.
+
+    Raises:
+        OutputError: if it cannot be made, or an ``OSError`` is raised within the context.
+
+    """
+    place = directory / name
+    try:
+        _remove_leftovers(place)
+        sibling, lock = _make_locked_sibling(place)
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be written to: {error.strerror}.") from error
+    try:
+        (sibling / NEW).mkdir()
+        yield sibling / NEW
+    except OSError as error:
+        if isinstance(error, SpeculatorsError) or error.errno is None:
+            raise
+        advice = ADVICE.get(error.errno, "try again, or choose another output")
+        raise OutputError(
+            f"{directory} could not be changed: {error.strerror}; {advice}."
+        ) from error
+    finally:
+        _discard(sibling, place, lock)
 
 
 def _make_locked_sibling(output: Path) -> tuple[Path, int]:
@@ -349,14 +387,19 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def _sync(directory: Path) -> None:
-    for path in directory.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_directory(directory)
+def sync(directory: Path) -> None:
+    """Bring the files of a directory and of its folders to the disk."""
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            sync_directory(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_directory(directory)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Bring the names of a directory's files to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,155 @@
+"""Cut an MTP out of its verifier's checkpoint, into a directory of its own."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from speculators.checkpoint.files.json_file import read_json
+from speculators.checkpoint.hub.headers import headers_only
+from speculators.checkpoint.output.staging import check_output, staged_directory
+from speculators.checkpoint.output.writer import write_safetensors_file
+from speculators.checkpoint.paths import local_path
+from speculators.checkpoint.progress import Progress, silent
+from speculators.checkpoint.reader import read_config, read_names, read_tensors
+from speculators.checkpoint.repository import Repository, open_repository
+from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
+from speculators.errors import CheckpointError, OutputError
+from speculators.mtp.config import promising, write_json
+from speculators.mtp.find import Mtp, find_mtp, why_unknown
+from speculators.mtp.quantization import (
+    MODELOPT_FILE,
+    lacking_scales,
+    modules_of,
+    with_exclusions,
+)
+
+__all__ = ["check_mtp", "cut", "listed", "read_mtp", "tensors_of"]
+
+MOST_LISTED = 4
+
+
+def cut(
+    verifier: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Copy the MTP of a verifier into a directory that engines load as a draft.
+
+    The directory gets the MTP's tensors under their own names, their bytes unchanged, in
+    model.safetensors, and config.json, which says how many layers the MTP has and which of its
+    modules are not quantized. From the Hub, only an index or a header, config.json and the MTP's
+    bytes are fetched. The directory appears complete or not at all.
+
+    Args:
+        verifier: a directory, a file of weights in one, or a Hugging Face id.
+        output: the directory to create; it must not exist.
+        revision: a branch, tag or commit of the verifier on the Hub.
+        cache_dir: where downloads are kept.
+        progress: reports the bytes written.
+
+    Returns:
+        The path of the directory.
+
+    Raises:
+        CheckpointError, HubError: the verifier cannot be read or fetched, or has no complete MTP
+            of a known type.
+        OutputError: the output exists or cannot be written.
+
+    """
+    directory = local_path(output, OutputError)
+    check_output(directory, overwrite=False, marker=None)
+    repository = open_repository(verifier, revision=revision, cache_dir=cache_dir, one_file=True)
+    config, _ = read_config(repository)
+    if config.get("speculators_model_type") == "mtp":
+        raise CheckpointError(
+            f"{repository.name} is an MTP as speculators 0.9 writes it, under names that no engine "
+            "reads; graft it into its verifier, and cut it out of that."
+        )
+    mtp = read_mtp(repository, config)
+    modelopt = repository.file(MODELOPT_FILE)
+    with staged_directory(directory, marker=None) as staging:
+        tensors = tensors_of(mtp, repository)
+        modules = modules_of(tensors)
+        write_json(staging / "config.json", promising(with_exclusions(config, modules), mtp))
+        if modelopt is not None:
+            settings = with_exclusions(read_json(modelopt), modules)
+            write_json(staging / MODELOPT_FILE, settings)
+        planned = {name: PlannedTensor.copy_of(info) for name, info in tensors.items()}
+        write_safetensors_file(staging / "model.safetensors", planned, progress=progress)
+    size = sum(info.nbytes for info in tensors.values())
+    logger.success(
+        f"Cut {mtp.type.title} ({len(tensors)} tensors, {size} bytes) out of {repository.name}: "
+        f"{directory}"
+    )
+    return directory
+
+
+def read_mtp(repository: Repository, config: Mapping[str, Any]) -> Mtp:
+    """Find the MTP of a checkpoint; only names are read. Raises as ``check_mtp``."""
+    with headers_only(repository) as light:
+        names = read_names(light)
+    return check_mtp(find_mtp(config, names), repository, config, names)
+
+
+def check_mtp(
+    mtp: Mtp | None, repository: Repository, config: Mapping[str, Any], names: Collection[str]
+) -> Mtp:
+    """Check that an MTP was found, and that all of it is there.
+
+    Raises:
+        CheckpointError: if there is none of a known type, or tensors of it are missing.
+
+    """
+    if mtp is None:
+        why = why_unknown(config, names) or (
+            "has no MTP: no tensor has a name of one, and config.json promises none"
+        )
+        raise CheckpointError(f"{repository.name} {why}.")
+    if mtp.state == "missing":
+        raise CheckpointError(
+            f"{repository.name} has lost its MTP: config.json promises {mtp.promised} layer(s) "
+            f"({mtp.key}), and no tensor has a name of {mtp.type.title}{_elsewhere(repository)}."
+        )
+    if mtp.missing:
+        raise CheckpointError(
+            f"{repository.name} has only a part of its MTP: it lacks {listed(mtp.missing)}; "
+            "give a complete checkpoint."
+        )
+    return mtp
+
+
+def tensors_of(mtp: Mtp, repository: Repository) -> dict[str, TensorInfo]:
+    """The tensors of an MTP, in the checkpoint's order; from the Hub, their bytes are fetched.
+
+    Raises:
+        CheckpointError: if they cannot be read, or FP8 matrices have no scales.
+        HubError: if they cannot be fetched.
+
+    """
+    read = read_tensors(repository, only=mtp.names)
+    tensors = {name: info for name, info in read.items() if name in mtp.slots}
+    if lacking := lacking_scales(tensors):
+        raise CheckpointError(
+            f"{repository.name} has FP8 matrices without their scales in its MTP: it lacks "
+            f"{listed(lacking)}; fetch the complete checkpoint."
+        )
+    return tensors
+
+
+def listed(names: tuple[str, ...] | list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - MOST_LISTED
+    return ", ".join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _elsewhere(repository: Repository) -> str:
+    """What to do about weights that lie beside an index that does not name them."""
+    others = [it for it in repository.names() if it.endswith(".safetensors") and "mtp" in it]
+    if not others:
+        return "; take it from a checkpoint that has it"
+    return f"; its index names no such tensor, but {others[0]} may hold them: give that file"
