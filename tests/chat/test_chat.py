@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def plain_answer(pair: Pair, conversation: str, new: int = NEW_TOKENS) -> str:
     """What the verifier's own ``generate`` says."""
     tokenizer = AutoTokenizer.from_pretrained(pair.verifier)
     ids = torch.tensor([tokenizer(conversation)["input_ids"]])
-    verifier = AutoModelForCausalLM.from_pretrained(pair.verifier)
+    verifier: Any = AutoModelForCausalLM.from_pretrained(pair.verifier)
     generated = verifier.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
     )
@@ -84,7 +85,7 @@ def test_steps_are_told_as_they_were(pair: Pair, proposal: str) -> None:
     draft = load_draft(pair.draft, verifier=verifier)
     ids = torch.randint(200, (2, 9), generator=torch.Generator().manual_seed(1))
     steps: list[VerifiedStep] = []
-    generation = draft.generate(
+    generation: Any = draft.generate(
         ids,
         proposal=proposal,
         max_new_tokens=NEW_TOKENS,
