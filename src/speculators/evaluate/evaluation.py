@@ -27,10 +27,11 @@ from speculators.evaluate.report import (
     recommend,
     results_by_proposal,
 )
-from speculators.evaluate.subject import Subject
+from speculators.evaluate.subject import Subject, generation_config
 from speculators.format.config import ProposalMethod
+from speculators.models.speculator import Speculator
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "environment_of"]
 
 WARM_UP_TOKENS = 16
 """Enough new tokens to run every kind of step once."""
@@ -80,7 +81,7 @@ class Evaluation:
         self._contestants: list[ProposalMethod | None] = [*proposals]
         if not settings.acceptance_only:
             self._contestants.insert(0, None)
-        self._encoded = [(prompt, subject.encode(prompt)) for prompt in prompts]
+        self._encoded = [(prompt, subject.verifier.encode(prompt)) for prompt in prompts]
 
     def run(self) -> Iterator[PromptResult]:
         """Measure prompt by prompt; each result is added to ``measured`` once it is complete."""
@@ -103,10 +104,12 @@ class Evaluation:
             complete=len(self.measured) == len(self._encoded),
             draft=subject.name,
             draft_commit=subject.commit,
-            verifier=subject.verifier_name,
-            chat_template=subject.has_chat_template,
+            verifier=subject.verifier.name,
+            chat_template=subject.verifier.has_chat_template,
             settings=self.settings,
-            environment=_environment(subject),
+            environment=environment_of(
+                subject.draft, subject.verifier.device, subject.verifier.model.dtype
+            ),
             recommendation=recommend(results),
             results=results,
             prompts=self.measured,
@@ -125,14 +128,18 @@ class Evaluation:
         once = [(longest, min(WARM_UP_TOKENS, most))]
         all_slots = [(longest, most), (shortest, len(longest) - len(shortest) + most)]
         for contestant in self._contestants:
-            recorded = contestant is not None and self.subject.device.type in RECORDERS
+            recorded = contestant is not None and self.subject.verifier.device.type in RECORDERS
             for tokens, new_tokens in all_slots if recorded else once:
-                generation = self._generation(new_tokens)
+                generation = generation_config(
+                    self.subject.verifier.model, self.settings, new_tokens
+                )
                 generation.eos_token_id = None
                 self._generate(tokens, generation, contestant)
 
     def _measure(self, prompt: Prompt, tokens: list[int], turn: int) -> PromptResult:
-        generation = self._generation(self.settings.max_new_tokens)
+        generation = generation_config(
+            self.subject.verifier.model, self.settings, self.settings.max_new_tokens
+        )
         count = len(self._contestants)
         outputs: dict[int, Output] = {}
         for index in (number % count for number in range(turn, turn + count)):
@@ -158,29 +165,16 @@ class Evaluation:
             ],
         )
 
-    def _generation(self, max_new_tokens: int) -> GenerationConfig:
-        """The verifier's generation config, with the settings applied."""
-        verifier, temperature = self.subject.verifier, self.settings.temperature
-        generation = copy.deepcopy(verifier.generation_config) or GenerationConfig()
-        generation.max_new_tokens = max_new_tokens
-        generation.do_sample = temperature > 0
-        # Sample from the whole distribution: top_k None would mean generate's default, 0 is off.
-        generation.temperature = temperature or None
-        generation.top_k, generation.top_p = (0, 1.0) if temperature else (None, None)
-        if generation.pad_token_id is None:  # unused in a batch of one, but generate wants it
-            generation.pad_token_id = 0
-        return generation
-
     def _generate(
         self, tokens: list[int], generation: GenerationConfig, proposal: ProposalMethod | None
     ) -> Output:
         verifier = self.subject.verifier
-        input_ids = torch.tensor([tokens], device=self.subject.device)
+        input_ids = torch.tensor([tokens], device=verifier.device)
         mask = torch.ones_like(input_ids)
         acceptance = Acceptance()
         start = perf_counter()
         if proposal is None:
-            sequences = verifier.generate(  # type: ignore[operator]
+            sequences = verifier.model.generate(  # type: ignore[operator]
                 input_ids, attention_mask=mask, generation_config=generation
             )
         else:
@@ -204,13 +198,20 @@ def first_difference(plain: Sequence[int], speculative: Sequence[int]) -> Differ
     return None
 
 
-def _environment(subject: Subject) -> Environment:
-    device = subject.device
+def environment_of(draft: Speculator, device: torch.device, dtype: torch.dtype) -> Environment:
+    """Where and with what a draft is measured.
+
+    Args:
+        draft: the model.
+        device: the verifier's.
+        dtype: the verifier's.
+
+    """
     return Environment(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
-        dtype=_name(subject.verifier.dtype),
-        draft_dtype=_name(subject.draft.dtype),
+        dtype=_name(dtype),
+        draft_dtype=_name(draft.dtype),
         torch=torch.__version__,
         transformers=transformers.__version__,
     )

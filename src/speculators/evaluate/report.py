@@ -52,8 +52,9 @@ class Measurement(Model):
 
     new_tokens: int = Field(ge=0)
     """Tokens generated, an end-of-sequence token included."""
-    seconds: float = Field(ge=0)
-    """From the prompt's tokens to the last new token, the pass over the prompt included."""
+    seconds: float | None = Field(ge=0)
+    """From the prompt's tokens to the last new token, the pass over the prompt included; ``null``
+    if nothing was decoded, but a recording was scored."""
 
 
 class Difference(Model):
@@ -138,10 +139,14 @@ class Settings(Model):
     """The longest output, in tokens."""
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 is greedy decoding."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """For sampling: only the most probable tokens that together reach this probability."""
     seed: int = 0
     """Of the random numbers that sampling takes."""
     acceptance_only: bool = False
     """Whether plain decoding was left out."""
+    recording: str | None = None
+    """The recording that drafts were scored on; ``null`` if the verifier decoded."""
 
     @property
     def compared(self) -> bool:
@@ -263,5 +268,5 @@ def recommend(results: Sequence[ProposalResult]) -> Recommendation | None:
 
 
 def _tokens_per_second(runs: Sequence[Measurement]) -> float | None:
-    seconds = sum(run.seconds for run in runs)
+    seconds = sum(run.seconds or 0.0 for run in runs)
     return sum(run.new_tokens for run in runs) / seconds if seconds else None
