@@ -38,6 +38,7 @@ from speculators.decode import cuda_graphs
 from speculators.errors import EvaluationError
 from speculators.evaluate.evaluation import Evaluation
 from speculators.evaluate.metrics import count_steps, total
+from speculators.evaluate.opening import open_draft
 from speculators.evaluate.prompts import read_prompts
 from speculators.evaluate.report import PromptResult, Report, Settings
 from speculators.evaluate.subject import load_subject
@@ -404,7 +405,7 @@ def test_loading_leaves_the_progress_bars_of_transformers_as_they_were(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
-    load_subject(pair.draft)
+    load_subject(open_draft(pair.draft))
     assert transformers_logging.is_progress_bar_enabled()
     assert "Loading weights" not in capsys.readouterr().err
 
@@ -644,7 +645,7 @@ def test_graphs_are_recorded_before_anything_is_measured(
     monkeypatch.setattr(cuda_graphs, "MIN_SLOTS", 16)
     settings = Settings(prompts_total=3, max_new_tokens=40)
     evaluation = Evaluation(
-        load_subject(pair.draft),
+        load_subject(open_draft(pair.draft)),
         read_prompts(prompts),
         [ProposalMethod(speculative_tokens=2)],
         settings,

@@ -4,7 +4,16 @@ from typing import Annotated
 
 import typer
 
-from speculators.cli import convert, doctor, evaluate, export, inspect, publish, validate
+from speculators.cli import (
+    convert,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    publish,
+    record,
+    validate,
+)
 from speculators.cli.shared import share_options
 from speculators.cli.signals import stop_on_signals
 
@@ -20,6 +29,7 @@ app.add_typer(convert.app, name="convert")
 app.command()(inspect.inspect)
 app.command()(validate.validate)
 app.command()(evaluate.evaluate)
+app.command()(record.record)
 app.command()(export.export)
 app.command()(publish.publish)
 app.command()(doctor.doctor)

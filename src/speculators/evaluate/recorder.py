@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from speculators import __version__
@@ -98,7 +98,7 @@ def record(
                 tensors = {"tokens": text.tokens, "states": text.states}
                 if text.probabilities is not None:
                     tensors["probabilities"] = text.probabilities
-                save_file(tensors, staging / text_file(index))
+                (staging / text_file(index)).write_bytes(save(tensors))
                 recorded[index] = RecordedPrompt(
                     id=prompts[index].id,
                     category=prompts[index].category,
@@ -189,7 +189,7 @@ def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 def _write_layers(staging: Path, batch: Sequence[int], states: Sequence[dict[int, Tensor]]) -> None:
     for index, by_layer in zip(batch, states, strict=True):
         for layer, of_layer in by_layer.items():
-            save_file({"states": of_layer}, staging / layer_file(index, layer))
+            (staging / layer_file(index, layer)).write_bytes(save({"states": of_layer}))
 
 
 def _write_manifest(staging: Path, manifest: Manifest) -> None:

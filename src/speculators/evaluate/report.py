@@ -20,7 +20,9 @@ from speculators.evaluate.metrics import (
 from speculators.format.config import ProposalMethod
 
 __all__ = [
+    "COMPARISON_FILE",
     "REPORT_FILE",
+    "Comparison",
     "Difference",
     "Environment",
     "Measurement",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 REPORT_FILE = "report.json"
+COMPARISON_FILE = "comparison.json"
 
 RULE = "the shortest draft whose speed-up is within 1 % of the highest measured"
 
@@ -202,6 +205,15 @@ class Report(Model):
             return self.longest
         wanted = self.recommendation.speculative_tokens
         return next(r for r in self.results if r.proposal.speculative_tokens == wanted)
+
+
+class Comparison(Model):
+    """The whole comparison.json: several drafts, scored on one recording."""
+
+    speculators_comparison: Literal[1] = 1
+    """The version of this schema."""
+    drafts: list[Report]
+    """One report for each draft, in the order in which they were given."""
 
 
 def summarize(prompts: Sequence[PromptResult], proposal: int, *, compared: bool) -> Summary:

@@ -33,8 +33,11 @@ from speculators.models.speculator import Speculator
 
 __all__ = ["Scoring", "load_scored"]
 
-TEXTS = 16
-"""How many texts are drafted for at the same time."""
+TEXTS = 32
+"""How many texts are drafted for at the same time, at most."""
+
+SLOTS = 1 << 14
+"""How many tokens they may have in total, padding included."""
 
 
 def load_scored(opened: Opened, recording: Recording, device: str | None = None) -> Speculator:
@@ -103,8 +106,7 @@ class Scoring:
     def run(self) -> Iterator[PromptResult]:
         """Score prompt by prompt; each result is added to ``measured`` once it is complete."""
         prompts = self.recording.manifest.prompts
-        for start in range(0, len(prompts), TEXTS):
-            some = range(start, min(start + TEXTS, len(prompts)))
+        for some in self._groups():
             texts = [read_text(self.recording, index, self.draft.verifier_layers) for index in some]
             for index, counts in zip(some, self._score(texts), strict=True):
                 prompt = prompts[index]
@@ -139,6 +141,17 @@ class Scoring:
             results=results_by_proposal(self.measured, self.proposals, compared=False),
             prompts=self.measured,
         )
+
+    def _groups(self) -> Iterator[list[int]]:
+        """The numbers of prompts, in groups that fit into memory."""
+        group, longest = list[int](), 0
+        for index, prompt in enumerate(self.recording.manifest.prompts):
+            longest = max(longest, prompt.prompt_tokens + prompt.new_tokens)
+            if group and (len(group) == TEXTS or longest * (len(group) + 1) > SLOTS):
+                yield group
+                group, longest = [], prompt.prompt_tokens + prompt.new_tokens
+            group.append(index)
+        yield group
 
     @torch.inference_mode()
     def _score(self, texts: Sequence[Text]) -> list[list[Acceptance]]:

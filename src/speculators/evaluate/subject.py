@@ -182,19 +182,16 @@ def generation_config(
 ) -> GenerationConfig:
     """The verifier's generation config, with the settings of an evaluation applied.
 
-    Tokens are sampled from the whole distribution or, with ``top_p``, a part of it, whatever the
-    verifier's own config says.
+    Tokens are sampled from the whole distribution or, with ``top_p``, a part of it.
     """
     generation = copy.deepcopy(verifier.generation_config) or GenerationConfig()
     generation.max_new_tokens = max_new_tokens
     generation.do_sample = settings.temperature > 0
     generation.temperature = settings.temperature or None
-    generation.top_k, generation.top_p = None, None
-    if generation.do_sample:
-        # None would mean generate's default; these are off.
-        generation.top_k, generation.top_p = 0, settings.top_p
-        generation.min_p, generation.typical_p = 0.0, 1.0
-        generation.epsilon_cutoff = generation.eta_cutoff = 0.0
+    # None would mean generate's default, 0 is off.
+    generation.top_k, generation.top_p = (
+        (0, settings.top_p) if settings.temperature else (None, None)
+    )
     if generation.pad_token_id is None:  # unused in a batch of one, but generate wants it
         generation.pad_token_id = 0
     return generation

@@ -115,8 +115,8 @@ def _decode(
     check_generation(generation_config, logits_processor)
     if warp_of(logits_processor) != recorded_warp(settings):
         raise EvaluationError(
-            "The generation_config.json of the verifier has settings of sampling that a recording "
-            "does not support, besides temperature, top_k and top_p; remove them there."
+            "The generation_config.json of the verifier asks for more than temperature, top_k and "
+            "top_p (min_p, or the like), which a recording cannot be made with; remove it there."
         )
     attention_mask = inputs.get("attention_mask")
     padding = left_padding(input_ids, attention_mask)
