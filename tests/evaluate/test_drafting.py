@@ -47,9 +47,9 @@ def parallel_draft(verifier: PreTrainedModel) -> Speculator:
 
 
 DRAFTS: dict[str, Any] = {
-    "EAGLE": lambda verifier: knowing_draft(verifier),
+    "EAGLE": knowing_draft,
     "layernorms": lambda verifier: random_draft(verifier, layernorms=True),
-    "EAGLE-3": lambda verifier: knowing_eagle3(verifier),
+    "EAGLE-3": knowing_eagle3,
     "P-EAGLE": parallel_draft,
 }
 
@@ -208,7 +208,7 @@ def test_sampled_chains_are_accepted_as_often_as_in_decoding(
         error = (stdev(found) ** 2 + stdev(expected) ** 2) ** 0.5 / SAMPLES**0.5
         assert abs(mean(found) - mean(expected)) < 4 * error
         if position == 0:
-            assert 0.1 < mean(expected) < 0.9, "a case that tells nothing"
+            assert 0.05 < mean(expected) < 0.9, "a case that tells nothing"
             assert error < 0.2 * mean(expected)
 
 

@@ -7,33 +7,18 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.utils import logging as transformers_logging
 
-from helpers import (
-    HIDDEN,
-    PLAIN,
-    VOCABULARY,
-    CommandLine,
-    Tensors,
-    entries,
-    golden_vectors,
-    save_quietly,
-    source_tensors,
-    tiny_llama,
-    write_checkpoint,
-)
+from helpers import VOCABULARY, CommandLine, entries, save_quietly, tiny_llama
 from hub_server import HubServer, patch_hub
+from pair import NEW_TOKENS, PROMPTS, Pair, make_pair, tiny_tokenizer
 from speculators.cli import report_view
-from speculators.convert.eagle import EagleConverter
 from speculators.decode import cuda_graphs
 from speculators.errors import EvaluationError
 from speculators.evaluate.evaluation import Evaluation
@@ -45,17 +30,6 @@ from speculators.evaluate.subject import load_subject
 from speculators.format.config import PROPOSALS, ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-PROMPTS = [
-    {"question_id": 81, "category": "writing", "turns": ["Rain in Spain?", "And now shorter."]},
-    {"question_id": 82, "category": "writing", "turns": ["The plain."]},
-    {"question_id": 101, "category": "math", "turns": ["1 + 1 is what?"]},
-]
-NEW_TOKENS = 12
 SPECULATE = "speculators.models.eagle.EagleSpeculator.generate"
 speculative_generate = EagleSpeculator.generate
 REPORT_FILES = [
@@ -65,54 +39,10 @@ REPORT_FILES = [
 ]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A converted draft, and the verifier that its config names."""
-
-    draft: Path
-    verifier: Path
-
-
-def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> FastTokenizer:
-    """A tokenizer of bytes and some pairs of them, made on the fly."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<end>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the rain in spain stays mainly in the plain"], trainer)
-    fast = FastTokenizer(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.chat_template = chat_template
-    return fast
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A pair that tests must not change."""
-    root = tmp_path_factory.mktemp("pair")
-    model = tiny_llama(
-        golden_vectors(PLAIN)["lm_head.weight"],
-        source_tensors()["embed_tokens.weight"],
-        max_position_embeddings=1024,
-    )
-    assert model.generation_config is not None
-    model.generation_config.eos_token_id = None  # every output is as long as it may be
-    verifier = save_quietly(model, root / "verifier")
-    tiny_tokenizer().save_pretrained(verifier)
-    source = write_checkpoint(root / "source", edit=often_right)
-    return Pair(EagleConverter().convert(source, root / "draft", verifier), verifier)
-
-
-def often_right(tensors: Tensors) -> None:
-    """Pass embeddings on almost unchanged, like a verifier with small random weights."""
-    seen = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0))
-    tensors["fc.weight"] = torch.cat((torch.eye(HIDDEN), 0.002 * seen), dim=1)
-    for name in ("layers.0.self_attn.o_proj.weight", "layers.0.mlp.down_proj.weight"):
-        tensors[name] *= 0.01
+    return make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture

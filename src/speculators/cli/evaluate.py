@@ -33,7 +33,7 @@ def evaluate(
     directories: Annotated[
         list[str],
         typer.Argument(
-            metavar="DIR...",
+            metavar="DIR",
             help="The converted draft: a directory or a Hugging Face id; with --recording, several "
             "are compared.",
         ),
