@@ -274,7 +274,7 @@ def test_what_is_in_the_way_stays(
     ("options", "message"),
     [
         (["evaluate", "a", "b"], "give --recording"),
-        (["evaluate", "a", "b", "--recording=c", "--revision=d"], "--revision only works with one"),
+        (["evaluate", "a", "b", "--recording=c", "--revision=d"], "and no --revision"),
         (["record", "a", "b", "--layers=1,x"], "is not a list of layers"),
         (["record", "a", "b", "--top-p=0"], "--top-p must be over 0"),
     ],

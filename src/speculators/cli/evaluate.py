@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
+CONCURRENCY = 8
+
 
 def evaluate(
     directories: Annotated[
@@ -53,6 +55,31 @@ def evaluate(
             help="Score on the texts that 'speculators record' wrote, without the verifier. Its "
             "prompts and settings are used.",
             show_default=False,
+        ),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Measure the draft where vLLM serves it, at this address; the server's own draft "
+            "length is measured.",
+            show_default=False,
+        ),
+    ] = None,
+    baseline_server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="With --server: one that serves the verifier alone, to compare with.",
+            show_default=False,
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --server: how many prompts are answered at the same time.",
+            show_default=str(CONCURRENCY),
         ),
     ] = None,
     prompts: Prompts = None,
@@ -116,27 +143,40 @@ def evaluate(
 
     speculators evaluate ./converted --num-draft-tokens 1..8 --output report
     """
+    several = len(directories) > 1
     lengths = _draft_lengths(num_draft_tokens)
     if overwrite and output is None:
         raise typer.BadParameter("--overwrite only works with --output.")
-    if len(directories) > 1 and recording is None:
+    if several and (recording is None or revision is not None):
         raise typer.BadParameter(
             "Several drafts are compared on the same texts: give --recording, which 'speculators "
-            "record' writes."
+            "record' writes, and no --revision."
         )
-    if len(directories) > 1 and revision is not None:
-        raise typer.BadParameter("--revision only works with one draft.")
+    _check_server_options(
+        server,
+        {"--baseline-server": baseline_server, "--concurrency": concurrency},
+        {
+            "--recording": recording,
+            "--verifier": verifier,
+            "--proposal": proposal,
+            "--num-draft-tokens": num_draft_tokens,
+            "--device": device,
+            "--dtype": None if dtype == "auto" else dtype,
+        },
+    )
 
     from speculators.checkpoint.output.staging import check_output
     from speculators.evaluate.files import COMPARISON, REPORT
     from speculators.evaluate.opening import check_device, open_draft, open_scored, proposals_of
     from speculators.evaluate.recording import open_recording
 
-    several = len(directories) > 1
     if output is not None:
         check_output(output, overwrite=overwrite, marker=COMPARISON if several else REPORT)
     check_device(device)
-    place: dict[str, Any] = {"verifier": verifier, "cache_dir": cache_dir, "revision": revision}
+    wanted_dtype = DTYPES.get(dtype, dtype)
+    place: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision}
+    reports: list[Report] = []
+    reporting = _reporting(reports, several, as_json, output, overwrite)
 
     if recording is not None:
         found = open_recording(recording)
@@ -148,36 +188,64 @@ def evaluate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            dtype=None if dtype == "auto" else DTYPES.get(dtype, dtype),
+            dtype=None if wanted_dtype == "auto" else wanted_dtype,
         )
-        drafts = [open_scored(directory, found, **place) for directory in directories]
-        proposals = [proposals_of(draft.converted, proposal, lengths) for draft in drafts]
+        drafts = [open_scored(it, found, verifier=verifier, **place) for it in directories]
+        methods = [proposals_of(draft.converted, proposal, lengths) for draft in drafts]
 
         from speculators.evaluate.scoring import Scoring, load_scored
 
-        reports: list[Report] = []
-        with _reporting(reports, several, as_json, output, overwrite):
-            for draft, methods in zip(drafts, proposals, strict=True):
-                scoring = Scoring(draft, load_scored(draft, found, device), found, methods)
+        with reporting:
+            for draft, its_methods in zip(drafts, methods, strict=True):
+                scoring = Scoring(draft, load_scored(draft, found, device), found, its_methods)
                 _measure(scoring, len(found.manifest.prompts), reports)
         return
 
     selected = read_selected(prompts, limit)
     settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
-    settings = settings.model_copy(update={"acceptance_only": acceptance_only})
-    opened = open_draft(directories[0], **place)
-    methods = proposals_of(opened.converted, proposal, lengths)
+
+    if server is not None:
+        from speculators.evaluate.server import Server
+        from speculators.evaluate.serving import ServedEvaluation
+        from speculators.families.converted import open_converted
+
+        served = ServedEvaluation(
+            directories[0],
+            open_converted(directories[0], **place),
+            Server(server),
+            None if acceptance_only or baseline_server is None else Server(baseline_server),
+            selected,
+            settings,
+            CONCURRENCY if concurrency is None else concurrency,
+        )
+        with reporting:
+            _measure(served, len(selected), reports)
+        return
+
+    opened = open_draft(directories[0], verifier=verifier, **place)
+    proposals = proposals_of(opened.converted, proposal, lengths)
 
     from speculators.evaluate.evaluation import Evaluation
     from speculators.evaluate.subject import load_subject
 
-    subject = load_subject(
-        opened, dtype=DTYPES.get(dtype, dtype), device=device, cache_dir=cache_dir
-    )
-    evaluation = Evaluation(subject, selected, methods, settings)
-    reports = []
-    with _reporting(reports, several, as_json, output, overwrite):
+    settings = settings.model_copy(update={"acceptance_only": acceptance_only})
+    subject = load_subject(opened, dtype=wanted_dtype, device=device, cache_dir=cache_dir)
+    evaluation = Evaluation(subject, selected, proposals, settings)
+    with reporting:
         _measure(evaluation, len(selected), reports)
+
+
+def _check_server_options(
+    server: str | None, only_with: dict[str, object], never_with: dict[str, object]
+) -> None:
+    """Refuse options that only work with a server, or only without one."""
+    for option, value in (only_with if server is None else never_with).items():
+        if value is not None:
+            raise typer.BadParameter(
+                f"{option} only works with --server."
+                if server is None
+                else f"{option} does not work with --server: it is as the server was started."
+            )
 
 
 def _measure(measuring: Any, prompts: int, reports: "list[Report]") -> None:

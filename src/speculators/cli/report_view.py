@@ -41,9 +41,14 @@ def progress_bar(prompts: int) -> Iterator[Callable[[PromptResult], None]]:
             length = _number(_length_of(measured))
             bar.update(TaskID(0), advance=1, description=f"Acceptance length {length}")
             if not _is_shown():
+                of_prompt = _length_of([result])
+                found = (
+                    f"{result.speculative[0].new_tokens} new tokens"
+                    if of_prompt is None
+                    else f"acceptance length {_number(of_prompt)}, so far {length}"
+                )
                 logger.info(
-                    f"{len(measured)} of {prompts}: prompt {result.id} ({result.category}), "
-                    f"acceptance length {_number(_length_of([result]))}, so far {length}"
+                    f"{len(measured)} of {prompts}: prompt {result.id} ({result.category}), {found}"
                 )
 
         yield advance
@@ -95,9 +100,8 @@ def _bar(name: str, prompts: int) -> Progress:
 
 
 def _length_of(prompts: Iterable[PromptResult]) -> float | None:
-    return acceptance_length(
-        total(run.acceptance for prompt in prompts for run in prompt.speculative)
-    )
+    runs = (run.acceptance for prompt in prompts for run in prompt.speculative)
+    return acceptance_length(total(counts for counts in runs if counts is not None))
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -213,10 +217,12 @@ def _how(report: Report) -> Iterator[str]:
     decoding = (
         f"temperature {settings.temperature:g}" if settings.temperature else "greedy decoding"
     )
+    if settings.top_p < 1 and settings.temperature:
+        decoding += f" and top-p {settings.top_p:g}"
     plain = report.longest.overall.plain_tokens_per_second  # the same for all drafts
     yield (
-        f"{decoding.capitalize()}, up to {settings.max_new_tokens} new tokens, in "
-        f"{environment.dtype} on {environment.device}"
+        f"{decoding.capitalize()}, up to {settings.max_new_tokens} new tokens, "
+        f"{environment.where}"
         + ("." if plain is None else f"; without a draft {_number(plain, 1)} tokens/s.")
     )
     if settings.recording is not None:

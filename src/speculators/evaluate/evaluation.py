@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from time import perf_counter
 
 import torch
@@ -14,10 +13,10 @@ from transformers import GenerationConfig
 from speculators import __version__
 from speculators.decode import Generation
 from speculators.decode.cuda_graphs import RECORDERS
+from speculators.evaluate.comparing import first_difference
 from speculators.evaluate.metrics import Acceptance, count_steps
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import (
-    Difference,
     Environment,
     Measurement,
     PromptResult,
@@ -188,14 +187,6 @@ class Evaluation:
             acceptance = count_steps(generated.accepted[0], generated.offered[0])
         new_tokens = sequences[0, len(tokens) :].tolist()  # waits for an accelerator
         return Output(new_tokens, perf_counter() - start, acceptance)
-
-
-def first_difference(plain: Sequence[int], speculative: Sequence[int]) -> Difference | None:
-    """Where two outputs first differ, if they do; both are new tokens only."""
-    for position, (one, other) in enumerate(zip_longest(plain, speculative)):
-        if one != other:
-            return Difference(position=position, plain=one, speculative=other)
-    return None
 
 
 def environment_of(draft: Speculator, device: torch.device, dtype: torch.dtype) -> Environment:

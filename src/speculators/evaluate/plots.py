@@ -150,7 +150,7 @@ def _speedup_by_draft_length(report: Report, axes: Axes) -> None:
         label=f"recommended: {recommendation.speculative_tokens}",
     )
     axes.set(
-        title=f"Speed-up by draft length ({report.environment.device})",
+        title=f"Speed-up by draft length, {report.environment.where}",
         xlabel="drafted tokens per step",
         ylabel="speed-up",
         xticks=list(speedups),

@@ -30,6 +30,7 @@ __all__ = [
     "ProposalResult",
     "Recommendation",
     "Report",
+    "Served",
     "Settings",
     "SpeculativeMeasurement",
     "Summary",
@@ -74,7 +75,8 @@ class Difference(Model):
 class SpeculativeMeasurement(Measurement):
     """One generation with the draft."""
 
-    acceptance: Acceptance
+    acceptance: Acceptance | None
+    """``null`` where a server counted for several prompts together."""
     difference: Difference | None = None
     """``null`` if the output equalled the plain one, or was not compared."""
 
@@ -150,6 +152,8 @@ class Settings(Model):
     """Whether plain decoding was left out."""
     recording: str | None = None
     """The recording that drafts were scored on; ``null`` if the verifier decoded."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """On a server: how many prompts were answered at the same time."""
 
     @property
     def compared(self) -> bool:
@@ -170,6 +174,26 @@ class Environment(Model):
     torch: str
     transformers: str
 
+    @property
+    def where(self) -> str:
+        """For sentences: ``in float32 on cpu``."""
+        return f"in {self.dtype} on {self.device}"
+
+
+class Served(Model):
+    """The server that it was measured on."""
+
+    url: str
+    vllm: str | None
+    """The version; ``null`` if it is not told."""
+    baseline_url: str | None
+    """Of the server without the draft, if outputs were compared with one."""
+
+    @property
+    def where(self) -> str:
+        """For sentences: ``by vLLM 0.31.0 at http://localhost:8000``."""
+        return f"by vLLM {self.vllm or ''}".rstrip() + f" at {self.url}"
+
 
 class Report(Model):
     """The whole report.json."""
@@ -186,7 +210,7 @@ class Report(Model):
     chat_template: bool
     """Whether the verifier's chat template was applied; otherwise prompts are plain text."""
     settings: Settings
-    environment: Environment
+    environment: Environment | Served
     recommendation: Recommendation | None
     """``null`` unless several draft lengths were measured, with speed."""
     results: list[ProposalResult]
@@ -216,18 +240,25 @@ class Comparison(Model):
     """One report for each draft, in the order in which they were given."""
 
 
-def summarize(prompts: Sequence[PromptResult], proposal: int, *, compared: bool) -> Summary:
+def summarize(
+    prompts: Sequence[PromptResult],
+    proposal: int,
+    *,
+    compared: bool,
+    acceptance: Acceptance | None = None,
+) -> Summary:
     """The figures of one way of proposing tokens over some prompts.
 
     Args:
         prompts: what was measured.
         proposal: the index among each prompt's ``speculative``.
         compared: whether outputs were compared with plain ones.
+        acceptance: if it is not known prompt by prompt.
 
     """
     speculative = [prompt.speculative[proposal] for prompt in prompts]
     plain = [prompt.plain for prompt in prompts if prompt.plain is not None]
-    acceptance = total(run.acceptance for run in speculative)
+    acceptance = acceptance or total(run.acceptance or Acceptance() for run in speculative)
     fast, slow = _tokens_per_second(speculative), _tokens_per_second(plain)
     return Summary(
         prompts=len(prompts),
