@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from speculators.evaluate.report import Report
+from speculators.evaluate.recording import Manifest
+from speculators.evaluate.report import Comparison, Report
 from speculators.families.eagle import EagleConfig
 from speculators.families.eagle3 import Eagle3Config
 from speculators.format.conversion import ConversionRecord
@@ -19,10 +20,12 @@ READ: dict[str, type[BaseModel]] = {
     "config": EagleConfig,
     "conversion": ConversionRecord,
     "eagle3": Eagle3Config,
+    "recording": Manifest,
 }
 """Files that are read: a key with a default may be missing."""
 
 PRINTED: dict[str, type[BaseModel]] = {
+    "comparison": Comparison,
     "doctor": Diagnosis,
     "evaluation": Report,
     "inspect": Finding,

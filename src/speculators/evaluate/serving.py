@@ -74,6 +74,11 @@ class ServedEvaluation:
         self._counts: dict[str, list[Acceptance]] = {}
         self._seeds = {prompt.id: settings.seed + at for at, prompt in enumerate(prompts)}
         self._groups = _grouped(prompts, together=concurrency > 1)
+        if (largest := max(map(len, self._groups))) < concurrency and len(self._groups) > 1:
+            logger.warning(
+                f"No category has more than {largest} prompts, so no more than that are answered "
+                f"at the same time, not {concurrency}"
+            )
         counters = server.counters()
         positions = len(counters.accepted)
         if not positions:
