@@ -25,7 +25,7 @@ from speculators.evaluate.evaluation import Evaluation
 from speculators.evaluate.metrics import count_steps, total
 from speculators.evaluate.opening import open_draft
 from speculators.evaluate.prompts import read_prompts
-from speculators.evaluate.report import PromptResult, Report, Settings
+from speculators.evaluate.report import Environment, PromptResult, Report, Settings
 from speculators.evaluate.subject import load_subject
 from speculators.format.config import PROPOSALS, ProposalMethod
 from speculators.models.eagle import EagleSpeculator
@@ -106,6 +106,7 @@ def test_a_draft_is_measured(
     assert report.chat_template
     assert report.verifier == str(pair.verifier)
     assert report.recommendation is None
+    assert isinstance(report.environment, Environment)
     assert report.environment.dtype == report.environment.draft_dtype == "float32"
 
     assert [(p.id, p.category) for p in report.prompts] == [
@@ -141,8 +142,8 @@ def test_speeds_are_sums_of_what_was_measured(
     assert speculators(*arguments).status == 0
     report = report_in(tmp_path / "report")
     overall = report.results[0].overall
-    plain = sum(p.plain.seconds for p in report.prompts if p.plain is not None)
-    with_draft = sum(prompt.speculative[0].seconds for prompt in report.prompts)
+    plain = sum(p.plain.seconds or 0.0 for p in report.prompts if p.plain is not None)
+    with_draft = sum(prompt.speculative[0].seconds or 0.0 for prompt in report.prompts)
     assert overall.tokens_per_second == pytest.approx(3 * NEW_TOKENS / with_draft)
     assert overall.plain_tokens_per_second == pytest.approx(3 * NEW_TOKENS / plain)
     assert overall.speedup == pytest.approx(plain / with_draft)

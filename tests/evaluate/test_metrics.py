@@ -52,7 +52,7 @@ def test_against_brute_force(steps: list[tuple[int, int]]) -> None:
 def test_the_rates_add_up_to_the_acceptance_length(steps: list[tuple[int, int]]) -> None:
     counts = counted(steps)
     if steps:
-        rates = sum(Fraction(accepted, counts.steps) for accepted in counts.accepted)
+        rates = sum(Fraction(accepted) for accepted in counts.accepted) / Fraction(counts.steps)
         assert acceptance_length(counts) == pytest.approx(float(1 + rates))
 
 

@@ -124,6 +124,7 @@ def test_a_trained_draft_is_accepted_as_often_as_before_conversion(
         )["input_ids"]
         expected = plain_acceptance(verifier, tensors, config, ids, tokens)
         acceptance = found.speculative[0].acceptance
+        assert acceptance is not None
         assert (acceptance.steps, sum(acceptance.accepted)) == (len(expected), sum(expected))
 
 

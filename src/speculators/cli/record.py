@@ -74,8 +74,8 @@ def record(
 ) -> None:
     """Decode prompts once, to score any number of drafts on the texts.
 
-    Texts are kept with the hidden states that drafts read. If OUTPUT is a recording made with the
-    same options, only layers that it lacks are added.
+    They are kept with the hidden states that drafts read. If OUTPUT was recorded
+    with the same options, only layers that it lacks are added.
 
     For example:
 
