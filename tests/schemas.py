@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from speculators.evaluate.report import Report
+from speculators.evaluate.recording import Manifest
+from speculators.evaluate.report import Comparison, Report
 from speculators.families.dflash import DFlash2Config, DFlashConfig, DSparkConfig
 from speculators.families.eagle import EagleConfig
 from speculators.families.eagle3 import Eagle3Config
@@ -23,10 +24,12 @@ READ: dict[str, type[BaseModel]] = {
     "dflash2": DFlash2Config,
     "dspark": DSparkConfig,
     "eagle3": Eagle3Config,
+    "recording": Manifest,
 }
 """Files that are read: a key with a default may be missing."""
 
 PRINTED: dict[str, type[BaseModel]] = {
+    "comparison": Comparison,
     "doctor": Diagnosis,
     "evaluation": Report,
     "inspect": Finding,

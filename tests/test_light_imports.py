@@ -27,6 +27,13 @@ MODULES = sorted(
 
 def loaded_after(code: str, *arguments: str, cwd: Path | None = None) -> tuple[int, set[str]]:
     """Run code in a new process; return its exit status, and which of ``HEAVY`` it loaded."""
+    return loaded_and_told(code, *arguments, cwd=cwd)[:2]
+
+
+def loaded_and_told(
+    code: str, *arguments: str, cwd: Path | None = None
+) -> tuple[int, set[str], str]:
+    """As ``loaded_after``, with what was written to standard error."""
     script = (
         "import atexit, json, sys\n"
         f"atexit.register(lambda: print('\\n' + json.dumps([m for m in {HEAVY} "
@@ -39,7 +46,7 @@ def loaded_after(code: str, *arguments: str, cwd: Path | None = None) -> tuple[i
         text=True,
         cwd=cwd,
     )
-    return done.returncode, set(json.loads(done.stdout.splitlines()[-1]))
+    return done.returncode, set(json.loads(done.stdout.splitlines()[-1])), done.stderr
 
 
 MAIN = "from speculators.cli import main; main()"
@@ -60,6 +67,7 @@ def test_this_test_sees_what_is_loaded() -> None:
         ["convert", "dflash", "--help"],
         ["convert", "auto", "--help"],
         ["evaluate", "--help"],
+        ["record", "--help"],
         ["export", "--help"],
         ["mtp", "cut", "--help"],
         ["mtp", "graft", "--help"],
@@ -151,13 +159,43 @@ def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
 
 
 def test_a_report_is_read_and_shown_without_torch(tmp_path: Path) -> None:
-    modules = ("evaluate.files", "evaluate.plots", "evaluate.prompts", "cli.report_view")
+    modules = (
+        *("evaluate.files", "evaluate.opening", "evaluate.plots", "evaluate.prompts"),
+        *("evaluate.recording", "evaluate.serving", "cli.report_view"),
+    )
     code = "import " + ", ".join(f"speculators.{module}" for module in modules)
     assert loaded_after(code) == (0, set())
     assert loaded_after(MAIN, "evaluate", "draft", "--prompts", "none.jsonl", cwd=tmp_path) == (
         1,
         set(),
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device=abacus"], "torch has no such kind"),
+        (["--proposal=static_tree", "--num-draft-tokens=3"], "The static tree has 25 tokens"),
+        (["--verifier=none/such/verifier"], "does not exist"),
+        (["--num-draft-tokens=few"], "neither a number of tokens"),
+        (["--recording=none"], "recording.json cannot be read"),
+    ],
+)
+def test_a_wrong_argument_of_evaluate_is_told_without_torch(
+    converted: dict[str, Path], options: list[str], message: str
+) -> None:
+    draft = str(converted["llama31_gqa_nobias"])
+    status, loaded, errors = loaded_and_told(MAIN, "evaluate", draft, *options)
+    assert status in {1, 2}
+    assert loaded == set()
+    assert message in " ".join(errors.replace("│", " ").split())
+
+
+def test_an_unconverted_draft_is_told_without_torch(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    status, loaded, errors = loaded_and_told(MAIN, "evaluate", str(source))
+    assert (status, loaded) == (1, set())
+    assert "Convert the checkpoint first" in errors
 
 
 LIGHT = [

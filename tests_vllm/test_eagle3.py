@@ -21,6 +21,7 @@ from processes import LENGTH, MAX_TOKENS, WITHOUT_PLUGINS, Outcomes, run
 from speculators.convert.conversion import convert
 from speculators.convert.export import export
 from speculators.evaluate.evaluation import Evaluation
+from speculators.evaluate.opening import open_draft
 from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
 from speculators.evaluate.report import Settings
 from speculators.evaluate.subject import load_subject
@@ -212,7 +213,7 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_as_much_is_accepted_as_evaluate_says(
     tmp_path: Path, knowing: dict[str, Path], name: str
 ) -> None:
-    subject = load_subject(knowing[name], dtype="float32", device="cpu")
+    subject = load_subject(open_draft(knowing[name]), dtype="float32", device="cpu")
     prompts = read_prompts(OWN_PROMPTS)[:8]
     settings = Settings(prompts_total=len(prompts), max_new_tokens=MAX_TOKENS, acceptance_only=True)
     chain = subject.draft.proposal_method(None, LENGTH)
@@ -220,7 +221,7 @@ def test_as_much_is_accepted_as_evaluate_says(
     assert len(list(evaluation.run())) == len(prompts)
     expected = evaluation.report().results[0].overall.acceptance_length
     engine = ENGINE | {"model": str(knowing[name])}
-    tokens = [subject.encode(prompt) for prompt in prompts]
+    tokens = [subject.verifier.encode(prompt) for prompt in prompts]
     outcomes = run(tmp_path / "result", tokens, {name: engine}, WITHOUT_PLUGINS)
     assert not outcomes.refused
     found = outcomes.answers[name].acceptance_length

@@ -329,6 +329,39 @@ def test_the_server_answers_chats_in_a_stream(server: Server, outcomes: Outcomes
     assert len([text for text in texts if text]) > 1
 
 
+def test_a_served_draft_is_measured(server: Server, converted: dict[str, Path]) -> None:
+    """By the server's counters, as by decoding here; at once, and one prompt at a time."""
+
+    def evaluated(*options: str) -> Report:
+        size = ("--limit=8", f"--max-new-tokens={MAX_TOKENS}", "--json")
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "speculators", "evaluate", converted["hass"]),
+                *(*size, *options),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert "is counted too" not in done.stderr
+        return Report.model_validate_json(done.stdout)
+
+    local = evaluated(f"--num-draft-tokens={LENGTH}", "--acceptance-only", "--dtype=float32")
+    here = local.results[0].overall
+    assert here.acceptance_length is not None
+    alone = f"--baseline-server={server.address}"
+    for options in (["--concurrency=4", alone], ["--concurrency=1"]):
+        report = evaluated(f"--server={server.address}", *options)
+        there = report.results[0].overall
+        assert there.acceptance_length == pytest.approx(here.acceptance_length, abs=0.05)
+        assert there.acceptance_rates == pytest.approx(here.acceptance_rates, abs=0.05)
+        assert [it.prompt_tokens for it in report.prompts] == [
+            it.prompt_tokens for it in local.prompts
+        ]
+        assert there.new_tokens == here.new_tokens
+        assert there.identical == (8 if alone in options else None)
+
+
 @pytest.mark.exhaustive
 def test_a_server_that_does_not_start_says_why(tmp_path: Path, published: dict[str, Path]) -> None:
     """The engine's process says it, as above, and its log is part of the server's."""

@@ -7,55 +7,30 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.utils import logging as transformers_logging
 
 from eagle3 import knowing_eagle3
-from helpers import (
-    HIDDEN,
-    PLAIN,
-    VOCABULARY,
-    CommandLine,
-    Tensors,
-    entries,
-    golden_vectors,
-    save_quietly,
-    source_tensors,
-    tiny_llama,
-    write_checkpoint,
-)
+from helpers import VOCABULARY, CommandLine, entries, save_quietly, tiny_llama
 from hub_server import HubServer, patch_hub
+from pair import NEW_TOKENS, PROMPTS, Pair, make_pair, tiny_tokenizer
 from speculators.cli import report_view
-from speculators.convert.eagle import EagleConverter
 from speculators.decode import cuda_graphs
 from speculators.errors import EvaluationError
 from speculators.evaluate.evaluation import Evaluation
 from speculators.evaluate.metrics import count_steps, total
+from speculators.evaluate.opening import open_draft
 from speculators.evaluate.prompts import read_prompts
-from speculators.evaluate.report import PromptResult, Report, Settings
+from speculators.evaluate.report import Environment, PromptResult, Report, Settings
 from speculators.evaluate.subject import load_subject
 from speculators.format.config import PROPOSALS, ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-PROMPTS = [
-    {"question_id": 81, "category": "writing", "turns": ["Rain in Spain?", "And now shorter."]},
-    {"question_id": 82, "category": "writing", "turns": ["The plain."]},
-    {"question_id": 101, "category": "math", "turns": ["1 + 1 is what?"]},
-]
-NEW_TOKENS = 12
 SPECULATE = "speculators.models.eagle.EagleSpeculator.generate"
 speculative_generate = EagleSpeculator.generate
 REPORT_FILES = [
@@ -65,54 +40,10 @@ REPORT_FILES = [
 ]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A converted draft, and the verifier that its config names."""
-
-    draft: Path
-    verifier: Path
-
-
-def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> FastTokenizer:
-    """A tokenizer of bytes and some pairs of them, made on the fly."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<end>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the rain in spain stays mainly in the plain"], trainer)
-    fast = FastTokenizer(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.chat_template = chat_template
-    return fast
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A pair that tests must not change."""
-    root = tmp_path_factory.mktemp("pair")
-    model = tiny_llama(
-        golden_vectors(PLAIN)["lm_head.weight"],
-        source_tensors()["embed_tokens.weight"],
-        max_position_embeddings=1024,
-    )
-    assert model.generation_config is not None
-    model.generation_config.eos_token_id = None  # every output is as long as it may be
-    verifier = save_quietly(model, root / "verifier")
-    tiny_tokenizer().save_pretrained(verifier)
-    source = write_checkpoint(root / "source", edit=often_right)
-    return Pair(EagleConverter().convert(source, root / "draft", verifier), verifier)
-
-
-def often_right(tensors: Tensors) -> None:
-    """Pass embeddings on almost unchanged, like a verifier with small random weights."""
-    seen = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0))
-    tensors["fc.weight"] = torch.cat((torch.eye(HIDDEN), 0.002 * seen), dim=1)
-    for name in ("layers.0.self_attn.o_proj.weight", "layers.0.mlp.down_proj.weight"):
-        tensors[name] *= 0.01
+    return make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture
@@ -150,6 +81,7 @@ def test_a_draft_that_drafts_in_one_pass(
         for prompt in report.prompts:
             found = prompt.speculative[index]
             assert found.difference is None
+            assert found.acceptance is not None
             assert found.acceptance.offered[0] == found.acceptance.steps
             expected.append(found.acceptance)
         found_length = report.results[index].overall.acceptance_length
@@ -208,6 +140,7 @@ def test_a_draft_is_measured(
     assert report.chat_template
     assert report.verifier == str(pair.verifier)
     assert report.recommendation is None
+    assert isinstance(report.environment, Environment)
     assert report.environment.dtype == report.environment.draft_dtype == "float32"
 
     assert [(p.id, p.category) for p in report.prompts] == [
@@ -243,8 +176,8 @@ def test_speeds_are_sums_of_what_was_measured(
     assert speculators(*arguments).status == 0
     report = report_in(tmp_path / "report")
     overall = report.results[0].overall
-    plain = sum(p.plain.seconds for p in report.prompts if p.plain is not None)
-    with_draft = sum(prompt.speculative[0].seconds for prompt in report.prompts)
+    plain = sum(p.plain.seconds or 0.0 for p in report.prompts if p.plain is not None)
+    with_draft = sum(prompt.speculative[0].seconds or 0.0 for prompt in report.prompts)
     assert overall.tokens_per_second == pytest.approx(3 * NEW_TOKENS / with_draft)
     assert overall.plain_tokens_per_second == pytest.approx(3 * NEW_TOKENS / plain)
     assert overall.speedup == pytest.approx(plain / with_draft)
@@ -437,7 +370,7 @@ def test_loading_leaves_the_progress_bars_of_transformers_as_they_were(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
-    load_subject(pair.draft)
+    load_subject(open_draft(pair.draft))
     assert transformers_logging.is_progress_bar_enabled()
     assert "Loading weights" not in capsys.readouterr().err
 
@@ -677,7 +610,7 @@ def test_graphs_are_recorded_before_anything_is_measured(
     monkeypatch.setattr(cuda_graphs, "MIN_SLOTS", 16)
     settings = Settings(prompts_total=3, max_new_tokens=40)
     evaluation = Evaluation(
-        load_subject(pair.draft),
+        load_subject(open_draft(pair.draft)),
         read_prompts(prompts),
         [ProposalMethod(speculative_tokens=2)],
         settings,

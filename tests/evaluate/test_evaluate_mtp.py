@@ -116,6 +116,7 @@ def test_acceptance_along_the_verifiers_own_output(
     expected = accepted_by_definition(verifier, output[0].tolist(), ids.shape[1])
     assert sum(expected) > 0
     measured = report.prompts[0].speculative[0].acceptance
+    assert measured is not None
     assert measured.steps == len(expected)
     assert sum(measured.accepted) == sum(expected)
 

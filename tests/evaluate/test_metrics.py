@@ -12,6 +12,7 @@ from speculators.evaluate.metrics import (
     acceptance_rates,
     conditional_acceptance_rates,
     count_steps,
+    expect_steps,
     recommended,
     total,
 )
@@ -51,7 +52,7 @@ def test_against_brute_force(steps: list[tuple[int, int]]) -> None:
 def test_the_rates_add_up_to_the_acceptance_length(steps: list[tuple[int, int]]) -> None:
     counts = counted(steps)
     if steps:
-        rates = sum(Fraction(accepted, counts.steps) for accepted in counts.accepted)
+        rates = sum(Fraction(accepted) for accepted in counts.accepted) / Fraction(counts.steps)
         assert acceptance_length(counts) == pytest.approx(float(1 + rates))
 
 
@@ -93,3 +94,32 @@ def test_the_shortest_draft_close_to_the_best_is_recommended(
     speedups: list[float], index: int
 ) -> None:
     assert recommended(speedups) == index
+
+
+def test_steps_are_expected_where_it_is_not_certain_what_is_accepted() -> None:
+    """Three tokens, chains of two; worked out by hand."""
+    survival = [[0.5, 0.25], [1.0, 0.5], [0.0, 0.0]]
+    # Token 0 is visited surely, 1 with 0.5, and 2 with 0.25 (from 0) and 0 (from 1).
+    found = expect_steps(survival)
+    assert found.steps == pytest.approx(1 + 0.5 + 0.25)
+    assert found.offered == pytest.approx((1.75, 1.75))
+    assert found.reached == pytest.approx((1.75, 1 * 0.5 + 0.5 * 1))
+    assert found.accepted == pytest.approx((1 * 0.5 + 0.5 * 1, 1 * 0.25 + 0.5 * 0.5))
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=30),
+)
+def test_expected_steps_are_the_walk_where_all_is_certain(right: list[int]) -> None:
+    survival = [[int(position < n) for position in range(4)] for n in right]
+    taken, at = [], 0
+    while at < len(right):
+        taken.append(right[at])
+        at += right[at] + 1
+    expected = count_steps(taken, [4] * len(taken))
+    assert expect_steps(survival) == expected
+    assert expect_steps(survival).model_dump_json() == expected.model_dump_json()
+
+
+def test_a_text_of_one_token_has_no_steps() -> None:
+    assert expect_steps([]) == Acceptance()

@@ -13,8 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import CommandLine
 from plain_draft import plain_draft, plain_norm
+from speculators.convert.eagle import EagleConverter
+from speculators.decode import Generation
+from speculators.evaluate.metrics import count_steps
+from speculators.evaluate.opening import open_draft
 from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
-from speculators.evaluate.report import Report
+from speculators.evaluate.recorder import record
+from speculators.evaluate.recording import LONGEST_DRAFT, Recording, identify
+from speculators.evaluate.report import Report, Settings
+from speculators.evaluate.scoring import Scoring, load_scored
+from speculators.evaluate.subject import LoadedVerifier
+from speculators.format.config import ProposalMethod
+from speculators.models.loading import load_draft
 
 ROOT = Path(__file__).parents[2]
 VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
@@ -115,6 +125,7 @@ def test_a_trained_draft_is_accepted_as_often_as_before_conversion(
         )["input_ids"]
         expected = plain_acceptance(verifier, tensors, config, ids, tokens)
         acceptance = found.speculative[0].acceptance
+        assert acceptance is not None
         assert (acceptance.steps, sum(acceptance.accepted)) == (len(expected), sum(expected))
 
 
@@ -135,6 +146,7 @@ def test_the_eagle3_draft_is_accepted_as_often_as_by_its_training_code(
     assert run.status == 0, run.stderr
     measured = Report.model_validate_json((report / "report.json").read_text())
     acceptance = measured.prompts[0].speculative[0].acceptance
+    assert acceptance is not None
 
     tokenizer: Any = AutoTokenizer.from_pretrained(VERIFIER)
     ids = tokenizer.apply_chat_template(
@@ -147,3 +159,76 @@ def test_the_eagle3_draft_is_accepted_as_often_as_by_its_training_code(
     )
     assert (acceptance.steps, sum(acceptance.accepted)) == (len(accepted), sum(accepted))
     assert sum(accepted) > len(accepted) / 2
+
+
+NAMES = ("eagle1", "hass", "layernorms")
+METHODS = [
+    ProposalMethod(speculative_tokens=1),
+    ProposalMethod(speculative_tokens=4),
+    ProposalMethod(proposal_type="static_tree"),
+    ProposalMethod(proposal_type="dynamic_tree"),
+]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("converted")
+    return {
+        name: EagleConverter().convert(
+            ROOT / "examples" / f"smollm2-135m-{name}", root / name, VERIFIER, validate=False
+        )
+        for name in NAMES
+    }
+
+
+@pytest.fixture(
+    scope="module", params=[(1, 12), pytest.param((6, 48), marks=pytest.mark.exhaustive)]
+)
+def recording(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    converted: dict[str, Path],
+    verifier: Any,
+) -> Recording:
+    """A short text; exhaustive: more of them, and longer."""
+    number, tokens = request.param
+    tokenizer: Any = AutoTokenizer.from_pretrained(VERIFIER)
+    return record(
+        LoadedVerifier(str(VERIFIER), verifier, tokenizer),
+        identify(open_draft(converted["hass"]).verifier),
+        read_prompts(OWN_PROMPTS)[:number],
+        Settings(prompts_total=number, max_new_tokens=tokens),
+        tmp_path_factory.mktemp("recorded") / "recording",
+        longest_draft=LONGEST_DRAFT,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_score_is_what_decoding_counts(
+    converted: dict[str, Path], recording: Recording, verifier: Any, name: str
+) -> None:
+    opened = open_draft(converted[name])
+    scoring = Scoring(opened, load_scored(opened, recording, "cpu"), recording, METHODS)
+    scored = [[run.acceptance for run in prompt.speculative] for prompt in scoring.run()]
+
+    draft = load_draft(converted[name], verifier=verifier, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(VERIFIER)
+    settings = recording.manifest.settings
+    for prompt, found in zip(read_prompts(OWN_PROMPTS), scored, strict=False):
+        ids = tokenizer.apply_chat_template(
+            [message.model_dump() for message in prompt.messages],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )["input_ids"]
+        for method, counts in zip(METHODS, found, strict=True):
+            generation = draft.generate(
+                ids,
+                proposal=method,
+                max_new_tokens=settings.max_new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
+            assert isinstance(generation, Generation)
+            assert counts == count_steps(generation.accepted[0], generation.offered[0])
+    assert len(scored) == settings.prompts_total

@@ -54,9 +54,11 @@ class Session:
 
         """
         subject, messages = self.subject, [*self._messages, Message(role="user", content=said)]
-        tokens = subject.encode(Prompt(id="here", category="chat", messages=tuple(messages)))
-        input_ids = torch.tensor([tokens], device=subject.device)
-        answer, decode = Answer(prompt=said), subject.tokenizer.decode
+        tokens = subject.verifier.encode(
+            Prompt(id="here", category="chat", messages=tuple(messages))
+        )
+        input_ids = torch.tensor([tokens], device=subject.verifier.device)
+        answer, decode = Answer(prompt=said), subject.verifier.tokenizer.decode
         spelling = Spelling(lambda tokens: str(decode(list(tokens), skip_special_tokens=True)))
         began = time.perf_counter()
 
@@ -94,4 +96,4 @@ class Session:
         return Step(drafted, len(step.added), tuple(pieces), own)
 
     def _alone(self, token: int) -> str:
-        return str(self.subject.tokenizer.decode([token]))
+        return str(self.subject.verifier.tokenizer.decode([token]))

@@ -13,6 +13,7 @@ from speculators.cli import (
     inspect,
     mtp,
     publish,
+    record,
     validate,
 )
 from speculators.cli.shared import share_options
@@ -31,6 +32,7 @@ app.command()(inspect.inspect)
 app.command()(validate.validate)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
+app.command()(record.record)
 app.command()(export.export)
 app.add_typer(mtp.app, name="mtp")
 app.command()(publish.publish)

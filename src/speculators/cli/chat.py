@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from speculators.cli.decoding import DTYPES, Device, DType
 from speculators.cli.shared import CacheDir
 
 if TYPE_CHECKING:
@@ -75,19 +76,12 @@ def chat(
         float, typer.Option(min=0.0, help="For sampling; 0 means greedy decoding.")
     ] = 0.0,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
+        DType,
         typer.Option(
             help="The type that both models run in; auto is the one the verifier is stored in."
         ),
     ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="A torch device, such as cpu or cuda:1; auto spreads the verifier over all "
-            "accelerators. By default one accelerator, if any.",
-            show_default=False,
-        ),
-    ] = None,
+    device: Device = None,
     cache_dir: CacheDir = None,
     revision: Annotated[
         str | None,
@@ -114,18 +108,18 @@ def chat(
     from rich.console import Console
     from rich.text import Text
 
+    from speculators.evaluate.opening import check_device, open_draft, proposals_of
+
+    check_device(device)
+    opened = open_draft(directory, verifier=verifier, cache_dir=cache_dir, revision=revision)
+    [method] = proposals_of(opened.converted, proposal, [num_draft_tokens])
+
     from speculators.chat.session import Session
     from speculators.evaluate.subject import load_subject
 
     subject = load_subject(
-        directory,
-        verifier=verifier,
-        dtype=dtype,
-        device=device,
-        cache_dir=cache_dir,
-        revision=revision,
+        opened, dtype=DTYPES.get(dtype, dtype), device=device, cache_dir=cache_dir
     )
-    method = subject.draft.proposal_method(proposal, num_draft_tokens)
     session = Session(
         subject, method, system=system, max_new_tokens=max_new_tokens, temperature=temperature
     )
@@ -143,7 +137,7 @@ def chat(
             console.print(_summary(answer), style="dim")
     finally:  # also when the conversation was interrupted
         if trace is not None and answers:
-            _write_trace(trace, subject.name, subject.verifier_name, answers)
+            _write_trace(trace, subject.name, subject.verifier.name, answers)
 
 
 def _prompts(given: str | None) -> Iterator[str]:

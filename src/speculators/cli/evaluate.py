@@ -1,23 +1,46 @@
 """`speculators evaluate`: how well a draft drafts."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from speculators.cli.decoding import (
+    DTYPES,
+    Device,
+    DType,
+    Limit,
+    MaxNewTokens,
+    Prompts,
+    Seed,
+    Temperature,
+    TopP,
+    read_selected,
+    settings_of,
+)
 from speculators.cli.shared import CacheDir
+
+if TYPE_CHECKING:
+    from speculators.evaluate.mtp import OpenedMtp
+    from speculators.evaluate.opening import Opened
+    from speculators.evaluate.report import Report
+    from speculators.format.config import ProposalMethod
 
 __all__ = ["evaluate"]
 
+CONCURRENCY = 8
+
 
 def evaluate(
-    directory: Annotated[
-        str,
+    directories: Annotated[
+        list[str],
         typer.Argument(
             metavar="DIR",
             help="The converted draft, or the MTP that was cut out of a verifier: a directory or a "
-            "Hugging Face id.",
+            "Hugging Face id; with --recording, several are compared.",
         ),
     ],
     verifier: Annotated[
@@ -28,22 +51,43 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    prompts: Annotated[
+    recording: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.jsonl",
-            help="Prompts, one per line, in MT-bench's style or with the key prompt or messages. "
-            "By default the 80 that come with speculators.",
+            metavar="DIR",
+            help="Score on the texts that 'speculators record' wrote, without the verifier. Its "
+            "prompts and settings are used.",
             show_default=False,
         ),
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Use only this many prompts, the first ones.", show_default=False),
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Measure the draft where vLLM serves it, at this address; the server's own draft "
+            "length is measured.",
+            show_default=False,
+        ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="The longest output, in tokens.")
-    ] = 256,
+    baseline_server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="With --server: one that serves the verifier alone, to compare with.",
+            show_default=False,
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --server: how many prompts are answered at the same time.",
+            show_default=str(CONCURRENCY),
+        ),
+    ] = None,
+    prompts: Prompts = None,
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = None,
     proposal: Annotated[
         Literal["greedy", "sampling", "static_tree", "dynamic_tree"] | None,
         typer.Option(
@@ -53,16 +97,16 @@ def evaluate(
     num_draft_tokens: Annotated[
         str | None,
         typer.Option(
-            metavar="K|A..B",
-            help="How many tokens to draft per verification step; a range such as 1..8 measures "
-            "each length and recommends one. By default as the draft's config says.",
+            metavar="K|A..B|K,L,...",
+            help="How many tokens to draft per verification step; a range such as 1..8, or a list "
+            "such as 1,3,5, measures each length and recommends one. By default as the draft's "
+            "config says.",
             show_default=False,
         ),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="For sampling; 0 means greedy decoding.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
     acceptance_only: Annotated[
         bool,
         typer.Option(
@@ -71,24 +115,21 @@ def evaluate(
         ),
     ] = False,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
+        DType,
         typer.Option(
             help="The type that both models run in; auto is the one the verifier is stored in."
         ),
     ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="A torch device, such as cpu or cuda:1; auto spreads the verifier over all "
-            "accelerators. By default one accelerator, if any.",
-            show_default=False,
-        ),
-    ] = None,
+    device: Device = None,
     cache_dir: CacheDir = None,
     revision: Annotated[
         str | None,
         typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False),
     ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the report as JSON, as docs/evaluation.md describes."),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(help="A directory to create, for report.json and plots.", show_default=False),
@@ -105,64 +146,190 @@ def evaluate(
 
     speculators evaluate ./converted --num-draft-tokens 1..8 --output report
     """
+    several = len(directories) > 1
     lengths = _draft_lengths(num_draft_tokens)
     if overwrite and output is None:
         raise typer.BadParameter("--overwrite only works with --output.")
+    if several and (recording is None or revision is not None):
+        raise typer.BadParameter(
+            "Several drafts are compared on the same texts: give --recording, which 'speculators "
+            "record' writes, and no --revision."
+        )
+    _check_server_options(
+        server,
+        {"--baseline-server": baseline_server, "--concurrency": concurrency},
+        {
+            "--recording": recording,
+            "--verifier": verifier,
+            "--proposal": proposal,
+            "--num-draft-tokens": num_draft_tokens,
+            "--device": device,
+            "--dtype": None if dtype == "auto" else dtype,
+        },
+    )
 
     from speculators.checkpoint.output.staging import check_output
-    from speculators.cli.report_view import print_report, progress_bar
-    from speculators.evaluate.files import REPORT, save_report
-    from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
-    from speculators.evaluate.report import Settings
+    from speculators.evaluate.files import COMPARISON, REPORT
+    from speculators.evaluate.opening import check_device, open_scored, proposals_of
+    from speculators.evaluate.recording import open_recording
 
     if output is not None:
-        check_output(output, overwrite=overwrite, marker=REPORT)
-    selected = read_prompts(prompts or OWN_PROMPTS)[:limit]
-    settings = Settings(
-        prompts_file=None if prompts is None else str(prompts),
-        prompts_total=len(selected),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        acceptance_only=acceptance_only,
-    )
+        check_output(output, overwrite=overwrite, marker=COMPARISON if several else REPORT)
+    check_device(device)
+    wanted_dtype = DTYPES.get(dtype, dtype)
+    place: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision}
+    reports: list[Report] = []
+    reporting = _reporting(reports, several, as_json, output, overwrite)
+
+    if recording is not None:
+        found = open_recording(recording)
+        given = None if prompts is None and limit is None else read_selected(prompts, limit)
+        found.check_settings(
+            given,
+            limit=None if given is None else len(given),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            dtype=None if wanted_dtype == "auto" else wanted_dtype,
+        )
+        drafts = [open_scored(it, found, verifier=verifier, **place) for it in directories]
+        methods = [proposals_of(draft.converted, proposal, lengths) for draft in drafts]
+
+        from speculators.evaluate.scoring import Scoring, load_scored
+
+        with reporting:
+            for draft, its_methods in zip(drafts, methods, strict=True):
+                scoring = Scoring(draft, load_scored(draft, found, device), found, its_methods)
+                _measure(scoring, len(found.manifest.prompts), reports)
+        return
+
+    selected = read_selected(prompts, limit)
+    settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
+
+    if server is not None:
+        from speculators.evaluate.server import Server
+        from speculators.evaluate.serving import ServedEvaluation
+        from speculators.families.converted import open_converted
+
+        served = ServedEvaluation(
+            directories[0],
+            open_converted(directories[0], **place),
+            Server(server),
+            None if acceptance_only or baseline_server is None else Server(baseline_server),
+            selected,
+            settings,
+            CONCURRENCY if concurrency is None else concurrency,
+        )
+        with reporting:
+            _measure(served, len(selected), reports)
+        return
+
+    opened, proposals = _open(directories[0], proposal, lengths, verifier=verifier, **place)
 
     from speculators.evaluate.evaluation import Evaluation
     from speculators.evaluate.subject import load_subject
 
-    subject = load_subject(
-        directory,
-        verifier=verifier,
-        dtype=dtype,
-        device=device,
-        cache_dir=cache_dir,
-        revision=revision,
-    )
-    proposals = [subject.draft.proposal_method(proposal, length) for length in lengths]
+    settings = settings.model_copy(update={"acceptance_only": acceptance_only})
+    subject = load_subject(opened, dtype=wanted_dtype, device=device, cache_dir=cache_dir)
     evaluation = Evaluation(subject, selected, proposals, settings)
+    with reporting:
+        _measure(evaluation, len(selected), reports)
+
+
+def _open(
+    directory: str, proposal: str | None, lengths: list[int] | list[None], **where: Any
+) -> "tuple[Opened | OpenedMtp, list[ProposalMethod]]":
+    """Open a draft or an MTP; returns it, and the proposal methods to measure."""
+    from speculators.evaluate.mtp import mtp_proposals, open_mtp
+    from speculators.evaluate.opening import open_draft, proposals_of
+
+    if mtp := open_mtp(directory, **where):
+        return mtp, mtp_proposals(proposal, lengths)
+    draft = open_draft(directory, **where)
+    return draft, proposals_of(draft.converted, proposal, lengths)
+
+
+def _check_server_options(
+    server: str | None, only_with: dict[str, object], never_with: dict[str, object]
+) -> None:
+    """Refuse options that only work with a server, or only without one."""
+    for option, value in (only_with if server is None else never_with).items():
+        if value is not None:
+            raise typer.BadParameter(
+                f"{option} only works with --server."
+                if server is None
+                else f"{option} does not work with --server: it is as the server was started."
+            )
+
+
+def _measure(measuring: Any, prompts: int, reports: "list[Report]") -> None:
+    """Run an evaluation or a score, and add its report even if it is stopped, or fails."""
+    from speculators.cli.report_view import progress_bar
+
     try:
-        with progress_bar(len(selected)) as advance:
-            for result in evaluation.run():
+        with progress_bar(prompts) as advance:
+            for result in measuring.run():
                 advance(result)
-    finally:  # also when it was stopped, or failed: nothing measured is lost
-        if evaluation.measured:
-            report = evaluation.report()
+    finally:
+        if measuring.measured:
+            reports.append(measuring.report())
+
+
+@contextmanager
+def _reporting(
+    reports: "list[Report]", several: bool, as_json: bool, output: Path | None, overwrite: bool
+) -> Iterator[None]:
+    """Print and save at the end what was measured; nothing of it is lost.
+
+    Args:
+        reports: filled by the ``with`` block.
+        several: whether drafts are compared.
+        as_json: print JSON instead of tables.
+        output: where to save it, if anywhere.
+        overwrite: whether to replace what is there.
+
+    """
+    from speculators.cli.report_view import print_comparison, print_report
+    from speculators.evaluate.files import save_comparison, save_report
+    from speculators.evaluate.report import Comparison
+
+    try:
+        yield
+    finally:
+        if reports:
+            comparison = Comparison(drafts=reports)
             try:
-                print_report(report)
+                if as_json:
+                    shown = comparison if several else reports[0]
+                    print(shown.model_dump_json(indent=2))
+                elif several:
+                    print_comparison(comparison)
+                else:
+                    print_report(reports[0])
             finally:  # even if nobody reads what is printed
-                if output is not None:
-                    save_report(report, output, overwrite=overwrite)
+                if output is not None and several:
+                    save_comparison(comparison, output, overwrite=overwrite)
+                elif output is not None:
+                    save_report(reports[0], output, overwrite=overwrite)
 
 
 def _draft_lengths(text: str | None) -> list[int] | list[None]:
-    """Parse ``4`` to [4] and ``1..8`` to [1, ..., 8]; [None] is the proposal method's default."""
+    """Parse ``4`` to [4], ``1..3`` to [1, 2, 3], ``1,3,5`` to [1, 3, 5]; they can be combined.
+
+    [None], without a text, is the proposal method's default.
+    """
     if text is None:
         return [None]
-    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text.strip())
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if not 1 <= first <= last:
-        raise typer.BadParameter(
-            f"{text!r} is neither a number of tokens, as 4, nor a range, as 1..8.",
-            param_hint="--num-draft-tokens",
-        )
-    return list(range(first, last + 1))
+    lengths: set[int] = set()
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:\.\.(\d+))?\s*", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= first <= last:
+            raise typer.BadParameter(
+                f"{text!r} is neither a number of tokens, as 4, nor a range, as 1..8, nor a list, "
+                "as 1,3,5.",
+                param_hint="--num-draft-tokens",
+            )
+        lengths |= {*range(first, last + 1)}
+    return sorted(lengths)

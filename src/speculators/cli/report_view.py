@@ -3,16 +3,32 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from loguru import logger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 
 from speculators.cli.output import bordered, show
 from speculators.cli.shared import is_quiet
+from speculators.errors import visible
 from speculators.evaluate.metrics import acceptance_length, total
-from speculators.evaluate.report import PromptResult, ProposalResult, Report, Summary
+from speculators.evaluate.recording import RecordedPrompt
+from speculators.evaluate.report import (
+    Comparison,
+    PromptResult,
+    ProposalResult,
+    Report,
+    Summary,
+)
 
-__all__ = ["print_report", "progress_bar"]
+__all__ = ["print_comparison", "print_report", "progress_bar", "recording_bar"]
 
 DIFFERENCES_SHOWN = 10
 
@@ -21,29 +37,121 @@ DIFFERENCES_SHOWN = 10
 def progress_bar(prompts: int) -> Iterator[Callable[[PromptResult], None]]:
     """A bar on standard error, advanced by each prompt's result.
 
-    Nothing is shown with --quiet, or if standard error is not a terminal.
+    Where standard error is not a terminal, a line is logged for each prompt; with --quiet, nothing
+    is shown.
     """
-    console = Console(stderr=True)
     measured: list[PromptResult] = []
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=is_quiet() or not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("Measuring", total=prompts)
+    with _bar("Measuring", prompts) as bar:
 
         def advance(result: PromptResult) -> None:
             measured.append(result)
-            length = acceptance_length(
-                total(run.acceptance for prompt in measured for run in prompt.speculative)
-            )
-            progress.update(task, advance=1, description=f"Acceptance length {_number(length)}")
+            length = _number(_length_of(measured))
+            bar.update(TaskID(0), advance=1, description=f"Acceptance length {length}")
+            if not _is_shown():
+                of_prompt = _length_of([result])
+                found = (
+                    f"{result.speculative[0].new_tokens} new tokens"
+                    if of_prompt is None
+                    else f"acceptance length {_number(of_prompt)}, so far {length}"
+                )
+                logger.info(
+                    f"{len(measured)} of {prompts}: prompt {result.id} ({result.category}), {found}"
+                )
 
         yield advance
+
+
+@contextmanager
+def recording_bar(
+    prompts: int,
+) -> Iterator[tuple[Callable[[float], None], Callable[[RecordedPrompt], None]]]:
+    """A bar on standard error, as ``progress_bar``.
+
+    It is advanced by shares of a prompt; the other function is called with each prompt that was
+    recorded.
+    """
+    recorded = 0
+    with _bar("Recording", prompts) as bar:
+
+        def moved(share: float) -> None:
+            bar.update(TaskID(0), advance=share)
+
+        def done(prompt: RecordedPrompt) -> None:
+            nonlocal recorded
+            recorded += 1
+            if not _is_shown():
+                logger.info(
+                    f"{recorded} of {prompts}: prompt {prompt.id} ({prompt.category}), "
+                    f"{prompt.new_tokens} new tokens"
+                )
+
+        yield moved, done
+
+
+def _is_shown() -> bool:
+    return not is_quiet() and Console(stderr=True).is_terminal
+
+
+def _bar(name: str, prompts: int) -> Progress:
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not _is_shown(),
+    )
+    bar.add_task(name, total=prompts)
+    return bar
+
+
+def _length_of(prompts: Iterable[PromptResult]) -> float | None:
+    runs = (run.acceptance for prompt in prompts for run in prompt.speculative)
+    return acceptance_length(total(counts for counts in runs if counts is not None))
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print the acceptance lengths of several drafts, and their acceptance by position."""
+    reports = comparison.drafts
+    longest = [report.longest for report in reports]
+    deepest = max(len(result.overall.acceptance_rates) for result in longest)
+    lengths = bordered("draft", "proposal", *_numbers("draft tokens", "acceptance length"))
+    for report in reports:
+        for result in report.results:
+            lengths.add_row(
+                visible(report.draft),
+                result.proposal.proposal_type,
+                str(result.proposal.speculative_tokens),
+                _number(result.overall.acceptance_length),
+                end_section=result is report.results[-1],
+            )
+    positions = bordered("draft", *_numbers(*map(str, range(1, deepest + 1))))
+    categories = dict.fromkeys(name for result in longest for name in result.categories)
+    by_category = bordered("draft", *_numbers(*map(visible, categories), "overall"))
+    for report, result in zip(reports, longest, strict=True):
+        rates = result.overall.acceptance_rates
+        positions.add_row(visible(report.draft), *map(_number, rates))
+        by_category.add_row(
+            visible(report.draft),
+            *(
+                _number(result.categories[name].acceptance_length)
+                if name in result.categories
+                else "-"
+                for name in categories
+            ),
+            _number(result.overall.acceptance_length),
+        )
+    show(
+        f"{len(reports)} drafts for {reports[0].verifier}",
+        lengths,
+        f"Acceptance by position, of all steps ({_named(longest[0])})",
+        positions,
+        f"Acceptance length by category ({_named(longest[0])})",
+        by_category,
+        *_how(reports[0]),
+    )
 
 
 def print_report(report: Report) -> None:
@@ -112,19 +220,27 @@ def _by_category(result: ProposalResult) -> Table:
     return table
 
 
-def _sentences(report: Report) -> Iterator[str]:
+def _how(report: Report) -> Iterator[str]:
     settings, environment = report.settings, report.environment
     decoding = (
         f"temperature {settings.temperature:g}" if settings.temperature else "greedy decoding"
     )
+    if settings.top_p < 1 and settings.temperature:
+        decoding += f" and top-p {settings.top_p:g}"
     plain = report.longest.overall.plain_tokens_per_second  # the same for all drafts
     yield (
-        f"{decoding.capitalize()}, up to {settings.max_new_tokens} new tokens, in "
-        f"{environment.dtype} on {environment.device}"
+        f"{decoding.capitalize()}, up to {settings.max_new_tokens} new tokens, "
+        f"{environment.where}"
         + ("." if plain is None else f"; without a draft {_number(plain, 1)} tokens/s.")
     )
+    if settings.recording is not None:
+        yield f"Scored on the texts in {settings.recording}, without the verifier."
     if not report.chat_template:
         yield "The verifier has no chat template: the prompts were given as plain text."
+
+
+def _sentences(report: Report) -> Iterator[str]:
+    yield from _how(report)
     differing = [
         (result.proposal.speculative_tokens, prompt.id, run.difference)
         for index, result in enumerate(report.results)
@@ -147,7 +263,7 @@ def _sentences(report: Report) -> Iterator[str]:
         if recommendation.speedup < 1:
             yield "Here no draft is faster than the verifier alone."
     if not report.complete:
-        yield f"Stopped after {len(report.prompts)} of {settings.prompts_total} prompts."
+        yield f"Stopped after {len(report.prompts)} of {report.settings.prompts_total} prompts."
 
 
 def _named(result: ProposalResult) -> str:

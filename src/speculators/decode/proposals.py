@@ -13,7 +13,8 @@ from speculators.decode.recurrent import (
 from speculators.decode.sampling import Warp
 from speculators.decode.tree import EAGLE1_TREE, chain
 from speculators.errors import GenerationError
-from speculators.format.config import PROPOSALS, ProposalMethod
+from speculators.format.config import ProposalMethod
+from speculators.format.proposals import check_sizes
 
 __all__ = ["drafter_of"]
 
@@ -39,33 +40,18 @@ def drafter_of(draft: Draft, cache: BlockCache, method: ProposalMethod, warp: Wa
             f"{type(draft).__name__} is not a draft: it lacks members of "
             f"{RecurrentDraft.__module__}.{RecurrentDraft.__name__}."
         )
-    size, depth, top_k = method.speculative_tokens, method.tree_depth, method.tree_top_k
+    check_sizes(method)
     match method.proposal_type:
         case "greedy":
-            return FixedTreeDrafter(draft, cache, chain(size))
+            return FixedTreeDrafter(draft, cache, chain(method.speculative_tokens))
         case "sampling":
-            return SampledChainDrafter(draft, cache, size, warp)
+            return SampledChainDrafter(draft, cache, method.speculative_tokens, warp)
         case "static_tree":
-            if size != len(EAGLE1_TREE):
-                raise GenerationError(
-                    f"The static tree has {len(EAGLE1_TREE)} tokens, not {size}; "
-                    "do not set the number of draft tokens."
-                )
             return FixedTreeDrafter(draft, cache, EAGLE1_TREE)
-        case "dynamic_tree":
-            assert depth is not None
-            assert top_k is not None
-            candidates = top_k + depth * top_k**2
-            if size > candidates:
-                raise GenerationError(
-                    f"A tree with tree_depth {depth} and tree_top_k {top_k} has {candidates} "
-                    f"candidates, too few for {size} speculative_tokens; change one of them."
-                )
-            return DynamicTreeDrafter(draft, cache, size, depth, top_k)
-        case unknown:
-            raise GenerationError(
-                f"Unknown proposal type {unknown!r}; choose one of {', '.join(PROPOSALS)}."
-            )
+    depth, top_k = method.tree_depth, method.tree_top_k
+    assert depth is not None
+    assert top_k is not None
+    return DynamicTreeDrafter(draft, cache, method.speculative_tokens, depth, top_k)
 
 
 def _one_pass_drafter_of(

@@ -298,8 +298,7 @@ class DynamicTreeDrafter(RecurrentDrafter):
         frontier_score, frontier_token = scores[0], tokens[0]
         states, visible = state.expand(-1, k, -1), itself
         for depth in range(1, self.depth + 1):
-            states, logits = self._extend(frontier_token, states, depth, visible)
-            score, token = self._best(logits)  # (rows, k, k)
+            states, score, token = self._expand(frontier_token, states, depth, visible, scores)
             scores.append((frontier_score[:, :, None] + score).flatten(1))
             tokens.append(token.flatten(1))
             parents.append(1 + place.repeat_interleave(k, 1))
@@ -315,6 +314,32 @@ class DynamicTreeDrafter(RecurrentDrafter):
         return self._best_nodes(
             root, torch.cat(scores, 1), torch.cat(tokens, 1), torch.cat(parents, 1)
         )
+
+    def _expand(
+        self,
+        tokens: Tensor,
+        states: Tensor,
+        depth: int,
+        visible: Tensor | None,
+        scores: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the draft on the best nodes of a level.
+
+        Args:
+            tokens: as for ``_extend``, like the next three.
+            states: likewise.
+            depth: likewise.
+            visible: likewise.
+            scores: of all candidates of this level and those above, (rows, candidates) by level;
+                the nodes are the ``top_k`` best of this level, the best one first.
+
+        Returns:
+            the draft's outputs at the nodes, and the result of ``_best``.
+
+        """
+        del scores  # for a drafter that leaves out what cannot become part of the tree
+        states, logits = self._extend(tokens, states, depth, visible)
+        return states, *self._best(logits)
 
     def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and tokens of each node's best children, both (rows, nodes, top_k).

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from time import perf_counter
 
 import torch
@@ -17,10 +16,10 @@ from speculators.decode.along import draft_along
 from speculators.decode.cuda_graphs import RECORDERS
 from speculators.decode.verification import is_stateful
 from speculators.errors import EvaluationError
+from speculators.evaluate.comparing import first_difference
 from speculators.evaluate.metrics import Acceptance, count_steps
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import (
-    Difference,
     Environment,
     Measurement,
     PromptResult,
@@ -30,13 +29,12 @@ from speculators.evaluate.report import (
     recommend,
     results_by_proposal,
 )
-from speculators.evaluate.subject import Subject
+from speculators.evaluate.subject import Subject, generation_config
 from speculators.format.config import ProposalMethod
+from speculators.models.mtp import QwenMtp
+from speculators.models.speculator import Speculator
 
-__all__ = ["Evaluation"]
-
-NOT_TIMED = 0.0
-"""The seconds of a generation that was none: see ``draft_along``."""
+__all__ = ["Evaluation", "environment_of"]
 
 WARM_UP_TOKENS = 16
 """Enough new tokens to run every kind of step once."""
@@ -47,7 +45,7 @@ class Output:
     """One generation: new tokens, seconds, and verification steps if there were any."""
 
     tokens: list[int]
-    seconds: float
+    seconds: float | None
     acceptance: Acceptance
 
 
@@ -91,7 +89,7 @@ class Evaluation:
         self._contestants: list[ProposalMethod | None] = [*proposals]
         if not settings.acceptance_only:
             self._contestants.insert(0, None)
-        self._encoded = [(prompt, subject.encode(prompt)) for prompt in prompts]
+        self._encoded = [(prompt, subject.verifier.encode(prompt)) for prompt in prompts]
 
     def run(self) -> Iterator[PromptResult]:
         """Measure prompt by prompt; each result is added to ``measured`` once it is complete."""
@@ -114,10 +112,12 @@ class Evaluation:
             complete=len(self.measured) == len(self._encoded),
             draft=subject.name,
             draft_commit=subject.commit,
-            verifier=subject.verifier_name,
-            chat_template=subject.has_chat_template,
+            verifier=subject.verifier.name,
+            chat_template=subject.verifier.has_chat_template,
             settings=self.settings,
-            environment=_environment(subject),
+            environment=environment_of(
+                subject.draft, subject.verifier.device, subject.verifier.model.dtype
+            ),
             recommendation=recommend(results),
             results=results,
             prompts=self.measured,
@@ -136,14 +136,18 @@ class Evaluation:
         once = [(longest, min(WARM_UP_TOKENS, most))]
         all_slots = [(longest, most), (shortest, len(longest) - len(shortest) + most)]
         for contestant in self._contestants:
-            recorded = contestant is not None and self.subject.device.type in RECORDERS
+            recorded = contestant is not None and self.subject.verifier.device.type in RECORDERS
             for tokens, new_tokens in all_slots if recorded else once:
-                generation = self._generation(new_tokens)
+                generation = generation_config(
+                    self.subject.verifier.model, self.settings, new_tokens
+                )
                 generation.eos_token_id = None
                 self._generate(tokens, generation, contestant)
 
     def _measure(self, prompt: Prompt, tokens: list[int], turn: int) -> PromptResult:
-        generation = self._generation(self.settings.max_new_tokens)
+        generation = generation_config(
+            self.subject.verifier.model, self.settings, self.settings.max_new_tokens
+        )
         count = len(self._contestants)
         outputs: dict[int, Output] = {}
         for index in (number % count for number in range(turn, turn + count)):
@@ -169,35 +173,22 @@ class Evaluation:
             ],
         )
 
-    def _generation(self, max_new_tokens: int) -> GenerationConfig:
-        """The verifier's generation config, with the settings applied."""
-        verifier, temperature = self.subject.verifier, self.settings.temperature
-        generation = copy.deepcopy(verifier.generation_config) or GenerationConfig()
-        generation.max_new_tokens = max_new_tokens
-        generation.do_sample = temperature > 0
-        # Sample from the whole distribution: top_k None would mean generate's default, 0 is off.
-        generation.temperature = temperature or None
-        generation.top_k, generation.top_p = (0, 1.0) if temperature else (None, None)
-        if generation.pad_token_id is None:  # unused in a batch of one, but generate wants it
-            generation.pad_token_id = 0
-        return generation
-
     def _generate(
         self, tokens: list[int], generation: GenerationConfig, proposal: ProposalMethod | None
     ) -> Output:
         verifier = self.subject.verifier
-        input_ids = torch.tensor([tokens], device=self.subject.device)
+        input_ids = torch.tensor([tokens], device=verifier.device)
         mask = torch.ones_like(input_ids)
         acceptance = Acceptance()
         start = perf_counter()
         if proposal is None:
-            sequences = verifier.generate(  # type: ignore[operator]
+            sequences = verifier.model.generate(  # type: ignore[operator]
                 input_ids, attention_mask=mask, generation_config=generation
             )
-        elif is_stateful(verifier):
+        elif is_stateful(verifier.model):
             along = draft_along(
                 self.subject.draft,
-                verifier,
+                verifier.model,
                 input_ids,
                 attention_mask=mask,
                 proposal=proposal,
@@ -205,7 +196,7 @@ class Evaluation:
             )
             new_tokens = along.sequences[0, len(tokens) :].tolist()
             acceptance = count_steps(along.accepted[0], along.offered[0])
-            return Output(new_tokens, NOT_TIMED, acceptance)
+            return Output(new_tokens, None, acceptance)
         else:
             counted = copy.copy(generation)
             counted.return_dict_in_generate = True  # as an argument it is deprecated
@@ -221,29 +212,31 @@ class Evaluation:
 
 def _check_verifier(subject: Subject, settings: Settings) -> None:
     greedy = settings.temperature == 0 and settings.acceptance_only
-    if is_stateful(subject.verifier) and not greedy:
+    model = subject.verifier.model
+    if is_stateful(model) and not greedy:
         raise EvaluationError(
-            f"The state of {type(subject.verifier).__name__} cannot be rolled back when drafted "
-            "tokens are rejected, so nothing is decoded with a draft here; --acceptance-only "
-            "measures what would be accepted along its own greedy output (temperature 0)."
+            f"The state of {type(model).__name__} cannot be rolled back when drafted tokens are "
+            "rejected, so nothing is decoded with a draft here; --acceptance-only measures what "
+            "would be accepted along its own greedy output (temperature 0)."
         )
 
 
-def first_difference(plain: Sequence[int], speculative: Sequence[int]) -> Difference | None:
-    """Where two outputs first differ, if they do; both are new tokens only."""
-    for position, (one, other) in enumerate(zip_longest(plain, speculative)):
-        if one != other:
-            return Difference(position=position, plain=one, speculative=other)
-    return None
+def environment_of(
+    draft: Speculator | QwenMtp, device: torch.device, dtype: torch.dtype
+) -> Environment:
+    """Where and with what a draft is measured.
 
+    Args:
+        draft: the model.
+        device: the verifier's.
+        dtype: the verifier's.
 
-def _environment(subject: Subject) -> Environment:
-    device = subject.device
+    """
     return Environment(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
-        dtype=_name(subject.verifier.dtype),
-        draft_dtype=_name(subject.draft.dtype),
+        dtype=_name(dtype),
+        draft_dtype=_name(draft.dtype),
         torch=torch.__version__,
         transformers=transformers.__version__,
     )

@@ -8,6 +8,7 @@ or depth i of a drafted tree; positions count from 1 in text and are at index i 
 
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +18,7 @@ __all__ = [
     "acceptance_rates",
     "conditional_acceptance_rates",
     "count_steps",
+    "expect_steps",
     "recommended",
     "total",
 ]
@@ -25,18 +27,23 @@ CLOSE_TO_BEST = 0.99
 """The share of the highest speed-up that counts as equally good: below 1 % is noise."""
 
 
+Count = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""A number of steps; a fraction where drafts are sampled and their steps are expected ones."""
+
+
 class Acceptance(BaseModel):
     """Counts over verification steps; those of several prompts are added up, never averaged."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    steps: int = Field(default=0, ge=0)
-    """Verification steps."""
-    offered: tuple[int, ...] = ()
+    steps: Count = 0
+    """Verification steps. They and all other counts are whole numbers, unless they are expected
+    values of sampled drafts that were scored on a recording."""
+    offered: tuple[Count, ...] = ()
     """By position: steps in which a token was drafted there."""
-    reached: tuple[int, ...] = ()
+    reached: tuple[Count, ...] = ()
     """By position: steps in which a token was drafted there and all before it were accepted."""
-    accepted: tuple[int, ...] = ()
+    accepted: tuple[Count, ...] = ()
     """By position: steps in which the token there was accepted, hence all before it too."""
 
 
@@ -63,6 +70,46 @@ def count_steps(accepted: Sequence[int], offered: Sequence[int]) -> Acceptance:
         ),
         accepted=tuple(sum(taken >= i for taken, _ in steps) for i in positions),
     )
+
+
+def expect_steps(survival: Sequence[Sequence[int | float]]) -> Acceptance:
+    """Count the verification steps that decoding a known text is expected to take.
+
+    A step that starts at token r of the text and accepts n drafted tokens is followed by one that
+    starts at token r + n + 1. Where it is certain how many are accepted, this is the walk of
+    decoding, and the counts are whole numbers.
+
+    Args:
+        survival: by token of the text at which a step can start: by position, the probability that
+            the drafted token there and all before it are accepted. The first step starts at the
+            first of these tokens.
+
+    """
+    deepest = max(map(len, survival), default=0)
+    offered, reached, accepted = (_zeros(deepest) for _ in range(3))
+    visits = _zeros(len(survival) + deepest + 1)  # the last ones lie beyond the text
+    visits[0] = 1
+    steps: int | float = 0
+    for start, chances in enumerate(survival):
+        visited = visits[start]
+        steps += visited
+        for position, (before, surviving) in enumerate(zip([1, *chances], chances, strict=False)):
+            offered[position] += visited
+            reached[position] += visited * before
+            accepted[position] += visited * surviving
+            visits[start + position + 1] += visited * (before - surviving)
+        visits[start + len(chances) + 1] += visited * (chances[-1] if chances else 1)
+    depth = sum(map(bool, offered))
+    return Acceptance(
+        steps=steps,
+        offered=tuple(offered[:depth]),
+        reached=tuple(reached[:depth]),
+        accepted=tuple(accepted[:depth]),
+    )
+
+
+def _zeros(length: int) -> list[int | float]:
+    return [0] * length
 
 
 def total(counts: Iterable[Acceptance]) -> Acceptance:

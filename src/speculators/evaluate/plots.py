@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speculators.evaluate.report import ProposalResult, Report
+from speculators.evaluate.report import Comparison, ProposalResult, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["write_plots"]
+__all__ = ["write_comparison_plots", "write_plots"]
 
 BLUE, ORANGE, GREY = "#3b6ea8", "#d1762b", "#888888"
 SIZE = (7.0, 4.2)
@@ -31,20 +33,30 @@ def write_plots(report: Report, directory: Path) -> list[Path]:
         ImportError: if matplotlib is not installed; nothing is written then.
 
     """
-    from matplotlib.figure import Figure  # no pyplot: no display, no state, Agg for PNG
-
-    plots = {
-        "acceptance_by_position.png": _acceptance_by_position,
-        "acceptance_length_by_category.png": _acceptance_length_by_category,
+    plots: dict[str, Callable[[Axes], None]] = {
+        "acceptance_by_position.png": partial(_acceptance_by_position, report),
+        "acceptance_length_by_category.png": partial(_acceptance_length_by_category, report),
     }
     if report.recommendation is not None:
-        plots["speedup_by_draft_length.png"] = _speedup_by_draft_length
+        plots["speedup_by_draft_length.png"] = partial(_speedup_by_draft_length, report)
+    return _written(plots, directory)
+
+
+def write_comparison_plots(comparison: Comparison, directory: Path) -> list[Path]:
+    """Draw acceptance by position, with a line for each draft; see ``write_plots``."""
+    draw = partial(_acceptance_by_draft, comparison)
+    return _written({"acceptance_by_position.png": draw}, directory)
+
+
+def _written(plots: dict[str, Callable[[Axes], None]], directory: Path) -> list[Path]:
+    from matplotlib.figure import Figure  # no pyplot: no display, no state, Agg for PNG
+
     written = []
     for name, draw in plots.items():
         figure = Figure(figsize=SIZE, dpi=150, layout="constrained")
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
-        draw(report, axes)
+        draw(axes)
         figure.savefig(directory / name)
         written.append(directory / name)
     return written
@@ -74,6 +86,25 @@ def _acceptance_by_position(report: Report, axes: Axes) -> None:
         yticks=[0, 0.2, 0.4, 0.6, 0.8, 1],
     )
     axes.legend(frameon=False, loc="upper right", ncols=2)
+
+
+def _acceptance_by_draft(comparison: Comparison, axes: Axes) -> None:
+    deepest = 0
+    for report in comparison.drafts:
+        summary = report.longest.overall
+        deepest = max(deepest, len(summary.acceptance_rates))
+        positions = range(1, len(summary.acceptance_rates) + 1)
+        length = summary.acceptance_length
+        label = report.draft if length is None else f"{report.draft}: {length:.2f}"
+        axes.plot(positions, summary.acceptance_rates, marker="o", label=label)
+    axes.set(
+        title=f"Acceptance by position, of all steps ({_named(comparison.drafts[0].longest)})",
+        xlabel="position in the draft",
+        ylabel="share accepted",
+        xticks=range(1, deepest + 1),
+        ylim=(0, 1),
+    )
+    axes.legend(frameon=False, loc="upper right", title="draft: tokens per step")
 
 
 def _acceptance_length_by_category(report: Report, axes: Axes) -> None:
@@ -119,7 +150,7 @@ def _speedup_by_draft_length(report: Report, axes: Axes) -> None:
         label=f"recommended: {recommendation.speculative_tokens}",
     )
     axes.set(
-        title=f"Speed-up by draft length ({report.environment.device})",
+        title=f"Speed-up by draft length, {report.environment.where}",
         xlabel="drafted tokens per step",
         ylabel="speed-up",
         xticks=list(speedups),

@@ -20,7 +20,9 @@ from speculators.evaluate.metrics import (
 from speculators.format.config import ProposalMethod
 
 __all__ = [
+    "COMPARISON_FILE",
     "REPORT_FILE",
+    "Comparison",
     "Difference",
     "Environment",
     "Measurement",
@@ -28,6 +30,7 @@ __all__ = [
     "ProposalResult",
     "Recommendation",
     "Report",
+    "Served",
     "Settings",
     "SpeculativeMeasurement",
     "Summary",
@@ -37,6 +40,7 @@ __all__ = [
 ]
 
 REPORT_FILE = "report.json"
+COMPARISON_FILE = "comparison.json"
 
 RULE = "the shortest draft whose speed-up is within 1 % of the highest measured"
 
@@ -52,9 +56,10 @@ class Measurement(Model):
 
     new_tokens: int = Field(ge=0)
     """Tokens generated, an end-of-sequence token included."""
-    seconds: float = Field(ge=0)
-    """From the prompt's tokens to the last new token, the pass over the prompt included; 0 if
-    nothing was decoded with the draft, and only its acceptance was counted."""
+    seconds: float | None = Field(ge=0)
+    """From the prompt's tokens to the last new token, the pass over the prompt included; ``null``
+    if nothing was decoded with the draft: a recording was scored, or the draft followed along the
+    verifier's own output."""
 
 
 class Difference(Model):
@@ -71,7 +76,8 @@ class Difference(Model):
 class SpeculativeMeasurement(Measurement):
     """One generation with the draft."""
 
-    acceptance: Acceptance
+    acceptance: Acceptance | None
+    """``null`` where a server counted for several prompts together."""
     difference: Difference | None = None
     """``null`` if the output equalled the plain one, or was not compared."""
 
@@ -139,10 +145,16 @@ class Settings(Model):
     """The longest output, in tokens."""
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 is greedy decoding."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """For sampling: only the most probable tokens that together reach this probability."""
     seed: int = 0
     """Of the random numbers that sampling takes."""
     acceptance_only: bool = False
     """Whether plain decoding was left out."""
+    recording: str | None = None
+    """The recording that drafts were scored on; ``null`` if the verifier decoded."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """On a server: how many prompts were answered at the same time."""
 
     @property
     def compared(self) -> bool:
@@ -163,6 +175,26 @@ class Environment(Model):
     torch: str
     transformers: str
 
+    @property
+    def where(self) -> str:
+        """For sentences: ``in float32 on cpu``."""
+        return f"in {self.dtype} on {self.device}"
+
+
+class Served(Model):
+    """The server that it was measured on."""
+
+    url: str
+    vllm: str | None
+    """The version; ``null`` if it is not told."""
+    baseline_url: str | None
+    """Of the server without the draft, if outputs were compared with one."""
+
+    @property
+    def where(self) -> str:
+        """For sentences: ``by vLLM 0.31.0 at http://localhost:8000``."""
+        return f"by vLLM {self.vllm or ''}".rstrip() + f" at {self.url}"
+
 
 class Report(Model):
     """The whole report.json."""
@@ -179,7 +211,7 @@ class Report(Model):
     chat_template: bool
     """Whether the verifier's chat template was applied; otherwise prompts are plain text."""
     settings: Settings
-    environment: Environment
+    environment: Environment | Served
     recommendation: Recommendation | None
     """``null`` unless several draft lengths were measured, with speed."""
     results: list[ProposalResult]
@@ -200,18 +232,34 @@ class Report(Model):
         return next(r for r in self.results if r.proposal.speculative_tokens == wanted)
 
 
-def summarize(prompts: Sequence[PromptResult], proposal: int, *, compared: bool) -> Summary:
+class Comparison(Model):
+    """The whole comparison.json: several drafts, scored on one recording."""
+
+    speculators_comparison: Literal[1] = 1
+    """The version of this schema."""
+    drafts: list[Report]
+    """One report for each draft, in the order in which they were given."""
+
+
+def summarize(
+    prompts: Sequence[PromptResult],
+    proposal: int,
+    *,
+    compared: bool,
+    acceptance: Acceptance | None = None,
+) -> Summary:
     """The figures of one way of proposing tokens over some prompts.
 
     Args:
         prompts: what was measured.
         proposal: the index among each prompt's ``speculative``.
         compared: whether outputs were compared with plain ones.
+        acceptance: if it is not known prompt by prompt.
 
     """
     speculative = [prompt.speculative[proposal] for prompt in prompts]
     plain = [prompt.plain for prompt in prompts if prompt.plain is not None]
-    acceptance = total(run.acceptance for run in speculative)
+    acceptance = acceptance or total(run.acceptance or Acceptance() for run in speculative)
     fast, slow = _tokens_per_second(speculative), _tokens_per_second(plain)
     return Summary(
         prompts=len(prompts),
@@ -264,5 +312,5 @@ def recommend(results: Sequence[ProposalResult]) -> Recommendation | None:
 
 
 def _tokens_per_second(runs: Sequence[Measurement]) -> float | None:
-    seconds = sum(run.seconds for run in runs)
+    seconds = sum(run.seconds or 0.0 for run in runs)
     return sum(run.new_tokens for run in runs) / seconds if seconds else None

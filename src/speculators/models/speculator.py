@@ -28,6 +28,7 @@ from speculators.errors import FormatError, SpeculatorsError, VerifierError
 from speculators.families.card import model_card
 from speculators.families.converted import Converted, open_converted
 from speculators.format.config import ProposalMethod
+from speculators.format.proposals import proposal_method
 from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.output import CACHE, DraftOutput, the_cache
 from speculators.models.placement import device_of
@@ -548,10 +549,7 @@ class Speculator(PreTrainedModel, ABC):
     ) -> ProposalMethod:
         """The proposal method that ``generate`` would use with these arguments."""
         if not isinstance(proposal, ProposalMethod):
-            config = self.config.speculators
-            name = proposal or config.default_proposal_method
-            named = [method for method in config.proposal_methods if method.proposal_type == name]
-            proposal = named[0] if named else ProposalMethod(proposal_type=name)
+            return proposal_method(self.config.speculators, proposal, num_draft_tokens)
         if num_draft_tokens is None:
             return proposal
         sized = proposal.model_dump() | {"speculative_tokens": num_draft_tokens}

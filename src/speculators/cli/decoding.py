@@ -1,0 +1,106 @@
+"""The options of the commands that decode prompts with a verifier."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from speculators.evaluate.prompts import Prompt
+    from speculators.evaluate.report import Settings
+
+__all__ = [
+    "DTYPES",
+    "DType",
+    "Device",
+    "Limit",
+    "MaxNewTokens",
+    "Prompts",
+    "Seed",
+    "Temperature",
+    "TopP",
+    "read_selected",
+    "settings_of",
+]
+
+MAX_NEW_TOKENS = 256
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Short names of dtypes → torch's."""
+
+DType = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.jsonl",
+        help="Prompts, one per line, in MT-bench's style or with the key prompt or messages. "
+        "By default the 80 that come with speculators.",
+        show_default=False,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Use only this many prompts, the first ones.", show_default=False),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="The longest output, in tokens.", show_default=str(MAX_NEW_TOKENS)),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="For sampling; 0 means greedy decoding.", show_default="0"),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="For sampling: only from the most probable tokens that together reach this.",
+        show_default="1",
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="For sampling.", show_default="0")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="A torch device, such as cpu or cuda:1; auto spreads the verifier over all "
+        "accelerators. By default one accelerator, if any.",
+        show_default=False,
+    ),
+]
+
+
+def read_selected(prompts: Path | None, limit: int | None) -> "list[Prompt]":
+    """Read the prompts that were asked for.
+
+    Raises:
+        PromptsError: if the file has none, or cannot be read.
+
+    """
+    from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
+
+    return read_prompts(prompts or OWN_PROMPTS)[:limit]
+
+
+def settings_of(
+    selected: "Sequence[Prompt]",
+    prompts: Path | None,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+) -> "Settings":
+    """The settings that the options stand for."""
+    from speculators.evaluate.report import Settings
+
+    if top_p == 0:
+        raise typer.BadParameter("--top-p must be over 0.")
+    return Settings(
+        prompts_file=None if prompts is None else str(prompts),
+        prompts_total=len(selected),
+        max_new_tokens=MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+        temperature=temperature or 0.0,
+        top_p=1.0 if top_p is None else top_p,
+        seed=seed or 0,
+    )

@@ -1,0 +1,167 @@
+"""`speculators record`: texts of a verifier, on which drafts are scored."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from speculators.cli.decoding import (
+    DTYPES,
+    Device,
+    DType,
+    Limit,
+    MaxNewTokens,
+    Prompts,
+    Seed,
+    Temperature,
+    TopP,
+    read_selected,
+    settings_of,
+)
+from speculators.cli.shared import CacheDir
+
+if TYPE_CHECKING:
+    from speculators.evaluate.recording import Recording
+
+__all__ = ["record"]
+
+
+def record(
+    base_model: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE_MODEL", help="The verifier: a directory or a Hugging Face id."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="The directory to create, for the recording.")
+    ],
+    prompts: Prompts = None,
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I,J,...",
+            help="Also keep the inputs of these decoder layers, counted from 0, for drafts that "
+            "read them, such as EAGLE-3's. They can be added to a recording later.",
+            show_default=False,
+        ),
+    ] = None,
+    longest_draft: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="The longest chains, or depth of the deepest trees, that can be scored.",
+        ),
+    ] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="How many prompts are decoded at the same time.")
+    ] = 16,
+    dtype: Annotated[
+        DType,
+        typer.Option(help="The type that the verifier runs in; auto is the one it is stored in."),
+    ] = "auto",
+    device: Device = None,
+    cache_dir: CacheDir = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUTPUT if it is a recording.")
+    ] = False,
+) -> None:
+    """Decode prompts once, to score any number of drafts on the texts.
+
+    They are kept with the hidden states that drafts read. If OUTPUT was recorded
+    with the same options, only layers that it lacks are added.
+
+    For example:
+
+    speculators record ./verifier ./recording --limit 16
+
+    speculators evaluate ./draft --recording ./recording --num-draft-tokens 1..8
+    """
+    wanted = _layers(layers)
+
+    from speculators.checkpoint.output.staging import check_output
+    from speculators.checkpoint.verifier import open_verifier
+    from speculators.evaluate.opening import check_device
+    from speculators.evaluate.recording import (
+        RECORDING,
+        RECORDING_FILE,
+        identify,
+        open_recording,
+    )
+
+    check_device(device)
+    selected = read_selected(prompts, limit)
+    settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
+    dtype_name = DTYPES.get(dtype, dtype)
+    opened = open_verifier(base_model, cache_dir=cache_dir)
+    identity = identify(opened)
+    existing: Recording | None = None
+    if (output / RECORDING_FILE).is_file() and not overwrite:
+        existing = open_recording(output)
+        existing.check_verifier(identity, "this call")
+        existing.check_settings(
+            selected,
+            limit=len(selected),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seed,
+            longest_draft=longest_draft,
+            dtype=None if dtype_name == "auto" else dtype_name,
+        )
+        dtype_name = existing.manifest.dtype
+        if not wanted - {*existing.manifest.layers}:
+            from loguru import logger
+
+            logger.info(f"{output} has been recorded with these options already")
+            return
+    else:
+        check_output(output, overwrite=overwrite, marker=RECORDING)
+
+    from loguru import logger
+
+    from speculators.cli.report_view import recording_bar
+    from speculators.evaluate.recorder import add_layers
+    from speculators.evaluate.recorder import record as record_texts
+    from speculators.evaluate.subject import load_verifier
+
+    verifier = load_verifier(
+        opened, base_model, dtype=dtype_name, device=device, cache_dir=cache_dir
+    )
+    with recording_bar(len(selected)) as (moved, done):
+        if existing is not None:
+            add_layers(
+                existing, verifier, selected, sorted(wanted), batch_size=batch_size, moved=moved
+            )
+        else:
+            record_texts(
+                verifier,
+                identity,
+                selected,
+                settings,
+                output,
+                layers=sorted(wanted),
+                longest_draft=longest_draft,
+                batch_size=batch_size,
+                overwrite=overwrite,
+                moved=moved,
+                done=done,
+            )
+    logger.success(f"Saved to: {output}")
+
+
+def _layers(text: str | None) -> set[int]:
+    """Parse ``2,15,28``."""
+    if text is None:
+        return set()
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+        raise typer.BadParameter(
+            f"{text!r} is not a list of layers, as 2,15,28.", param_hint="--layers"
+        )
+    return {int(part) for part in text.split(",")}

@@ -1,0 +1,92 @@
+"""An MTP as what is measured: it stays in its verifier's own layout; without torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from speculators.checkpoint.hub.headers import headers_only
+from speculators.checkpoint.reader import read_config, read_names
+from speculators.checkpoint.repository import open_repository
+from speculators.checkpoint.verifier import Verifier, open_verifier
+from speculators.errors import CheckpointError, VerifierError
+from speculators.format.config import ProposalMethod
+from speculators.format.proposals import check_sizes
+from speculators.mtp.find import body_layers, find_mtp
+
+__all__ = ["OpenedMtp", "mtp_proposals", "open_mtp"]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedMtp:
+    """An MTP and its verifier, without their weights.
+
+    Attributes:
+        name: the directory or Hub id, as given.
+        commit: on the Hub; ``None`` for a directory.
+        revision: as given.
+        verifier: the one given, or the checkpoint that the MTP is in.
+        verifier_name: as given, if one was.
+
+    """
+
+    name: str
+    commit: str | None
+    revision: str | None
+    verifier: Verifier
+    verifier_name: str
+
+
+def open_mtp(
+    directory: str | Path,
+    *,
+    verifier: str | Path | None = None,
+    cache_dir: Path | None = None,
+    revision: str | None = None,
+) -> OpenedMtp | None:
+    """Open the MTP of a checkpoint in its verifier's own layout; ``None`` if there is none.
+
+    Args:
+        directory: the directory or Hub id of an MTP that was cut out of its verifier, or of a
+            verifier with its MTP.
+        verifier: a directory or a Hub id; needed if the verifier's own layers are not there.
+        cache_dir: where downloads are kept.
+        revision: a branch, tag or commit of the MTP on the Hub.
+
+    Raises:
+        VerifierError: if there is an MTP, but no verifier.
+
+    """
+    try:
+        repository = open_repository(directory, revision=revision, cache_dir=cache_dir)
+        config, _ = read_config(repository)
+        if "speculators_model_type" in config:
+            return None
+        with headers_only(repository) as light:
+            names = read_names(light)
+    except CheckpointError:
+        return None  # what is wrong is told where a converted draft is looked for
+    mtp = find_mtp(config, names)
+    if mtp is None or not mtp.slots:
+        return None
+    if verifier is None and not body_layers(mtp, names):
+        raise VerifierError(
+            f"{repository.name} is an MTP without its verifier; give that with --verifier."
+        )
+    opened = open_verifier(repository.name if verifier is None else verifier, cache_dir=cache_dir)
+    name = opened.name if verifier is None else str(verifier)
+    return OpenedMtp(str(directory), repository.commit, revision, opened, name)
+
+
+def mtp_proposals(proposal: str | None, lengths: list[int] | list[None]) -> list[ProposalMethod]:
+    """The proposal methods to measure, one for each length; ``None`` is the type's own.
+
+    Raises:
+        GenerationError: if there are no such proposals.
+
+    """
+    methods = []
+    for length in lengths:
+        sized = {} if length is None else {"speculative_tokens": length}
+        method = ProposalMethod.model_validate({"proposal_type": proposal or "greedy", **sized})
+        check_sizes(method)
+        methods.append(method)
+    return methods

@@ -1,0 +1,57 @@
+"""Which ways of proposing tokens a draft has, and which sizes are possible; without torch."""
+
+from speculators.errors import GenerationError
+from speculators.format.config import PROPOSALS, ProposalMethod, SpeculatorsConfig
+
+__all__ = ["check_sizes", "proposal_method"]
+
+
+def proposal_method(
+    config: SpeculatorsConfig,
+    proposal: str | None = None,
+    num_draft_tokens: int | None = None,
+) -> ProposalMethod:
+    """The proposal method of a draft that is meant.
+
+    Args:
+        config: the draft's.
+        proposal: the type; the config's default if not given.
+        num_draft_tokens: in place of the method's ``speculative_tokens``.
+
+    """
+    name = proposal or config.default_proposal_method
+    named = [method for method in config.proposal_methods if method.proposal_type == name]
+    method = named[0] if named else ProposalMethod(proposal_type=name)
+    if num_draft_tokens is None:
+        return method
+    sized = method.model_dump() | {"speculative_tokens": num_draft_tokens}
+    return ProposalMethod.model_validate(sized)
+
+
+def check_sizes(method: ProposalMethod) -> None:
+    """Check that proposals of a method's type can have its sizes.
+
+    Raises:
+        GenerationError: if not, or the type is unknown.
+
+    """
+    size, depth, top_k = method.speculative_tokens, method.tree_depth, method.tree_top_k
+    if method.proposal_type not in PROPOSALS:
+        raise GenerationError(
+            f"Unknown proposal type {method.proposal_type!r}; choose one of {', '.join(PROPOSALS)}."
+        )
+    static = PROPOSALS["static_tree"]["speculative_tokens"]
+    if method.proposal_type == "static_tree" and size != static:
+        raise GenerationError(
+            f"The static tree has {static} tokens, not {size}; "
+            "do not set the number of draft tokens."
+        )
+    if method.proposal_type == "dynamic_tree":
+        assert depth is not None
+        assert top_k is not None
+        candidates = top_k + depth * top_k**2
+        if size > candidates:
+            raise GenerationError(
+                f"A tree with tree_depth {depth} and tree_top_k {top_k} has {candidates} "
+                f"candidates, too few for {size} speculative_tokens; change one of them."
+            )
