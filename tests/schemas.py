@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from speculators.cli.results import BatchResult, ConvertResult, ValidateResult
 from speculators.evaluate.report import Report
 from speculators.families.eagle import EagleConfig
 from speculators.families.eagle3 import Eagle3Config
@@ -23,9 +24,12 @@ READ: dict[str, type[BaseModel]] = {
 """Files that are read: a key with a default may be missing."""
 
 PRINTED: dict[str, type[BaseModel]] = {
+    "batch": BatchResult,
+    "convert": ConvertResult,
     "doctor": Diagnosis,
     "evaluation": Report,
     "inspect": Finding,
+    "validate": ValidateResult,
 }
 """Files that are only written: every key is there."""
 

@@ -4,6 +4,8 @@ Each message is one sentence that says what is wrong, where (file or tensor), an
 what to do. The command line prints it and exits with status 1.
 """
 
+from collections.abc import Iterable
+
 __all__ = [
     "CheckpointError",
     "ConversionError",
@@ -20,6 +22,8 @@ __all__ = [
     "UnsafeCheckpointError",
     "ValidationError",
     "VerifierError",
+    "did_you_mean",
+    "nearest",
     "printable",
     "sentence",
     "visible",
@@ -96,6 +100,21 @@ def visible(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(it if it.isprintable() else ascii(it)[1:-1] for it in text)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that somebody probably meant who wrote another one, if there is such a one."""
+    from difflib import get_close_matches
+
+    spelt = {it.casefold(): it for it in known}
+    found = get_close_matches(word.casefold(), spelt, n=1)
+    return spelt[found[0]] if found else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What to add to a clause about a word that is not known; empty if no known one is near."""
+    found = nearest(word, known)
+    return f" (did you mean {found!r}?)" if found else ""
 
 
 def sentence(error: Exception) -> str:

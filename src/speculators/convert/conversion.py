@@ -12,7 +12,7 @@ from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import open_repository
-from speculators.checkpoint.tensor import FLOATS
+from speculators.checkpoint.tensor import stored_float
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.convert.plan import (
     ConversionPlan,
@@ -69,8 +69,8 @@ def convert(
         cache_dir: where downloads are kept; the Hub client's default cache if not given.
         revision: a branch, tag or commit of ``source`` on the Hub.
         overwrite: replace ``output`` if a converted checkpoint is there.
-        dtype: round the weights to ``"float16"``, ``"bfloat16"`` or ``"float32"``; each keeps
-            its own dtype if not given.
+        dtype: round the weights to ``"float16"``, ``"bfloat16"`` or ``"float32"`` (or, for short,
+            ``"fp16"``, ``"bf16"``, ``"fp32"``); each keeps its own dtype if not given.
         progress: reports the bytes written, compared and hashed.
 
     Returns:
@@ -250,13 +250,10 @@ def _plan(
 
 
 def _stored_dtype(dtype: str | None) -> str | None:
-    if dtype is None:
-        return None
-    for stored, known in FLOATS.items():
-        if known.name == dtype:
-            return stored
-    names = ", ".join(known.name for known in FLOATS.values())
-    raise ConversionError(f"The dtype {dtype} is not known; choose one of {names}.")
+    try:
+        return None if dtype is None else stored_float(dtype)
+    except ValueError as error:
+        raise ConversionError(f"The dtype {error}.") from error
 
 
 def _log(planned: ConversionPlan) -> None:

@@ -57,7 +57,7 @@ class Marker:
 
     Attributes:
         name: its name with an article, for messages.
-        file: a JSON file in it.
+        file: a file in it that begins with JSON, or with a header that is.
         key: a key that only speculators writes there.
 
     """
@@ -69,12 +69,14 @@ class Marker:
 
 CONVERTED = Marker("a converted checkpoint", "config.json", "speculators_model_type")
 
+LONGEST_HEADER = 1 << 20
 
-def check_output(output: Path, *, overwrite: bool, marker: Marker | None = CONVERTED) -> None:
+
+def check_output(output: Path, *, overwrite: bool, marker: Marker = CONVERTED) -> None:
     """Check that a directory may be created at ``output``.
 
     An empty directory may always be replaced; any other only with ``overwrite``, and only if it is
-    with the same ``marker``. Without a ``marker``, no other is ever replaced.
+    with the same ``marker``.
 
     Raises:
         OutputError: if it may not.
@@ -93,14 +95,11 @@ def check_output(output: Path, *, overwrite: bool, marker: Marker | None = CONVE
         )
     if not any(output.iterdir()):
         return
-    if marker is None:
-        raise OutputError(f"{output} exists; choose another output.")
     if not overwrite:
         raise OutputError(
             f"{output} exists; choose another output, or replace it with --overwrite."
         )
-    marked = output / marker.file
-    if not marked.is_file() or f'"{marker.key}"'.encode() not in marked.read_bytes():
+    if not _is_marked(output, marker):
         raise OutputError(
             f"{output} is not {marker.name}, so --overwrite does not replace it; "
             "choose another output."
@@ -110,6 +109,14 @@ def check_output(output: Path, *, overwrite: bool, marker: Marker | None = CONVE
             f"{output} holds {mounts[0]}, where a file system is mounted, so it is not replaced; "
             "unmount that, or choose another output."
         )
+
+
+def _is_marked(directory: Path, marker: Marker) -> bool:
+    file = directory / marker.file
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return f'"{marker.key}"'.encode() in opened.read(LONGEST_HEADER)
 
 
 def _located(output: Path) -> Path:
@@ -138,7 +145,7 @@ def _mounts_in(directory: Path) -> list[Path]:
 
 @contextmanager
 def staged_directory(
-    output: Path, *, overwrite: bool = False, marker: Marker | None = CONVERTED
+    output: Path, *, overwrite: bool = False, marker: Marker = CONVERTED
 ) -> Iterator[Path]:
     """Create ``output`` from a temporary directory that the ``with`` block fills.
 
