@@ -2,10 +2,13 @@
 
 import os.path  # pathlib would take longer to import
 
-__all__ = ["ANOTHERS", "HOMEPAGE", "__version__"]
+__all__ = ["ANOTHERS", "HOMEPAGE", "INSTALL", "__version__"]
 
 HOMEPAGE: str | None = None
 """The address of the project's repository, once it is public; no other place tells it."""
+
+INSTALL = f"pip install git+{HOMEPAGE}" if HOMEPAGE else "pip install ."
+"""How somebody gets this package; without an address, it is run in a copy of the repository."""
 
 ANOTHERS = "config.py"
 """A module that every release of the PyPI project called speculators has, and this one has not."""

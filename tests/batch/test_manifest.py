@@ -136,22 +136,22 @@ TWICE = " cannot be understood: the key 'input' is there twice in one entry."
         (
             [ENTRY | {"dtype": "int8"}],
             (
-                ", entry 1, key dtype: int8 is not known; choose one of float32, float16, bfloat16, "
-                "fp32, fp16, bf16."
+                ", entry 1, key dtype: int8 is not known; choose one of float32, float16, "
+                "bfloat16, fp32, fp16, bf16."
             ),
         ),
         (
             [ENTRY | {"dtype": "flaot16"}],
             (
-                ", entry 1, key dtype: flaot16 is not known; choose one of float32, float16, bfloat16, "
-                "fp32, fp16, bf16 (did you mean 'float16'?)."
+                ", entry 1, key dtype: flaot16 is not known; choose one of float32, float16, "
+                "bfloat16, fp32, fp16, bf16 (did you mean 'float16'?)."
             ),
         ),
         (
             [ENTRY | {"validated": True}],
             (
-                ", entry 1 has the unknown key 'validated' (did you mean 'validate'?); the keys are "
-                f"{KEYS}."
+                ", entry 1 has the unknown key 'validated' (did you mean 'validate'?); the keys "
+                f"are {KEYS}."
             ),
         ),
         (["org/draft"], f", entry 1 is not a mapping of keys to values; the keys are {KEYS}."),

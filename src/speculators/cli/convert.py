@@ -19,8 +19,9 @@ __all__ = ["SHORT_HELP", "app"]
 EXPLANATION = """\
 Convert {noun}.
 
-OUTPUT gets config.json, model.safetensors, and conversion.json, which
-records what they were made of. It appears complete and proven, or not at all.
+OUTPUT gets config.json, model.safetensors, conversion.json, which records
+what they were made of, and a model card. It appears complete and proven, or
+not at all.
 
 For example:
 

@@ -1,11 +1,13 @@
 """Conversion: read, plan, write, validate, and only then move into place."""
 
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 
+from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.paths import local_path
@@ -29,9 +31,10 @@ from speculators.convert.provenance import (
 )
 from speculators.convert.replan import plan_of_itself, verifier_of
 from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
+from speculators.families.card import model_card
 from speculators.families.converted import open_converted
 from speculators.families.family import Family
-from speculators.format.conversion import CONVERSION_FILE
+from speculators.format.conversion import CONVERSION_FILE, ConversionRecord
 
 __all__ = ["convert", "plan", "validate"]
 
@@ -59,7 +62,8 @@ def convert(
     Args:
         family: the family that the checkpoint has to belong to; any if ``None``.
         source: a directory, a file of weights beside a config.json, or a Hugging Face id.
-        output: the directory to create: config.json, model.safetensors and conversion.json.
+        output: the directory to create: config.json, model.safetensors, conversion.json and a model
+            card, README.md.
         base_model: the verifier that the draft was trained for: a directory or a Hugging
             Face id. Its config is read, and its weights only for validation.
         asked: the features that the checkpoint must have.
@@ -127,8 +131,30 @@ def convert(
         (staging / CONVERSION_FILE).write_text(
             record.model_dump_json(indent=2) + "\n", encoding="utf-8"
         )
+        _write_card(planned, record, staging, output)
     logger.success(f"Saved to: {output}")
     return output
+
+
+def _write_card(
+    planned: ConversionPlan, record: ConversionRecord, directory: Path, replaced: Path
+) -> None:
+    """Write the model card, which nothing else depends on: anybody may edit it.
+
+    One that somebody wrote or edited is taken over from the directory that is replaced.
+    """
+    card = model_card(
+        None,
+        planned.family,
+        planned.config,
+        parameters=sum(tensor.elements for tensor in planned.tensors.values()),
+        features=planned.features,
+        record=record,
+    )
+    if (replaced / README).is_file():
+        shutil.copyfile(replaced / README, directory / README)
+    if not write_stamped(directory / README, card):
+        logger.warning(f"{replaced / README} was written or edited by somebody, and is kept")
 
 
 def validate(

@@ -19,8 +19,8 @@ from transformers.masking_utils import create_causal_mask
 from typing_extensions import Self
 
 from speculators.checkpoint.hub.client import watched_client
-from speculators.checkpoint.hub.upload import README, SAVED, check_upload, upload
-from speculators.checkpoint.output.stamp import write_stamped
+from speculators.checkpoint.hub.upload import SAVED, check_upload, upload
+from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.tensor import describe_shape
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.decode import Generation, Workspace, speculate
@@ -217,9 +217,9 @@ class Speculator(PreTrainedModel, ABC):
         options = {new: kwargs.pop(old) for old, new in UPLOAD_OPTIONS.items() if old in kwargs}
         repo_id = kwargs.pop("repo_id", directory.name)
         if push_to_hub:
-            check_upload(repo_id, token=options.get("token"))
+            check_upload(repo_id, revision=options.get("revision"), token=options.get("token"))
         kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict}
-        self._save(directory, repo_id if push_to_hub else str(directory), **kwargs)
+        self._save(directory, repo_id if push_to_hub else None, **kwargs)
         if push_to_hub and is_main_process:
             upload(directory, repo_id, files=SAVED, **options)
 
@@ -258,7 +258,7 @@ class Speculator(PreTrainedModel, ABC):
                 converted draft.
 
         """
-        check_upload(repo_id, token=token)
+        check_upload(repo_id, revision=revision, token=token)
         with TemporaryDirectory() as folder:
             self._save(Path(folder), repo_id, tags=tags, max_shard_size=max_shard_size)
             return upload(
@@ -276,7 +276,7 @@ class Speculator(PreTrainedModel, ABC):
     def _save(
         self,
         directory: Path,
-        name: str,
+        name: str | None,
         *,
         tags: Collection[str] | str | None = None,
         is_main_process: bool = True,

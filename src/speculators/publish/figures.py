@@ -47,7 +47,16 @@ def _how(report: Report) -> Iterator[str]:
     yield f"Measured by speculators {report.speculators_version}"
     yield f"on {len(report.prompts)} prompts{own},"
     yield f"decoding {decoding} up to {settings.max_new_tokens} new tokens,"
-    yield f"in {environment.dtype} on {environment.device}; the speeds hold for that only."
+    threads = "" if environment.threads == 1 else "s"
+    used = f" ({environment.threads} thread{threads})" if environment.device == "cpu" else ""
+    drafted = (
+        ""
+        if environment.draft_dtype == environment.dtype
+        else f" (the draft in {environment.draft_dtype})"
+    )
+    yield f"in {environment.dtype}{drafted} on {environment.device}{used}, one prompt at a time,"
+    yield f"with torch {environment.torch} and transformers {environment.transformers};"
+    yield "the speeds hold for that only."
     yield "The acceptance length is the mean number of tokens that one pass of the verifier gives."
     if not report.complete:
         yield f"The run was stopped before all {settings.prompts_total} prompts were measured."
