@@ -1,4 +1,16 @@
-"""Convert EAGLE draft checkpoints to one standard format, prove them, and run them."""
+"""Convert EAGLE draft checkpoints to one standard format, prove them, and run them.
+
+Nothing is imported by this package itself. What to import from where:
+
+- ``speculators.convert.eagle.EagleConverter`` and ``speculators.convert.eagle3.Eagle3Converter``:
+  convert;
+- ``speculators.models.load_draft``: load a converted draft, to generate with it;
+- ``speculators.convert.export.export``: write it in the layout of other software;
+- ``speculators.publish.draft.publish_draft``: upload it;
+- ``speculators.errors.SpeculatorsError``: the base of all errors.
+
+docs/api.md lists the rest; ``speculators --help``, the commands.
+"""
 
 import os.path  # pathlib would take longer to import
 

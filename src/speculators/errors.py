@@ -14,6 +14,7 @@ __all__ = [
     "GenerationError",
     "HubError",
     "IncompleteVerifierError",
+    "InputError",
     "ManifestError",
     "NoWeightsError",
     "OutputError",
@@ -64,6 +65,10 @@ class FormatError(SpeculatorsError, ValueError):
 
 class GenerationError(SpeculatorsError, ValueError):
     """With these settings, speculation cannot produce what the verifier alone would."""
+
+
+class InputError(SpeculatorsError, ValueError):
+    """A draft is called with tensors or arguments that it does not take."""
 
 
 class ManifestError(SpeculatorsError, ValueError):

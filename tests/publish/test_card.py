@@ -127,13 +127,13 @@ def test_a_path_is_nobody_elses(converted: dict[str, Path], verifier: str | None
     assert directory.name not in card
     assert "base_model" not in card
     assert "`ORGANIZATION/DRAFT` stands for the Hugging Face id of this draft, and" in card
-    assert "`ORGANIZATION/VERIFIER` stands for that of its verifier" in card
+    assert "`ORGANIZATION/VERIFIER` stands for the id of its verifier" in card
     assert re.findall(r"vllm serve (\S+)", card) == ["ORGANIZATION/VERIFIER"]
     assert {*re.findall(r'from_pretrained\("(.*?)"', card)} == {
         "ORGANIZATION/DRAFT",
         "ORGANIZATION/VERIFIER",
     }
-    assert "\n# EAGLE draft for LlamaForCausalLM\n" in card
+    assert "\n# EAGLE draft\n" in card
     assert rows(card)["verifier"] == "`LlamaForCausalLM`"
     assert "from a checkpoint in a directory." in card
 

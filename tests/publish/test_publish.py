@@ -459,7 +459,8 @@ def test_the_section_of_a_report(tmp_path: Path) -> None:
     assert how == (
         "Measured by speculators 1.0.0 on 2 prompts that come with speculators, decoding greedily "
         "up to 20 new tokens, in float32 on cpu (1 thread), one prompt at a time, with torch "
-        "2.13.0 and transformers 5.19.0; the speeds hold for that only. The acceptance length is the mean number of tokens that one pass of the verifier gives."
+        "2.13.0 and transformers 5.19.0; the speeds hold for that only. The acceptance "
+        "length is the mean number of tokens that one pass of the verifier gives."
     )
     assert (empty, rows) == ("", [FIGURES])
     assert heads.count("|") == alignment.count("|") == FIGURES.count("|")

@@ -106,6 +106,7 @@ def open_repository(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     one_file: bool = False,
+    token: str | bool | None = None,
 ) -> Repository:
     """Open ``source``, which is a local directory or a Hub id.
 
@@ -116,6 +117,7 @@ def open_repository(
         revision: a branch, tag or commit, on the Hub.
         cache_dir: where downloads are kept; the Hub client's default cache if not given.
         one_file: whether ``source`` may also be a weight file, read with the files beside it.
+        token: an access token for the Hub; the one that its client finds if not given.
 
     Raises:
         CheckpointError: if it looks like a path but does not exist, or is a file but has to be a
@@ -138,7 +140,7 @@ def open_repository(
 
     from speculators.checkpoint.hub.repository import HubRepository
 
-    return HubRepository(source, revision=revision, cache_dir=cache_dir)
+    return HubRepository(source, revision=revision, cache_dir=cache_dir, token=token)
 
 
 def _say_what_is_meant(source: str) -> str | None:

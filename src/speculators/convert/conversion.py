@@ -7,8 +7,8 @@ from typing import Any
 
 from loguru import logger
 
-from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.output.staging import check_output, staged_directory
+from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent

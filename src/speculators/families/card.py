@@ -149,7 +149,8 @@ def model_card(
     model_module, _, model_class = family.model.partition(":")
     borrowed = " and ".join(BORROWED[it] for it in family.borrows if it not in features)
     draft = family.card.draft.removeprefix("An ").removeprefix("A ")
-    of_verifier = PurePath(verifier).name if verifier else reference.architectures[0]
+    title = f"{draft} for {PurePath(verifier).name}" if verifier else draft
+    architecture = next(iter(reference.architectures), "language model")
     card = CARD.format(
         draft=family.card.draft,
         install=INSTALL,
@@ -158,15 +159,16 @@ def model_card(
         model_class=model_class,
         # JSON is YAML too.
         metadata="\n".join(f"{key}: {json.dumps(it)}" for key, it in metadata.items()),
-        title=PurePath(name).name if name else f"{draft} for {of_verifier}",
-        verifier=f"`{verifier}`" if verifier else f"a {reference.architectures[0]}",
+        title=PurePath(name).name if name else title,
+        verifier=f"`{verifier}`" if verifier else f"a {architecture}",
         verifier_in_table=f"`{verifier}`, " if verifier else "",
         placeholders=_say_what_is_not_known(name, verifier),
         serve=SERVE.format(name_in_shell=shlex.quote(name or ANY_DRAFT)) if verifier else "",
         verifier_in_shell=shlex.quote(verifier or ANY_VERIFIER),
         name_in_python=json.dumps(name or ANY_DRAFT),
         verifier_in_python=json.dumps(verifier or ANY_VERIFIER),
-        verifier_architectures=", ".join(f"`{it}`" for it in reference.architectures),
+        verifier_architectures=", ".join(f"`{it}`" for it in reference.architectures)
+        or "not known",
         borrowing=f": it uses the verifier's {borrowed}, and has none of its own"
         if borrowed
         else "",
@@ -188,18 +190,14 @@ def model_card(
 
 
 def _say_what_is_not_known(name: str | None, verifier: str | None) -> str:
-    sentences = [
-        text
-        for text, known in (
-            (f"`{ANY_DRAFT}` stands for the Hugging Face id of this draft", name),
-            (
-                f"`{ANY_VERIFIER}` stands for that of its verifier, which was a directory where the "
-                "draft was converted",
-                verifier,
-            ),
+    sentences = []
+    if name is None:
+        sentences.append(f"`{ANY_DRAFT}` stands for the Hugging Face id of this draft")
+    if verifier is None:
+        sentences.append(
+            f"`{ANY_VERIFIER}` stands for the id of its verifier, which was a directory where the "
+            "draft was converted"
         )
-        if not known
-    ]
     return f"\nBelow, {', and '.join(sentences)}.\n" if sentences else ""
 
 
