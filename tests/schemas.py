@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from speculators.cli.results import BatchResult, ConvertResult, ValidateResult
+from speculators.cli.results import BatchResult, ConvertResult, DiffResult, ValidateResult
 from speculators.evaluate.report import Report
 from speculators.families.eagle import EagleConfig
 from speculators.families.eagle3 import Eagle3Config
@@ -26,6 +26,7 @@ READ: dict[str, type[BaseModel]] = {
 PRINTED: dict[str, type[BaseModel]] = {
     "batch": BatchResult,
     "convert": ConvertResult,
+    "diff": DiffResult,
     "doctor": Diagnosis,
     "evaluation": Report,
     "inspect": Finding,

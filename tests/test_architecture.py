@@ -21,9 +21,11 @@ MAY_IMPORT = {
     "integrations": {"families", "format", "checkpoint", "errors"},
     "inspection": {"convert", "integrations", "families", "format", "checkpoint", "errors"},
     "publish": {"convert", "evaluate", "families", "format", "checkpoint", "errors"},
+    "comparison": {"convert", "models", "families", "format", "checkpoint", "errors"},
     "batch": {"publish", "convert", "families", "format", "checkpoint", "errors"},
     "cli": {
         "batch",
+        "comparison",
         "publish",
         "evaluate",
         "inspection",
@@ -132,7 +134,13 @@ def test_torch_is_imported_at_the_top_only_where_models_are(module: str) -> None
     proof = {
         module
         for module in FILES
-        if module.startswith(("speculators.convert.references.", "speculators.convert.validation"))
+        if module.startswith(
+            (
+                "speculators.comparison.computation",
+                "speculators.convert.references.",
+                "speculators.convert.validation",
+            )
+        )
     }
     light = MAY_IMPORT.keys() - {"decode", "models", "evaluate", "integrations"}
     if package(module) in light:

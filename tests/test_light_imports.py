@@ -57,6 +57,8 @@ def test_this_test_sees_what_is_loaded() -> None:
         ["convert", "auto", "--help"],
         ["evaluate", "--help"],
         ["export", "--help"],
+        ["batch", "--help"],
+        ["diff", "--help"],
         ["-h"],
         ["validate", "--help"],
     ],
@@ -120,6 +122,15 @@ def test_an_export_needs_no_torch(tmp_path: Path, converted: dict[str, Path]) ->
     assert "out/model.safetensors" in entries(tmp_path)
 
 
+def test_comparing_needs_no_torch(tmp_path: Path, converted: dict[str, Path]) -> None:
+    """Nor numpy, where all bytes are the same."""
+    draft = converted["llama31_gqa_nobias"]
+    source = write_checkpoint(tmp_path / "source", container="pytorch_model.bin")
+    assert loaded_after(MAIN, "diff", str(source), str(draft)) == (0, set())
+    other = write_checkpoint(tmp_path / "other", edit=lambda it: it["fc.weight"].fill_(1))
+    assert loaded_after(MAIN, "diff", str(other), str(draft)) == (1, {"numpy"})
+
+
 def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
     source = write_checkpoint(tmp_path / "source", edit=lambda tensors: tensors.pop("fc.weight"))
     arguments = ["convert", "eagle", str(source), "out", str(verifier)]
@@ -146,6 +157,7 @@ LIGHT = [
         "checkpoint",
         "cli",
         "errors",
+        "comparison",
         "convert",
         "inspection",
         "batch",
@@ -154,7 +166,8 @@ LIGHT = [
     }
     and module
     not in {
-        # Validation needs the model.
+        # Validation needs the model, and so does running drafts to compare them.
+        "speculators.comparison.computation",
         "speculators.convert.references.eagle",
         "speculators.convert.references.eagle3",
         "speculators.convert.references.operations",

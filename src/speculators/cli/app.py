@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from speculators.cli import batch, convert, doctor, evaluate, export, inspect, publish, validate
+from speculators.cli import (
+    batch,
+    convert,
+    diff,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    publish,
+    validate,
+)
 from speculators.cli.command import Group
 from speculators.cli.shared import share_options
 from speculators.cli.signals import stop_on_signals
@@ -22,6 +32,7 @@ app.add_typer(convert.app, name="convert", short_help=convert.SHORT_HELP)
 app.command()(batch.batch)
 app.command()(inspect.inspect)
 app.command()(validate.validate)
+app.command()(diff.diff)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.command()(publish.publish)

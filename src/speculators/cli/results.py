@@ -12,6 +12,7 @@ from loguru import logger
 from pydantic import BaseModel, ConfigDict, Field
 
 from speculators.batch.run import Outcome
+from speculators.comparison.difference import Difference
 from speculators.convert.plan import ConversionPlan
 from speculators.convert.provenance import read_record
 from speculators.errors import sentence
@@ -20,7 +21,7 @@ from speculators.families.converted import open_converted
 if TYPE_CHECKING:
     from loguru import Message
 
-__all__ = ["BatchResult", "ConvertResult", "ValidateResult", "printed"]
+__all__ = ["BatchResult", "ConvertResult", "DiffResult", "ValidateResult", "printed"]
 
 
 class Result(BaseModel):
@@ -98,6 +99,13 @@ class ConvertResult(Result):
         self.left_out, self.config_left_out = record.left_out, record.config_left_out
         self.discrepancies = record.discrepancies
         self.validated, self.unchecked = record.validated, record.unchecked
+
+
+class DiffResult(Result):
+    """What `speculators diff --json` prints: ``ok`` says whether the two are the same draft."""
+
+    difference: Difference | None = None
+    """How they differ; ``None`` if they could not be compared."""
 
 
 class EntryResult(BaseModel, use_attribute_docstrings=True):
