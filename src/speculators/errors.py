@@ -107,12 +107,19 @@ def visible(text: str) -> str:
     return "".join(it if it.isprintable() else ascii(it)[1:-1] for it in text)
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that somebody probably meant who wrote another one, if there is such a one."""
+def nearest(word: str, known: Iterable[str], *, likeness: float = 0.6) -> str | None:
+    """The known word that somebody probably meant who wrote another one, if there is such a one.
+
+    Args:
+        word: what was written.
+        known: what could have been meant.
+        likeness: from 0 to 1, how alike the two have to be at least.
+
+    """
     from difflib import get_close_matches
 
     spelt = {it.casefold(): it for it in known}
-    found = get_close_matches(word.casefold(), spelt, n=1)
+    found = get_close_matches(word.casefold(), spelt, n=1, cutoff=likeness)
     return spelt[found[0]] if found else None
 
 

@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic import ValidationError as PydanticValidationError
 
+from speculators.checkpoint.paths import meant_path
 from speculators.checkpoint.repository import looks_like_a_path
 from speculators.checkpoint.tensor import float_name, stored_float
 from speculators.errors import ManifestError, did_you_mean
@@ -148,7 +149,8 @@ def _parse(file: Path) -> Any:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise ManifestError(f"{file} cannot be read: {reason}.") from error
+        meant = "" if file.exists() else meant_path(file)
+        raise ManifestError(f"{file} cannot be read: {reason}{meant}.") from error
     try:
         if file.suffix == ".json":
             return json.loads(text, object_pairs_hook=_mapping)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from loguru import logger
 
-from speculators.checkpoint.paths import local_path
+from speculators.checkpoint.paths import local_path, meant_path
 from speculators.errors import CheckpointError, printable
 
 __all__ = ["LocalDirectory", "Repository", "looks_like_a_path", "open_repository"]
@@ -110,7 +110,9 @@ def open_repository(
 ) -> Repository:
     """Open ``source``, which is a local directory or a Hub id.
 
-    A ``revision`` of a local directory is ignored, with a warning.
+    A ``revision`` of a local directory is ignored, with a warning. What could be a Hub id, but is
+    nearly the name of something here, is told before the Hub is asked: every model there has an
+    organization today, so a name without one is then an error.
 
     Args:
         source: a path, or a Hub id.
@@ -136,7 +138,16 @@ def open_repository(
     if isinstance(source, str) and (advice := _say_what_is_meant(source)):
         raise CheckpointError(advice)
     if isinstance(source, Path) or looks_like_a_path(source):
-        raise CheckpointError(f"{path} does not exist; give a directory, or a Hugging Face id.")
+        raise CheckpointError(
+            f"{path} does not exist{meant_path(path)}; give a directory, or a Hugging Face id."
+        )
+    if meant := meant_path(path):
+        if "/" not in source:
+            raise CheckpointError(
+                f"{path} does not exist here{meant}; for a model on the Hub, give its whole id, "
+                f"such as organization/{path}."
+            )
+        logger.warning(f"{path} does not exist here{meant}: it is taken for a Hugging Face id")
 
     from speculators.checkpoint.hub.repository import HubRepository
 

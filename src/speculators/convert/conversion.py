@@ -10,7 +10,7 @@ from loguru import logger
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.output.writer import write_safetensors_file
-from speculators.checkpoint.paths import local_path
+from speculators.checkpoint.paths import local_path, meant_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import open_repository
@@ -192,7 +192,10 @@ def validate(
     directory = local_path(directory)
     logger.info(f"Checking converted checkpoint: {directory}")
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; give a converted checkpoint.")
+        meant = "" if directory.exists() else meant_path(directory)
+        raise CheckpointError(
+            f"{directory} is not a directory{meant}; give a converted checkpoint."
+        )
     written = open_converted(directory, cache_dir=cache_dir)
     record = read_record(directory)
     if record is None:
