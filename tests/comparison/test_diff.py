@@ -147,6 +147,21 @@ def test_one_changed_value(
     assert shown.splitlines()[-1] == "They are not the same draft."
 
 
+def test_every_tensor_counts_for_what_is_computed(
+    tmp_path: Path, converted: dict[str, Path]
+) -> None:
+    """Also the norm ahead of the head, which a draft takes from its verifier."""
+    names = [it.name for it in difference(converted[NORMS], converted[NORMS]).tensors]
+    assert "pre_lm_head_layernorm.weight" in names
+    for name in names:
+
+        def change(tensors: dict[str, Any], name: str = name) -> None:
+            tensors[name] += 0.5
+
+        other = edited(converted[NORMS], tmp_path / name, change)
+        assert not compute(*open_sides((converted[NORMS], other))).same, name
+
+
 def test_a_changed_key(tmp_path: Path, converted: dict[str, Path]) -> None:
     other = write_checkpoint(tmp_path / "other", config={"rms_norm_eps": 1e-6})
     found = difference(converted[PLAIN], other)

@@ -22,7 +22,7 @@ from speculators.models.speculator import Speculator
 
 __all__ = ["compute"]
 
-TOKENS, POSITIONS = 64, 16
+TOKENS, POSITIONS = 64, 4
 TOLERANCE = 1e-6
 """The largest difference of outputs that are equal up to rounding, of the largest output."""
 
@@ -54,7 +54,7 @@ def compute(a: Side, b: Side) -> Computation:
 
 
 def _outputs(side: Side) -> Tensor:
-    """The last hidden states of a draft and, with a head of its own, its logits, as one vector."""
+    """The last hidden states of a draft, and its logits, as one vector."""
     with _in_format(side) as converted, without_progress_bar():
         logger.disable(Speculator.__module__)  # it would warn that it has no verifier
         try:
@@ -65,16 +65,20 @@ def _outputs(side: Side) -> Tensor:
         finally:
             logger.enable(Speculator.__module__)
         random = torch.Generator().manual_seed(0)
+        # Whatever the verifier's matrices are, both drafts take the same.
+        matrix = torch.randn(TOKENS, hidden, generator=random)
         if model.get_input_embeddings() is None:
-            rows = torch.randn(TOKENS, model.config.layer.hidden_size, generator=random)
-            model.borrowed_embedding = nn.Embedding.from_pretrained(rows)
+            model.borrowed_embedding = nn.Embedding.from_pretrained(matrix)
+        if model.get_output_embeddings() is None:
+            model.borrowed_head = nn.Linear(hidden, TOKENS, bias=False)
+            model.borrowed_head.weight = nn.Parameter(matrix, requires_grad=False)
         tokens = torch.randint(min(TOKENS, vocabulary), (1, POSITIONS), generator=random)
         width = hidden * max(len(model.verifier_layers), 1)
         states = torch.randn(1, POSITIONS, width, generator=random)
         with torch.inference_mode():
-            last = model.draft(tokens, model.project(states)).last_hidden_state
-            parts = [last] if model.lm_head is None else [last, model.logits(last)]
-        return torch.cat([part.flatten() for part in parts])
+            output = model(input_ids=tokens, hidden_states=states)
+        parts = (output.last_hidden_state, output.logits)
+        return torch.cat([part.flatten() for part in parts if part is not None])
 
 
 @contextmanager

@@ -101,7 +101,7 @@ class Computation(Model):
     same: bool
     """Whether the outputs are equal up to rounding."""
     largest_difference: float
-    """Of the drafts' last hidden states and, if they have a head of their own, logits."""
+    """Of the drafts' last hidden states and logits; a head that they lack is random, too."""
     largest_value: float
     """The largest of these, to judge the difference by."""
 

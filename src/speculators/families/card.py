@@ -33,7 +33,7 @@ CARD = """\
 
 {draft} for {verifier}, in the speculators format. In speculative decoding the draft \
 proposes the next tokens, and the verifier checks them in one pass, so that one pass of the large \
-model gives several tokens. The draft works with this verifier alone{borrowing}.
+model gives several tokens. The draft works with this verifier alone: it {ties}.
 
 | | |
 | --- | --- |
@@ -147,7 +147,7 @@ def model_card(
     }
     layer = config.transformer_layer_config
     model_module, _, model_class = family.model.partition(":")
-    borrowed = " and ".join(BORROWED[it] for it in family.borrows if it not in features)
+    borrowed = [it for it in family.borrows if it not in features]
     draft = family.card.draft.removeprefix("An ").removeprefix("A ")
     title = f"{draft} for {PurePath(verifier).name}" if verifier else draft
     architecture = next(iter(reference.architectures), "language model")
@@ -169,9 +169,7 @@ def model_card(
         verifier_in_python=json.dumps(verifier or ANY_VERIFIER),
         verifier_architectures=", ".join(f"`{it}`" for it in reference.architectures)
         or "not known",
-        borrowing=f": it uses the verifier's {borrowed}, and has none of its own"
-        if borrowed
-        else "",
+        ties=_ties(borrowed),
         layers="one" if config.layers == 1 else str(config.layers),
         layer=config.architectures[-1],
         hidden=layer.hidden_size,
@@ -187,6 +185,14 @@ def model_card(
     if record:
         card += _provenance(record)
     return card
+
+
+def _ties(borrowed: Collection[str]) -> str:
+    """What a draft takes from its verifier, as it follows "it"."""
+    if not borrowed:
+        return "reads the verifier's hidden states"
+    matrices = " and ".join(BORROWED[it] for it in borrowed)
+    return f"uses the verifier's {matrices}, and has none of its own"
 
 
 def _say_what_is_not_known(name: str | None, verifier: str | None) -> str:
