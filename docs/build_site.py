@@ -32,11 +32,14 @@ OUTSIDE = {
 }
 """What is not in docs/ → its name in the site."""
 
+SIGNATURES = re.compile(r"\n<!-- not run: signatures.*?```python.*?```\n", re.DOTALL)
+"""What docs/api.md shows in the repository, and the site in another way."""
+
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)(?P<path>[^)#\s]+)")
 
 
 def site_page(source: str, text: str) -> str:
-    """The text of a page with its links as they are in the site.
+    """The text of a page as it is in the site: with its links, and without signatures.
 
     Args:
         source: the page's path in the repository.
@@ -48,7 +51,7 @@ def site_page(source: str, text: str) -> str:
         target = posixpath.normpath(PurePosixPath(source).parent / link["path"])
         return OUTSIDE.get(target) or posixpath.relpath(target, "docs")
 
-    return LINK.sub(located, text)
+    return LINK.sub(located, SIGNATURES.sub("", text))
 
 
 def gather(pages: Path) -> None:

@@ -28,7 +28,7 @@ GOLDEN_NAMES = (
 PLAIN = "llama31_gqa_nobias"
 """The golden checkpoint whose only feature is an embedding: ten tensors."""
 
-WRITTEN = ["config.json", "conversion.json", "model.safetensors"]
+WRITTEN = ["README.md", "config.json", "conversion.json", "model.safetensors"]
 """The files of a converted checkpoint."""
 
 TOLERANCE = 1e-4

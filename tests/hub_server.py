@@ -117,6 +117,7 @@ class HubServer(ThreadingHTTPServer):
         # the client must not send its token.
         self.cdn_url = f"http://localhost:{self.server_port}/cdn"
         self.repos: dict[str, Repo] = {}
+        self.messages: list[str] = []  # the first lines of commit messages
         self.users = {MEMBER: "member", STRANGER: "stranger"}
         self.namespaces = {"member": {"member", "org"}, "stranger": {"stranger"}}
         self._uploads = tempfile.TemporaryDirectory(prefix="hub-")
@@ -464,6 +465,7 @@ class HubHandler(BaseHTTPRequestHandler):
         parent = lines[0]["value"].get("parentCommit")
         if parent not in {None, self.server.repos[repo_id].refs.get(revision)}:
             raise Refusal(412, None, "A commit has happened since. Please refresh and try again.")
+        self.server.messages.append(lines[0]["value"]["summary"])
         pull_request = "create_pr=1" in urlsplit(self.path).query
         directory = self.server.new_commit(repo_id, revision)
         for line in lines:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from speculators.cli.results import BatchResult, ConvertResult, DiffResult, ValidateResult
 from speculators.evaluate.recording import Manifest
 from speculators.evaluate.report import Comparison, Report
 from speculators.families.dflash import DFlash2Config, DFlashConfig, DSparkConfig
@@ -30,9 +31,13 @@ READ: dict[str, type[BaseModel]] = {
 
 PRINTED: dict[str, type[BaseModel]] = {
     "comparison": Comparison,
+    "batch": BatchResult,
+    "convert": ConvertResult,
+    "diff": DiffResult,
     "doctor": Diagnosis,
     "evaluation": Report,
     "inspect": Finding,
+    "validate": ValidateResult,
 }
 """Files that are only written: every key is there."""
 

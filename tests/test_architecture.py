@@ -23,10 +23,12 @@ MAY_IMPORT = {
     "mtp": {"checkpoint", "errors"},
     "inspection": {"mtp", "convert", "integrations", "families", "format", "checkpoint", "errors"},
     "publish": {"convert", "evaluate", "families", "format", "checkpoint", "errors"},
+    "comparison": {"convert", "models", "families", "format", "checkpoint", "errors"},
     "batch": {"publish", "convert", "families", "format", "checkpoint", "errors"},
     "cli": {
         "batch",
         "chat",
+        "comparison",
         "mtp",
         "publish",
         "evaluate",
@@ -141,6 +143,7 @@ def test_torch_is_imported_at_the_top_only_where_models_are(module: str) -> None
         for module in FILES
         if module.startswith(
             (
+                "speculators.comparison.computation",
                 "speculators.convert.references.",
                 "speculators.convert.checks.",
                 "speculators.convert.validation",

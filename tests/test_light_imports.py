@@ -71,6 +71,8 @@ def test_this_test_sees_what_is_loaded() -> None:
         ["export", "--help"],
         ["mtp", "cut", "--help"],
         ["mtp", "graft", "--help"],
+        ["batch", "--help"],
+        ["diff", "--help"],
         ["-h"],
         ["validate", "--help"],
     ],
@@ -78,6 +80,19 @@ def test_this_test_sees_what_is_loaded() -> None:
 )
 def test_the_command_line_answers_without_torch(arguments: list[str]) -> None:
     assert loaded_after(MAIN, *arguments) == (0, set())
+
+
+def test_help_imports_little() -> None:
+    """It has at most 1.5 times the CPU time of importing typer, rich.console and loguru."""
+    heavy = ("loguru", "huggingface_hub", "speculators.families.registry", "safetensors")
+    script = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print([m for m in {heavy} if m in sys.modules]))\n{MAIN}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--help"], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_an_unknown_command_is_refused_without_torch() -> None:
@@ -152,6 +167,15 @@ def test_cutting_and_grafting_need_no_torch(tmp_path: Path) -> None:
     assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, {"numpy"})
 
 
+def test_comparing_needs_no_torch(tmp_path: Path, converted: dict[str, Path]) -> None:
+    """Nor numpy, where all bytes are the same."""
+    draft = converted["llama31_gqa_nobias"]
+    source = write_checkpoint(tmp_path / "source", container="pytorch_model.bin")
+    assert loaded_after(MAIN, "diff", str(source), str(draft)) == (0, set())
+    other = write_checkpoint(tmp_path / "other", edit=lambda it: it["fc.weight"].fill_(1))
+    assert loaded_after(MAIN, "diff", str(other), str(draft)) == (1, {"numpy"})
+
+
 def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
     source = write_checkpoint(tmp_path / "source", edit=lambda tensors: tensors.pop("fc.weight"))
     arguments = ["convert", "eagle", str(source), "out", str(verifier)]
@@ -208,6 +232,7 @@ LIGHT = [
         "checkpoint",
         "cli",
         "errors",
+        "comparison",
         "convert",
         "inspection",
         "mtp",
@@ -215,9 +240,10 @@ LIGHT = [
         "publish",
         "integrations",
     }
-    # Validation needs the model.
+    # Validation needs the model, and so does running drafts to compare them.
     and not module.startswith(
         (
+            "speculators.comparison.computation",
             "speculators.convert.references.",
             "speculators.convert.checks.",
             "speculators.convert.validation",

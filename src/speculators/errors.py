@@ -4,6 +4,8 @@ Each message is one sentence that says what is wrong, where (file or tensor), an
 what to do. The command line prints it and exits with status 1.
 """
 
+from collections.abc import Iterable
+
 __all__ = [
     "CheckpointError",
     "ConversionError",
@@ -12,6 +14,7 @@ __all__ = [
     "GenerationError",
     "HubError",
     "IncompleteVerifierError",
+    "InputError",
     "ManifestError",
     "NoWeightsError",
     "OutputError",
@@ -20,6 +23,8 @@ __all__ = [
     "UnsafeCheckpointError",
     "ValidationError",
     "VerifierError",
+    "did_you_mean",
+    "nearest",
     "printable",
     "sentence",
     "visible",
@@ -62,6 +67,10 @@ class GenerationError(SpeculatorsError, ValueError):
     """With these settings, speculation cannot produce what the verifier alone would."""
 
 
+class InputError(SpeculatorsError, ValueError):
+    """A draft is called with tensors or arguments that it does not take."""
+
+
 class ManifestError(SpeculatorsError, ValueError):
     """A batch's manifest cannot be read, or asks for something impossible."""
 
@@ -96,6 +105,28 @@ def visible(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(it if it.isprintable() else ascii(it)[1:-1] for it in text)
+
+
+def nearest(word: str, known: Iterable[str], *, likeness: float = 0.6) -> str | None:
+    """The known word that somebody probably meant who wrote another one, if there is such a one.
+
+    Args:
+        word: what was written.
+        known: what could have been meant.
+        likeness: from 0 to 1, how alike the two have to be at least.
+
+    """
+    from difflib import get_close_matches
+
+    spelt = {it.casefold(): it for it in known}
+    found = get_close_matches(word.casefold(), spelt, n=1, cutoff=likeness)
+    return spelt[found[0]] if found else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What to add to a clause about a word that is not known; empty if no known one is near."""
+    found = nearest(word, known)
+    return f" (did you mean {found!r}?)" if found else ""
 
 
 def sentence(error: Exception) -> str:

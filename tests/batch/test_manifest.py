@@ -37,6 +37,13 @@ def test_every_key_has_the_default_of_the_command_line(tmp_path: Path) -> None:
     }
 
 
+def test_short_names_of_dtypes(tmp_path: Path) -> None:
+    """They mean the same: an output that has been made with the long one is done."""
+    for short, long in {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.items():
+        (conversion,) = read_manifest(write_manifest(tmp_path, ENTRY | {"dtype": short}))
+        assert conversion.dtype == long
+
+
 def test_yaml_says_the_same_as_json(tmp_path: Path) -> None:
     full = {
         "revision": "v2",
@@ -116,7 +123,9 @@ TWICE = " cannot be understood: the key 'input' is there twice in one entry."
     [
         (
             [ENTRY, ENTRY | {"output": "b", "dtpye": "x"}],
-            ", entry 2 has the unknown key 'dtpye'; the keys are " + KEYS + ".",
+            ", entry 2 has the unknown key 'dtpye' (did you mean 'dtype'?); the keys are "
+            + KEYS
+            + ".",
         ),
         ([{"input": "a", "output": "b"}], ", entry 1 has no base_model."),
         ([ENTRY | {"input": ""}], ", entry 1, key input: String should have at least 1 character."),
@@ -126,11 +135,24 @@ TWICE = " cannot be understood: the key 'input' is there twice in one entry."
         ),
         (
             [ENTRY | {"dtype": "int8"}],
-            ", entry 1, key dtype: Input should be 'float16', 'bfloat16' or 'float32'.",
+            (
+                ", entry 1, key dtype: int8 is not known; choose one of float32, float16, "
+                "bfloat16, fp32, fp16, bf16."
+            ),
+        ),
+        (
+            [ENTRY | {"dtype": "flaot16"}],
+            (
+                ", entry 1, key dtype: flaot16 is not known; choose one of float32, float16, "
+                "bfloat16, fp32, fp16, bf16 (did you mean 'float16'?)."
+            ),
         ),
         (
             [ENTRY | {"validated": True}],
-            f", entry 1 has the unknown key 'validated'; the keys are {KEYS}.",
+            (
+                ", entry 1 has the unknown key 'validated' (did you mean 'validate'?); the keys "
+                f"are {KEYS}."
+            ),
         ),
         (["org/draft"], f", entry 1 is not a mapping of keys to values; the keys are {KEYS}."),
         ([], NO_LIST),

@@ -134,8 +134,8 @@ def test_validation_runs_in_the_batch_too(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "give INPUT, OUTPUT and BASE_MODEL, all three of them, or --manifest alone."),
-        (["in", "out"], "give INPUT, OUTPUT and BASE_MODEL, all three of them"),
+        ([], "Missing argument 'INPUT'."),
+        (["in", "out"], "Missing argument 'BASE_MODEL'."),
         (["in", "out", "base", "--jobs", "2"], "--jobs only works with --manifest."),
         (["--manifest", "m.yaml", "in"], "with --manifest, INPUT belongs in the manifest"),
         (["--manifest", "m.yaml", "--no-validate"], "with --manifest, --no-validate belongs"),

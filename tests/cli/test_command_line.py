@@ -5,15 +5,12 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer.main
 
+from commands import COMMANDS
 from helpers import GOLDEN, PLAIN, CommandLine, run_process, write_checkpoint
-from speculators.cli.app import app
 
 SOURCE = GOLDEN / PLAIN
 
@@ -21,19 +18,6 @@ COLOUR = re.compile(r"\x1b\[(\d+;)*(3[0-8]|9[0-7])(;\d+)*m")
 """An escape sequence that chooses a colour."""
 
 MAIN = "import sys; sys.argv[0] = 'speculators'; from speculators.cli import main; main()"
-
-
-def commands(group: Any, *names: str) -> Iterator[tuple[str, ...]]:
-    """The words of every command; groups are not commands."""
-    for name in group.list_commands(None):
-        command = group.get_command(None, name)
-        if hasattr(command, "commands"):
-            yield from commands(command, *names, name)
-        else:
-            yield (*names, name)
-
-
-COMMANDS = list(commands(typer.main.get_command(app)))
 
 
 def on_a_terminal(*arguments: str | Path, **environment: str) -> str:

@@ -148,7 +148,15 @@ def test_what_float16_cannot_hold_is_an_error(
     assert speculators(*arguments, "bfloat16").status == 0
 
 
-@pytest.mark.parametrize("dtype", ["float64", "fp16", "BF16", "int8", ""])
+def test_short_names(tmp_path: Path, verifier: Path) -> None:
+    for short, long in {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.items():
+        for dtype in (short, long):
+            convert(GOLDEN / PLAIN, tmp_path / dtype, verifier, dtype=dtype, validate=False)
+        for name in ("config.json", "model.safetensors", "conversion.json"):
+            assert (tmp_path / short / name).read_bytes() == (tmp_path / long / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "fp8", "BF16", "int8", ""])
 def test_other_dtypes_are_refused(
     tmp_path: Path, verifier: Path, speculators: CommandLine, dtype: str
 ) -> None:

@@ -282,9 +282,31 @@ def test_nothing_is_written_over(tmp_path: Path, converted: dict[str, Path], obs
     else:
         output.write_text("mine")
     before = entries(tmp_path)
-    with pytest.raises(OutputError, match=r"exists(?!.*--overwrite)"):  # not an option here
-        export(converted[PLAIN], output, "eagle")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="choose another output"):
+            export(converted[PLAIN], output, "eagle", overwrite=overwrite)
     assert entries(tmp_path) == before
+
+
+def test_only_an_export_is_replaced(
+    tmp_path: Path, converted: dict[str, Path], speculators: CommandLine
+) -> None:
+    """Never a trained draft, which has the same files, nor what the export is made of."""
+    output = export(converted[PLAIN], tmp_path / "out", "eagle")
+    run = speculators("export", converted[PLAIN], output, "--to", "sglang")
+    assert run.status == 1
+    assert run.errors[0].endswith("or replace it with --overwrite.")
+    run = speculators("export", converted[PLAIN], output, "--to", "sglang", "--overwrite")
+    assert run.status == 0
+    assert config_of(output)["architectures"] == ["LlamaForCausalLMEagle"]
+
+    trained = write_checkpoint(tmp_path / "trained")
+    for kept in (trained, converted[PLAIN]):
+        before = (kept / "model.safetensors").read_bytes()
+        run = speculators("export", converted[PLAIN], kept, "--to", "eagle", "--overwrite")
+        assert run.status == 1
+        assert "is not an export that speculators wrote" in run.errors[0]
+        assert (kept / "model.safetensors").read_bytes() == before
 
 
 def test_a_plan_writes_nothing(converted: dict[str, Path]) -> None:

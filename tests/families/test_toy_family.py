@@ -159,7 +159,7 @@ def test_it_is_saved_as_it_was_converted(tmp_path: Path, converted: Path) -> Non
     assert saved.keys() == before.keys()
     assert all(torch.equal(saved[name], before[name]) for name in before)
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert "A toy draft for `verifier`" in card
+    assert "A toy draft for a LlamaForCausalLM, in" in card
     assert f"from {toy_family.__name__} import ToySpeculator" in card
 
 

@@ -393,10 +393,10 @@ def test_another_speculators_model_type(converted: dict[str, Path], tmp_path: Pa
 
 
 def test_an_argument_that_has_no_effect_is_told(converted: dict[str, Path], log: list[str]) -> None:
-    EagleSpeculator.from_pretrained(converted[PLAIN], token=None, local_files_only=False)
+    EagleSpeculator.from_pretrained(converted[PLAIN], token="hf_abc", local_files_only=False)
     assert not any("has no effect" in line for line in log)
-    EagleSpeculator.from_pretrained(converted[PLAIN], token="hf_abc")
-    assert "WARNING The argument token has no effect here: use HF_TOKEN" in log
+    EagleSpeculator.from_pretrained(converted[PLAIN], local_files_only=True)
+    assert "WARNING The argument local_files_only has no effect here: use HF_HUB_OFFLINE" in log
 
 
 def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:

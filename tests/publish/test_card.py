@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 import dflash
 from helpers import GOLDEN_NAMES, config_of, stored_tensors
+from speculators import INSTALL
 from speculators.families.card import model_card, names_hub_id
 from speculators.families.converted import open_converted, parse_config
 from speculators.families.dflash import DFLASH
@@ -32,10 +33,16 @@ def record_of(directory: Path, **changes: Any) -> ConversionRecord:
     return parse_conversion(record | changes, str(directory))
 
 
-def card_of(directory: Path, verifier: str | None = VERIFIER, **options: Any) -> str:
+def card_of(
+    directory: Path,
+    verifier: str | None = VERIFIER,
+    *,
+    name: str | None = "org/draft",
+    **options: Any,
+) -> str:
     tensors = stored_tensors(directory)
     return model_card(
-        "org/draft",
+        name,
         EAGLE,
         config_for(directory, verifier),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
@@ -72,7 +79,7 @@ def test_what_the_draft_is(converted: dict[str, Path], name: str, expected: str)
     layer = config_of(directory)["transformer_layer_architecture"]
     parameters = sum(tensor.numel() for tensor in stored_tensors(directory).values())
     assert rows(card_of(directory)) == {
-        "verifier": f"`{VERIFIER}` (`LlamaForCausalLM`)",
+        "verifier": f"`{VERIFIER}`, `LlamaForCausalLM`",
         "layer": f"one `{layer}`, hidden size {sizes['hidden_size']}, "
         f"vocabulary {sizes['vocab_size']}",
         "parameters": f"{parameters:,}, in float32",
@@ -112,23 +119,36 @@ def test_how_to_serve_it(converted: dict[str, Path]) -> None:
         "model": "org/draft",
         "num_speculative_tokens": 5,
     }
+    assert "stands for" not in card
 
 
-def test_a_path_is_nobody_elses(converted: dict[str, Path]) -> None:
+def test_how_to_get_the_package(converted: dict[str, Path]) -> None:
+    """The constant tells it, in one place; installing by name would get another project."""
+    card = card_of(converted["llama31_gqa_nobias"])
+    assert f"\n```sh\n{INSTALL}\n```\n" in card
+    assert "\npip install speculators" not in card
+
+
+@pytest.mark.parametrize("verifier", ["/home/me/my models/verifier 8b", None])
+def test_a_path_is_nobody_elses(converted: dict[str, Path], verifier: str | None) -> None:
+    """Names that are not known on the Hub have placeholders in every command, and a sentence."""
     directory = converted["llama31_gqa_nobias"]
-    card = card_of(directory, "/home/me/my models/verifier 8b", record=record_of(directory))
+    card = card_of(directory, verifier, name=None, record=record_of(directory))
     assert "/home" not in card
+    assert "verifier 8b" not in card
     assert str(directory.parent) not in card
+    assert directory.name not in card
     assert "base_model" not in card
-    assert "\nvllm serve 'verifier 8b' \\\n" in card
-    assert 'from_pretrained("verifier 8b"' in card
-    assert "from `llama31_gqa_nobias`." in card
-
-
-def test_a_verifier_that_is_not_named(converted: dict[str, Path]) -> None:
-    card = card_of(converted["llama31_gqa_nobias"], None)
-    assert rows(card)["verifier"] == "`VERIFIER` (`LlamaForCausalLM`)"
-    assert "base_model" not in card
+    assert "`ORGANIZATION/DRAFT` stands for the Hugging Face id of this draft, and" in card
+    assert "`ORGANIZATION/VERIFIER` stands for the id of its verifier" in card
+    assert re.findall(r"vllm serve (\S+)", card) == ["ORGANIZATION/VERIFIER"]
+    assert {*re.findall(r'from_pretrained\("(.*?)"', card)} == {
+        "ORGANIZATION/DRAFT",
+        "ORGANIZATION/VERIFIER",
+    }
+    assert "\n# EAGLE draft\n" in card
+    assert rows(card)["verifier"] == "`LlamaForCausalLM`"
+    assert "from a checkpoint in a directory." in card
 
 
 def test_provenance(converted: dict[str, Path]) -> None:

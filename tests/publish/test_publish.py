@@ -18,6 +18,7 @@ from helpers import (
     PLAIN,
     WRITTEN,
     CommandLine,
+    Run,
     fork_processes,
     golden_vectors,
     largest_difference,
@@ -46,7 +47,7 @@ ROOT = Path(__file__).parents[2]
 REAL_VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 """``make test`` creates this before the tests run."""
 
-PUBLISHED = sorted([".gitattributes", "README.md", *WRITTEN])
+PUBLISHED = sorted([".gitattributes", *WRITTEN])
 
 
 @pytest.fixture
@@ -198,9 +199,122 @@ def test_a_verifier_that_nobody_else_has_is_remarked(
     assert run.status == 0
     assert (
         f"The verifier is not named by a Hugging Face id but by {verifier}: whoever downloads "
-        "org/draft has to say which it is" in run.messages
+        "org/draft has to say which it is, and the card has ORGANIZATION/VERIFIER in its place"
+        in run.messages
     )
     assert str(verifier) not in published(server)
+
+
+def test_the_card_of_a_conversion(
+    tmp_path: Path, server: HubServer, speculators: CommandLine
+) -> None:
+    """It names no repository yet; publishing writes it for the one that is given."""
+    output = EagleConverter().convert(GOLDEN / PLAIN, tmp_path / "out", "org/verifier")
+    card = (output / "README.md").read_text()
+    assert is_stamped(card)
+    assert metadata_of(card)["base_model"] == "org/verifier"
+    assert "ORGANIZATION/DRAFT" in card
+    assert "README.md" not in json.loads((output / "conversion.json").read_text())["files"]
+    assert speculators("publish", output, "org/draft").status == 0
+    assert "ORGANIZATION/DRAFT" not in published(server)
+    assert 'from_pretrained("org/draft"' in published(server)
+
+
+def test_an_edited_card_outlives_the_draft_that_is_replaced(
+    tmp_path: Path, server: HubServer, speculators: CommandLine
+) -> None:
+    output = EagleConverter().convert(GOLDEN / PLAIN, tmp_path / "out", "org/verifier")
+    written = (output / "README.md").read_text()
+    again = ["convert", "eagle", GOLDEN / PLAIN, output, "org/verifier", "--overwrite"]
+    edited = written.replace("---\n", "---\nlicense: mit\n", 1)
+    (output / "README.md").write_text(edited)
+    run = speculators(*again, "--no-validate")
+    assert run.status == 0
+    assert (output / "README.md").read_text() == edited
+    assert any("README.md was written or edited by somebody, and is kept" in it
+               for it in run.messages)  # fmt: skip
+    run = speculators("publish", output, "org/draft", "--dry-run")
+    assert run.status == 0
+    assert any("still has ORGANIZATION/DRAFT in it" in it for it in run.messages)
+    assert edited.splitlines()[5] in run.stdout
+
+    (output / "README.md").write_text(written)
+    assert speculators(*again, "--dtype", "bf16", "--no-validate").status == 0
+    assert "bfloat16" in (output / "README.md").read_text()
+
+
+def files_shown(run: Run) -> list[str]:
+    """The names in the first column of the files that a dry run lists."""
+    listed = run.stdout.split("\n\n")[1].splitlines()[1:]
+    return [line.split()[0] for line in listed]
+
+
+def test_a_dry_run_shows_what_would_be_uploaded(
+    tmp_path: Path,
+    server: HubServer,
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    converted: dict[str, Path],
+) -> None:
+    """It needs no token, and neither writes nor uploads anything."""
+    output = EagleConverter().convert(GOLDEN / PLAIN, tmp_path / "out", "org/verifier")
+    report = write_report(tmp_path / "report", str(output))
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    patch_hub(monkeypatch, server, tmp_path / "cache", HF_TOKEN="")
+    arguments = ["publish", output, "org/draft", "--report", report]
+    run = speculators(*arguments, "--dry-run")
+    assert run.status == 0
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert "org/draft" not in server.repos
+
+    patch_hub(monkeypatch, server, tmp_path / "cache", HF_TOKEN=MEMBER)
+    assert speculators(*arguments).status == 0
+    there = files_of(server.content("org/draft"))
+    assert [".gitattributes", *files_shown(run)] == there
+    assert published(server).rstrip() in run.stdout
+
+
+def test_where_and_how_it_is_committed(
+    tmp_path: Path, server: HubServer, speculators: CommandLine, converted: dict[str, Path]
+) -> None:
+    output = shutil.copytree(converted[PLAIN], tmp_path / "out")
+    run = speculators(
+        "publish", output, "org/draft", "--revision", "v2", "--commit-message", "The second"
+    )
+    assert run.status == 0
+    assert "model.safetensors" in files_of(server.content("org/draft", "v2"))
+    assert "model.safetensors" not in files_of(server.content("org/draft"))
+    assert server.messages[-1] == "The second"
+    run = speculators("publish", output, "org/draft", "--create-pr")
+    assert run.status == 0
+    assert "/discussions/" in run.messages[-1]
+    assert "model.safetensors" not in files_of(server.content("org/draft"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["{out}", "org/a/b"], "'org/a/b' is not a Hub id"),
+        (["{out}", "org/draft", "--revision", "a b"], "'a b' cannot be the name of a branch"),
+        (["{out}", "org/draft", "--report", "none"], "none cannot be read"),
+        (["./none", "org/draft"], "none does not exist"),
+        (["{source}", "org/draft"], "Convert the checkpoint first"),
+    ],
+)
+def test_names_are_checked_before_the_token(
+    tmp_path: Path,
+    server: HubServer,
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    converted: dict[str, Path],
+    arguments: list[str],
+    expected: str,
+) -> None:
+    patch_hub(monkeypatch, server, tmp_path / "cache", HF_TOKEN="")
+    places = {"out": converted[PLAIN], "source": GOLDEN / PLAIN}
+    run = speculators("publish", *(it.format(**places) for it in arguments))
+    assert run.status == 1
+    assert expected in run.errors[0]
 
 
 def test_a_damaged_draft_is_not_published(
@@ -344,7 +458,8 @@ def test_the_section_of_a_report(tmp_path: Path) -> None:
     how, empty, heads, alignment, *rows = section.splitlines()
     assert how == (
         "Measured by speculators 1.0.0 on 2 prompts that come with speculators, decoding greedily "
-        "up to 20 new tokens, in float32 on cpu; the speeds hold for that only. The acceptance "
+        "up to 20 new tokens, in float32 on cpu (1 thread), one prompt at a time, with torch "
+        "2.13.0 and transformers 5.19.0; the speeds hold for that only. The acceptance "
         "length is the mean number of tokens that one pass of the verifier gives."
     )
     assert (empty, rows) == ("", [FIGURES])

@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Hashable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -18,13 +19,19 @@ from pydantic import (
 )
 from pydantic import ValidationError as PydanticValidationError
 
+from speculators.checkpoint.paths import meant_path
 from speculators.checkpoint.repository import looks_like_a_path
-from speculators.errors import ManifestError
+from speculators.checkpoint.tensor import float_name, stored_float
+from speculators.errors import ManifestError, did_you_mean
 from speculators.families.family import Family, Option
 from speculators.families.registry import flags_of, options_of
 from speculators.format.problems import first_problem
 
 __all__ = ["Conversion", "read_manifest"]
+
+
+def _read_dtype(name: str) -> str | None:
+    return float_name(stored_float(name))
 
 
 class Entry(BaseModel):
@@ -45,7 +52,7 @@ class Entry(BaseModel):
     """A branch, tag or commit of the input on the Hub."""
     validated: bool = Field(default=True, alias="validate")
     """Prove that the result has the draft's tensors and computes what they compute."""
-    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    dtype: Annotated[str, AfterValidator(_read_dtype)] | None = None
     """Round the tensors to this type; each keeps its own if not given."""
     overwrite: bool = False
     """Replace what is at the output if it is another converted checkpoint."""
@@ -142,7 +149,8 @@ def _parse(file: Path) -> Any:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise ManifestError(f"{file} cannot be read: {reason}.") from error
+        meant = "" if file.exists() else meant_path(file)
+        raise ManifestError(f"{file} cannot be read: {reason}{meant}.") from error
     try:
         if file.suffix == ".json":
             return json.loads(text, object_pairs_hook=_mapping)
@@ -187,7 +195,8 @@ def _problem(error: PydanticValidationError, keys: list[str]) -> str:
     entry = f"entry {int(index) + 1}"
     match problem.type:
         case "extra_forbidden":
-            return f"{entry} has the unknown key {key!r}; the keys are {', '.join(keys)}"
+            meant = did_you_mean(key, keys)
+            return f"{entry} has the unknown key {key!r}{meant}; the keys are {', '.join(keys)}"
         case "missing":
             return f"{entry} has no {key}"
         case "model_type":

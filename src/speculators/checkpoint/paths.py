@@ -1,11 +1,15 @@
 """Paths as users give them."""
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
-from speculators.errors import CheckpointError, SpeculatorsError, printable
+from speculators.errors import CheckpointError, SpeculatorsError, nearest, printable, visible
 
-__all__ = ["local_path"]
+__all__ = ["local_path", "meant_path"]
+
+MAX_NAMES = 2000
+LIKENESS = 0.8
 
 
 def local_path(
@@ -34,6 +38,19 @@ def local_path(
         shown = printable(text)
         raise error(f"The path {shown} cannot be looked up: {problem.strerror}.") from problem
     return path
+
+
+def meant_path(path: Path) -> str:
+    """What to add to a clause about a path that does not exist; empty if none beside it is near."""
+    try:
+        beside = [it.name for it in islice(path.parent.iterdir(), MAX_NAMES)]
+    except OSError:
+        return ""
+    found = nearest(path.name, beside, likeness=LIKENESS)
+    if found is None:
+        return ""
+    shown = visible(str(path.parent / found))
+    return f" (did you mean {shown if path.is_absolute() else f'./{shown}'}?)"
 
 
 def _is_text(text: str) -> bool:

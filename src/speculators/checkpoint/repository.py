@@ -12,7 +12,7 @@ from typing import Protocol
 
 from loguru import logger
 
-from speculators.checkpoint.paths import local_path
+from speculators.checkpoint.paths import local_path, meant_path
 from speculators.errors import CheckpointError, printable
 
 __all__ = ["LocalDirectory", "Repository", "looks_like_a_path", "open_repository"]
@@ -106,16 +106,20 @@ def open_repository(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     one_file: bool = False,
+    token: str | bool | None = None,
 ) -> Repository:
     """Open ``source``, which is a local directory or a Hub id.
 
-    A ``revision`` of a local directory is ignored, with a warning.
+    A ``revision`` of a local directory is ignored, with a warning. What could be a Hub id, but is
+    nearly the name of something here, is told before the Hub is asked: every model there has an
+    organization today, so a name without one is then an error.
 
     Args:
         source: a path, or a Hub id.
         revision: a branch, tag or commit, on the Hub.
         cache_dir: where downloads are kept; the Hub client's default cache if not given.
         one_file: whether ``source`` may also be a weight file, read with the files beside it.
+        token: an access token for the Hub; the one that its client finds if not given.
 
     Raises:
         CheckpointError: if it looks like a path but does not exist, or is a file but has to be a
@@ -134,11 +138,20 @@ def open_repository(
     if isinstance(source, str) and (advice := _say_what_is_meant(source)):
         raise CheckpointError(advice)
     if isinstance(source, Path) or looks_like_a_path(source):
-        raise CheckpointError(f"{path} does not exist; give a directory, or a Hugging Face id.")
+        raise CheckpointError(
+            f"{path} does not exist{meant_path(path)}; give a directory, or a Hugging Face id."
+        )
+    if meant := meant_path(path):
+        if "/" not in source:
+            raise CheckpointError(
+                f"{path} does not exist here{meant}; for a model on the Hub, give its whole id, "
+                f"such as organization/{path}."
+            )
+        logger.warning(f"{path} does not exist here{meant}: it is taken for a Hugging Face id")
 
     from speculators.checkpoint.hub.repository import HubRepository
 
-    return HubRepository(source, revision=revision, cache_dir=cache_dir)
+    return HubRepository(source, revision=revision, cache_dir=cache_dir, token=token)
 
 
 def _say_what_is_meant(source: str) -> str | None:

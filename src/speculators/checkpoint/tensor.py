@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from speculators.checkpoint.identity import FileIdentity
-from speculators.errors import CheckpointError, printable
+from speculators.errors import CheckpointError, did_you_mean, printable
 
 __all__ = [
     "DTYPE_BITS",
@@ -19,6 +19,7 @@ __all__ = [
     "check_sizes",
     "describe_shape",
     "float_name",
+    "stored_float",
 ]
 
 MAX_NAME = 1000
@@ -71,6 +72,25 @@ FLOATS = {
 def float_name(dtype: str | None) -> str | None:
     """Torch's name of a key of ``FLOATS``; ``None`` stays ``None``."""
     return None if dtype is None else FLOATS[dtype].name
+
+
+SHORT = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+"""What people also call these dtypes."""
+
+
+def stored_float(name: str) -> str:
+    """The key of ``FLOATS`` that a user means, by torch's name for it or a short one.
+
+    Raises:
+        ValueError: if there is none; the message is a clause.
+
+    """
+    named = {known.name: stored for stored, known in FLOATS.items()} | SHORT
+    if name not in named:
+        raise ValueError(
+            f"{name} is not known; choose one of {', '.join(named)}{did_you_mean(name, named)}"
+        )
+    return named[name]
 
 
 @dataclass(frozen=True, slots=True)

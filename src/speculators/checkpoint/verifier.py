@@ -176,8 +176,18 @@ class Verifier:
         return info
 
 
-def open_verifier(base_model: str | Path, *, cache_dir: str | Path | None = None) -> Verifier:
+def open_verifier(
+    base_model: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+) -> Verifier:
     """Read a verifier's config.json; its weights are not touched.
+
+    Args:
+        base_model: a directory or a Hub id.
+        cache_dir: where downloads are kept; the Hub client's default cache if not given.
+        token: an access token for the Hub; the one that its client finds if not given.
 
     Raises:
         VerifierError: if there is no config, or it is not that of a language model.
@@ -185,7 +195,7 @@ def open_verifier(base_model: str | Path, *, cache_dir: str | Path | None = None
 
     """
     try:
-        repository = open_repository(base_model, cache_dir=cache_dir)
+        repository = open_repository(base_model, cache_dir=cache_dir, token=token)
         config, config_file = read_config(repository)
     except CheckpointError as error:
         raise VerifierError(f"The verifier cannot be read: {error}") from error

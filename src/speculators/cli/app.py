@@ -5,8 +5,10 @@ from typing import Annotated
 import typer
 
 from speculators.cli import (
+    batch,
     chat,
     convert,
+    diff,
     doctor,
     evaluate,
     export,
@@ -16,6 +18,7 @@ from speculators.cli import (
     record,
     validate,
 )
+from speculators.cli.command import Group
 from speculators.cli.shared import share_options
 from speculators.cli.signals import stop_on_signals
 
@@ -23,13 +26,16 @@ __all__ = ["app", "run"]
 
 app = typer.Typer(
     name="speculators",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(convert.app, name="convert")
+app.add_typer(convert.app, name="convert", short_help=convert.SHORT_HELP)
+app.command()(batch.batch)
 app.command()(inspect.inspect)
 app.command()(validate.validate)
+app.command()(diff.diff)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
 app.command()(record.record)

@@ -1,37 +1,106 @@
-"""`speculators convert FAMILY --manifest`: many conversions, and the table of their outcomes."""
+"""`speculators batch`: many conversions, and the table of their outcomes."""
 
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from speculators.batch.manifest import read_manifest
-from speculators.batch.run import Batch, Outcome, State
-from speculators.cli.output import Listing, show
-from speculators.families.family import Family
+from speculators.cli.shared import CacheDir
+from speculators.errors import did_you_mean
 
-__all__ = ["run_batch"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from speculators.batch.run import Outcome
+    from speculators.families.family import Family
+
+__all__ = ["batch", "run_batch"]
+
+
+def batch(
+    manifest: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A YAML or JSON file with a list of conversions: the manifest."
+        ),
+    ],
+    jobs: Annotated[int, typer.Option(min=1, help="How many conversions run at a time.")] = 1,
+    family_name: Annotated[
+        str | None,
+        typer.Option(
+            "--family",
+            help="The family that all drafts have to belong to, such as eagle. By default each "
+            "may be of any.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_dir: CacheDir = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what is done already, and convert nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, as docs/batch.md describes it.")
+    ] = False,
+) -> None:
+    """Convert many drafts, those that are not done yet, and list what became of each.
+
+    The failure of one does not stop the others; the status is then 1.
+
+    For example:
+
+    speculators batch batch.yaml --jobs 2
+    """
+    from speculators.families.registry import families, family_named
+
+    family = family_named(family_name)
+    if family_name is not None and family is None:
+        names = [it.name for it in families()]
+        raise typer.BadParameter(
+            f"{family_name!r} is not one of {', '.join(names)}{did_you_mean(family_name, names)}.",
+            param_hint="--family",
+        )
+    run_batch(manifest, family, jobs=jobs, cache_dir=cache_dir, dry_run=dry_run, as_json=as_json)
 
 
 def run_batch(
-    manifest: Path, family: Family | None, *, jobs: int, cache_dir: Path | None, dry_run: bool
+    manifest: Path,
+    family: "Family | None",
+    *,
+    jobs: int,
+    cache_dir: Path | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Run a manifest, or with ``dry_run`` only find what is done; exit with 1 if any failed."""
-    batch = Batch(read_manifest(manifest, family), jobs=jobs, cache_dir=cache_dir)
-    try:
-        if dry_run:
-            batch.find_done()
-        else:
-            batch.run()
-    finally:  # also when it was stopped
-        _print(batch.outcomes)
-    if any(outcome.state is State.FAILED for outcome in batch.outcomes):
+    from speculators.batch.manifest import read_manifest
+    from speculators.batch.run import Batch, State
+    from speculators.cli.results import BatchResult, printed
+
+    with printed(BatchResult(manifest=str(manifest)), as_json) as result:
+        run = Batch(read_manifest(manifest, family), jobs=jobs, cache_dir=cache_dir)
+        try:
+            if dry_run:
+                run.find_done()
+            else:
+                run.run()
+        finally:  # also when it was stopped
+            result.tell(run.outcomes)
+            if not as_json:
+                _print(run.outcomes)
+        failed = sum(outcome.state is State.FAILED for outcome in run.outcomes)
+        if failed:
+            result.error = f"{failed} of {len(run.outcomes)} entries failed."
+    if failed:
         raise typer.Exit(1)
 
 
-def _print(outcomes: Sequence[Outcome]) -> None:
+def _print(outcomes: "Sequence[Outcome]") -> None:
     """Print a line for each entry, and how many entries are in each state."""
+    from collections import Counter
+
+    from speculators.batch.run import State
+    from speculators.cli.output import Listing, show
+
     counts = Counter(outcome.state for outcome in outcomes)
     rows = (
         (

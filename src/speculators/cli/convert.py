@@ -3,25 +3,25 @@
 import inspect
 from functools import partial, update_wrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from loguru import logger
-from typer.core import TyperGroup
 
-from speculators.cli.shared import CacheDir, share
-from speculators.errors import OutputError
+from speculators.cli.command import Command, Group
+from speculators.cli.shared import CacheDir, DType, share
+from speculators.errors import OutputError, did_you_mean
 
 if TYPE_CHECKING:
     from speculators.families.family import Family
 
-__all__ = ["app"]
+__all__ = ["SHORT_HELP", "app"]
 
 EXPLANATION = """\
 Convert {noun}.
 
-OUTPUT gets config.json, model.safetensors, and conversion.json, which
-records what they were made of. It appears complete and proven, or not at all.
+OUTPUT gets config.json, model.safetensors, conversion.json, which records
+what they were made of, and a model card. It appears complete and proven, or
+not at all.
 
 For example:
 
@@ -29,10 +29,9 @@ speculators convert {name} ./draft ./converted ./verifier --dry-run
 
 speculators convert {name} {draft} ./converted
 {verifier}
-
-speculators convert {name} --manifest batch.yaml --jobs 2
 """
 
+SHORT_HELP = "Convert a research checkpoint to the speculators format."
 
 ANY = "auto"
 """The command that converts drafts of whatever family they are."""
@@ -40,7 +39,25 @@ ANY = "auto"
 ANY_EXAMPLE = ("ORG/DRAFT", "ORG/VERIFIER")
 
 
-class FamilyCommands(TyperGroup):
+class FamilyCommand(Command):
+    """A command whose arguments are required, unless a manifest takes their place."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._require(True)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse arguments."""
+        self._require(not any(it.partition("=")[0] == "--manifest" for it in args))
+        return super().parse_args(ctx, args)
+
+    def _require(self, required: bool) -> None:
+        for parameter in self.params:
+            if parameter.param_type_name == "argument":
+                parameter.required = required
+
+
+class FamilyCommands(Group):
     """A command for each family, and one for all, made from the registry when it is needed."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
@@ -59,7 +76,7 @@ class FamilyCommands(TyperGroup):
 
 app = typer.Typer(
     cls=FamilyCommands,
-    help="Convert a research checkpoint to the speculators format.",
+    help=SHORT_HELP,
     no_args_is_help=True,
 )
 
@@ -110,7 +127,10 @@ def command_of(family: "Family | None") -> Any:
     noun = family.noun if family else "a draft of whatever family it is"
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     one.command(
-        name, help=EXPLANATION.format(noun=noun, name=name, draft=draft, verifier=verifier)
+        name,
+        cls=FamilyCommand,
+        help=EXPLANATION.format(noun=noun, name=name, draft=draft, verifier=verifier),
+        short_help=f"Convert {noun}.",
     )(share(command))
     return typer.main.get_command(one)
 
@@ -147,13 +167,15 @@ def convert_draft(
     manifest: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of INPUT, OUTPUT and BASE_MODEL: a YAML or JSON file with a list of "
-            "conversions; those that are done already are skipped.",
-            show_default=False,
+            help="Instead of INPUT, OUTPUT and BASE_MODEL: what `speculators batch` takes.",
+            hidden=True,
         ),
     ] = None,
     jobs: Annotated[
-        int, typer.Option(min=1, help="With --manifest: how many conversions run at a time.")
+        int,
+        typer.Option(
+            min=1, help="With --manifest: how many conversions run at a time.", hidden=True
+        ),
     ] = 1,
     validate: Annotated[
         bool,
@@ -172,8 +194,12 @@ def convert_draft(
         typer.Option("--overwrite", help="Replace OUTPUT if it is a converted checkpoint."),
     ] = False,
     dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"] | None,
-        typer.Option(help="Round all tensors to this type. By default each keeps its own."),
+        DType | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Round all tensors to float16, bfloat16 or float32, for short fp16, bf16 or "
+            "fp32. By default each keeps its own type.",
+        ),
     ] = None,
     push_to_hub: Annotated[
         str | None,
@@ -195,6 +221,9 @@ def convert_draft(
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, as docs/conversion.md describes it.")
     ] = False,
     **said: Any,
 ) -> None:
@@ -225,12 +254,13 @@ def convert_draft(
         )
         from speculators.cli.batch import run_batch
 
-        run_batch(manifest, family, jobs=jobs, cache_dir=cache_dir, dry_run=dry_run)
-        return
-    if source is None or output is None or base_model is None:
-        raise typer.BadParameter(
-            "give INPUT, OUTPUT and BASE_MODEL, all three of them, or --manifest alone."
+        run_batch(
+            manifest, family, jobs=jobs, cache_dir=cache_dir, dry_run=dry_run, as_json=as_json
         )
+        return
+    assert source is not None, "required"
+    assert output is not None, "required"
+    assert base_model is not None, "required"
     if jobs > 1:
         raise typer.BadParameter("--jobs only works with --manifest.")
     if push_to_hub is None and (private or report):
@@ -239,52 +269,71 @@ def convert_draft(
         raise typer.BadParameter("what is published has to be validated: leave --no-validate out.")
 
     from speculators.cli.progress import progress_bar
+    from speculators.cli.results import ConvertResult, printed
     from speculators.convert import conversion
 
     asked = [name for name in said if name in flags and said[name]]
-    options = {name: value for name, value in said.items() if name not in flags}
-    if push_to_hub is not None:
-        from speculators.publish.draft import check_publishing, publish_draft
+    options = _read_options(family, {k: v for k, v in said.items() if k not in flags})
+    planned: dict[str, Any] = {
+        "asked": asked,
+        "options": options,
+        "cache_dir": cache_dir,
+        "revision": revision,
+        "dtype": dtype,
+    }
+    with printed(ConvertResult(output=str(output)), as_json) as result:
+        if push_to_hub is not None:
+            from speculators.publish.draft import check_publishing, publish_draft
 
-        check_publishing(push_to_hub, report)
-    if dry_run:
-        from speculators.cli.plan_view import print_plan
+            check_publishing(push_to_hub, report)
+        if dry_run:
+            from speculators.cli.plan_view import print_plan
 
-        _warn_of_what_is_in_the_way(output, overwrite=overwrite)
-        print_plan(
-            conversion.plan(
+            _warn_of_what_is_in_the_way(output, overwrite=overwrite)
+            plan = conversion.plan(family, source, base_model, **planned)
+            result.tell_plan(plan)
+            if not as_json:
+                print_plan(plan)
+            return
+        with progress_bar() as progress:
+            conversion.convert(
                 family,
                 source,
+                output,
                 base_model,
-                asked=asked,
-                options=options,
-                cache_dir=cache_dir,
-                revision=revision,
-                dtype=dtype,
+                validate=validate,
+                overwrite=overwrite,
+                progress=progress,
+                **planned,
             )
-        )
-        return
-    with progress_bar() as progress:
-        conversion.convert(
-            family,
-            source,
-            output,
-            base_model,
-            asked=asked,
-            options=options,
-            validate=validate,
-            cache_dir=cache_dir,
-            revision=revision,
-            overwrite=overwrite,
-            dtype=dtype,
-            progress=progress,
-        )
-    if push_to_hub is not None:
-        publish_draft(output, push_to_hub, private=private, report=report)
+        if as_json:
+            result.tell_output(output)
+        if push_to_hub is not None:
+            result.url = publish_draft(output, push_to_hub, private=private, report=report)
+
+
+def _read_options(family: "Family | None", said: dict[str, str | None]) -> dict[str, Any]:
+    """The values of the options of a family, of which those that were not given are left out."""
+    from speculators.families.registry import options_of
+
+    values: dict[str, Any] = {}
+    for option in options_of(family):
+        text = said[option.name]
+        if text is None:
+            continue
+        try:
+            values[option.name] = option.read(text)
+        except ValueError as error:
+            choices = option.metavar.split("|")
+            meant = did_you_mean(text, choices) if len(choices) > 1 else ""
+            raise typer.BadParameter(f"{error}{meant}.", param_hint=option.flag) from error
+    return values
 
 
 def _warn_of_what_is_in_the_way(output: Path, *, overwrite: bool) -> None:
     """Warn on a dry run of what would otherwise be an error: the plan is useful all the same."""
+    from loguru import logger
+
     from speculators.checkpoint.output.staging import check_output
     from speculators.checkpoint.paths import local_path
 

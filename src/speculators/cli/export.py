@@ -29,6 +29,9 @@ def export(
         str | None,
         typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is an export.")
+    ] = False,
 ) -> None:
     """Write a converted draft in another layout, its tensors byte for byte.
 
@@ -41,4 +44,6 @@ def export(
     """
     from speculators.convert import export as exporting
 
-    exporting.export(source, output, to.value, cache_dir=cache_dir, revision=revision)
+    exporting.export(
+        source, output, to.value, cache_dir=cache_dir, revision=revision, overwrite=overwrite
+    )

@@ -11,17 +11,17 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from loguru import logger
 
+from speculators.cli.command import Command
 from speculators.errors import sentence, visible
 
 if TYPE_CHECKING:
     from loguru import Record
 
-__all__ = ["CacheDir", "is_quiet", "share", "share_options"]
+__all__ = ["CacheDir", "DType", "first_paragraph", "is_quiet", "share", "share_options"]
 
 CacheDir = Annotated[
     Path | None,
@@ -31,6 +31,9 @@ CacheDir = Annotated[
     ),
 ]
 """The option of every command that may read from the Hub."""
+
+DType = Literal["float16", "bfloat16", "float32", "fp16", "bf16", "fp32"]
+"""The type of an option for a dtype: torch's names, and short ones."""
 
 FORMAT = "<green>{time:YYYY-MM-DD HH:mm:ss}</green> | <level>{level: <8}</level> | {message}"
 
@@ -64,9 +67,17 @@ def share_options(app: typer.Typer) -> None:
     for info in app.registered_commands:
         if info.callback is not None:
             info.callback = share(info.callback)
+            info.cls = Command
+            # Otherwise typer shortens it where there is no room for a table.
+            info.short_help = first_paragraph(info.callback.__doc__)
     for group in app.registered_groups:
         if group.typer_instance is not None:
             share_options(group.typer_instance)
+
+
+def first_paragraph(text: str | None) -> str:
+    """The first paragraph of a docstring, as one line."""
+    return " ".join((text or "").strip().partition("\n\n")[0].split())
 
 
 def is_quiet() -> bool:
@@ -81,6 +92,8 @@ def share(command: Callable[..., Any]) -> Callable[..., None]:
     def run(*arguments: Any, quiet: bool, debug: bool, **options: Any) -> None:
         if quiet and debug:
             raise typer.BadParameter("--quiet and --debug exclude each other.")
+        from loguru import logger  # here, since help takes no log
+
         _start_log("ERROR" if quiet else "DEBUG" if debug else "INFO")
         _quiet.set(quiet)
         if quiet:
@@ -110,6 +123,8 @@ def _make_visible(record: "Record") -> None:
 
 
 def _start_log(level: str) -> None:
+    from loguru import logger
+
     logger.remove()
     # loguru does not heed these by itself; with None, it depends on what the log goes to.
     wanted = {"NO_COLOR": False, "FORCE_COLOR": True}

@@ -3,8 +3,6 @@
 import signal
 from types import FrameType
 
-from loguru import logger
-
 __all__ = ["stop_on_signals"]
 
 
@@ -20,5 +18,7 @@ def stop_on_signals() -> None:
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
+    from loguru import logger
+
     logger.error("Terminated." if number == signal.SIGTERM else "The terminal was closed.")
     raise SystemExit(128 + number)

@@ -29,6 +29,9 @@ def validate(
             help="With --source: a branch, tag or commit of INPUT on the Hub.", show_default=False
         ),
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, as docs/provenance.md describes it.")
+    ] = False,
 ) -> None:
     """Check a converted checkpoint again, at any time; nothing is written.
 
@@ -46,9 +49,11 @@ def validate(
         raise typer.BadParameter("--revision only works with --source.")
 
     from speculators.cli.progress import progress_bar
+    from speculators.cli.results import ValidateResult, printed
     from speculators.convert import conversion
 
-    with progress_bar() as progress:
+    result = ValidateResult(output=str(output), source=source)
+    with printed(result, as_json), progress_bar() as progress:
         conversion.validate(
             output, source, cache_dir=cache_dir, revision=revision, progress=progress
         )

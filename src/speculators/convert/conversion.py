@@ -1,5 +1,6 @@
 """Conversion: read, plan, write, validate, and only then move into place."""
 
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 from loguru import logger
 
 from speculators.checkpoint.output.staging import check_output, staged_directory
+from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.output.writer import copy_file, write_safetensors_file
-from speculators.checkpoint.paths import local_path
+from speculators.checkpoint.paths import local_path, meant_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint, find_companions, read_checkpoint
 from speculators.checkpoint.repository import open_repository
-from speculators.checkpoint.tensor import FLOATS
+from speculators.checkpoint.tensor import stored_float
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.convert.plan import (
     ConversionPlan,
@@ -30,9 +32,10 @@ from speculators.convert.provenance import (
 )
 from speculators.convert.replan import plan_of_itself, verifier_of
 from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
+from speculators.families.card import model_card
 from speculators.families.converted import open_converted
 from speculators.families.family import Family
-from speculators.format.conversion import CONVERSION_FILE
+from speculators.format.conversion import CONVERSION_FILE, ConversionRecord
 
 __all__ = ["convert", "plan", "validate"]
 
@@ -60,7 +63,8 @@ def convert(
     Args:
         family: the family that the checkpoint has to belong to; any if ``None``.
         source: a directory, a file of weights beside a config.json, or a Hugging Face id.
-        output: the directory to create: config.json, model.safetensors and conversion.json.
+        output: the directory to create: config.json, model.safetensors, conversion.json and a model
+            card, README.md.
         base_model: the verifier that the draft was trained for: a directory or a Hugging
             Face id. Its config is read, and its weights only for validation.
         asked: the features that the checkpoint must have.
@@ -70,8 +74,8 @@ def convert(
         cache_dir: where downloads are kept; the Hub client's default cache if not given.
         revision: a branch, tag or commit of ``source`` on the Hub.
         overwrite: replace ``output`` if a converted checkpoint is there.
-        dtype: round the weights to ``"float16"``, ``"bfloat16"`` or ``"float32"``; each keeps
-            its own dtype if not given.
+        dtype: round the weights to ``"float16"``, ``"bfloat16"`` or ``"float32"`` (or, for short,
+            ``"fp16"``, ``"bf16"``, ``"fp32"``); each keeps its own dtype if not given.
         progress: reports the bytes written, compared and hashed.
 
     Returns:
@@ -130,8 +134,30 @@ def convert(
         (staging / CONVERSION_FILE).write_text(
             record.model_dump_json(indent=2) + "\n", encoding="utf-8"
         )
+        _write_card(planned, record, staging, output)
     logger.success(f"Saved to: {output}")
     return output
+
+
+def _write_card(
+    planned: ConversionPlan, record: ConversionRecord, directory: Path, replaced: Path
+) -> None:
+    """Write the model card, which nothing else depends on: anybody may edit it.
+
+    One that somebody wrote or edited is taken over from the directory that is replaced.
+    """
+    card = model_card(
+        None,
+        planned.family,
+        planned.config,
+        parameters=sum(tensor.elements for tensor in planned.tensors.values()),
+        features=planned.features,
+        record=record,
+    )
+    if (replaced / README).is_file():
+        shutil.copyfile(replaced / README, directory / README)
+    if not write_stamped(directory / README, card):
+        logger.warning(f"{replaced / README} was written or edited by somebody, and is kept")
 
 
 def validate(
@@ -169,7 +195,10 @@ def validate(
     directory = local_path(directory)
     logger.info(f"Checking converted checkpoint: {directory}")
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; give a converted checkpoint.")
+        meant = "" if directory.exists() else meant_path(directory)
+        raise CheckpointError(
+            f"{directory} is not a directory{meant}; give a converted checkpoint."
+        )
     written = open_converted(directory, cache_dir=cache_dir)
     record = read_record(directory)
     if record is None:
@@ -258,13 +287,10 @@ def _plan(
 
 
 def _stored_dtype(dtype: str | None) -> str | None:
-    if dtype is None:
-        return None
-    for stored, known in FLOATS.items():
-        if known.name == dtype:
-            return stored
-    names = ", ".join(known.name for known in FLOATS.values())
-    raise ConversionError(f"The dtype {dtype} is not known; choose one of {names}.")
+    try:
+        return None if dtype is None else stored_float(dtype)
+    except ValueError as error:
+        raise ConversionError(f"The dtype {error}.") from error
 
 
 def _log(planned: ConversionPlan) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from loguru import logger
 
-from speculators.checkpoint.output.staging import check_output, staged_directory
+from speculators.checkpoint.output.staging import Marker, check_output, staged_directory
 from speculators.checkpoint.output.writer import copy_file, write_safetensors_file
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.tensor import DTYPE_BITS, Constant, PlannedTensor
@@ -22,6 +22,9 @@ from speculators.format.config import SpeculatorConfig
 from speculators.format.tensors import TensorSpec
 
 __all__ = ["ExportPlan", "export", "obstacle", "plan_export"]
+
+EXPORTED = Marker("an export that speculators wrote", "model.safetensors", "speculators_export")
+"""Marked in the header of the weights, whose further keys no reader of exports looks at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ def export(
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a converted draft in the layout of another reader.
 
@@ -54,10 +58,11 @@ def export(
 
     Args:
         source: a converted directory, or a Hugging Face id of one.
-        output: the directory to create; it must not exist.
+        output: the directory to create.
         to: the name of a target of the draft's family.
         revision: a branch, tag or commit of ``source`` on the Hub.
         cache_dir: where downloads are kept.
+        overwrite: replace ``output`` if an export is there.
 
     Returns:
         The path of the directory.
@@ -70,7 +75,7 @@ def export(
 
     """
     directory = local_path(output, OutputError)
-    check_output(directory, overwrite=False, marker=None)
+    check_output(directory, overwrite=overwrite, marker=EXPORTED)
     converted = open_converted(source, revision=revision, cache_dir=cache_dir)
     target = converted.family.targets.get(to)
     if target is None:
@@ -81,10 +86,12 @@ def export(
     plan = plan_export(converted, target)
     for remark in plan.remarks:
         logger.warning(f"{converted.checkpoint.name}: {remark}")
-    with staged_directory(directory, marker=None) as staging:
+    with staged_directory(directory, overwrite=overwrite, marker=EXPORTED) as staging:
         config = json.dumps(plan.config, indent=2, ensure_ascii=False)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
-        write_safetensors_file(staging / "model.safetensors", plan.tensors)
+        write_safetensors_file(
+            staging / "model.safetensors", plan.tensors, metadata={EXPORTED.key: to}
+        )
         for name, companion in converted.checkpoint.companions.items():
             copy_file(companion.file, companion.identity, staging / name)
     logger.success(f"Exported for {target.reader}: {directory}")

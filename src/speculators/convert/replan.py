@@ -10,7 +10,7 @@ from speculators.convert.plan import ConversionPlan
 from speculators.errors import SpeculatorsError
 from speculators.families.converted import Converted
 
-__all__ = ["plan_of_itself", "verifier_of"]
+__all__ = ["plan_of_itself", "unavailable", "verifier_of"]
 
 
 @dataclass(slots=True)
@@ -50,14 +50,23 @@ def verifier_of(written: Converted) -> Verifier:
     except SpeculatorsError as error:
         reference = written.config.speculators_config.verifier
         vocabulary, hidden = written.config.verifier_sizes
-        return Verifier(
-            name=str(reference.name_or_path),
+        name = str(reference.name_or_path)
+        return replace(
+            unavailable(name, hidden, vocabulary, error),
             architectures=tuple(reference.architectures),
-            hidden_size=hidden,
-            vocab_size=vocabulary,
-            tied=False,
-            repository=Unavailable(str(reference.name_or_path), error),
         )
+
+
+def unavailable(name: str, hidden_size: int, vocab_size: int, error: SpeculatorsError) -> Verifier:
+    """A verifier of which only the sizes are known; whatever else is asked raises the error."""
+    return Verifier(
+        name=name,
+        architectures=(),
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        tied=False,
+        repository=Unavailable(name, error),
+    )
 
 
 def plan_of_itself(written: Converted, verifier: Verifier) -> ConversionPlan:

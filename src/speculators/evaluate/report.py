@@ -180,6 +180,16 @@ class Environment(Model):
         """For sentences: ``in float32 on cpu``."""
         return f"in {self.dtype} on {self.device}"
 
+    @property
+    def conditions(self) -> str:
+        """For sentences: all that speeds depend on."""
+        drafted = f" (the draft in {self.draft_dtype})" if self.draft_dtype != self.dtype else ""
+        threads = f" ({self.threads} thread{'s' * (self.threads != 1)})"
+        return (
+            f"in {self.dtype}{drafted} on {self.device}{threads if self.device == 'cpu' else ''}, "
+            f"one prompt at a time, with torch {self.torch} and transformers {self.transformers}"
+        )
+
 
 class Served(Model):
     """The server that it was measured on."""
@@ -194,6 +204,11 @@ class Served(Model):
     def where(self) -> str:
         """For sentences: ``by vLLM 0.31.0 at http://localhost:8000``."""
         return f"by vLLM {self.vllm or ''}".rstrip() + f" at {self.url}"
+
+    @property
+    def conditions(self) -> str:
+        """For sentences: all that is known of what speeds depend on."""
+        return self.where
 
 
 class Report(Model):

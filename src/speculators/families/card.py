@@ -6,17 +6,23 @@ import shlex
 from collections.abc import Collection
 from pathlib import PurePath
 
-from speculators import HOMEPAGE
+from speculators import HOMEPAGE, INSTALL
 from speculators.families.family import Family
 from speculators.format.config import SpeculatorConfig
 from speculators.format.conversion import CONVERSION_FILE, ConversionRecord, RepositoryRecord
 
-__all__ = ["model_card", "names_hub_id"]
+__all__ = ["ANY_DRAFT", "ANY_VERIFIER", "model_card", "names_hub_id"]
 
 BORROWED = {"embedding": "embedding", "head": "output head"}
 """What a draft may take from its verifier → what the card calls it."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+ANY_DRAFT = "ORGANIZATION/DRAFT"
+"""Stands for the draft's Hugging Face id where that is not known: before it is published."""
+
+ANY_VERIFIER = "ORGANIZATION/VERIFIER"
+"""Stands for the verifier's where it was a directory, whose path means nothing elsewhere."""
 
 CARD = """\
 ---
@@ -25,34 +31,39 @@ CARD = """\
 
 # {title}
 
-{draft} for `{verifier}`, in the speculators format. In speculative decoding the draft \
+{draft} for {verifier}, in the speculators format. In speculative decoding the draft \
 proposes the next tokens, and the verifier checks them in one pass, so that one pass of the large \
 model gives several tokens. The draft works with this verifier alone: it {ties}.
 
 | | |
 | --- | --- |
-| verifier | `{verifier}` ({verifier_architectures}) |
+| verifier | {verifier_in_table}{verifier_architectures} |
 | layer | {layers} `{layer}`, hidden size {hidden}, vocabulary {vocabulary} |
 | parameters | {parameters:,}, in {dtype} |
 | has | {features} |
+{placeholders}
+## Getting speculators
+
+{where}
+
+```sh
+{install}
+```
+
+(`pip install speculators` gets another project, which has the same name on PyPI.)
 
 ## Serving it
 
-With [vLLM](https://docs.vllm.ai), and speculators installed beside it from {repository} \
-(`pip install .`; the PyPI project called speculators is another one):
+With [vLLM](https://docs.vllm.ai), and speculators installed beside it:
 
 ```sh
-vllm serve {name_in_shell}
-```
-
-That takes the verifier from the draft's config. To choose it, and how many tokens are drafted:
-
-```sh
-vllm serve {verifier_in_shell} \\
+{serve}vllm serve {verifier_in_shell} \\
     --speculative-config {speculative_config}
 ```
 
 ## Using it from Python
+
+It is loaded with its own class: transformers' `AutoModel` does not know drafts.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,6 +80,13 @@ print(tokenizer.decode(output[0]))
 ```
 """
 
+SERVE = """\
+# With the verifier that the draft's config names:
+vllm serve {name_in_shell}
+
+# To choose it, and how many tokens are drafted:
+"""
+
 PROVENANCE = """
 ## Where it comes from
 
@@ -83,7 +101,7 @@ def names_hub_id(name: str) -> bool:
 
 
 def model_card(
-    name: str,
+    name: str | None,
     family: Family,
     config: SpeculatorConfig,
     *,
@@ -95,10 +113,12 @@ def model_card(
 ) -> str:
     """Write the model card of a converted draft.
 
-    The card states only what the files state: no licence, no training data, no opinion.
+    The card states only what the files state: no licence, no training data, no opinion. Its
+    commands are for somebody who finds it on the Hub: models have their Hugging Face ids there, or
+    ``ANY_DRAFT`` and ``ANY_VERIFIER`` where these are not known, with a sentence that says so.
 
     Args:
-        name: the Hugging Face id or path that the draft is loaded from.
+        name: the Hugging Face id that the draft is loaded from; ``None`` if it has none yet.
         family: the draft's.
         config: the draft's.
         parameters: the number of parameters of all its tensors.
@@ -111,37 +131,44 @@ def model_card(
         Markdown that begins with metadata in YAML.
 
     """
-    from huggingface_hub import ModelCardData
-
     reference = config.speculators_config.verifier
-    verifier = _shown(reference.name_or_path or "VERIFIER")
-    metadata = ModelCardData(
-        base_model=reference.name_or_path if names_hub_id(reference.name_or_path or "") else None,
-        library_name="speculators",
-        tags=sorted({*family.card.tags, *tags}),
-    )
+    named = reference.name_or_path or ""
+    verifier = named if names_hub_id(named) else None
+    metadata = {
+        **({"base_model": verifier} if verifier else {}),
+        "library_name": "speculators",
+        "tags": sorted({*family.card.tags, *tags}),
+    }
     proposal = config.speculators_config.proposal_methods[0]
     speculative_config = {
         "method": family.card.method,
-        "model": name,
+        "model": name or ANY_DRAFT,
         "num_speculative_tokens": proposal.speculative_tokens,
     }
     layer = config.transformer_layer_config
     model_module, _, model_class = family.model.partition(":")
     borrowed = [it for it in family.borrows if it not in features]
+    draft = family.card.draft.removeprefix("An ").removeprefix("A ")
+    title = f"{draft} for {PurePath(verifier).name}" if verifier else draft
+    architecture = next(iter(reference.architectures), "language model")
     card = CARD.format(
         draft=family.card.draft,
-        repository=f"[its repository]({HOMEPAGE})" if HOMEPAGE else "its repository",
+        install=INSTALL,
+        where="In an environment of its own:" if HOMEPAGE else "In a copy of its repository:",
         model_module=model_module,
         model_class=model_class,
-        metadata=metadata.to_yaml(),
-        title=PurePath(name).name,
-        verifier=verifier,
-        name_in_shell=shlex.quote(name),
-        verifier_in_shell=shlex.quote(verifier),
-        name_in_python=json.dumps(name),
-        verifier_in_python=json.dumps(verifier),
-        verifier_architectures=", ".join(f"`{it}`" for it in reference.architectures),
+        # JSON is YAML too.
+        metadata="\n".join(f"{key}: {json.dumps(it)}" for key, it in metadata.items()),
+        title=PurePath(name).name if name else title,
+        verifier=f"`{verifier}`" if verifier else f"a {architecture}",
+        verifier_in_table=f"`{verifier}`, " if verifier else "",
+        placeholders=_say_what_is_not_known(name, verifier),
+        serve=SERVE.format(name_in_shell=shlex.quote(name or ANY_DRAFT)) if verifier else "",
+        verifier_in_shell=shlex.quote(verifier or ANY_VERIFIER),
+        name_in_python=json.dumps(name or ANY_DRAFT),
+        verifier_in_python=json.dumps(verifier or ANY_VERIFIER),
+        verifier_architectures=", ".join(f"`{it}`" for it in reference.architectures)
+        or "not known",
         ties=_ties(borrowed),
         layers="one" if config.layers == 1 else str(config.layers),
         layer=config.architectures[-1],
@@ -168,6 +195,18 @@ def _ties(borrowed: Collection[str]) -> str:
     return f"uses the verifier's {matrices}, and has none of its own"
 
 
+def _say_what_is_not_known(name: str | None, verifier: str | None) -> str:
+    sentences = []
+    if name is None:
+        sentences.append(f"`{ANY_DRAFT}` stands for the Hugging Face id of this draft")
+    if verifier is None:
+        sentences.append(
+            f"`{ANY_VERIFIER}` stands for the id of its verifier, which was a directory where the "
+            "draft was converted"
+        )
+    return f"\nBelow, {', and '.join(sentences)}.\n" if sentences else ""
+
+
 def _provenance(record: ConversionRecord) -> str:
     text = PROVENANCE.format(
         version=record.speculators_version,
@@ -186,10 +225,7 @@ def _provenance(record: ConversionRecord) -> str:
 
 
 def _source(source: RepositoryRecord) -> str:
+    if not names_hub_id(source.name):
+        return "a checkpoint in a directory"
     commit = f" at the commit {source.revision}" if source.revision else ""
-    return f"`{_shown(source.name)}`{commit}"
-
-
-def _shown(name: str) -> str:
-    """A Hugging Face id unchanged; of a path, which means nothing elsewhere, its last part."""
-    return name if names_hub_id(name) else PurePath(name).name
+    return f"`{source.name}`{commit}"

@@ -1,7 +1,7 @@
 """A directory in the speculators format, opened and checked without reading tensor data."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Converted:
         features: the features that they show.
         cache_dir: where downloads are kept, those of the verifier too; the Hub client's default
             cache if ``None``.
+        token: an access token for the Hub; the one that its client finds if ``None``.
 
     """
 
@@ -47,6 +48,7 @@ class Converted:
     tensors: dict[str, TensorInfo]
     features: frozenset[str]
     cache_dir: Path | None = None
+    token: str | bool | None = field(default=None, repr=False)
 
     @property
     def directory(self) -> Path:
@@ -70,7 +72,9 @@ class Converted:
         if named is None:
             raise VerifierError(f"The config.json of {self.checkpoint.name} names no verifier.")
         verifier = open_verifier(
-            Path(named) if isinstance(named, os.PathLike) else named, cache_dir=self.cache_dir
+            Path(named) if isinstance(named, os.PathLike) else named,
+            cache_dir=self.cache_dir,
+            token=self.token,
         )
         vocabulary, hidden = self.config.verifier_sizes
         verifier.check_fits(hidden, vocabulary)
@@ -82,6 +86,7 @@ def open_converted(
     *,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
 ) -> Converted:
     """Find a converted draft, and check its tensors' names, shapes and dtypes.
 
@@ -89,6 +94,7 @@ def open_converted(
         source: a directory or a Hub id.
         revision: a branch, tag or commit on the Hub.
         cache_dir: where downloads are kept.
+        token: an access token for the Hub; the one that its client finds if not given.
 
     Raises:
         FormatError: if it is not in the format, or its tensors are not those of its config.
@@ -100,6 +106,7 @@ def open_converted(
         Path(source) if isinstance(source, os.PathLike) else source,
         revision=revision,
         cache_dir=cache_dir,
+        token=token,
     )
     config, config_file = read_config(repository)
     parsed = parse_config(config, repository.name)  # before the weights are fetched
@@ -112,7 +119,7 @@ def open_converted(
         repository.commit,
         companions=find_companions(repository, parsed[0].companions),
     )
-    return _checked(checkpoint, *parsed, cache_dir)
+    return replace(_checked(checkpoint, *parsed, cache_dir), token=token)
 
 
 def check_converted(checkpoint: Checkpoint) -> Converted:

@@ -8,6 +8,7 @@ computes with are typed here, and any other key is kept unchanged.
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 __all__ = [
     "PROPOSALS",
@@ -78,7 +79,11 @@ class ProposalMethod(Model):
         sizes = PROPOSALS.get(self.proposal_type, SIZES)
         foreign = sorted(key for key in SIZES.difference(sizes) if getattr(self, key) is not None)
         if foreign:
-            raise ValueError(f"{self.proposal_type} has no {' and no '.join(foreign)}")
+            raise PydanticCustomError(
+                "foreign_size",
+                "{type} has no {sizes}",
+                {"type": self.proposal_type, "sizes": " and no ".join(foreign)},
+            )
         return self
 
 

@@ -1,6 +1,6 @@
 """Which ways of proposing tokens a draft has, and which sizes are possible; without torch."""
 
-from speculators.errors import GenerationError
+from speculators.errors import GenerationError, did_you_mean
 from speculators.format.config import PROPOSALS, ProposalMethod, SpeculatorsConfig
 
 __all__ = ["check_sizes", "proposal_method"]
@@ -38,7 +38,9 @@ def check_sizes(method: ProposalMethod) -> None:
     size, depth, top_k = method.speculative_tokens, method.tree_depth, method.tree_top_k
     if method.proposal_type not in PROPOSALS:
         raise GenerationError(
-            f"Unknown proposal type {method.proposal_type!r}; choose one of {', '.join(PROPOSALS)}."
+            f"Unknown proposal type {method.proposal_type!r}"
+            f"{did_you_mean(method.proposal_type, PROPOSALS)}; choose one of "
+            f"{', '.join(PROPOSALS)}."
         )
     static = PROPOSALS["static_tree"]["speculative_tokens"]
     if method.proposal_type == "static_tree" and size != static:

@@ -60,6 +60,15 @@ class EagleSpeculatorConfig(SpeculatorPretrainedConfig):
 class EagleSpeculator(Speculator):
     """An EAGLE draft: fusion, one decoder layer, and the verifier's head.
 
+    Load one with its verifier, and generate what the verifier would, in fewer of its passes:
+
+        draft = EagleSpeculator.from_pretrained("./converted", verifier="auto")
+        output = draft.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=32)
+
+    Its own methods are ``from_pretrained``, ``generate``, ``forward``, ``draft``, ``logits``,
+    ``attach_verifier``, ``detach_verifier``, ``save_pretrained`` and ``push_to_hub``; all others
+    are those of every transformers model.
+
     Args:
         config: see ``EagleSpeculatorConfig``.
         own_embedding: whether the draft has its own embedding; otherwise it uses the verifier's.

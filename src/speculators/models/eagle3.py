@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from typing_extensions import Self
 
-from speculators.errors import FormatError
+from speculators.errors import FormatError, InputError
 from speculators.families.converted import Converted
 from speculators.families.eagle3 import EAGLE3
 from speculators.models.config import SpeculatorPretrainedConfig
+from speculators.models.inputs import check_states
 from speculators.models.layers import LAYER_CLASSES, LayerClasses
 from speculators.models.output import DraftOutput
 from speculators.models.placement import device_of, value_of
@@ -325,7 +326,7 @@ class PEagleSpeculator(Eagle3Speculator):
             **kwargs: likewise.
 
         Raises:
-            ValueError: with ``num_draft_tokens``, if there are no ``hidden_states``, or a 4D mask.
+            InputError: with ``num_draft_tokens``, if there are no ``hidden_states``, or a 4D mask.
             VerifierError: as for ``Speculator.forward``.
 
         """
@@ -334,9 +335,10 @@ class PEagleSpeculator(Eagle3Speculator):
                 input_ids, hidden_states, attention_mask, position_ids, *args, **kwargs
             )
         if hidden_states is None or (attention_mask is not None and attention_mask.dim() > 2):
-            raise ValueError(
+            raise InputError(
                 "num_draft_tokens takes the verifier's hidden_states, and no 4D attention_mask."
             )
+        check_states(input_ids, hidden_states=(hidden_states, self._states_width))
         masks = (len(input_ids), num_draft_tokens - 1)
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask, attention_mask.new_ones(masks)), 1)

@@ -19,6 +19,7 @@ def load_draft(
     *,
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    token: str | bool | None = None,
     **kwargs: Any,
 ) -> Speculator:
     """Load a converted draft of any family, with the class that the family has for it.
@@ -27,6 +28,7 @@ def load_draft(
         source: the directory or Hub id of a converted draft.
         cache_dir: where downloads are kept.
         revision: a branch, tag or commit on the Hub.
+        token: an access token for the Hub; the one that its client finds if not given.
         **kwargs: as for ``Speculator.from_pretrained``: ``verifier``, ``dtype``, ...
 
     Raises:
@@ -35,7 +37,8 @@ def load_draft(
         VerifierError: if the verifier does not fit.
 
     """
-    return load_converted(open_converted(source, revision=revision, cache_dir=cache_dir), **kwargs)
+    converted = open_converted(source, revision=revision, cache_dir=cache_dir, token=token)
+    return load_converted(converted, **kwargs)
 
 
 def load_converted(converted: Converted, **kwargs: Any) -> Speculator:

@@ -6,12 +6,14 @@ A family's model adds its layers, ``draft`` and ``logits``.
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
 from loguru import logger
+from pydantic import ValidationError as PydanticValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -19,17 +21,20 @@ from transformers.masking_utils import create_causal_mask
 from typing_extensions import Self
 
 from speculators.checkpoint.hub.client import watched_client
-from speculators.checkpoint.hub.upload import README, SAVED, check_upload, upload
-from speculators.checkpoint.output.stamp import write_stamped
+from speculators.checkpoint.hub.upload import SAVED, check_upload, upload
+from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.tensor import describe_shape
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.decode import Generation, VerifiedStep, Workspace, speculate
-from speculators.errors import FormatError, SpeculatorsError, VerifierError
+from speculators.errors import FormatError, GenerationError, SpeculatorsError, VerifierError
 from speculators.families.card import model_card
 from speculators.families.converted import Converted, open_converted
 from speculators.format.config import ProposalMethod
+from speculators.format.problems import first_problem
 from speculators.format.proposals import proposal_method
 from speculators.models.config import SpeculatorPretrainedConfig
+from speculators.models.inputs import check_labels, check_mask, check_prompts, check_states
+from speculators.models.misuse import NotAnAssistant, refuse_pipeline
 from speculators.models.output import CACHE, DraftOutput, the_cache
 from speculators.models.placement import device_of
 from speculators.models.tensors import read_tensor
@@ -47,8 +52,10 @@ UPLOAD_OPTIONS = {
 """transformers' names of options → those of ``checkpoint.upload``."""
 
 
+AUTO = "auto"
+"""As a verifier: the one that the draft's config names."""
+
 BY_ENVIRONMENT = {
-    "token": "HF_TOKEN",
     "local_files_only": "HF_HUB_OFFLINE",
     "force_download": "another cache_dir",
     "proxies": "HTTPS_PROXY",
@@ -83,6 +90,8 @@ class Speculator(PreTrainedModel, ABC):
         "borrowed_embedding.weight",
     }
 
+    generation_config = NotAnAssistant()  # type: ignore[no-untyped-call]
+
     fc: nn.Linear
     rotary_emb: nn.Module
     embed_tokens: nn.Embedding | None
@@ -104,6 +113,17 @@ class Speculator(PreTrainedModel, ABC):
         self._verifier: tuple[PreTrainedModel, ...] = ()
         self._workspace = Workspace()
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether transformers' own generation works with it: it does not.
+
+        Raises:
+            GenerationError: if a pipeline asks, which would go on all the same.
+
+        """
+        refuse_pipeline(cls.__name__)
+        return False
+
     @property
     def device(self) -> torch.device:
         """The device of its inputs and outputs; ``device_map`` may keep weights elsewhere."""
@@ -117,22 +137,29 @@ class Speculator(PreTrainedModel, ABC):
         verifier: PreTrainedModel | str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         revision: str | None = None,
+        token: str | bool | None = None,
         **kwargs: Any,
-    ) -> "Self":
+    ) -> Self:
         """Load a converted draft, with the head (and embedding) that it takes from its verifier.
+
+        To generate with it, load its verifier too:
+        ``from_pretrained("./converted", verifier="auto")``.
 
         Args:
             pretrained_model_name_or_path: the directory or Hub id of a converted draft; the layout
                 of speculators 0.1.0 to 0.3.0 is supported too.
-            verifier: a verifier to attach: a loaded model, or its directory or Hub id; see
-                ``attach_verifier``. If not given, only the matrices that the draft needs are read
-                from the verifier that the config names. If they are not available, a warning is
-                logged and the draft has no logits until a verifier is attached.
+            verifier: a verifier to attach: a loaded model, its directory or Hub id, or ``"auto"``
+                for the one that the config names; see ``attach_verifier``. If not given, only the
+                matrices that the draft needs are read from the verifier that the config names. If
+                they are not available, a warning is logged and the draft has no logits until a
+                verifier is attached.
             cache_dir: where downloads are kept.
-            revision: a branch, tag or commit on the Hub.
+            revision: a branch, tag or commit of the draft on the Hub.
+            token: an access token for the Hub, for the draft and its verifier; ``False`` for none;
+                the one that the Hub's client finds if not given.
             **kwargs: as for ``PreTrainedModel.from_pretrained``: ``dtype``, ``device_map``,
-                ``attn_implementation``, ... Downloads are configured by the environment variables
-                of the Hub client (``HF_TOKEN``, ``HF_HUB_OFFLINE``); ``token`` and similar
+                ``attn_implementation``, ... Other settings of downloads come from the environment
+                variables of the Hub client (``HF_HUB_OFFLINE``); ``local_files_only`` and similar
                 arguments have no effect, and a warning says so.
 
         Raises:
@@ -145,7 +172,7 @@ class Speculator(PreTrainedModel, ABC):
             if kwargs.pop(option, None):
                 logger.warning(f"The argument {option} has no effect here: use {instead}")
         converted = open_converted(
-            pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir
+            pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir, token=token
         )
         return cls.from_converted(converted, verifier=verifier, **kwargs)
 
@@ -187,7 +214,14 @@ class Speculator(PreTrainedModel, ABC):
         elif isinstance(verifier, Verifier):
             model._borrow(lambda: verifier)
         else:
-            model.attach_verifier(verifier, cache_dir=converted.cache_dir)
+            named = converted.config.speculators_config.verifier.name_or_path
+            attached = named if verifier == AUTO else verifier
+            if attached is None:
+                raise VerifierError(
+                    f"The config.json of {converted.checkpoint.name} names no verifier: give the "
+                    "model that the draft was trained for, as verifier=..."
+                )
+            model.attach_verifier(attached, cache_dir=converted.cache_dir, token=converted.token)
         return model
 
     def save_pretrained(  # type: ignore[override]
@@ -218,9 +252,9 @@ class Speculator(PreTrainedModel, ABC):
         options = {new: kwargs.pop(old) for old, new in UPLOAD_OPTIONS.items() if old in kwargs}
         repo_id = kwargs.pop("repo_id", directory.name)
         if push_to_hub:
-            check_upload(repo_id, token=options.get("token"))
+            check_upload(repo_id, revision=options.get("revision"), token=options.get("token"))
         kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict}
-        self._save(directory, repo_id if push_to_hub else str(directory), **kwargs)
+        self._save(directory, repo_id if push_to_hub else None, **kwargs)
         if push_to_hub and is_main_process:
             upload(directory, repo_id, files=SAVED, **options)
 
@@ -259,7 +293,7 @@ class Speculator(PreTrainedModel, ABC):
                 converted draft.
 
         """
-        check_upload(repo_id, token=token)
+        check_upload(repo_id, revision=revision, token=token)
         with TemporaryDirectory() as folder:
             self._save(Path(folder), repo_id, tags=tags, max_shard_size=max_shard_size)
             return upload(
@@ -277,7 +311,7 @@ class Speculator(PreTrainedModel, ABC):
     def _save(
         self,
         directory: Path,
-        name: str,
+        name: str | None,
         *,
         tags: Collection[str] | str | None = None,
         is_main_process: bool = True,
@@ -308,6 +342,7 @@ class Speculator(PreTrainedModel, ABC):
         verifier: PreTrainedModel | str | os.PathLike[str],
         *,
         cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
     ) -> PreTrainedModel:
         """Attach a verifier; the draft uses its head (and its embedding, if the draft has none).
 
@@ -317,6 +352,7 @@ class Speculator(PreTrainedModel, ABC):
         Args:
             verifier: a loaded model, or the directory or Hub id to load one from.
             cache_dir: where downloads are kept.
+            token: an access token for the Hub; the one that its client finds if not given.
 
         Returns:
             The verifier.
@@ -331,12 +367,13 @@ class Speculator(PreTrainedModel, ABC):
                 open_verifier(
                     Path(verifier) if isinstance(verifier, os.PathLike) else verifier,
                     cache_dir=None if cache_dir is None else Path(cache_dir),
+                    token=token,
                 )
             )
             # Not by device_map, which needs another package.
             with watched_client():  # so that no password in an endpoint's URL is logged
                 loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                    verifier, dtype="auto", cache_dir=cache_dir
+                    verifier, dtype="auto", cache_dir=cache_dir, token=token
                 )
             loaded.to(self.device)  # type: ignore[arg-type]
             verifier = loaded
@@ -449,16 +486,23 @@ class Speculator(PreTrainedModel, ABC):
             **kwargs: passed on to the attention.
 
         Raises:
-            ValueError: if not exactly one of ``hidden_states`` and ``draft_states`` is given.
+            InputError: if not exactly one of ``hidden_states`` and ``draft_states`` is given, their
+                shape does not go with ``input_ids`` and the draft, or ``labels`` are given.
             VerifierError: if there is no head (or embedding), because no verifier is attached and
                 the one that the config names was not available.
 
         """
         self._head()  # fail before the work, not after it
-        if (hidden_states is None) == (draft_states is None):
-            raise ValueError(
-                "Give either hidden_states, which are the verifier's, or draft_states, which an "
-                "earlier call returned as last_hidden_state."
+        check_labels(kwargs)
+        check_states(
+            input_ids,
+            hidden_states=(hidden_states, self._states_width),
+            draft_states=(draft_states, self.config.layer.hidden_size),
+        )
+        cache = the_cache(cache, past_key_values)
+        if attention_mask is not None:
+            check_mask(
+                attention_mask, input_ids, int(cache.get_seq_length()) if cache is not None else 0
             )
         if hidden_states is not None:
             draft_states = self.project(hidden_states)
@@ -468,7 +512,7 @@ class Speculator(PreTrainedModel, ABC):
             draft_states,
             attention_mask,
             position_ids,
-            the_cache(cache, past_key_values),
+            cache,
             use_cache,
             **kwargs,
         )
@@ -518,14 +562,18 @@ class Speculator(PreTrainedModel, ABC):
 
         Raises:
             VerifierError: if no verifier is attached.
+            InputError: if ``input_ids`` are not prompts of tokens that the verifier has.
             GenerationError: if the settings, the proposal or the verifier do not allow it.
 
         """
         if self.verifier is None:
             raise VerifierError(
-                "Generating takes the whole verifier. "
-                "Attach the verifier first: model.attach_verifier(...)"
+                "Generating takes the whole verifier. Attach the verifier first: "
+                f"{self._how_to_attach()}, or load both at once: "
+                f"{type(self).__name__}.from_pretrained({str(self.name_or_path)!r}, "
+                "verifier='auto')"
             )
+        check_prompts(input_ids, kwargs.get("attention_mask"), self.verifier_vocab_size)
         generation = speculate(
             self,
             self.verifier,
@@ -547,13 +595,24 @@ class Speculator(PreTrainedModel, ABC):
     def proposal_method(
         self, proposal: ProposalMethod | str | None = None, num_draft_tokens: int | None = None
     ) -> ProposalMethod:
-        """The proposal method that ``generate`` would use with these arguments."""
+        """The proposal method that ``generate`` would use with these arguments.
+
+        Raises:
+            GenerationError: if there is no such type, or it cannot draft so many tokens.
+
+        """
         if not isinstance(proposal, ProposalMethod):
             return proposal_method(self.config.speculators, proposal, num_draft_tokens)
         if num_draft_tokens is None:
             return proposal
         sized = proposal.model_dump() | {"speculative_tokens": num_draft_tokens}
-        return ProposalMethod.model_validate(sized)
+        try:
+            return ProposalMethod.model_validate(sized)
+        except PydanticValidationError as error:
+            raise GenerationError(
+                f"{num_draft_tokens!r} is not a number of tokens to draft: "
+                f"{first_problem(error).message}."
+            ) from error
 
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]
         """The draft's own embedding, or the verifier's, or ``None``."""
@@ -620,7 +679,7 @@ class Speculator(PreTrainedModel, ABC):
         if head is None:
             raise VerifierError(
                 "The draft has no head: logits are made by its verifier's. "
-                "Attach the verifier first: model.attach_verifier(...)"
+                f"Attach the verifier first: {self._how_to_attach()}"
             )
         return head
 
@@ -629,10 +688,21 @@ class Speculator(PreTrainedModel, ABC):
         if embedding is None:
             raise VerifierError(
                 "The draft has no embedding of its own and its verifier is not there. "
-                "Attach the verifier first: model.attach_verifier(...)"
+                f"Attach the verifier first: {self._how_to_attach()}"
             )
         embedded: Tensor = embedding(input_ids.to(device_of(embedding)))
         return embedded.to(device=self.device, dtype=self.fc.weight.dtype)
+
+    @cached_property
+    def _states_width(self) -> int:
+        """The width of what ``forward`` takes of the verifier."""
+        _, width = self.config.checked().verifier_sizes
+        return width * max(len(self.verifier_layers), 1)
+
+    def _how_to_attach(self) -> str:
+        """A complete call, with the verifier that the config names."""
+        named = self.config.speculators.verifier.name_or_path
+        return f"draft.attach_verifier({named or 'ORGANIZATION/VERIFIER'!r})"
 
     def _check_fits(self, verifier: Verifier) -> None:
         vocabulary, hidden = self.config.checked().verifier_sizes

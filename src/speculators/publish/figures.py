@@ -47,7 +47,7 @@ def _how(report: Report) -> Iterator[str]:
     yield f"Measured by speculators {report.speculators_version}"
     yield f"on {len(report.prompts)} prompts{own},"
     yield f"decoding {decoding} up to {settings.max_new_tokens} new tokens,"
-    yield f"{environment.where}; the speeds hold for that only."
+    yield f"{environment.conditions}; the speeds hold for that only."
     yield "The acceptance length is the mean number of tokens that one pass of the verifier gives."
     if not report.complete:
         yield f"The run was stopped before all {settings.prompts_total} prompts were measured."

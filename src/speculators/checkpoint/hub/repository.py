@@ -158,6 +158,7 @@ class HubRepository:
         repo_id: ``organization/name``, or ``name`` for one of the Hub's oldest.
         revision: a branch, a tag or a full commit hash; ``main`` if ``None``.
         cache_dir: where downloads are kept; the Hub client's default cache if ``None``.
+        token: an access token; the one that the client finds if ``None``. No message has it.
 
     Attributes:
         name: ``repo_id``, as given.
@@ -167,9 +168,15 @@ class HubRepository:
     """
 
     def __init__(
-        self, repo_id: str, *, revision: str | None = None, cache_dir: str | Path | None = None
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
     ) -> None:
         self.name = repo_id
+        self._token = token
         self.weights: str | None = None
         self.revision = revision
         self.cache_dir = None if cache_dir is None else local_path(cache_dir)
@@ -210,7 +217,9 @@ class HubRepository:
             if constants.HF_HUB_OFFLINE:
                 return self._cached_names()
             with watched_client():
-                files = list_repo_files(self.name, revision=self.commit or self.revision)
+                files = list_repo_files(
+                    self.name, revision=self.commit or self.revision, token=self._token
+                )
         except Exception:
             return self._cached_names()
         folders = {f"{parent}/" for it in files for parent in map(str, PurePosixPath(it).parents)}
@@ -257,7 +266,8 @@ class HubRepository:
         from huggingface_hub import hf_hub_url
 
         with self._told(filename):
-            return _read_range(hf_hub_url(self.name, filename, revision=self.commit), start, size)
+            url = hf_hub_url(self.name, filename, revision=self.commit)
+            return _read_range(url, start, size, self._token)
 
     def part(self, filename: str, tensors: Collection[str]) -> Path | None:
         """Return a safetensors file with those of ``tensors`` that ``filename`` holds.
@@ -313,7 +323,8 @@ class HubRepository:
         header = parse_header(start[PREFIX_BYTES:data_start], size, remote)
         wanted = {name: info for name, info in header.items() if name in names}
         with self._told(filename):
-            _write_part(part, wanted, hf_hub_url(self.name, filename, revision=self.commit))
+            url = hf_hub_url(self.name, filename, revision=self.commit)
+            _write_part(part, wanted, url, self._token)
         return True
 
     def _get(self, filename: str, *, dry_run: bool = False) -> Path | None:
@@ -329,7 +340,8 @@ class HubRepository:
         try:
             with watched_client():
                 if dry_run:
-                    path = Path(hf_hub_download(**wanted, dry_run=True).local_path)
+                    found = hf_hub_download(**wanted, dry_run=True, token=self._token)
+                    path = Path(found.local_path)
                     check_place(path, self._cache(), self._folder())
                 else:
                     path = self._download(wanted)
@@ -348,14 +360,18 @@ class HubRepository:
         from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
         cached = try_to_load_from_cache(**wanted)
-        path = Path(_retried(lambda: hf_hub_download(**wanted), "GET 5xx"))
+
+        def download() -> Path:
+            return Path(_retried(lambda: hf_hub_download(**wanted, token=self._token), "GET 5xx"))
+
+        path = download()
         wrong = self._find_damage(path)
         if wrong and isinstance(cached, str) and path.samefile(cached):
             if constants.HF_HUB_OFFLINE:
                 raise _DamagedCacheError(wrong)
             logger.info(f"{path} is damaged, and is fetched again")
             delete_cached(path)
-            path = Path(_retried(lambda: hf_hub_download(**wanted), "GET 5xx"))
+            path = download()
             wrong = self._find_damage(path)
         if wrong:
             delete_cached(path)
@@ -434,15 +450,17 @@ def _retried(action: Callable[[], T], *kinds: str) -> T:
     return action()
 
 
-def _range(start: int, size: int) -> dict[str, str]:
+def _range(start: int, size: int, token: str | bool | None) -> dict[str, str]:
     """Headers of a request for ``size`` bytes, without compression."""
     from huggingface_hub.utils import build_hf_headers
 
     wanted = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
-    return build_hf_headers() | wanted
+    return build_hf_headers(token=token) | wanted
 
 
-def _read_range(url: str, start: int, size: int) -> tuple[bytes, int] | None:
+def _read_range(
+    url: str, start: int, size: int, token: str | bool | None
+) -> tuple[bytes, int] | None:
     """See ``HubRepository.read``."""
     from huggingface_hub import constants
     from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
@@ -451,7 +469,7 @@ def _read_range(url: str, start: int, size: int) -> tuple[bytes, int] | None:
         with http_stream_backoff(
             "GET",
             url,
-            headers=_range(start, size),
+            headers=_range(start, size, token),
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             retry_on_exceptions=(),  # the client's own retry fails once a response has begun
         ) as response:
@@ -470,7 +488,9 @@ def _read_range(url: str, start: int, size: int) -> tuple[bytes, int] | None:
     return _retried(read, "TransportError")
 
 
-def _fetch_run(url: str, run: Sequence[TensorInfo], file: BinaryIO) -> None:
+def _fetch_run(
+    url: str, run: Sequence[TensorInfo], file: BinaryIO, token: str | bool | None
+) -> None:
     """Append the bytes of tensors that lie one after another to ``file``."""
     from huggingface_hub.file_download import http_get
 
@@ -483,7 +503,7 @@ def _fetch_run(url: str, run: Sequence[TensorInfo], file: BinaryIO) -> None:
         http_get(
             url,
             file,
-            headers=_range(run[0].offset, size),
+            headers=_range(run[0].offset, size, token),
             expected_size=size,
             displayed_filename=run[0].name,
         )
@@ -507,7 +527,9 @@ def _runs(tensors: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
     return runs
 
 
-def _write_part(part: Path, tensors: Mapping[str, TensorInfo], url: str) -> None:
+def _write_part(
+    part: Path, tensors: Mapping[str, TensorInfo], url: str, token: str | bool | None
+) -> None:
     """Fetch tensors of the safetensors file at ``url`` into a file of their own."""
     from huggingface_hub.utils import WeakFileLock
 
@@ -524,7 +546,7 @@ def _write_part(part: Path, tensors: Mapping[str, TensorInfo], url: str) -> None
                 file.write(encode_header(planned, {"format": "pt"}))
                 for run in runs:
                     if any(info.nbytes for info in run):
-                        _fetch_run(url, run, file)
+                        _fetch_run(url, run, file, token)
             incomplete.replace(part)
         finally:
             incomplete.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ alone, a model card that somebody wrote is not replaced, what is meant to be pri
 public, and every failure is reported in one sentence.
 """
 
+import re
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -18,16 +19,13 @@ from loguru import logger
 from speculators.checkpoint.hub.client import watched_client
 from speculators.checkpoint.hub.errors import raise_told
 from speculators.checkpoint.output.staging import CONVERTED
-from speculators.checkpoint.output.stamp import is_stamped
-from speculators.errors import HubError
+from speculators.checkpoint.output.stamp import README, is_stamped
+from speculators.errors import HubError, printable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
 
-__all__ = ["README", "SAVED", "check_upload", "upload"]
-
-README = "README.md"
-"""What the Hub shows as the model card."""
+__all__ = ["FILES", "SAVED", "check_name", "check_token", "check_upload", "files_of", "upload"]
 
 SAVED = (
     "config.json",
@@ -40,6 +38,9 @@ SAVED = (
 
 FILES = (*SAVED, "conversion.json", "report.json")
 """The files of a draft that was converted, and perhaps evaluated."""
+
+BRANCH = re.compile(r"(?!/|.*(?:\.\.|//|@\{|\.lock$|[/.]$))[^\x00-\x20\x7f~^:?*\[\\]+")
+"""A name that git allows for a branch (git-check-ref-format), but for details."""
 
 _NO_TOKEN = (
     "Uploading to {repo} takes an access token: log in with 'hf auth login', or set HF_TOKEN to a"
@@ -88,27 +89,65 @@ _SENTENCES = {
 }
 
 
-def check_upload(repo_id: str, *, token: bool | str | None = None) -> None:
-    """Check what can be checked before there is anything to upload, without the network.
+def check_name(repo_id: str, revision: str | None = None) -> None:
+    """Check the names of a repository and of a branch, without the network.
 
     Args:
         repo_id: ``organization/name``, or ``name`` for a repository of the token's owner.
-        token: an access token; the one that the Hub's client finds if not given.
+        revision: a branch.
 
     Raises:
-        HubError: if the id is invalid, there is no access token, or offline mode is on.
+        HubError: if one of them cannot be one.
 
     """
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import validate_repo_id
 
     with _told(repo_id):
         validate_repo_id(repo_id)
+    if revision is not None and not BRANCH.fullmatch(revision):
+        raise HubError(
+            f"{printable(revision)!r} cannot be the name of a branch: give one such as 'main' or "
+            "'v2'."
+        )
+
+
+def check_token(repo_id: str, token: bool | str | None = None) -> None:
+    """Check that there is an access token and the Hub may be used, without the network.
+
+    Args:
+        repo_id: the repository, for the message.
+        token: an access token; the one that the Hub's client finds if not given.
+
+    Raises:
+        HubError: if not.
+
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    with _told(repo_id):
         if constants.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled
         if token in {None, True} and not get_token():
             raise LocalTokenNotFoundError
+
+
+def check_upload(
+    repo_id: str, *, revision: str | None = None, token: bool | str | None = None
+) -> None:
+    """Check what can be checked before there is anything to upload, first the names.
+
+    Raises:
+        HubError: as ``check_name`` and ``check_token``.
+
+    """
+    check_name(repo_id, revision)
+    check_token(repo_id, token)
+
+
+def files_of(directory: Path, patterns: Collection[str] = FILES) -> set[str]:
+    """The names of the files in a directory that belong to a draft and are uploaded."""
+    return {path.name for pattern in patterns for path in directory.glob(pattern)}
 
 
 def upload(
@@ -152,7 +191,7 @@ def upload(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    check_upload(repo_id, token=token)
+    check_upload(repo_id, revision=revision, token=token)
     api = HfApi(token=True if token is None else token, library_name="speculators")
     with _told(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -165,7 +204,7 @@ def upload(
             "settings, choose another repository, or leave private out."
         )
     kept = _find_kept(api, there, directory)
-    added = {path.name for pattern in files for path in directory.glob(pattern)} - kept
+    added = files_of(directory, files) - kept
     names = {file.rfilename for file in there.siblings or ()}
     stale = {name for name in names if any(fnmatch(name, it) for it in FILES)} - added - {README}
     with _told(repo_id):

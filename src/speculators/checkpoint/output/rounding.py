@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.float32]
 
-__all__ = ["round_to"]
+__all__ = ["as_float32", "round_to"]
 
 
 def round_to(target: str, source: str, data: bytes) -> bytes:
@@ -36,6 +36,17 @@ def round_to(target: str, source: str, data: bytes) -> bytes:
     if overflown.any():
         raise OverflowError(float(np.abs(values[overflown]).max()))
     return rounded
+
+
+def as_float32(dtype: str, data: bytes) -> "Values":
+    """Numbers as float32, which holds those of all dtypes.
+
+    Args:
+        dtype: a key of ``tensor.FLOATS``.
+        data: the numbers, little-endian and contiguous.
+
+    """
+    return _READ[dtype](data)
 
 
 def _read_float32(data: bytes) -> "Values":

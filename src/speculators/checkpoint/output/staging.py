@@ -65,7 +65,7 @@ class Marker:
 
     Attributes:
         name: its name with an article, for messages.
-        file: a JSON file in it.
+        file: a file in it that begins with JSON, or with a header that is.
         key: a key that only speculators writes there.
 
     """
@@ -76,6 +76,8 @@ class Marker:
 
 
 CONVERTED = Marker("a converted checkpoint", "config.json", "speculators_model_type")
+
+LONGEST_HEADER = 1 << 20
 
 
 def check_output(output: Path, *, overwrite: bool, marker: Marker | None = CONVERTED) -> None:
@@ -107,8 +109,7 @@ def check_output(output: Path, *, overwrite: bool, marker: Marker | None = CONVE
         raise OutputError(
             f"{output} exists; choose another output, or replace it with --overwrite."
         )
-    marked = output / marker.file
-    if not marked.is_file() or f'"{marker.key}"'.encode() not in marked.read_bytes():
+    if not _is_marked(output, marker):
         raise OutputError(
             f"{output} is not {marker.name}, so --overwrite does not replace it; "
             "choose another output."
@@ -118,6 +119,14 @@ def check_output(output: Path, *, overwrite: bool, marker: Marker | None = CONVE
             f"{output} holds {mounts[0]}, where a file system is mounted, so it is not replaced; "
             "unmount that, or choose another output."
         )
+
+
+def _is_marked(directory: Path, marker: Marker) -> bool:
+    file = directory / marker.file
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return f'"{marker.key}"'.encode() in opened.read(LONGEST_HEADER)
 
 
 def _located(output: Path) -> Path:

@@ -4,7 +4,10 @@ import hashlib
 import re
 from pathlib import Path
 
-__all__ = ["is_stamped", "write_stamped"]
+__all__ = ["README", "is_stamped", "stamped", "write_stamped"]
+
+README = "README.md"
+"""What the Hub shows as the model card."""
 
 _STAMP = "<!-- written by speculators; sha256 of what is above: {} -->\n"
 _LAST_LINE = re.compile(re.escape(_STAMP).replace(r"\{\}", "([0-9a-f]{64})"))
@@ -33,8 +36,13 @@ def write_stamped(file: Path, text: str) -> bool:
     """
     if file.exists() and not is_stamped(file.read_text(encoding="utf-8", errors="replace")):
         return False
-    file.write_text(text + _STAMP.format(_sha256(text)), encoding="utf-8")
+    file.write_text(stamped(text), encoding="utf-8")
     return True
+
+
+def stamped(text: str) -> str:
+    """A text with its stamp, as ``write_stamped`` writes it."""
+    return text + _STAMP.format(_sha256(text))
 
 
 def _sha256(text: str) -> str:

@@ -80,6 +80,7 @@ def write_safetensors_file(
     path: Path,
     tensors: Mapping[str, PlannedTensor],
     *,
+    metadata: Mapping[str, str] | None = None,
     progress: Progress = silent,
     hashed: bool = False,
 ) -> dict[Path, str]:
@@ -89,6 +90,7 @@ def write_safetensors_file(
         path: the file to create; it must not exist.
         tensors: name in the new file → the tensor. Like the safetensors library, this sorts by
             dtype, the widest first, and then by name, so that every tensor is aligned.
+        metadata: what its header says, besides that it is for PyTorch.
         progress: reports the bytes written, and then those hashed.
         hashed: whether to hash the files. The bytes of a source are hashed as they are copied, so
             the hash is that of what was copied; only tensors that are not contiguous are read
@@ -109,7 +111,7 @@ def write_safetensors_file(
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: (-DTYPE_BITS[item[1].dtype], item[0])))
     total = sum(tensor.nbytes for tensor in ordered.values())
-    header = encode_header(ordered, {"format": "pt"})
+    header = encode_header(ordered, {"format": "pt", **(metadata or {})})
     _check_size(total, ordered)
     _check_room(len(header) + total, path)
     placed: dict[tuple[Path, FileIdentity | None], list[_Placed]] = defaultdict(list)

@@ -42,7 +42,7 @@ class EagleConverter:
     ) -> Path:
         """Convert a checkpoint into a directory with config.json and model.safetensors.
 
-        A third file, conversion.json, records what they were made from.
+        A third file, conversion.json, records what they were made from; README.md is a model card.
 
         The directory appears only when it is complete and, unless ``validate`` is off, validated.
         Until then, and if anything fails, ``output_path`` is left as it was.

@@ -216,7 +216,7 @@ class DFlashSpeculator(Speculator):
             model.mask_embedding = vector.to(device=model.device, dtype=model.fc.weight.dtype)
         return model
 
-    def _save(self, directory: Path, name: str, **kwargs: Any) -> None:
+    def _save(self, directory: Path, name: str | None, **kwargs: Any) -> None:
         super()._save(directory, name, **kwargs)
         if self.mask_embedding is not None and kwargs.get("is_main_process", True):
             torch.save(self.mask_embedding.cpu(), directory / MASK_FILE)

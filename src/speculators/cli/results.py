@@ -1,0 +1,183 @@
+"""What commands print with --json: one object each, whether they succeed or fail.
+
+The JSON schemas in docs/ are made from these models.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from loguru import logger
+from pydantic import BaseModel, ConfigDict, Field
+
+from speculators.batch.run import Outcome
+from speculators.comparison.difference import Difference
+from speculators.convert.plan import ConversionPlan
+from speculators.convert.provenance import read_record
+from speculators.errors import sentence
+from speculators.families.converted import open_converted
+
+if TYPE_CHECKING:
+    from loguru import Message
+
+__all__ = ["BatchResult", "ConvertResult", "DiffResult", "ValidateResult", "printed"]
+
+
+class Result(BaseModel):
+    """What every command prints."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    schema_version: Literal[1] = 1
+    """1; a higher number means that a key has changed its meaning or is gone."""
+    ok: bool = False
+    """Whether the command did what it was asked for; its exit status is then 0."""
+    error: str | None = None
+    """The sentence that says what went wrong; ``None`` if ``ok``."""
+    warnings: list[str] = Field(default_factory=list)
+    """What the log warns of."""
+
+
+class ValidateResult(Result):
+    """What `speculators validate --json` prints: ``ok`` says whether the checkpoint is sound."""
+
+    output: str
+    """The converted checkpoint."""
+    source: str | None
+    """What it was compared with, if that was given."""
+
+
+class ConvertResult(Result):
+    """What `speculators convert --json` prints, also with --dry-run."""
+
+    output: str
+    """The directory to create."""
+    written: bool = False
+    """Whether it was created: not on a dry run, and not after an error."""
+    family: str | None = None
+    """The family of the draft; ``None``, as for all that follows, if an error came first."""
+    features: list[str] = Field(default_factory=list)
+    """The features that its tensors show."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The new config.json."""
+    tensors: dict[str, str] = Field(default_factory=dict)
+    """Name of a tensor written → what it is made of."""
+    bytes: int | None = None
+    """The size of these tensors."""
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Name of a tensor of the source → why it is left out."""
+    config_left_out: dict[str, str] = Field(default_factory=dict)
+    """Key of the source's config.json → why it is left out."""
+    discrepancies: list[str] = Field(default_factory=list)
+    """Where the source's config, its tensors and the reference disagree."""
+    validated: bool = False
+    """Whether the result was validated."""
+    unchecked: list[str] = Field(default_factory=list)
+    """What validation could not check, and why."""
+    url: str | None = None
+    """The commit on the Hub, if the result was published."""
+
+    def tell_plan(self, plan: ConversionPlan) -> None:
+        """Tell what would be written."""
+        self.family, self.features = plan.family.name, sorted(plan.features)
+        self.config = plan.config.model_dump(exclude_none=True)
+        self.tensors = {name: tensor.label for name, tensor in plan.tensors.items()}
+        self.bytes = plan.nbytes
+        self.left_out, self.config_left_out = plan.left_out, plan.config_left_out
+        self.discrepancies = plan.discrepancies
+
+    def tell_output(self, directory: Path) -> None:
+        """Tell what was written into ``output``."""
+        converted, record = open_converted(directory), read_record(directory)
+        assert record is not None, "every conversion writes one"
+        self.written = True
+        self.family, self.features = converted.family.name, sorted(converted.features)
+        self.config = converted.checkpoint.config
+        self.tensors = record.tensors
+        self.bytes = sum(info.nbytes for info in converted.tensors.values())
+        self.left_out, self.config_left_out = record.left_out, record.config_left_out
+        self.discrepancies = record.discrepancies
+        self.validated, self.unchecked = record.validated, record.unchecked
+
+
+class DiffResult(Result):
+    """What `speculators diff --json` prints: ``ok`` says whether the two are the same draft."""
+
+    difference: Difference | None = None
+    """How they differ; ``None`` if they could not be compared."""
+
+
+class EntryResult(BaseModel, use_attribute_docstrings=True):
+    """What became of one entry of a manifest."""
+
+    input: str
+    """The draft."""
+    output: str
+    """The directory to create."""
+    base_model: str
+    """The verifier."""
+    outcome: str
+    """``to do``, ``done before``, ``converted``, ``failed`` or ``stopped``."""
+    seconds: float
+    """How long it took."""
+    error: str | None
+    """The sentence that says why it failed."""
+    url: str | None
+    """The commit on the Hub, if the output was published."""
+
+
+class BatchResult(Result):
+    """What `speculators batch --json` prints: ``ok`` says that no entry failed."""
+
+    manifest: str
+    """The file with the list of conversions."""
+    entries: list[EntryResult] = Field(default_factory=list)
+    """One for each of them, in their order; empty if the manifest is wrong."""
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Tell what became of the entries."""
+        self.entries = [
+            EntryResult(
+                input=it.conversion.input,
+                output=str(it.conversion.output),
+                base_model=it.conversion.base_model,
+                outcome=it.state.value,
+                seconds=round(it.seconds, 3),
+                error=it.error,
+                url=it.url,
+            )
+            for it in outcomes
+        ]
+
+
+Told = TypeVar("Told", bound=Result)
+
+
+@contextmanager
+def printed(result: Told, asked: bool) -> Iterator[Told]:
+    """Print a result when the ``with`` block ends, however it does, if JSON is ``asked`` for.
+
+    What is logged as a warning meanwhile becomes part of it.
+    """
+    if not asked:
+        yield result
+        return
+
+    def keep(message: "Message") -> None:
+        if message.record["level"].name == "WARNING":
+            result.warnings.append(message.record["message"])
+
+    handler = logger.add(keep, level="WARNING")
+    try:
+        yield result
+        result.ok = result.error is None
+    except Exception as error:
+        result.error = sentence(error)
+        raise
+    except BaseException:
+        result.error = "It was interrupted."
+        raise
+    finally:
+        logger.remove(handler)
+        print(result.model_dump_json(indent=2))
