@@ -10,6 +10,7 @@ import pytest
 
 from eagle3 import knowing_eagle3
 from helpers import CommandLine, entries
+from hub_server import HubServer, patch_hub
 from pair import NEW_TOKENS, PROMPTS, Pair, make_pair, tiny_tokenizer
 from speculators.evaluate.recording import Manifest
 from speculators.evaluate.report import Comparison, Report
@@ -160,6 +161,28 @@ def test_texts_may_be_sampled(
     assert report.results[0].overall.acceptance_length is not None
     run = speculators(*record, "--temperature=0.8", "--top-p=0.8", "--seed=4")
     assert "was recorded with 0.9 as its --top-p, not 0.8" in run.errors[0]
+
+
+def test_a_verifier_on_the_hub(
+    pair: Pair,
+    prompts: Path,
+    tmp_path: Path,
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is recognised by its commit, and a copy of it by its config."""
+    recording = tmp_path / "recording"
+    record = ["org/verifier", recording, f"--prompts={prompts}", "--max-new-tokens=4"]
+    with HubServer() as server:
+        patch_hub(monkeypatch, server, tmp_path / "cache")
+        commit = server.add_repo("org/verifier", pair.verifier)
+        run = speculators("record", *record)
+        assert run.status == 0, run.stderr
+        manifest = Manifest.model_validate_json((recording / "recording.json").read_text())
+        assert (manifest.verifier.name, manifest.verifier.commit) == ("org/verifier", commit)
+        for options in ([], ["--device=auto"], ["--verifier", pair.verifier]):
+            run = speculators("evaluate", pair.draft, "--recording", recording, *options)
+            assert run.status == 0, run.stderr
 
 
 # What is refused

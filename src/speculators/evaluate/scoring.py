@@ -14,7 +14,7 @@ from speculators.errors import EvaluationError
 from speculators.evaluate.drafting import DraftedTexts
 from speculators.evaluate.evaluation import environment_of
 from speculators.evaluate.metrics import Acceptance, count_steps, expect_steps
-from speculators.evaluate.opening import Opened
+from speculators.evaluate.opening import SPREAD, Opened
 from speculators.evaluate.recording import Recording
 from speculators.evaluate.report import (
     PromptResult,
@@ -46,14 +46,15 @@ def load_scored(opened: Opened, recording: Recording, device: str | None = None)
     Args:
         opened: the draft and its verifier.
         recording: of that verifier.
-        device: by torch's name; if not given, one accelerator if there is any, else ``cpu``.
+        device: by torch's name; if not given, or ``auto``, one accelerator if there is any, else
+            ``cpu``.
 
     Raises:
         FormatError, CheckpointError, HubError: if it cannot be read or downloaded.
         EvaluationError: if there is no such device.
 
     """
-    place = torch_device(device)
+    place = torch_device(None if device == SPREAD else device)
     dtype = getattr(torch, recording.manifest.dtype)
     with without_progress_bar():
         draft = load_converted(opened.converted, verifier=opened.verifier, dtype=dtype)
