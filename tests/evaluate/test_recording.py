@@ -188,6 +188,15 @@ def test_a_verifier_on_the_hub(
 # What is refused
 
 
+def test_a_draft_that_drafts_in_a_way_of_its_own(
+    pair: Pair, recording: Path, speculators: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speculators.evaluate.scoring.drafter_of", lambda *_: object())
+    run = speculators("evaluate", pair.draft, "--recording", recording)
+    assert run.status == 1
+    assert f"{pair.draft}: a draft of the kind EagleSpeculator cannot be scored" in run.errors[0]
+
+
 def another_verifier(directory: Path) -> None:
     weights = directory / "model.safetensors"
     data = bytearray(weights.read_bytes())

@@ -6,9 +6,14 @@ from pathlib import Path
 import torch
 
 from speculators import __version__
+from speculators.decode.block import BlockDrafter
 from speculators.decode.cache import BlockCache
 from speculators.decode.proposals import drafter_of
-from speculators.decode.recurrent import RecurrentDraft
+from speculators.decode.recurrent import (
+    DynamicTreeDrafter,
+    FixedTreeDrafter,
+    RecurrentDraft,
+)
 from speculators.decode.tree import EAGLE1_TREE, chain
 from speculators.errors import EvaluationError
 from speculators.evaluate.drafting import DraftedTexts
@@ -32,6 +37,9 @@ from speculators.models.loading import load_converted, without_progress_bar
 from speculators.models.speculator import Speculator
 
 __all__ = ["Scoring", "load_scored"]
+
+SCORED = (FixedTreeDrafter, DynamicTreeDrafter, BlockDrafter)
+"""The ways of drafting that ``DraftedTexts`` knows."""
 
 TEXTS = 32
 """How many texts are drafted for at the same time, at most."""
@@ -88,11 +96,6 @@ class Scoring:
         recording: Recording,
         proposals: Sequence[ProposalMethod],
     ) -> None:
-        if not isinstance(draft, RecurrentDraft):
-            raise EvaluationError(
-                f"{opened.name}: drafts of the kind {type(draft).__name__} cannot be scored on a "
-                "recording yet; leave out --recording."
-            )
         self.opened = opened
         self.draft = draft
         self.recording = recording
@@ -102,6 +105,11 @@ class Scoring:
         recording.check_layers(draft.verifier_layers, opened.name)
         for proposal in proposals:
             drafter = drafter_of(draft, BlockCache([0]), proposal, self._warp)
+            if not isinstance(drafter, SCORED):
+                raise EvaluationError(
+                    f"{opened.name}: a draft of the kind {type(draft).__name__} cannot be scored "
+                    "on a recording; leave out --recording."
+                )
             recording.check_depth(drafter.deepest)
 
     def run(self) -> Iterator[PromptResult]:
