@@ -256,11 +256,14 @@ def imported_alone() -> dict[str, list[str]]:
     """Module → what of ``HEAVY`` is loaded by importing it in a forked process of its own.
 
     To save time, some packages that are light are loaded beforehand and, for the modules outside
-    ``LIGHT``, torch and transformers.
+    ``LIGHT``, torch, transformers and all of ``LIGHT``, which cannot import them in turn.
     """
     script = """
 import importlib, json, os, sys
 import loguru, packaging.version, pydantic, rich.console, rich.table, typer, yaml
+import concurrent.futures, csv, ctypes, email.message, hashlib, hmac, multiprocessing, pickletools
+import secrets, tempfile, zipfile
+class Loads(pydantic.BaseModel): what_it_takes: dict[str, list[int] | None] = {}
 heavy, light, others = json.loads(sys.argv[1])
 def report(modules):
     for module in modules:
@@ -270,6 +273,8 @@ def report(modules):
             os._exit(0)
         os.wait()
 report(light)
+for module in light:
+    importlib.import_module(module)
 import torch, transformers.generation
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.llama import modeling_llama

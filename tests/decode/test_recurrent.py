@@ -1,5 +1,6 @@
 """Drafting with a recurrent draft that reads several layers and has a vocabulary of its own."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -155,9 +156,26 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", ["plain", "top_p", "repetition_penalty"])
-@pytest.mark.parametrize("proposal", SMALL.values(), ids=SMALL.keys())
-def test_sequences_have_the_verifiers_distribution(name: str, proposal: ProposalMethod) -> None:
+OFTEN = {(kind, "plain") for kind in SMALL} | {
+    ("sampled chain", "repetition_penalty"),
+    ("dynamic tree", "top_p"),
+}
+
+
+@pytest.mark.parametrize(
+    ("proposal", "name"),
+    [
+        pytest.param(
+            SMALL[kind],
+            name,
+            id=f"{kind}-{name}",
+            marks=() if (kind, name) in OFTEN else pytest.mark.exhaustive,
+        )
+        for kind, name in itertools.product(SMALL, ["plain", "top_p", "repetition_penalty"])
+    ],
+)
+def test_sequences_have_the_verifiers_distribution(proposal: ProposalMethod, name: str) -> None:
+    """Each proposal without settings, and each setting with one of them; exhaustive: with all."""
     verifier, settings = small_verifier(), SETTINGS[name]
     draft = ToyDraft(verifier, tokens=[1, 2, 4])
     result = generated(

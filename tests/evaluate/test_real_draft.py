@@ -2,6 +2,9 @@
 
 import importlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from helpers import CommandLine
 from plain_draft import plain_draft, plain_norm
 from speculators.convert.eagle import EagleConverter
 from speculators.decode import Generation
+from speculators.evaluate import evaluation
 from speculators.evaluate.metrics import count_steps
 from speculators.evaluate.opening import open_draft
 from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
@@ -42,45 +46,76 @@ def published_tensors(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / "model.safetensors")
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """The verifier's greedy tokens after a prompt, and its states at all of them."""
+
+    tokens: list[int]
+    states: Tensor
+
+
+Continue = Callable[[list[int], int], Continuation]
+
+
 @torch.inference_mode()
 def plain_acceptance(
-    verifier: Any, tensors: dict[str, Tensor], config: dict[str, Any], prompt: list[int], new: int
+    verifier: Any,
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    known: Continuation,
+    prompt_tokens: int,
+    new: int,
 ) -> list[int]:
     """The number of drafted tokens accepted in each step to ``new`` tokens, without any cache.
 
     It shares no code with the product: the published tensors are evaluated by ``plain_draft``. A
-    pass that checks drafted tokens also gives the states of those that are accepted.
+    drafted token is accepted if it is the verifier's own.
     """
-    head = verifier.lm_head.weight
     tensors = tensors | {"embed_tokens.weight": verifier.model.embed_tokens.weight}
     tensors = {name: tensor.double() for name, tensor in tensors.items()}  # once
-
-    def states(tokens: list[int]) -> Tensor:
-        result: Tensor = verifier.model(torch.tensor([tokens])).last_hidden_state[0]
-        return result
-
-    def best(state: Tensor) -> int:
-        return int((head @ state.to(head.dtype)).argmax())
-
-    seen, accepted = states(prompt), list[int]()
-    tokens = [*prompt, best(seen[-1])]
-    while len(tokens) < len(prompt) + new:
-        fed, drafted = seen[: len(tokens) - 1].double(), list[int]()
+    accepted, end = list[int](), prompt_tokens + 1
+    while end < prompt_tokens + new:
+        tokens, fed = known.tokens[:end], known.states[: end - 1].double()
+        right = 0
         for _ in range(DRAFT_TOKENS):
-            ids = torch.tensor([*tokens[1:], *drafted])
-            fed = torch.cat([fed, plain_draft(tensors, config, ids, fed)[-1:]])
-            drafted.append(best(plain_norm(tensors, config, "lm_head_layernorm", fed[-1])))
-        seen = states([*tokens, *drafted])
-        checked = [best(state) for state in seen[len(tokens) - 1 :]]
-        right = next((i for i, t in enumerate(drafted) if t != checked[i]), DRAFT_TOKENS)
+            fed = torch.cat([fed, plain_draft(tensors, config, torch.tensor(tokens[1:]), fed)[-1:]])
+            state = plain_norm(tensors, config, "lm_head_layernorm", fed[-1])
+            tokens = [*tokens, best(verifier, state)]
+            if tokens != known.tokens[: len(tokens)]:
+                break
+            right += 1
         accepted.append(right)
-        tokens += checked[: right + 1]
+        end += right + 1
     return accepted
+
+
+def best(verifier: Any, state: Tensor) -> int:
+    head = verifier.lm_head.weight
+    return int((head @ state.to(head.dtype)).argmax())
 
 
 @pytest.fixture(scope="module")
 def verifier() -> Any:
     return AutoModelForCausalLM.from_pretrained(VERIFIER, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def continued(verifier: Any) -> Continue:
+    """Continues a prompt, for all drafts once: by the verifier's own ``generate``."""
+
+    @cache
+    @torch.inference_mode()
+    def continuation(prompt: tuple[int, ...], new: int) -> Continuation:
+        ids = torch.tensor([prompt])
+        longer = {"max_new_tokens": new + DRAFT_TOKENS, "eos_token_id": None}
+        tokens = verifier.generate(ids, do_sample=False, pad_token_id=0, **longer)
+        states = verifier.model(tokens).last_hidden_state[0]
+        # One pass over all of them finds the same tokens.
+        after = [best(verifier, state) for state in states[len(prompt) - 1 : -1]]
+        assert after == tokens[0, len(prompt) :].tolist()
+        return Continuation(tokens[0].tolist(), states)
+
+    return lambda prompt, new: continuation(tuple(prompt), new)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +127,15 @@ def test_a_trained_draft_is_accepted_as_often_as_before_conversion(
     tmp_path: Path,
     speculators: CommandLine,
     verifier: Any,
+    continued: Continue,
+    monkeypatch: pytest.MonkeyPatch,
     name: str,
     prompts: int,
     compared: int,
     tokens: int,
 ) -> None:
     """One prompt, which is compared; exhaustive: four, of which two are compared, and longer."""
+    monkeypatch.setattr(evaluation, "WARM_UP_TOKENS", 1)  # no time is measured here
     published = ROOT / "examples" / f"smollm2-135m-{name}"
     draft, report = tmp_path / "draft", tmp_path / "report"
     converting = ("convert", "eagle", published, draft, VERIFIER, "--no-validate")
@@ -123,7 +161,8 @@ def test_a_trained_draft_is_accepted_as_often_as_before_conversion(
             add_generation_prompt=True,
             return_dict=True,
         )["input_ids"]
-        expected = plain_acceptance(verifier, tensors, config, ids, tokens)
+        known = continued(ids, tokens)
+        expected = plain_acceptance(verifier, tensors, config, known, len(ids), tokens)
         acceptance = found.speculative[0].acceptance
         assert acceptance is not None
         assert (acceptance.steps, sum(acceptance.accepted)) == (len(expected), sum(expected))

@@ -10,6 +10,7 @@ import pytest
 
 from eagle3 import knowing_eagle3
 from helpers import CommandLine, entries
+from hub_server import HubServer, patch_hub
 from pair import NEW_TOKENS, PROMPTS, Pair, make_pair, tiny_tokenizer
 from speculators.evaluate.recording import Manifest
 from speculators.evaluate.report import Comparison, Report
@@ -162,7 +163,38 @@ def test_texts_may_be_sampled(
     assert "was recorded with 0.9 as its --top-p, not 0.8" in run.errors[0]
 
 
+def test_a_verifier_on_the_hub(
+    pair: Pair,
+    prompts: Path,
+    tmp_path: Path,
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is recognised by its commit, and a copy of it by its config."""
+    recording = tmp_path / "recording"
+    record = ["org/verifier", recording, f"--prompts={prompts}", "--max-new-tokens=4"]
+    with HubServer() as server:
+        patch_hub(monkeypatch, server, tmp_path / "cache")
+        commit = server.add_repo("org/verifier", pair.verifier)
+        run = speculators("record", *record)
+        assert run.status == 0, run.stderr
+        manifest = Manifest.model_validate_json((recording / "recording.json").read_text())
+        assert (manifest.verifier.name, manifest.verifier.commit) == ("org/verifier", commit)
+        for options in ([], ["--device=auto"], ["--verifier", pair.verifier]):
+            run = speculators("evaluate", pair.draft, "--recording", recording, *options)
+            assert run.status == 0, run.stderr
+
+
 # What is refused
+
+
+def test_a_draft_that_drafts_in_a_way_of_its_own(
+    pair: Pair, recording: Path, speculators: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speculators.evaluate.scoring.drafter_of", lambda *_: object())
+    run = speculators("evaluate", pair.draft, "--recording", recording)
+    assert run.status == 1
+    assert f"{pair.draft}: a draft of the kind EagleSpeculator cannot be scored" in run.errors[0]
 
 
 def another_verifier(directory: Path) -> None:

@@ -69,7 +69,8 @@ def test_what_the_server_counts_is_reported(
         str(line["question_id"]): len(VllmServer.answer(str(line["prompt"]))) for line in PROMPTS
     }
     assert f"{result.overall.acceptance_length:.2f}" in run.stdout
-    assert f"Greedy decoding, up to 20 new tokens, by vLLM 0.99.0 at {server.url}." in run.stdout
+    assert "Greedy decoding, up to 20 new tokens, by vLLM 0.99.0." in run.stdout
+    assert f"Served at {server.url}, with a concurrency of 8." in run.stdout
     assert {body["temperature"] for body in server.requests} == {0}
 
 

@@ -25,6 +25,7 @@ from speculators.evaluate.report import (
     PromptResult,
     ProposalResult,
     Report,
+    Served,
     Summary,
 )
 
@@ -233,6 +234,8 @@ def _how(report: Report) -> Iterator[str]:
         f"{environment.where}"
         + ("." if plain is None else f"; without a draft {_number(plain, 1)} tokens/s.")
     )
+    if isinstance(environment, Served):
+        yield f"Served at {environment.url}, with a concurrency of {settings.concurrency}."
     if settings.recording is not None:
         yield f"Scored on the texts in {settings.recording}, without the verifier."
     if not report.chat_template:

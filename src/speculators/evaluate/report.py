@@ -202,8 +202,8 @@ class Served(Model):
 
     @property
     def where(self) -> str:
-        """For sentences: ``by vLLM 0.31.0 at http://localhost:8000``."""
-        return f"by vLLM {self.vllm or ''}".rstrip() + f" at {self.url}"
+        """For sentences, also public ones: ``by vLLM 0.32.0``, without the address."""
+        return f"by vLLM {self.vllm or ''}".rstrip()
 
     @property
     def conditions(self) -> str:

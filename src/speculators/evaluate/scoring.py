@@ -6,15 +6,20 @@ from pathlib import Path
 import torch
 
 from speculators import __version__
+from speculators.decode.block import BlockDrafter
 from speculators.decode.cache import BlockCache
 from speculators.decode.proposals import drafter_of
-from speculators.decode.recurrent import RecurrentDraft
+from speculators.decode.recurrent import (
+    DynamicTreeDrafter,
+    FixedTreeDrafter,
+    RecurrentDraft,
+)
 from speculators.decode.tree import EAGLE1_TREE, chain
 from speculators.errors import EvaluationError
 from speculators.evaluate.drafting import DraftedTexts
 from speculators.evaluate.evaluation import environment_of
 from speculators.evaluate.metrics import Acceptance, count_steps, expect_steps
-from speculators.evaluate.opening import Opened
+from speculators.evaluate.opening import SPREAD, Opened
 from speculators.evaluate.recording import Recording
 from speculators.evaluate.report import (
     PromptResult,
@@ -33,6 +38,9 @@ from speculators.models.speculator import Speculator
 
 __all__ = ["Scoring", "load_scored"]
 
+SCORED = (FixedTreeDrafter, DynamicTreeDrafter, BlockDrafter)
+"""The ways of drafting that ``DraftedTexts`` knows."""
+
 TEXTS = 32
 """How many texts are drafted for at the same time, at most."""
 
@@ -46,14 +54,15 @@ def load_scored(opened: Opened, recording: Recording, device: str | None = None)
     Args:
         opened: the draft and its verifier.
         recording: of that verifier.
-        device: by torch's name; if not given, one accelerator if there is any, else ``cpu``.
+        device: by torch's name; if not given, or ``auto``, one accelerator if there is any, else
+            ``cpu``.
 
     Raises:
         FormatError, CheckpointError, HubError: if it cannot be read or downloaded.
         EvaluationError: if there is no such device.
 
     """
-    place = torch_device(device)
+    place = torch_device(None if device == SPREAD else device)
     dtype = getattr(torch, recording.manifest.dtype)
     with without_progress_bar():
         draft = load_converted(opened.converted, verifier=opened.verifier, dtype=dtype)
@@ -87,11 +96,6 @@ class Scoring:
         recording: Recording,
         proposals: Sequence[ProposalMethod],
     ) -> None:
-        if not isinstance(draft, RecurrentDraft):
-            raise EvaluationError(
-                f"{opened.name}: drafts of the kind {type(draft).__name__} cannot be scored on a "
-                "recording yet; leave out --recording."
-            )
         self.opened = opened
         self.draft = draft
         self.recording = recording
@@ -101,6 +105,11 @@ class Scoring:
         recording.check_layers(draft.verifier_layers, opened.name)
         for proposal in proposals:
             drafter = drafter_of(draft, BlockCache([0]), proposal, self._warp)
+            if not isinstance(drafter, SCORED):
+                raise EvaluationError(
+                    f"{opened.name}: a draft of the kind {type(draft).__name__} cannot be scored "
+                    "on a recording; leave out --recording."
+                )
             recording.check_depth(drafter.deepest)
 
     def run(self) -> Iterator[PromptResult]:
