@@ -190,7 +190,9 @@ class Worker:
         from on_gpu.bench import device_ms
 
         found: dict[str, Any] = {}
-        for key, recording in self.draft._workspace.recordings.items():
+        workspace = self.draft._workspace
+        kept = workspace.recordings | getattr(workspace, "prompts", {})
+        for key, recording in kept.items():
             names = ("proposing", "verifying", "gathering", "graph")
             graphs = {name: getattr(recording, name, None) for name in names}
             found[str(key)] = {

@@ -308,8 +308,10 @@ class Workspace:
     Attributes:
         verifier_unrecordable: whether the verifier turned out not to be recordable; nothing is
             recorded then.
-        recordings: the ``MAX_RECORDINGS`` most recently used recordings, the latest last, keyed by
-            all that they depend on besides the models; ``None`` where nothing can be recorded.
+        recordings: the ``MAX_RECORDINGS`` most recently used recordings of steps, the latest last,
+            keyed by all that they depend on besides the models; ``None`` where a step cannot be
+            recorded.
+        prompts: likewise, of prefill.
         draft_cache: the draft's cache, which they were recorded over.
         verifier_cache: the verifier's cache, likewise.
 
@@ -319,7 +321,8 @@ class Workspace:
         self._lock = threading.Lock()
         self._models: tuple[Hashable, ...] | None = None
         self.verifier_unrecordable = False
-        self.recordings: dict[Hashable, Recording | PromptRecording | None] = {}
+        self.recordings: dict[Hashable, Recording | None] = {}
+        self.prompts: dict[Hashable, PromptRecording | None] = {}
         self.draft_cache = self.verifier_cache = BlockCache([0])
         self._known: set[Hashable] = set()
 
@@ -369,7 +372,7 @@ class Workspace:
 
     def clear(self) -> None:
         """Drop the graphs and the caches, and free their memory."""
-        self.recordings.clear()
+        self._forget()
         self.draft_cache, self.verifier_cache = BlockCache([0]), BlockCache([0])
         self._models = None
 
@@ -377,17 +380,24 @@ class Workspace:
         """Make room in both caches; the graphs are dropped if keys and values had to be moved."""
         moved = [cache.reserve(slots, rows) for cache in (self.draft_cache, self.verifier_cache)]
         if any(moved):
-            self.recordings.clear()
+            self._forget()
 
-    def recorded(self, key: Hashable, record: Callable[[], R]) -> R | None:
+    def recorded(
+        self, kept: dict[Hashable, R | None], key: Hashable, record: Callable[[], R]
+    ) -> R | None:
         """The recording for a key, made if there is none yet; ``None`` if it cannot be made.
+
+        Args:
+            kept: ``recordings`` or ``prompts``.
+            key: the key.
+            record: makes it.
 
         If proposing cannot be recorded, this holds for this key only, since a sampling setting may
         be the cause. A verifier that cannot be recorded is not tried again.
         """
-        recording: Any = None
-        if key in self.recordings:
-            recording = self.recordings.pop(key)
+        recording = None
+        if key in kept:
+            recording = kept.pop(key)
         elif not self.verifier_unrecordable:
             try:
                 recording = record()
@@ -395,11 +405,16 @@ class Workspace:
                 self.verifier_unrecordable = True
                 log_unrecordable(error, "the verifier")
             except RuntimeError as error:
-                log_unrecordable(error, "this part of a step")
-        self.recordings[key] = recording  # now the most recently used
-        if len(self.recordings) > MAX_RECORDINGS:
-            del self.recordings[next(iter(self.recordings))]
-        return recording  # type: ignore[no-any-return]
+                log_unrecordable(error, "the proposal")
+        kept[key] = recording  # now the most recently used
+        if len(kept) > MAX_RECORDINGS:
+            del kept[next(iter(kept))]
+        return recording
+
+    def _forget(self) -> None:
+        """Drop the graphs."""
+        self.recordings.clear()
+        self.prompts.clear()
 
 
 def log_unrecordable(error: RuntimeError, part: str) -> None:
@@ -459,7 +474,7 @@ class ReplayedSteps(Steps):
         shape = (self._recorded_rows, recorded, self._padded, self.verifier_pass.last_position)
         recording = None
         if self._recorded_rows * recorded <= MAX_TOKENS and self.workspace.is_known(shape):
-            recording = self.workspace.recorded(shape, lambda: self._prompt_recording(recorded))
+            recording = self.workspace.recorded(self.workspace.prompts, shape, lambda: self._prompt_recording(recorded))
         if recording is None:
             return super().prefill(tokens, attention_mask, position_ids)
         logits, self.states = recording.run(tokens, self.verifier_pass.cache.padding)
@@ -539,7 +554,7 @@ class ReplayedSteps(Steps):
             )
 
         shape = (self._recorded_rows, limit, self._padded, self.verifier_pass.last_position)
-        return self.workspace.recorded((self.proposal, shape), record)
+        return self.workspace.recorded(self.workspace.recordings, (self.proposal, shape), record)
 
     def _prompt_recording(self, length: int) -> PromptRecording:
         rows, padded = self._recorded_rows, self._padded
