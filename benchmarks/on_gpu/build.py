@@ -2,9 +2,9 @@
 
     python benchmarks/on_gpu/build.py
 
-The modules of ``speculators`` are those on PYTHONPATH. The first line of standard input is the job, as
-JSON; each further line is a task. What was measured is printed as a line of JSON for each; the first
-line says that the models are loaded.
+The modules of ``speculators`` are those on PYTHONPATH. The first line of standard input is the job,
+as JSON; each further line is a task. What was measured is printed as a line of JSON for each; the
+first line says that the models are loaded.
 """
 
 from __future__ import annotations
@@ -105,9 +105,10 @@ class Worker:
 
     def _load(self, job: dict[str, Any], work: Path) -> None:
         import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         from speculators.convert.eagle import EagleConverter
         from speculators.models.eagle import EagleSpeculator
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         verifier: Any = AutoModelForCausalLM.from_pretrained(job["verifier"], dtype=torch.bfloat16)
         self.verifier = verifier.to(self.device).eval()
@@ -126,7 +127,7 @@ class Worker:
             for messages in job["prompts"]
         ]
 
-    def padded(self, numbers: list[int]) -> tuple[Any, Any]:
+    def padded(self, numbers: list[int]) -> tuple[Any, ...]:
         """Prompts, padded at the left, and their mask."""
         import torch
 
@@ -134,7 +135,7 @@ class Worker:
         longest = max(map(len, prompts))
         ids = [[0] * (longest - len(one)) + one for one in prompts]
         mask = [[0] * (longest - len(one)) + [1] * len(one) for one in prompts]
-        return (torch.tensor(rows, device=self.device) for rows in (ids, mask))
+        return tuple(torch.tensor(rows, device=self.device) for rows in (ids, mask))
 
     def generate(self, numbers: list[int], new_tokens: int, plain: bool = False) -> dict[str, Any]:
         """Generate for prompts at once, and measure that."""
@@ -146,12 +147,13 @@ class Worker:
             "max_new_tokens": new_tokens,
             "do_sample": False,
         }
+        accepted: list[list[int]]
         torch.cuda.synchronize()
         start = time.perf_counter()
         if plain:
             sequences, accepted = self.verifier.generate(ids, **settings), []
         else:
-            result = self.draft.generate(
+            result: Any = self.draft.generate(
                 ids, num_draft_tokens=3, return_dict_in_generate=True, **settings
             )
             sequences, accepted = result.sequences, result.accepted
@@ -196,7 +198,9 @@ class Worker:
             names = ("proposing", "verifying", "gathering", "graph")
             graphs = {name: getattr(recording, name, None) for name in names}
             found[str(key)] = {
-                name: device_ms(graph.replay, self.device) for name, graph in graphs.items() if graph
+                name: device_ms(graph.replay, self.device)
+                for name, graph in graphs.items()
+                if graph
             }
         return found
 

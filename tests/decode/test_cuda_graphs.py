@@ -56,11 +56,7 @@ pairs = pytest.mark.parametrize(
     ("name", "proposal"),
     [
         *PAIRS,
-        *(
-            pytest.param(*one, marks=pytest.mark.exhaustive)
-            for one in OTHERS
-            if one not in PAIRS
-        ),
+        *(pytest.param(*one, marks=pytest.mark.exhaustive) for one in OTHERS if one not in PAIRS),
     ],
 )
 """Every proposal, and several verifiers; ``exhaustive`` has every verifier with every proposal."""
@@ -183,8 +179,11 @@ def batch_of(*lengths: int) -> tuple[Tensor, Tensor]:
 def check_batch(draft: Speculator, lengths: Sequence[int], **settings: Any) -> None:
     """As ``check_same``, for a batch of which each row ends at another time."""
     ids, mask = batch_of(*lengths)
-    settings = {"attention_mask": mask, "max_new_tokens": 30, "pad_token_id": 0} | settings
-    first = generated(draft, ids, cuda_graphs=False, **settings).sequences[0, ids.shape[1] :].tolist()
+    defaults: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 30, "pad_token_id": 0}
+    settings = defaults | settings
+    first = (
+        generated(draft, ids, cuda_graphs=False, **settings).sequences[0, ids.shape[1] :].tolist()
+    )
     settings["eos_token_id"] = max(first, key=first.index)  # the one that comes up last
     run = generated(draft, ids, cuda_graphs=False, **settings)
     for _ in range(2):  # prefill is recorded the second time
@@ -283,7 +282,8 @@ def test_replayed_draws_from_some_tokens_have_the_verifiers_distribution() -> No
             **SETTINGS["plain"],
         )
         counts.update(map(tuple, result.sequences[:, 3:].tolist()))
-        accepted += sum(result.accepted, [])
+        for row in result.accepted:
+            accepted += row
     assert list(workspace.recordings.values()) != [None]
     assert chi_square_is_likely(counts, analytic(verifier, [1, 3, 2], SETTINGS["plain"]))
     assert sum(accepted) > len(accepted) / 5
@@ -432,7 +432,8 @@ def test_replayed_draws_have_the_verifiers_distribution(name: str) -> None:
         )
         assert isinstance(result, Generation)
         counts.update(map(tuple, result.sequences[:, 3:].tolist()))
-        accepted += sum(result.accepted, [])
+        for row in result.accepted:
+            accepted += row
     assert recordings(draft) == 1
     assert chi_square_is_likely(counts, analytic(verifier, [1, 3, 2], settings))
     assert sum(accepted) > len(accepted) / 5

@@ -46,7 +46,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     assert found.shape == expected.shape
     spacing = torch.finfo(found.dtype).eps
     found, expected = found.double(), expected.double()
-    return float((found - expected).abs().mean() / expected.abs().mean() / spacing)
+    return ((found - expected).abs().mean() / expected.abs().mean() / spacing).item()
 
 
 @pytest.fixture(autouse=True)
@@ -83,13 +83,14 @@ def test_rotary_embeddings(angles: int, dtype: torch.dtype) -> None:
 
 @every_dtype
 def test_writing_to_a_cache(dtype: torch.dtype) -> None:
-    caches = [torch.zeros(2, 3, 30, 24, device=DEVICE, dtype=dtype) for _ in range(4)]
+    keys, values = (torch.zeros(2, 3, 30, 24, device=DEVICE, dtype=dtype) for _ in range(2))
+    expected_keys, expected_values = keys.clone(), values.clone()
     new_keys, new_values = heads(2, 3, 4, 24, dtype=dtype), heads(2, 3, 4, 24, dtype=dtype)
     at = torch.tensor([[3, 4, 5, 6], [20, 21, 22, 23]], device=DEVICE)
-    kernels.write(*caches[:2], new_keys, new_values, at)
-    BlockCache.write(*caches[2:], new_keys, new_values, at)
-    assert torch.equal(caches[0], caches[2])
-    assert torch.equal(caches[1], caches[3])
+    kernels.write(keys, values, new_keys, new_values, at)
+    BlockCache.write(expected_keys, expected_values, new_keys, new_values, at)
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(values, expected_values)
 
 
 @every_dtype
@@ -128,6 +129,29 @@ def test_attention(
         queries.double(), keys, values, attn_mask=~hidden[:, None], scale=0.17
     )
     assert difference(found, expected.transpose(1, 2).to(dtype)) < (1 if dtype.itemsize < 4 else 20)
+
+
+@pytest.mark.parametrize("kind", ["chain", "block", "rows", "window", "window and block"])
+@pytest.mark.parametrize("padding", [[0, 0, 0], [4, 0, 1]])
+def test_masks(kind: str, padding: list[int]) -> None:
+    cache = BlockCache(padding)
+    cache.unconfirmed = 0 if "window" in kind else 2
+    nodes = cache.unconfirmed + 5
+    lengths = torch.tensor([7, 40, 3], device=DEVICE)
+    settings: dict[str, Any] = {}
+    if "block" in kind or kind == "rows":
+        seen = torch.rand(3 if kind == "rows" else 1, 5, nodes, device=DEVICE) < 0.5
+        settings["block"] = seen
+    if "window" in kind:
+        depths = torch.randint(0, 5, (3 if "block" in kind else 1, 5), device=DEVICE)
+        settings |= {"window": 6, "depths": depths}
+    pads = torch.tensor(padding, device=DEVICE) if any(padding) else None
+    for dtype in DTYPES:
+        with cache.recording(lengths, pads, 64):
+            cache.unconfirmed = nodes - 5
+            expected = cache.mask(5, dtype, DEVICE, **settings)
+            found = fusion.mask(cache, 5, dtype, DEVICE, **settings)
+        assert torch.equal(found, expected)  # type: ignore[arg-type]
 
 
 @every_dtype

@@ -6,8 +6,8 @@ the next block. Rows of a batch may have different numbers of confirmed position
 doubles when it is full, so a position is copied at most twice on average.
 
 While a step is recorded as a CUDA graph, tensors hold the numbers of confirmed slots and of slots
-with padding, and a mask covers all slots up to a limit, so that nothing recorded depends on values on
-the host. There may be room for more rows than are in use.
+with padding, and a mask covers all slots up to a limit, so that nothing recorded depends on values
+on the host. There may be room for more rows than are in use.
 """
 
 import weakref
@@ -296,7 +296,7 @@ class BlockLayer(CacheLayerMixin):
             states.scatter_(2, _places(to.to(states.device), states), moved)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Drop all rows but these; in place, since graphs may have been recorded over the memory."""
+        """Drop all rows but these, in place, since graphs may have been recorded over them."""
         used = self.cache.start
         for states in (self.keys, self.values):
             states[: len(indices), :, :used] = states[indices, :, :used]

@@ -1,11 +1,12 @@
 """Steps of speculation as CUDA graphs, recorded once and replayed.
 
-With few prompts, a step is a thousand small kernels, which the host launches more slowly than a GPU
-runs them. A CUDA graph launches all of them at once, but always on the same memory and with the
+With few prompts, a step is a thousand small kernels, which the host launches more slowly than a
+GPU runs them. A CUDA graph launches all of them at once, but always on the same memory and with the
 same shapes. So newly confirmed tokens are padded to the longest path through a tree, numbers of
 confirmed slots are read from a tensor, attention covers a number of slots that is a power of two,
-with a mask over those that are not in use, and the number of rows is a power of two, too. Prefill is
-recorded in the same way, for prompts that are not long. What is recorded is ``fused`` first.
+with a mask over those that are not in use, and the number of rows is a power of two, too. Prefill
+is recorded in the same way, for prompts that are not long. What is recorded is fused first
+(``fusion.py``).
 
 The graphs, and the caches that they were recorded over, are kept for the next generation. Steps
 that cannot be recorded run eagerly.
@@ -474,7 +475,9 @@ class ReplayedSteps(Steps):
         shape = (self._recorded_rows, recorded, self._padded, self.verifier_pass.last_position)
         recording = None
         if self._recorded_rows * recorded <= MAX_TOKENS and self.workspace.is_known(shape):
-            recording = self.workspace.recorded(self.workspace.prompts, shape, lambda: self._prompt_recording(recorded))
+            recording = self.workspace.recorded(
+                self.workspace.prompts, shape, lambda: self._prompt_recording(recorded)
+            )
         if recording is None:
             return super().prefill(tokens, attention_mask, position_ids)
         logits, self.states = recording.run(tokens, self.verifier_pass.cache.padding)
@@ -531,8 +534,9 @@ class ReplayedSteps(Steps):
 
         Returns:
             the number of tokens that the draft has not seen, the confirmed lengths of the draft's
-            and the verifier's cache, the number of slots with padding, and the tokens, padded to the
-            longest path through a tree. Rows without a sequence have one token, at the first slot.
+            and the verifier's cache, the number of slots with padding, and the tokens, padded to
+            the longest path through a tree. Rows without a sequence have one token, at the first
+            slot.
 
         """
         longest = self.drafter.deepest + 1

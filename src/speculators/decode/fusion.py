@@ -1,9 +1,10 @@
 """Running parts of a model that transformers writes as many small kernels as one kernel each.
 
-While a step is recorded, norms, rotary embeddings, the products of gated MLPs, attention and writing
-to the cache are replaced by the functions of ``kernels``. That keeps the rest of the model's own code.
-A replacement is used only if its results equal those of what it replaces, up to the order of sums: it
-is compared the first time, on random inputs, so an unknown model runs as it is.
+While a step is recorded, norms, rotary embeddings, the products of gated MLPs, attention, its masks
+and writing to the cache are replaced by the functions of ``kernels``; the rest is the model's own
+code. A part of a model is replaced only if the results are the same up to the order of sums: both
+are compared the first time, on random inputs, so that a model that does something else runs as it
+is.
 """
 
 import sys
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache as remembered
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,8 +26,8 @@ __all__ = ["fused"]
 
 ROTARY = "apply_rotary_pos_emb"
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-"""Names in transformers' modules: of the function that rotates queries and keys, and of the table of
-attention functions."""
+"""Names in transformers' modules: of the function that rotates queries and keys, and of the table
+of attention functions."""
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 """The parts of a gated MLP."""
@@ -33,7 +35,7 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = "sdpa"
 """The attention implementation that may be replaced; others were asked for on purpose."""
 
-AGREES: dict[Hashable, bool] = {}
+AGREES: dict[tuple[type["Replacement"], Hashable], bool] = {}
 """By what was replaced and for which dtype and sizes, whether the results were the same."""
 
 
@@ -85,7 +87,33 @@ def fused(model: nn.Module, cache: BlockCache) -> Iterator[None]:
                 attention = Attention(table[ATTENTION], cache)
                 stack.enter_context(replaced(table._local_mapping, ATTENTION, attention))
         stack.enter_context(replaced(vars(cache), "write", kernels().write))
+        stack.enter_context(replaced(vars(cache), "mask", partial(mask, cache)))
         yield
+
+
+def mask(
+    cache: BlockCache,
+    queries: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    block: Tensor | None = None,
+    window: int | None = None,
+    depths: Tensor | None = None,
+) -> Tensor:
+    """See ``BlockCache.mask``."""
+    made: Tensor = kernels().mask(
+        cache.starts(device),
+        cache.padded_at(device),
+        queries,
+        cache.unconfirmed,
+        cache.end(queries),
+        dtype,
+        block,
+        window,
+        depths,
+    )
+    return made
 
 
 @contextmanager
@@ -200,7 +228,9 @@ class Norm(Replacement):
         super().__init__(module.forward)
         self.module = module
         names = ("variance_epsilon", "eps")
-        self.epsilon = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+        self.epsilon = next(
+            (getattr(module, name) for name in names if hasattr(module, name)), None
+        )
 
     def takes(self, *arguments: Any, **settings: Any) -> bool:
         weight = getattr(self.module, "weight", None)

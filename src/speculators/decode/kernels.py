@@ -1,8 +1,8 @@
 """Triton kernels for the parts of a step that transformers runs as many small ones.
 
 They round where transformers' code does, so results differ by the order of sums only. Triton comes
-with PyTorch's CUDA builds; a kernel is compiled when it is first launched, which takes some tenths of
-a second, and kept on disk.
+with PyTorch's CUDA builds; a kernel is compiled when it is first launched, which takes some tenths
+of a second, and kept on disk.
 """
 
 import os
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["attend", "gated_silu", "rms_norm", "rotate", "write"]
+__all__ = ["attend", "gated_silu", "mask", "rms_norm", "rotate", "write"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run on the CPU, one operation after the other."""
@@ -34,8 +34,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return normed.view(x.shape)
 
 
-@triton.jit
-def _rms_norm(x, weight, normed, width, epsilon, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["width"])
+def _rms_norm(x, weight, normed, width, epsilon, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -56,7 +56,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _gated_silu(gate, up, product, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gated_silu(gate, up, product, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     stored = tl.load(gate + at, mask=inside, other=0.0)
@@ -99,8 +99,8 @@ def rotate(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
     return rotated[0], rotated[1]
 
 
-@triton.jit
-def _rotate(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["heads", "length", "by_row"])
+def _rotate(
     queries,
     keys,
     cos,
@@ -175,8 +175,8 @@ def write(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, at
     )
 
 
-@triton.jit
-def _write(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["length", "size", "value_size"])
+def _write(
     keys,
     values,
     new_keys,
@@ -212,6 +212,99 @@ def _write(  # type: ignore[no-untyped-def]
         new_values + row * nv_row + head * nv_head + token * nv_token + column, mask=inside
     )
     tl.store(values + row * v_row + head * v_head + slot * v_slot + column, new, mask=inside)
+
+
+def mask(
+    starts: Tensor,
+    padded: Tensor | None,
+    queries: int,
+    unconfirmed: int,
+    slots: int,
+    dtype: torch.dtype,
+    block: Tensor | None,
+    window: int | None,
+    depths: Tensor | None,
+) -> Tensor:
+    """See ``BlockCache.mask``.
+
+    Args:
+        starts: (rows, 1), the first unconfirmed slot.
+        padded: (rows, 1), the number of slots with padding, if there are any.
+        queries: the length of the block.
+        unconfirmed: the number of unconfirmed nodes before the block.
+        slots: the number of slots.
+        dtype: of the mask.
+        block: (rows or 1, queries, nodes), of booleans.
+        window: as for ``BlockCache.mask``.
+        depths: likewise.
+
+    """
+    rows, nodes = len(starts), unconfirmed + queries
+    made = torch.empty(rows, 1, queries, slots, dtype=dtype, device=starts.device)
+    tile = min(1024, triton.next_power_of_2(slots))
+    _mask[(rows * queries, triton.cdiv(slots, tile))](
+        made,
+        starts,
+        starts if padded is None else padded,
+        starts if block is None else block.contiguous(),
+        starts if depths is None else depths.contiguous(),
+        queries,
+        unconfirmed,
+        slots,
+        0 if window is None else window,
+        0 if block is None or len(block) == 1 else queries * nodes,
+        0 if depths is None or len(depths) == 1 else nodes,
+        torch.finfo(dtype).min,
+        padded is not None,
+        block is not None,
+        window is not None,
+        tile,
+    )
+    return made
+
+
+@triton.jit(
+    do_not_specialize=["queries", "unconfirmed", "slots", "window", "block_row", "depth_row"]
+)
+def _mask(
+    made,
+    starts,
+    padded,
+    block,
+    depths,
+    queries,
+    unconfirmed,
+    slots,
+    window,
+    block_row,
+    depth_row,
+    lowest,
+    PADDED: tl.constexpr,
+    TREE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = (tl.program_id(0) // queries).to(tl.int64)
+    query = tl.program_id(0) % queries
+    slot = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    start = tl.load(starts + row)
+    node = slot - start
+    nodes = unconfirmed + queries
+    drafted = (node >= 0) & (node < nodes)
+    if TREE:
+        seen = tl.load(block + row * block_row + query * nodes + node, mask=drafted, other=0)
+        visible = (node < 0) | (seen != 0)
+    else:
+        visible = node <= unconfirmed + query
+    if PADDED:
+        visible = visible & (slot >= tl.load(padded + row))
+    if WINDOWED:
+        depth = tl.load(depths + row * depth_row + query)
+        other = tl.load(depths + row * depth_row + node, mask=drafted, other=0)
+        visible = visible & (start + depth - tl.where(drafted, start + other, slot) < window)
+    hidden = tl.where(visible, 0.0, lowest)
+    to = made + (row * queries + query) * slots + slot
+    tl.store(to, hidden.to(made.dtype.element_ty), mask=slot < slots)
 
 
 def attend(
@@ -283,8 +376,8 @@ def attend(
     return attended
 
 
-@triton.jit
-def _attend(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["length", "nodes", "rows"])
+def _attend(
     queries,
     keys,
     values,
@@ -353,9 +446,7 @@ def _attend(  # type: ignore[no-untyped-def]
             mask=used[:, None] & inside[None],
             other=0.0,
         )
-        bias = tl.load(
-            mask_base[:, None] + slot[None], mask=real[:, None] & used[None], other=0.0
-        )
+        bias = tl.load(mask_base[:, None] + slot[None], mask=real[:, None] & used[None], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee") * scale + bias.to(tl.float32)
         scores = tl.where(used[None], scores, float("-inf"))
         before = largest
@@ -383,8 +474,8 @@ def _attend(  # type: ignore[no-untyped-def]
         tl.store(scales + (split * 2 + 1) * count + result, total, mask=real)
 
 
-@triton.jit
-def _combine(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["count"])
+def _combine(
     parts, scales, attended, count, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr
 ):
     result = tl.program_id(0).to(tl.int64)

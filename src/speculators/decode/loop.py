@@ -195,7 +195,9 @@ def _decode(
                 unseen = [unseen[row] for row in remaining]
                 steps.select(remaining)
             tree = steps.propose(unseen)
-            paths, unseen = _follow(tree, *steps.verify(tree), dict(zip(steps.rows, active, strict=True)))
+            paths, unseen = _follow(
+                tree, *steps.verify(tree), dict(zip(steps.rows, active, strict=True))
+            )
             steps.keep(tree, paths)
     if streamer is not None:
         streamer.end()

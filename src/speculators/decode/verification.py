@@ -107,7 +107,7 @@ class VerifierPass:
         self._device = tokens.device
         depths = torch.arange(tokens.shape[1], device=tokens.device)[None]
         positions = self.cache.positions(depths, tokens.device).clamp(0, self.last_position)
-        only_last = {name: last for name in self.only_last}
+        only_last = dict.fromkeys(self.only_last, last)
         logits, states = self._run(tokens, self._masks(None, depths), positions, **only_last)
         return logits[:, -1] if only_last else logits[:, last].squeeze(1), states
 
