@@ -109,7 +109,8 @@ def test_attention(
 ) -> None:
     queries = heads(rows, query_heads, nodes, size, dtype=dtype)
     keys, values = (random(rows, groups, slots + 5, size, dtype=dtype) for _ in range(2))
-    starts = torch.randint(0, slots - nodes, (rows, 1), device=DEVICE)
+    # A column of a larger tensor, as in a recording.
+    starts = torch.randint(0, slots - nodes, (rows, 5), device=DEVICE)[:, 2:3]
     starts[0] = slots - nodes
     for states in (keys, values):  # what is not in use is not read
         for row, start in enumerate(starts[:, 0].tolist()):
@@ -137,7 +138,7 @@ def test_masks(kind: str, padding: list[int]) -> None:
     cache = BlockCache(padding)
     cache.unconfirmed = 0 if "window" in kind else 2
     nodes = cache.unconfirmed + 5
-    lengths = torch.tensor([7, 40, 3], device=DEVICE)
+    lengths = torch.tensor([[7, 1], [40, 2], [3, 3]], device=DEVICE)[:, 0]
     settings: dict[str, Any] = {}
     if "block" in kind or kind == "rows":
         seen = torch.rand(3 if kind == "rows" else 1, 5, nodes, device=DEVICE) < 0.5
@@ -145,7 +146,7 @@ def test_masks(kind: str, padding: list[int]) -> None:
     if "window" in kind:
         depths = torch.randint(0, 5, (3 if "block" in kind else 1, 5), device=DEVICE)
         settings |= {"window": 6, "depths": depths}
-    pads = torch.tensor(padding, device=DEVICE) if any(padding) else None
+    pads = torch.tensor([padding, padding], device=DEVICE).T[:, 0] if any(padding) else None
     for dtype in DTYPES:
         with cache.recording(lengths, pads, 64):
             cache.unconfirmed = nodes - 5

@@ -265,14 +265,14 @@ class PromptRecording:
         # By row, the place of the last token, and the number of padding tokens.
         self._ends = torch.zeros(rows, 2, dtype=torch.long, device=device)
         last, padding = self._ends[0, :1], self._ends[:, 1]
-        nothing = torch.zeros_like(padding)
+        self._nothing = torch.zeros_like(padding)  # kept, since the graph reads it
         pads = padding if padded else None
 
         def prefill() -> tuple[Tensor, Tensor]:
             cache = verifier_pass.cache
-            with cache.recording(nothing, pads, length), fused(verifier_pass.model, cache):
+            with cache.recording(self._nothing, pads, length), fused(verifier_pass.model, cache):
                 logits, states = verifier_pass.prefill_recorded(self._tokens, last)
-            with drafter.cache.recording(nothing, pads, length), fused(draft, drafter.cache):
+            with drafter.cache.recording(self._nothing, pads, length), fused(draft, drafter.cache):
                 drafter.prefill(self._tokens[:, 1:], states[:, :-1])
             return logits, states.index_select(1, last)
 

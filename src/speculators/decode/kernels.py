@@ -95,6 +95,8 @@ def rotate(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
         by_row,
         size // 2,
         triton.next_power_of_2(size // 2),
+        num_warps=1,
+        enable_fp_fusion=False,  # or a product is added before it is rounded
     )
     return rotated[0], rotated[1]
 
@@ -172,6 +174,7 @@ def write(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, at
         size,
         new_values.shape[3],
         triton.next_power_of_2(max(size, new_values.shape[3])),
+        num_warps=1,
     )
 
 
@@ -254,6 +257,8 @@ def mask(
         0 if window is None else window,
         0 if block is None or len(block) == 1 else queries * nodes,
         0 if depths is None or len(depths) == 1 else nodes,
+        starts.stride(0),
+        0 if padded is None else padded.stride(0),
         torch.finfo(dtype).min,
         padded is not None,
         block is not None,
@@ -264,7 +269,16 @@ def mask(
 
 
 @triton.jit(
-    do_not_specialize=["queries", "unconfirmed", "slots", "window", "block_row", "depth_row"]
+    do_not_specialize=[
+        "queries",
+        "unconfirmed",
+        "slots",
+        "window",
+        "block_row",
+        "depth_row",
+        "start_row",
+        "padded_row",
+    ]
 )
 def _mask(
     made,
@@ -278,6 +292,8 @@ def _mask(
     window,
     block_row,
     depth_row,
+    start_row,
+    padded_row,
     lowest,
     PADDED: tl.constexpr,
     TREE: tl.constexpr,
@@ -287,7 +303,7 @@ def _mask(
     row = (tl.program_id(0) // queries).to(tl.int64)
     query = tl.program_id(0) % queries
     slot = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    start = tl.load(starts + row)
+    start = tl.load(starts + row * start_row)
     node = slot - start
     nodes = unconfirmed + queries
     drafted = (node >= 0) & (node < nodes)
@@ -297,7 +313,7 @@ def _mask(
     else:
         visible = node <= unconfirmed + query
     if PADDED:
-        visible = visible & (slot >= tl.load(padded + row))
+        visible = visible & (slot >= tl.load(padded + row * padded_row))
     if WINDOWED:
         depth = tl.load(depths + row * depth_row + query)
         other = tl.load(depths + row * depth_row + node, mask=drafted, other=0)
@@ -357,6 +373,7 @@ def attend(
         *values.stride()[:3],
         mask.stride(0) if len(mask) > 1 else 0,
         mask.stride(2),
+        starts.stride(0),
         scale,
         length,
         nodes,
@@ -376,7 +393,7 @@ def attend(
     return attended
 
 
-@triton.jit(do_not_specialize=["length", "nodes", "rows"])
+@triton.jit(do_not_specialize=["length", "nodes", "rows", "start_row"])
 def _attend(
     queries,
     keys,
@@ -397,6 +414,7 @@ def _attend(
     v_slot,
     mask_row,
     mask_node,
+    start_row,
     scale,
     length,
     nodes,
@@ -423,7 +441,7 @@ def _attend(
     q = tl.load(
         queries + q_at[:, None] + column[None], mask=real[:, None] & inside[None], other=0.0
     )
-    end = tl.load(starts + row).to(tl.int32) + length
+    end = tl.load(starts + row * start_row).to(tl.int32) + length
     per_split = tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N
     low = split * per_split
     high = tl.minimum(end, low + per_split)
