@@ -141,6 +141,8 @@ class Worker:
         """Generate for prompts at once, and measure that."""
         import torch
 
+        from on_gpu.bench import synchronize
+
         ids, mask = self.padded(numbers)
         settings: dict[str, Any] = {
             "attention_mask": mask,
@@ -148,7 +150,7 @@ class Worker:
             "do_sample": False,
         }
         accepted: list[list[int]]
-        torch.cuda.synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         if plain:
             sequences, accepted = self.verifier.generate(ids, **settings), []
@@ -157,7 +159,7 @@ class Worker:
                 ids, num_draft_tokens=3, return_dict_in_generate=True, **settings
             )
             sequences, accepted = result.sequences, result.accepted
-        torch.cuda.synchronize()
+        synchronize(self.device)
         seconds = time.perf_counter() - start
         ends = self.verifier.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
@@ -170,7 +172,7 @@ class Worker:
             "accepted": sum(map(sum, accepted)),
             "outputs": outputs,
             "recordings": len(self.draft._workspace.recordings),
-            "memory": torch.cuda.max_memory_allocated(),
+            "memory": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
         }
 
     def profile(self, numbers: list[int], new_tokens: int) -> dict[str, Any]:

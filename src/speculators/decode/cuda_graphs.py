@@ -47,10 +47,13 @@ MIN_PROMPT = 32
 """The smallest number of tokens that prefill is recorded for."""
 
 MAX_TOKENS = 2048
-"""The greatest number of tokens in a pass that is recorded.
+"""The greatest number of tokens that the verifier runs on in a step that is recorded.
 
-Passes over more keep a GPU busy anyway, and graphs keep the memory for their results.
+Steps of more keep a GPU busy anyway, and graphs keep the memory for their results, the logits.
 """
+
+MAX_PROMPT_TOKENS = 4096
+"""Likewise for prefill, of which only few logits are kept."""
 
 HEADER = 4
 """How many numbers the host tells the graphs about each row besides tokens."""
@@ -474,7 +477,7 @@ class ReplayedSteps(Steps):
         recorded = max(MIN_PROMPT, power_of_two(length))
         shape = (self._recorded_rows, recorded, self._padded, self.verifier_pass.last_position)
         recording = None
-        if self._recorded_rows * recorded <= MAX_TOKENS and self.workspace.is_known(shape):
+        if self._recorded_rows * recorded <= MAX_PROMPT_TOKENS and self.workspace.is_known(shape):
             recording = self.workspace.recorded(
                 self.workspace.prompts, shape, lambda: self._prompt_recording(recorded)
             )
