@@ -588,6 +588,31 @@ class Once:
         """Leave the result as it is."""
 
 
+def test_what_graphs_read_lives_as_long_as_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions that were recorded are gone, and with them what only they refer to."""
+    read: list[int] = []
+
+    class Noted(Again):
+        def __init__(self, run: Callable[[], Any], device: torch.device) -> None:
+            cells = [cell.cell_contents for cell in run.__closure__ or ()]
+            read.extend(addresses(cells))
+            super().__init__(run, device)
+
+    def addresses(values: Sequence[Any]) -> list[int]:
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        return [tensor.untyped_storage().data_ptr() for tensor in tensors]
+
+    if DEVICE.type == "cpu":
+        monkeypatch.setitem(graphs.RECORDERS, "cpu", Noted)
+    _, draft = pair()
+    for _ in range(2):
+        check_batch(draft, (5, 9), proposal=PROPOSALS["chain"])
+    workspace = draft._workspace
+    kept = [*workspace.recordings.values(), *workspace.prompts.values()]
+    assert len(kept) > 1
+    assert set(read) <= {address for one in kept for address in addresses([*vars(one).values()])}
+
+
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_caches_are_freed_at_once(cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[BlockCache]] = []

@@ -33,7 +33,7 @@ from speculators.decode.tree import Tree
 from speculators.decode.verification import MASKABLE, VerifierPass
 from speculators.format.config import ProposalMethod
 
-__all__ = ["ReplayedSteps", "Workspace"]
+__all__ = ["ReplayedSteps", "Workspace", "power_of_two"]
 
 R = TypeVar("R", "Recording", "PromptRecording")
 
