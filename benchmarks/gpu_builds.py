@@ -3,6 +3,7 @@
     git worktree add .cache/before COMMIT
     python benchmarks/gpu_builds.py VERIFIER --before .cache/before/src
     python benchmarks/gpu_builds.py VERIFIER --ties benchmarks/results/gpu-builds.json
+    python benchmarks/gpu_builds.py --render benchmarks/results/gpu-builds.json
 
 VERIFIER is SmolLM2-135M-Instruct as made by `examples/make_verifier.py`; without it, a constructed
 pair is used (`on_gpu/constructed_pair.py`). Each build generates in a process of its own, greedily,
@@ -12,7 +13,8 @@ round to round. The first round, with one-time costs, is reported separately. Fo
 transformers generates for the same prompts, too.
 
 --ties examines where the outputs in the results differ, which takes no GPU: the gap between the two
-tokens there, by the verifier in float32, is added to the results.
+tokens there, by the verifier in float32, is added to the results. --render makes the tables of
+BENCHMARKS.md.
 """
 
 import argparse
@@ -22,6 +24,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from on_gpu.builds_report import render, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu-builds.json"
@@ -49,7 +53,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--logs", type=Path, help="a folder for the builds' logs")
     parser.add_argument("--ties", type=Path, metavar="RESULTS", help="examine differences")
+    parser.add_argument("--render", type=Path, metavar="RESULTS", help="make tables")
     options = parser.parse_args()
+    if options.render is not None:
+        render(json.loads(options.render.read_text(encoding="utf-8")), ROOT)
+        return 0
     if options.ties is not None:
         examine(options.ties, job_of(options))
         return 0
@@ -152,11 +160,6 @@ def compared(builds: dict[str, Any], batch: int, options: argparse.Namespace) ->
             if name == "now" or batch == 1
         }
     return result
-
-
-def speed(told: list[dict[str, Any]]) -> float:
-    """Tokens per second."""
-    return float(sum(one["tokens"] for one in told) / sum(one["seconds"] for one in told))
 
 
 def show(batch: int, result: dict[str, Any]) -> None:
