@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -192,6 +193,8 @@ def test_models_run_as_they_do(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     config = AutoConfig.for_model(name, **sizes, initializer_range=0.3)
     verifier: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     verifier.to(DEVICE).eval()
+    # Another one, in a module of transformers that has the same table of attention functions.
+    both = nn.ModuleList([verifier, tiny_verifier("qwen2").to(DEVICE)])  # type: ignore[arg-type]
     ids = prompt(12, rows=2).to(DEVICE)
     found = []
     for fuse in (False, True):
@@ -205,12 +208,14 @@ def test_models_run_as_they_do(name: str, monkeypatch: pytest.MonkeyPatch) -> No
                 "past_key_values": cache,
             }
             if fuse:
-                with fusion.fused(verifier, cache):
+                with fusion.fused(both, cache):
                     found.append(verifier(ids, **settings).logits[:, 3:])
             else:
                 found.append(verifier(ids, **settings).logits[:, 3:])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
     kinds = {kind.__name__: agrees for (kind, _), agrees in fusion.AGREES.items()}
+    originals = [key[0] for kind, key in fusion.AGREES if kind is fusion.Attention]  # type: ignore[index]
+    assert originals == [sdpa_attention_forward]
     assert kinds["Attention"]
     assert kinds["Rotary"]
     assert kinds["Norm"] == (name != "gemma2")

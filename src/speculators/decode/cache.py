@@ -35,6 +35,7 @@ class BlockCache(Cache):
         lengths: by row, the number of confirmed slots, padding included.
         unconfirmed: the number of slots after them that hold unconfirmed positions.
         min_slots: the least number of slots that each layer makes room for.
+        written: the length of the block that was written last.
 
     """
 
@@ -46,6 +47,7 @@ class BlockCache(Cache):
         self.lengths = [0] * len(self.padding)
         self.unconfirmed = 0
         self.min_slots = 0
+        self.written = 0
         self._slots: dict[tuple[int, int, torch.device], Tensor] = {}
         self._recorded: Tensor | None = None
         self._recorded_padding: Tensor | None = None
@@ -266,7 +268,7 @@ class BlockLayer(CacheLayerMixin):
         """Write a block, and return the keys and values of all slots up to its end."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = key_states.shape[2]
+        self.cache.written = length = key_states.shape[2]
         end = self.cache.end(length)
         if end > self.keys.shape[2]:
             slots = max(end + MARGIN, 2 * self.keys.shape[2], self.cache.min_slots)

@@ -78,14 +78,16 @@ def fused(model: nn.Module, cache: BlockCache) -> Iterator[None]:
         for module in model.modules():
             if (replacement := replacement_of(module)) is not None:
                 stack.enter_context(replaced(vars(module), "forward", replacement))
+        tables = {}
         for name in {type(module).__module__ for module in model.modules()}:
             names = vars(sys.modules[name])
             if ROTARY in names:
                 stack.enter_context(replaced(names, ROTARY, Rotary(names[ROTARY])))
-            if INTERFACE in names:
-                table = names[INTERFACE]
-                attention = Attention(table[ATTENTION], cache)
-                stack.enter_context(replaced(table._local_mapping, ATTENTION, attention))
+            if INTERFACE in names:  # mostly the same one
+                tables[id(names[INTERFACE])] = names[INTERFACE]
+        for table in tables.values():
+            attention = Attention(table[ATTENTION], cache)
+            stack.enter_context(replaced(table._local_mapping, ATTENTION, attention))
         stack.enter_context(replaced(vars(cache), "write", kernels().write))
         stack.enter_context(replaced(vars(cache), "mask", partial(mask, cache)))
         yield
@@ -320,7 +322,7 @@ class Attention(Replacement):
             and mask.is_floating_point()
             and keys.shape == values.shape
             and all(one.stride(-1) == 1 for one in (queries, keys, values, mask))
-            and keys.shape[2] == self.cache.end(queries.shape[2])
+            and keys.shape[2] == self.cache.end(self.cache.written)
             and not settings.get("dropout")
             and settings.get("scaling") is not None
             and settings.get("position_bias") is None
@@ -328,7 +330,7 @@ class Attention(Replacement):
 
     def run(self, *arguments: Any, **settings: Any) -> Any:
         _, queries, keys, values, mask = arguments
-        length = self.cache.unconfirmed + queries.shape[2]
+        length = self.cache.unconfirmed + self.cache.written
         starts = self.cache.starts(queries.device)
         scale = settings["scaling"]
         return kernels().attend(queries, keys, values, mask, starts, length, scale), None
