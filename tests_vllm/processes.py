@@ -10,7 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,9 @@ class Answers:
     drafts: int
     accepted: list[int]
     """How many tokens were accepted at each position."""
-    proposals: list[list[list[int]]]
-    """What was drafted for each prompt, step by step; perhaps once more after the last step."""
+    proposals: list[list[list[int]]] = field(compare=False)
+    """What was drafted for each prompt, step by step; perhaps also before the whole prompt was
+    read, and once more after the last step."""
 
     @property
     def acceptance_length(self) -> float:
