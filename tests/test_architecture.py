@@ -18,12 +18,14 @@ MAY_IMPORT = {
     "models": {"decode", "families", "format", "checkpoint", "errors"},
     "convert": {"models", "families", "format", "checkpoint", "errors"},
     "evaluate": {"decode", "models", "families", "format", "checkpoint", "errors"},
+    "chat": {"evaluate", "decode", "format"},
     "integrations": {"families", "format", "checkpoint", "errors"},
     "inspection": {"convert", "integrations", "families", "format", "checkpoint", "errors"},
     "publish": {"convert", "evaluate", "families", "format", "checkpoint", "errors"},
     "batch": {"publish", "convert", "families", "format", "checkpoint", "errors"},
     "cli": {
         "batch",
+        "chat",
         "publish",
         "evaluate",
         "inspection",
@@ -134,6 +136,6 @@ def test_torch_is_imported_at_the_top_only_where_models_are(module: str) -> None
         for module in FILES
         if module.startswith(("speculators.convert.references.", "speculators.convert.validation"))
     }
-    light = MAY_IMPORT.keys() - {"decode", "models", "evaluate", "integrations"}
+    light = MAY_IMPORT.keys() - {"decode", "models", "evaluate", "chat", "integrations"}
     if package(module) in light:
         assert not heavy or module in proof

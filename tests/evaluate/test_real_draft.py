@@ -1,5 +1,6 @@
 """The real drafts in examples/, converted and evaluated: their acceptance must not change."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import CommandLine
 from plain_draft import plain_draft, plain_norm
-from speculators.convert.eagle import EagleConverter
+from speculators.convert.conversion import convert
 from speculators.decode import Generation
 from speculators.evaluate.metrics import count_steps
 from speculators.evaluate.opening import open_draft
@@ -128,7 +129,39 @@ def test_a_trained_draft_is_accepted_as_often_as_before_conversion(
         assert (acceptance.steps, sum(acceptance.accepted)) == (len(expected), sum(expected))
 
 
-NAMES = ("eagle1", "hass", "layernorms")
+def test_the_eagle3_draft_is_accepted_as_often_as_by_its_training_code(
+    tmp_path: Path, speculators: CommandLine, verifier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``examples/measure_drafts.py`` drafts with the published tensors, without a cache."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    measure_drafts = importlib.import_module("measure_drafts")
+    published = ROOT / "examples" / "smollm2-135m-eagle3"
+    draft, report = tmp_path / "draft", tmp_path / "report"
+    converting = ("convert", "eagle3", published, draft, VERIFIER, "--no-validate")
+    assert speculators(*converting).status == 0
+    run = speculators(
+        "evaluate", draft, "--limit=1", "--max-new-tokens=24", "--acceptance-only",
+        f"--num-draft-tokens={DRAFT_TOKENS}", "--output", report,
+    )  # fmt: skip
+    assert run.status == 0, run.stderr
+    measured = Report.model_validate_json((report / "report.json").read_text())
+    acceptance = measured.prompts[0].speculative[0].acceptance
+    assert acceptance is not None
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(VERIFIER)
+    ids = tokenizer.apply_chat_template(
+        [message.model_dump() for message in read_prompts(OWN_PROMPTS)[0].messages],
+        add_generation_prompt=True,
+        return_dict=True,
+    )["input_ids"]
+    accepted = measure_drafts.accepted_by_step(
+        measure_drafts.load(published), verifier, ids, 24, DRAFT_TOKENS, tokenizer.eos_token_id
+    )
+    assert (acceptance.steps, sum(acceptance.accepted)) == (len(accepted), sum(accepted))
+    assert sum(accepted) > len(accepted) / 2
+
+
+NAMES = ("eagle1", "hass", "layernorms", "eagle3")
 METHODS = [
     ProposalMethod(speculative_tokens=1),
     ProposalMethod(speculative_tokens=4),
@@ -141,8 +174,8 @@ METHODS = [
 def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("converted")
     return {
-        name: EagleConverter().convert(
-            ROOT / "examples" / f"smollm2-135m-{name}", root / name, VERIFIER, validate=False
+        name: convert(
+            None, ROOT / "examples" / f"smollm2-135m-{name}", root / name, VERIFIER, validate=False
         )
         for name in NAMES
     }
@@ -160,12 +193,14 @@ def recording(
     """A short text; exhaustive: more of them, and longer."""
     number, tokens = request.param
     tokenizer: Any = AutoTokenizer.from_pretrained(VERIFIER)
+    config = json.loads((converted["eagle3"] / "config.json").read_text())
     return record(
         LoadedVerifier(str(VERIFIER), verifier, tokenizer),
         identify(open_draft(converted["hass"]).verifier),
         read_prompts(OWN_PROMPTS)[:number],
         Settings(prompts_total=number, max_new_tokens=tokens),
         tmp_path_factory.mktemp("recorded") / "recording",
+        layers=config["eagle_aux_hidden_state_layer_ids"],
         longest_draft=LONGEST_DRAFT,
     )
 

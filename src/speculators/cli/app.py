@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from speculators.cli import (
+    chat,
     convert,
     doctor,
     evaluate,
@@ -30,6 +31,7 @@ app.command()(inspect.inspect)
 app.command()(validate.validate)
 app.command()(evaluate.evaluate)
 app.command()(record.record)
+app.command()(chat.chat)
 app.command()(export.export)
 app.command()(publish.publish)
 app.command()(doctor.doctor)
