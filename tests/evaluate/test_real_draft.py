@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import CommandLine
 from plain_draft import plain_draft, plain_norm
-from speculators.convert.eagle import EagleConverter
+from speculators.convert.conversion import convert
 from speculators.decode import Generation
 from speculators.evaluate import evaluation
 from speculators.evaluate.metrics import count_steps
@@ -200,7 +200,7 @@ def test_the_eagle3_draft_is_accepted_as_often_as_by_its_training_code(
     assert sum(accepted) > len(accepted) / 2
 
 
-NAMES = ("eagle1", "hass", "layernorms")
+NAMES = ("eagle1", "hass", "layernorms", "eagle3")
 METHODS = [
     ProposalMethod(speculative_tokens=1),
     ProposalMethod(speculative_tokens=4),
@@ -213,8 +213,8 @@ METHODS = [
 def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("converted")
     return {
-        name: EagleConverter().convert(
-            ROOT / "examples" / f"smollm2-135m-{name}", root / name, VERIFIER, validate=False
+        name: convert(
+            None, ROOT / "examples" / f"smollm2-135m-{name}", root / name, VERIFIER, validate=False
         )
         for name in NAMES
     }
@@ -232,12 +232,14 @@ def recording(
     """A short text; exhaustive: more of them, and longer."""
     number, tokens = request.param
     tokenizer: Any = AutoTokenizer.from_pretrained(VERIFIER)
+    config = json.loads((converted["eagle3"] / "config.json").read_text())
     return record(
         LoadedVerifier(str(VERIFIER), verifier, tokenizer),
         identify(open_draft(converted["hass"]).verifier),
         read_prompts(OWN_PROMPTS)[:number],
         Settings(prompts_total=number, max_new_tokens=tokens),
         tmp_path_factory.mktemp("recorded") / "recording",
+        layers=config["eagle_aux_hidden_state_layer_ids"],
         longest_draft=LONGEST_DRAFT,
     )
 

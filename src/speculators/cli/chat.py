@@ -105,6 +105,12 @@ def chat(
         raise OutputError(f"{trace} exists; give another --trace, or --overwrite to replace it.")
     prompts = _prompts(prompt)
 
+    from speculators.evaluate.opening import check_device, open_draft, proposals_of
+
+    check_device(device)
+    opened = open_draft(directory, verifier=verifier, cache_dir=cache_dir, revision=revision)
+    [method] = proposals_of(opened.converted, proposal, [num_draft_tokens])
+
     from rich.console import Console
     from rich.text import Text
 

@@ -19,7 +19,7 @@ __all__ = ["SPREAD", "Opened", "check_device", "open_draft", "open_scored", "pro
 SPREAD = "auto"
 """The name of a device that stands for all of them."""
 
-DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia", "mlu", "musa", "xla", "meta")
+DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia", "mlu", "musa", "xla")
 """The names of torch's devices, those that come with packages of their own included."""
 
 CHAINS = ("greedy", "sampling")
