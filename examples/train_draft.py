@@ -12,7 +12,7 @@ the forms in which research code publishes such drafts:
 - layernorms: the same, with the three extra norms of the layernorm variant.
 - eagle3: EAGLE-3's training-time test (arXiv:2503.01840, section 3.2), three steps deep: the draft
   reads three of the verifier's states, learns only which token comes next, and has a head over the
-  tokens that answers are mostly made of; float16, safetensors, in SafeAILab's layout.
+  tokens that answers are mostly made of; bfloat16, safetensors, in SafeAILab's layout.
 - eagle31: the same with EAGLE-3.1's norms, in SpecForge's layout.
 
 A step of hass or layernorms costs three times as much, so these go on from the weights of eagle1
@@ -55,6 +55,9 @@ DEEPEST = 4
 
 NOISE = 0.1
 """The largest noise added to the states in training, relative to their RMS (as EAGLE does)."""
+
+ROOM = 36 * 2**30
+"""Bytes of the GPU's memory to leave for writing and training."""
 
 OPENERS = (
     *("", "", "", "", "", ""),
@@ -134,10 +137,10 @@ RECIPES = {
         layernorms=True,
         config=(("bias", False),),
     ),
-    "eagle3": Recipe(3, torch.float16, "model.safetensors", eagle3=True),
+    "eagle3": Recipe(3, torch.bfloat16, "model.safetensors", eagle3=True),
     "eagle31": Recipe(
         3,
-        torch.float16,
+        torch.bfloat16,
         "model.safetensors",
         eagle3=True,
         eagle31=True,
@@ -290,11 +293,15 @@ class Eagle3Draft(nn.Module):
 
     d2t: Tensor
     t2d: Tensor
+    scale: Tensor
 
     def __init__(self, config: dict[str, Any], recipe: Recipe, tokens: Tensor, states: int) -> None:
         super().__init__()
         hidden, eps = config["hidden_size"], config["rms_norm_eps"]
         self.fc = nn.Linear(states * hidden, hidden, bias=False)
+        # A few channels of a residual stream are a thousand times larger than the others. While
+        # the draft is trained, they are all of one size; what is published has it in fc.
+        self.register_buffer("scale", torch.ones(states * hidden), persistent=False)
         self.fc_norm = (
             nn.ModuleList(nn.RMSNorm(hidden, eps) for _ in range(states))
             if recipe.eagle31
@@ -314,12 +321,16 @@ class Eagle3Draft(nn.Module):
             parts = states.chunk(len(self.fc_norm), -1)
             normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
             states = torch.cat(normed, -1)
-        read: Tensor = self.fc(states)
+        read: Tensor = self.fc(states * self.scale)
         return read.float()
 
     def fed_back(self, x: Tensor) -> Tensor:
         """What the layer's output becomes for its next step."""
         return x if self.fc_norm is None else cast(Tensor, self.norm(x))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is published."""
+        return self.state_dict() | {"fc.weight": self.fc.weight.detach() * self.scale}
 
     def own(self, tokens: Tensor) -> Tensor:
         """Its own ids of the verifier's tokens, -1 for those that it does not have."""
@@ -734,18 +745,25 @@ def begin_eagle3(
 ) -> None:
     """Start from the verifier's final norm and its head's rows, or from another draft's weights.
 
-    Norms on the states start as in ``start_from``.
+    What the states are scaled by, or multiplied with after their norms, gives all channels the same
+    size at first.
     """
     numbers = torch.arange(len(draft.d2t), device=draft.d2t.device)
     draft.lm_head.weight.copy_(verifier.lm_head.weight[numbers + draft.d2t])
     draft.norm.weight.copy_(verifier.model.norm.weight)
     if weights:
         draft.load_state_dict(weights, strict=False)
-    if draft.fc_norm is not None:
-        states = data.states[:64, :, -draft.fc.in_features :].float()
-        for norm, part in zip(draft.fc_norm, states.chunk(len(draft.fc_norm), -1), strict=True):
-            assert isinstance(norm, nn.RMSNorm)
-            norm.weight.fill_(part.square().mean(-1).sqrt().median())
+    columns = torch.arange(data.ids.shape[1], device=data.ids.device)
+    seen = (columns > 0) & (columns < (data.begin + data.size)[:, None])  # the first is an outlier
+    states = data.states[:64, :, -draft.fc.in_features :][seen[:64]].float()
+    sizes = states.square().mean(0).sqrt().clamp(min=1e-3)
+    if draft.fc_norm is None:
+        draft.scale.copy_(1 / sizes)
+        return
+    parts = states.chunk(len(draft.fc_norm), -1)
+    for norm, part, size in zip(draft.fc_norm, parts, sizes.chunk(len(draft.fc_norm)), strict=True):
+        assert isinstance(norm, nn.RMSNorm)
+        norm.weight.copy_(part.square().mean(-1).sqrt().median() / size)
 
 
 def in_answers(data: list[Conversations]) -> Tensor:
@@ -885,8 +903,8 @@ def converse(
         full = False
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-            free, memory = torch.cuda.mem_get_info()
-            full = free < 0.4 * memory
+            free, _total = torch.cuda.mem_get_info()
+            full = free < ROOM
         if batch == 0 or (data and (full or now - began + longest > options.data_seconds)):
             return held_out, data
 
@@ -896,10 +914,11 @@ def publish(directory: Path, draft: nn.Module, config: dict[str, Any], recipe: R
     directory.mkdir(parents=True, exist_ok=True)
     published = {key: value for key, value in config.items() if key != "head_dim"}
     published["torch_dtype"] = str(recipe.dtype).removeprefix("torch.")
+    stored = draft.tensors() if isinstance(draft, Eagle3Draft) else draft.state_dict()
     (directory / "config.json").write_text(json.dumps(published, indent=2) + "\n")
     tensors = {
         name: (tensor.to(recipe.dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
-        for name, tensor in draft.state_dict().items()
+        for name, tensor in stored.items()
     }
     unfinished = directory / f"{recipe.file}.part"
     if recipe.file.endswith(".bin"):
@@ -982,8 +1001,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4096, help="conversations written at a time")
     parser.add_argument("--question", type=int, default=80, help="tokens at most")
     parser.add_argument("--answer", type=int, default=256, help="tokens at most")
-    parser.add_argument("--drafted", type=int, default=5120, help="tokens of an EAGLE-3 vocabulary")
-    parser.add_argument("--mlp", type=int, default=1280, help="width of an EAGLE-3 MLP")
+    parser.add_argument("--drafted", type=int, default=7168, help="tokens of an EAGLE-3 vocabulary")
+    parser.add_argument("--mlp", type=int, default=768, help="width of an EAGLE-3 MLP")
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
 

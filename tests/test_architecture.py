@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "models": {"decode", "families", "format", "checkpoint", "errors"},
     "convert": {"models", "families", "format", "checkpoint", "errors"},
     "evaluate": {"decode", "models", "families", "format", "checkpoint", "errors"},
+    "chat": {"evaluate", "decode", "format"},
     "integrations": {"families", "format", "checkpoint", "errors"},
     "inspection": {"convert", "integrations", "families", "format", "checkpoint", "errors"},
     "publish": {"convert", "evaluate", "families", "format", "checkpoint", "errors"},
@@ -25,6 +26,7 @@ MAY_IMPORT = {
     "batch": {"publish", "convert", "families", "format", "checkpoint", "errors"},
     "cli": {
         "batch",
+        "chat",
         "comparison",
         "publish",
         "evaluate",
@@ -142,6 +144,6 @@ def test_torch_is_imported_at_the_top_only_where_models_are(module: str) -> None
             )
         )
     }
-    light = MAY_IMPORT.keys() - {"decode", "models", "evaluate", "integrations"}
+    light = MAY_IMPORT.keys() - {"decode", "models", "evaluate", "chat", "integrations"}
     if package(module) in light:
         assert not heavy or module in proof

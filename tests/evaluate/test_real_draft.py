@@ -1,5 +1,6 @@
 """The real drafts in examples/, converted and evaluated: their acceptance must not change."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,34 @@ def test_a_trained_draft_is_accepted_as_often_as_before_conversion(
         expected = plain_acceptance(verifier, tensors, config, ids, tokens)
         acceptance = found.speculative[0].acceptance
         assert (acceptance.steps, sum(acceptance.accepted)) == (len(expected), sum(expected))
+
+
+def test_the_eagle3_draft_is_accepted_as_often_as_by_its_training_code(
+    tmp_path: Path, speculators: CommandLine, verifier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``examples/measure_drafts.py`` drafts with the published tensors, without a cache."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    measure_drafts = importlib.import_module("measure_drafts")
+    published = ROOT / "examples" / "smollm2-135m-eagle3"
+    draft, report = tmp_path / "draft", tmp_path / "report"
+    converting = ("convert", "eagle3", published, draft, VERIFIER, "--no-validate")
+    assert speculators(*converting).status == 0
+    run = speculators(
+        "evaluate", draft, "--limit=1", "--max-new-tokens=24", "--acceptance-only",
+        f"--num-draft-tokens={DRAFT_TOKENS}", "--output", report,
+    )  # fmt: skip
+    assert run.status == 0, run.stderr
+    measured = Report.model_validate_json((report / "report.json").read_text())
+    acceptance = measured.prompts[0].speculative[0].acceptance
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(VERIFIER)
+    ids = tokenizer.apply_chat_template(
+        [message.model_dump() for message in read_prompts(OWN_PROMPTS)[0].messages],
+        add_generation_prompt=True,
+        return_dict=True,
+    )["input_ids"]
+    accepted = measure_drafts.accepted_by_step(
+        measure_drafts.load(published), verifier, ids, 24, DRAFT_TOKENS, tokenizer.eos_token_id
+    )
+    assert (acceptance.steps, sum(acceptance.accepted)) == (len(accepted), sum(accepted))
+    assert sum(accepted) > len(accepted) / 2

@@ -6,6 +6,7 @@ import typer
 
 from speculators.cli import (
     batch,
+    chat,
     convert,
     diff,
     doctor,
@@ -34,6 +35,7 @@ app.command()(inspect.inspect)
 app.command()(validate.validate)
 app.command()(diff.diff)
 app.command()(evaluate.evaluate)
+app.command()(chat.chat)
 app.command()(export.export)
 app.command()(publish.publish)
 app.command()(doctor.doctor)

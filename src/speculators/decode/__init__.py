@@ -2,6 +2,6 @@
 
 from speculators.decode.cuda_graphs import Workspace
 from speculators.decode.drafter import Draft
-from speculators.decode.loop import Generation, speculate
+from speculators.decode.loop import Generation, VerifiedStep, speculate
 
-__all__ = ["Draft", "Generation", "Workspace", "speculate"]
+__all__ = ["Draft", "Generation", "VerifiedStep", "Workspace", "speculate"]

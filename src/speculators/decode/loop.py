@@ -37,7 +37,7 @@ from speculators.decode.tree import Tree
 from speculators.decode.verification import VerifierPass, children_of, depth_of, walk
 from speculators.format.config import ProposalMethod
 
-__all__ = ["Generation", "speculate"]
+__all__ = ["Generation", "VerifiedStep", "speculate"]
 
 
 @dataclass
@@ -62,6 +62,30 @@ class Generation:
     offered: list[list[int]]
 
 
+@dataclass(frozen=True, slots=True)
+class VerifiedStep:
+    """What was proposed for one prompt in a step, and what the verifier made of it.
+
+    The prefill counts as a step without proposals here.
+
+    Attributes:
+        prompt: which of the prompts.
+        drafted: the proposed tokens, by the verifier's ids, parents before their children.
+        parents: for each of them, the index of its parent among them; -1 for those that follow the
+            last confirmed token.
+        accepted: the indices of those that the verifier accepted, in order.
+        added: the tokens that were added to the sequence: the accepted ones and one of the
+            verifier's own, or fewer if the sequence ended before.
+
+    """
+
+    prompt: int
+    drafted: tuple[int, ...]
+    parents: tuple[int, ...]
+    accepted: tuple[int, ...]
+    added: tuple[int, ...]
+
+
 def speculate(
     draft: Draft,
     verifier: PreTrainedModel,
@@ -72,6 +96,7 @@ def speculate(
     generation: GenerationConfig | None = None,
     streamer: BaseStreamer | None = None,
     workspace: Workspace | None = None,
+    on_step: Callable[[VerifiedStep], None] | None = None,
     **settings: Any,
 ) -> Generation:
     """Generate what the verifier's own ``generate`` would, in fewer passes of the verifier.
@@ -86,6 +111,7 @@ def speculate(
         streamer: receives each token as the verifier confirms it; for a single prompt only.
         workspace: keeps what the next generation with both models can reuse, and lets steps be
             replayed as CUDA graphs where possible.
+        on_step: called after each step, for each prompt that has not ended.
         **settings: further arguments of the verifier's ``generate``.
 
     Raises:
@@ -112,7 +138,12 @@ def speculate(
         # ``generate`` puts the prompt into the streamer, but does not pass the streamer on.
         streamer=streamer,
         custom_generate=partial(
-            _decode, draft=draft, proposal=proposal, streamer=streamer, workspace=workspace
+            _decode,
+            draft=draft,
+            proposal=proposal,
+            streamer=streamer,
+            workspace=workspace,
+            on_step=on_step,
         ),
         **settings,
     )
@@ -124,26 +155,53 @@ class Continuation:
     """One prompt and the tokens generated for it so far.
 
     Attributes:
+        prompt: its number.
         tokens: of both, padding included.
         choice: how the verifier chooses its tokens.
         stopping: tells when it ends.
         streamer: receives each new token.
+        on_step: as for ``speculate``.
         ended: whether it has ended.
         accepted: as for ``Generation``.
         offered: as for ``Generation``.
 
     """
 
+    prompt: int
     tokens: list[int]
     choice: Choice
     stopping: Stopping
     streamer: BaseStreamer | None
+    on_step: Callable[[VerifiedStep], None] | None
     ended: bool = False
     accepted: list[int] = field(default_factory=list)
     offered: list[int] = field(default_factory=list)
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Add tokens, up to the one that ends the sequence."""
+    def extend(
+        self,
+        tokens: Sequence[int],
+        drafted: Sequence[int] = (),
+        parents: Sequence[int] = (),
+        accepted: Sequence[int] = (),
+    ) -> None:
+        """Add the tokens of a step, up to the one that ends the sequence.
+
+        Args:
+            tokens: those that the verifier chose.
+            drafted: as for ``VerifiedStep``, as are the others.
+            parents: of the drafted tokens.
+            accepted: among the drafted tokens.
+
+        """
+        before = len(self.tokens)
+        self._add(tokens)
+        if self.on_step is not None:
+            added = tuple(self.tokens[before:])
+            self.on_step(
+                VerifiedStep(self.prompt, tuple(drafted), tuple(parents), tuple(accepted), added)
+            )
+
+    def _add(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             self.tokens.append(token)
             if self.streamer is not None:
@@ -164,6 +222,7 @@ def _decode(
     proposal: ProposalMethod,
     streamer: BaseStreamer | None,
     workspace: Workspace | None,
+    on_step: Callable[[VerifiedStep], None] | None,
     **inputs: Any,
 ) -> Generation:
     """The decoding loop that transformers' ``generate`` calls once it has prepared its inputs."""
@@ -179,7 +238,12 @@ def _decode(
 
     continuations = [
         Continuation(
-            tokens, Choice(for_row(logits_processor, row), do_sample, device), stopping, streamer
+            row,
+            tokens,
+            Choice(for_row(logits_processor, row), do_sample, device),
+            stopping,
+            streamer,
+            on_step,
         )
         for row, tokens in enumerate(input_ids.tolist())
     ]
@@ -260,7 +324,12 @@ def _follow(
         path, drawn = walk(children_of(tokens[row], parents[row]), choose)
         continuation.accepted.append(len(path) - 1)
         continuation.offered.append(depth_of(parents[row]))
-        continuation.extend(drawn)
+        continuation.extend(
+            drawn,
+            drafted=tokens[row][1:],
+            parents=[parent - 1 for parent in parents[row][1:]],
+            accepted=[node - 1 for node in path[1:]],
+        )
         paths.append(path)
         chosen.append(drawn)
     return paths, chosen

@@ -25,7 +25,7 @@ from speculators.checkpoint.hub.upload import SAVED, check_upload, upload
 from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.tensor import describe_shape
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.decode import Generation, Workspace, speculate
+from speculators.decode import Generation, VerifiedStep, Workspace, speculate
 from speculators.errors import (
     FormatError,
     GenerationError,
@@ -537,6 +537,7 @@ class Speculator(PreTrainedModel, ABC):
         num_draft_tokens: int | None = None,
         generation_config: GenerationConfig | None = None,
         cuda_graphs: bool = True,
+        on_step: Callable[[VerifiedStep], None] | None = None,
         **kwargs: Any,
     ) -> Tensor | Generation:
         """Generate what the attached verifier's own ``generate`` would, in fewer verifier passes.
@@ -554,6 +555,8 @@ class Speculator(PreTrainedModel, ABC):
             cuda_graphs: replay steps as CUDA graphs where possible: for a single prompt, with both
                 models on one GPU. The graphs and their caches are kept for later calls, until
                 another verifier is attached.
+            on_step: called after each pass of the verifier, for each prompt that has not ended,
+                with what was proposed and what was accepted.
             **kwargs: as for the verifier's ``generate``: ``attention_mask``, ``max_new_tokens``,
                 ``eos_token_id``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
                 ``streamer``, ``return_dict_in_generate``, ...
@@ -583,6 +586,7 @@ class Speculator(PreTrainedModel, ABC):
             proposal=self.proposal_method(proposal, num_draft_tokens),
             generation=generation_config,
             workspace=self._workspace if cuda_graphs else None,
+            on_step=on_step,
             **kwargs,
         )
         asked = [

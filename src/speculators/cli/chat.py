@@ -1,0 +1,192 @@
+"""`speculators chat`: talk to the verifier, and see what its draft gets right."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from speculators.cli.shared import CacheDir, DType
+
+if TYPE_CHECKING:
+    from speculators.chat.answer import Answer
+
+__all__ = ["chat"]
+
+
+def chat(
+    directory: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR", help="The converted draft: a directory or a Hugging Face id."
+        ),
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer this, and end. Without it, lines are read from the terminal until Ctrl-D, "
+            "or all of standard input is one prompt.",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="A system message to begin with.", show_default=False)
+    ] = None,
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            help="The verifier: a directory or a Hugging Face id. By default the one that the "
+            "draft's config names.",
+            show_default=False,
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write a page that shows each step: what was proposed, and what was accepted.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --trace: replace the file if it exists.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The longest answer, in tokens.")
+    ] = 512,
+    proposal: Annotated[
+        Literal["greedy", "sampling", "static_tree", "dynamic_tree"] | None,
+        typer.Option(
+            help="How to propose tokens. By default as the draft's config says.", show_default=False
+        ),
+    ] = None,
+    num_draft_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            min=1,
+            help="How many tokens to draft per verification step. By default as the draft's config "
+            "says.",
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="For sampling; 0 means greedy decoding.")
+    ] = 0.0,
+    dtype: Annotated[
+        Literal["auto", DType],
+        typer.Option(
+            metavar="TYPE",
+            help="The type that both models run in: float16, bfloat16 or float32, for short fp16, "
+            "bf16 or fp32; auto is the one the verifier is stored in.",
+        ),
+    ] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="A torch device, such as cpu or cuda:1; auto spreads the verifier over all "
+            "accelerators. By default one accelerator, if any.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_dir: CacheDir = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False),
+    ] = None,
+) -> None:
+    """Talk to the verifier, and see which tokens its draft got right.
+
+    The text appears as it is decoded: green what the draft proposed and the verifier accepted,
+    plain what the verifier chose itself.
+
+    For example:
+
+    speculators chat ./converted --prompt "Why is the sky blue?" --trace sky.html
+    """
+    from speculators.errors import OutputError
+
+    if overwrite and trace is None:
+        raise typer.BadParameter("--overwrite only works with --trace.")
+    if trace is not None and trace.exists() and not (overwrite and trace.is_file()):
+        raise OutputError(f"{trace} exists; give another --trace, or --overwrite to replace it.")
+    prompts = _prompts(prompt)
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from speculators.chat.session import Session
+    from speculators.checkpoint.tensor import FLOATS, stored_float
+    from speculators.evaluate.subject import load_subject
+
+    subject = load_subject(
+        directory,
+        verifier=verifier,
+        dtype=dtype if dtype == "auto" else FLOATS[stored_float(dtype)].name,
+        device=device,
+        cache_dir=cache_dir,
+        revision=revision,
+    )
+    method = subject.draft.proposal_method(proposal, num_draft_tokens)
+    session = Session(
+        subject, method, system=system, max_new_tokens=max_new_tokens, temperature=temperature
+    )
+    console, answers = Console(highlight=False, soft_wrap=True), list["Answer"]()
+    try:
+        for said in prompts:
+            answer = session.answer(
+                said,
+                lambda piece: console.print(
+                    Text(piece.text, style="green" if piece.drafted else ""), end=""
+                ),
+            )
+            answers.append(answer)
+            console.print()
+            console.print(_summary(answer), style="dim")
+    finally:  # also when the conversation was interrupted
+        if trace is not None and answers:
+            _write_trace(trace, subject.name, subject.verifier_name, answers)
+
+
+def _prompts(given: str | None) -> Iterator[str]:
+    """What to answer: the one given, each line typed, or all of standard input."""
+    if given is not None:
+        yield given
+    elif not sys.stdin.isatty():
+        yield sys.stdin.read()
+    else:
+        import readline  # noqa: F401  (lets input() edit lines)
+
+        while True:
+            try:
+                said = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            if said:
+                yield said
+
+
+def _summary(answer: "Answer") -> str:
+    parts = [f"{answer.tokens} tokens, {answer.tokens / answer.seconds:.1f} per second"]
+    if (length := answer.acceptance_length) is not None:
+        accepted = sum(step.accepted for step in answer.steps)
+        parts.append(f"acceptance length {length:.2f}, {accepted} of them drafted")
+    return "; ".join(parts)
+
+
+def _write_trace(file: Path, draft: str, verifier: str, answers: "list[Answer]") -> None:
+    from loguru import logger
+
+    from speculators.chat.trace import trace_page
+    from speculators.errors import OutputError
+
+    page = trace_page(f"What {draft} drafted", [("draft", draft), ("verifier", verifier)], answers)
+    unfinished = file.with_name(f".{file.name}.part")
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        unfinished.replace(file)
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror}.") from error
+    logger.success(f"Saved to: {file}")
