@@ -90,6 +90,17 @@ def test_only_the_bytes_of_the_tensors_are_fetched(
     assert not list((cache / "hub").rglob(FILE))
 
 
+def test_a_token_that_is_given(server: HubServer, directory: Path, tmp_path: Path) -> None:
+    """It is sent with every request, whatever the environment has."""
+    server.add_repo("org/private", directory, private=True)
+    with pytest.raises(HubError, match="set HF_TOKEN if the repository is private"):
+        HubRepository("org/private", cache_dir=tmp_path / "none").part(FILE, [HEAD])
+    part = HubRepository("org/private", token=MEMBER).part(FILE, [HEAD])
+    assert part is not None
+    assert_holds(part, HEAD)
+    assert ranges(server)[-1] == 320 * 64 * 4
+
+
 def test_several_tensors_in_one_file(server: HubServer) -> None:
     assert_holds(fetch(EMBEDDING, "empty", HEAD), HEAD, EMBEDDING, "empty")
     assert len(ranges(server)) == 3

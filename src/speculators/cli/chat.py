@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from speculators.cli.decoding import DTYPES, Device, DType
+from speculators.cli.decoding import Device, RunDType, dtype_name
 from speculators.cli.shared import CacheDir
 
 if TYPE_CHECKING:
@@ -75,12 +75,7 @@ def chat(
     temperature: Annotated[
         float, typer.Option(min=0.0, help="For sampling; 0 means greedy decoding.")
     ] = 0.0,
-    dtype: Annotated[
-        DType,
-        typer.Option(
-            help="The type that both models run in; auto is the one the verifier is stored in."
-        ),
-    ] = "auto",
+    dtype: RunDType = "auto",
     device: Device = None,
     cache_dir: CacheDir = None,
     revision: Annotated[
@@ -123,9 +118,7 @@ def chat(
     from speculators.chat.session import Session
     from speculators.evaluate.subject import load_subject
 
-    subject = load_subject(
-        opened, dtype=DTYPES.get(dtype, dtype), device=device, cache_dir=cache_dir
-    )
+    subject = load_subject(opened, dtype=dtype_name(dtype), device=device, cache_dir=cache_dir)
     session = Session(
         subject, method, system=system, max_new_tokens=max_new_tokens, temperature=temperature
     )

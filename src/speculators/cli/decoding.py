@@ -6,30 +6,36 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from speculators.cli.shared import DType
+
 if TYPE_CHECKING:
     from speculators.evaluate.prompts import Prompt
     from speculators.evaluate.report import Settings
 
 __all__ = [
-    "DTYPES",
-    "DType",
     "Device",
     "Limit",
     "MaxNewTokens",
     "Prompts",
+    "RunDType",
     "Seed",
     "Temperature",
     "TopP",
+    "dtype_name",
     "read_selected",
     "settings_of",
 ]
 
 MAX_NEW_TOKENS = 256
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""Short names of dtypes → torch's."""
-
-DType = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+RunDType = Annotated[
+    Literal["auto", DType],
+    typer.Option(
+        metavar="TYPE",
+        help="The type to run in: float16, bfloat16 or float32, for short fp16, bf16 "
+        "or fp32; auto is the one that the verifier is stored in.",
+    ),
+]
 Prompts = Annotated[
     Path | None,
     typer.Option(
@@ -69,6 +75,13 @@ Device = Annotated[
         show_default=False,
     ),
 ]
+
+
+def dtype_name(dtype: str) -> str:
+    """Torch's name of the dtype that an option says, or ``auto``."""
+    from speculators.checkpoint.tensor import FLOATS, stored_float
+
+    return dtype if dtype == "auto" else FLOATS[stored_float(dtype)].name
 
 
 def read_selected(prompts: Path | None, limit: int | None) -> "list[Prompt]":

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from speculators.cli.decoding import (
-    DTYPES,
     Device,
-    DType,
     Limit,
     MaxNewTokens,
     Prompts,
+    RunDType,
     Seed,
     Temperature,
     TopP,
+    dtype_name,
     read_selected,
     settings_of,
 )
@@ -114,12 +114,7 @@ def evaluate(
             help="Skip plain decoding: no speed-up is measured and no outputs are compared.",
         ),
     ] = False,
-    dtype: Annotated[
-        DType,
-        typer.Option(
-            help="The type that both models run in; auto is the one the verifier is stored in."
-        ),
-    ] = "auto",
+    dtype: RunDType = "auto",
     device: Device = None,
     cache_dir: CacheDir = None,
     revision: Annotated[
@@ -176,7 +171,7 @@ def evaluate(
     if output is not None:
         check_output(output, overwrite=overwrite, marker=COMPARISON if several else REPORT)
     check_device(device)
-    wanted_dtype = DTYPES.get(dtype, dtype)
+    wanted_dtype = dtype_name(dtype)
     place: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision}
     reports: list[Report] = []
     reporting = _reporting(reports, several, as_json, output, overwrite)

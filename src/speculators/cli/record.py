@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from speculators.cli.decoding import (
-    DTYPES,
     Device,
-    DType,
     Limit,
     MaxNewTokens,
     Prompts,
+    RunDType,
     Seed,
     Temperature,
     TopP,
+    dtype_name,
     read_selected,
     settings_of,
 )
@@ -62,10 +62,7 @@ def record(
     batch_size: Annotated[
         int, typer.Option(min=1, help="How many prompts are decoded at the same time.")
     ] = 16,
-    dtype: Annotated[
-        DType,
-        typer.Option(help="The type that the verifier runs in; auto is the one it is stored in."),
-    ] = "auto",
+    dtype: RunDType = "auto",
     device: Device = None,
     cache_dir: CacheDir = None,
     overwrite: Annotated[
@@ -98,7 +95,7 @@ def record(
     check_device(device)
     selected = read_selected(prompts, limit)
     settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
-    dtype_name = DTYPES.get(dtype, dtype)
+    wanted_dtype = dtype_name(dtype)
     opened = open_verifier(base_model, cache_dir=cache_dir)
     identity = identify(opened)
     existing: Recording | None = None
@@ -113,7 +110,7 @@ def record(
             top_p=settings.top_p,
             seed=settings.seed,
             longest_draft=longest_draft,
-            dtype=None if dtype_name == "auto" else dtype_name,
+            dtype=None if dtype_name == "auto" else wanted_dtype,
         )
         dtype_name = existing.manifest.dtype
         if not wanted - {*existing.manifest.layers}:
@@ -132,7 +129,7 @@ def record(
     from speculators.evaluate.subject import load_verifier
 
     verifier = load_verifier(
-        opened, base_model, dtype=dtype_name, device=device, cache_dir=cache_dir
+        opened, base_model, dtype=wanted_dtype, device=device, cache_dir=cache_dir
     )
     with recording_bar(len(selected)) as (moved, done):
         if existing is not None:
