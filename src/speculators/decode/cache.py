@@ -5,8 +5,9 @@ is written after the confirmed slots of each row; slots that are not confirmed a
 the next block. Rows of a batch may have different numbers of confirmed positions. The memory
 doubles when it is full, so a position is copied at most twice on average.
 
-While a step is recorded as a CUDA graph, a tensor holds the number of confirmed slots and a mask
-covers all slots up to a limit, so that nothing recorded depends on values on the host.
+While a step is recorded as a CUDA graph, tensors hold the numbers of confirmed slots and of slots
+with padding, and a mask covers all slots up to a limit, so that nothing recorded depends on values
+on the host. There may be room for more rows than are in use.
 """
 
 import weakref
@@ -34,6 +35,7 @@ class BlockCache(Cache):
         lengths: by row, the number of confirmed slots, padding included.
         unconfirmed: the number of slots after them that hold unconfirmed positions.
         min_slots: the least number of slots that each layer makes room for.
+        written: the length of the block that was written last.
 
     """
 
@@ -45,9 +47,18 @@ class BlockCache(Cache):
         self.lengths = [0] * len(self.padding)
         self.unconfirmed = 0
         self.min_slots = 0
+        self.written = 0
         self._slots: dict[tuple[int, int, torch.device], Tensor] = {}
         self._recorded: Tensor | None = None
+        self._recorded_padding: Tensor | None = None
         self._limit = 0
+
+    def restart(self, padding: Sequence[int]) -> None:
+        """Forget all positions, and keep the memory for other prompts."""
+        self.padding = list(padding)
+        self.lengths = [0] * len(self.padding)
+        self.unconfirmed = self.min_slots = 0
+        self._slots.clear()
 
     @property
     def is_aligned(self) -> bool:
@@ -74,27 +85,44 @@ class BlockCache(Cache):
             return self._recorded[:, None]
         return torch.tensor(self.lengths, device=device)[:, None]
 
-    def reserve(self, slots: int) -> bool:
-        """Make room for this many slots; return whether keys and values had to be moved."""
+    def padded_at(self, device: torch.device) -> Tensor | None:
+        """(rows, 1): the number of slots with padding; ``None`` if there are none in any row."""
+        if self._recorded is not None:
+            return None if self._recorded_padding is None else self._recorded_padding[:, None]
+        if not any(self.padding):
+            return None
+        return torch.tensor(self.padding, device=device)[:, None]
+
+    def reserve(self, slots: int, rows: int) -> bool:
+        """Make room for this many slots in each row, and for this many rows.
+
+        They must cover what is confirmed. If there is no room, there is none for more afterwards,
+        but for what was reserved since ``restart``: long prompts and many of them do not add up.
+
+        Returns:
+            whether keys and values had to be moved.
+
+        """
         self.min_slots = max(self.min_slots, slots)
-        moved = [layer.reserve(slots) for layer in self.layers]  # type: ignore[union-attr]
+        moved = [layer.reserve(self.min_slots, rows) for layer in self.layers]  # type: ignore[union-attr]
         return any(moved)
 
     @contextmanager
-    def recording(self, lengths: Tensor, limit: int) -> Iterator[None]:
-        """Take confirmed lengths from a tensor, and let blocks attend to all slots up to a limit.
+    def recording(self, lengths: Tensor, padding: Tensor | None, limit: int) -> Iterator[None]:
+        """Take the state of each row from tensors; blocks attend to all slots up to a limit.
 
         Args:
             lengths: (rows), used in place of the attribute ``lengths``, which does not change.
+            padding: (rows), likewise; ``None`` if no row has any.
             limit: no block may end after this many slots; there must be room for them.
 
         """
-        self._recorded, self._limit = lengths, limit
+        self._recorded, self._recorded_padding, self._limit = lengths, padding, limit
         self._slots.clear()
         try:
             yield
         finally:
-            self._recorded, self.unconfirmed = None, 0
+            self._recorded, self._recorded_padding, self.unconfirmed = None, None, 0
             self._slots.clear()
 
     def next_slots(self, length: int, device: torch.device) -> Tensor:
@@ -110,10 +138,9 @@ class BlockCache(Cache):
 
         A single depth gives (rows, 1). Depth 0 is the first unconfirmed position.
         """
-        if not any(self.padding):
-            return self.starts(device) + depths
-        first = [length - pad for length, pad in zip(self.lengths, self.padding, strict=True)]
-        return torch.tensor(first, device=device)[:, None] + depths
+        padded = self.padded_at(device)
+        starts = self.starts(device)
+        return (starts if padded is None else starts - padded) + depths
 
     def mask(
         self,
@@ -146,8 +173,8 @@ class BlockCache(Cache):
         """
         if block is None and self.is_dense:
             return None
-        rows, nodes = len(self.lengths), self.unconfirmed + queries
-        starts = self.starts(device)
+        starts, padded = self.starts(device), self.padded_at(device)
+        rows, nodes = len(starts), self.unconfirmed + queries
         slots = torch.arange(self.end(queries), device=device)
         at = starts + slots[:nodes]
         if block is None:
@@ -156,8 +183,8 @@ class BlockCache(Cache):
             hidden = (slots >= starts)[:, None].repeat(1, queries, 1)
             places = at[:, None].expand(-1, queries, -1)
             hidden.scatter_(2, places, ~block.expand(rows, -1, -1))
-        if any(self.padding):
-            hidden = hidden | (slots < torch.tensor(self.padding, device=device)[:, None])[:, None]
+        if padded is not None:
+            hidden = hidden | (slots < padded)[:, None]
         if window is not None:
             assert depths is not None
             positions = (starts + depths).expand(rows, -1)
@@ -169,11 +196,12 @@ class BlockCache(Cache):
         """Confirm the first slots of the block in each row, and discard the others.
 
         Args:
-            counts: by row, the number of slots to confirm; a tensor while a step is recorded.
+            counts: by row, the number of slots to confirm; while a step is recorded, a tensor, or
+                the same number for all rows.
 
         """
         if self._recorded is not None:
-            self._recorded = self._recorded + counts  # type: ignore[operator]
+            self._recorded = self._recorded + (counts if isinstance(counts, Tensor) else counts[0])
         else:
             self.lengths = [length + int(n) for length, n in zip(self.lengths, counts, strict=True)]
         self.unconfirmed = 0
@@ -190,6 +218,23 @@ class BlockCache(Cache):
         to = starts + torch.arange(paths.shape[1], device=paths.device)
         for layer in self.layers:
             layer.move(starts + paths, to)  # type: ignore[union-attr]
+
+    @staticmethod
+    def write(
+        keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, at: Tensor
+    ) -> None:
+        """Write to one layer of a cache.
+
+        Args:
+            keys: (rows, heads, slots, head size), of the cache.
+            values: likewise.
+            new_keys: (rows, heads, length, head size).
+            new_values: likewise.
+            at: (rows, length), the slots to write to.
+
+        """
+        keys.scatter_(2, _places(at, new_keys), new_keys)
+        values.scatter_(2, _places(at, new_values), new_values)
 
     def select(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
@@ -226,24 +271,26 @@ class BlockLayer(CacheLayerMixin):
         """Write a block, and return the keys and values of all slots up to its end."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = key_states.shape[2]
+        self.cache.written = length = key_states.shape[2]
         end = self.cache.end(length)
         if end > self.keys.shape[2]:
-            self.reserve(max(end + MARGIN, 2 * self.keys.shape[2], self.cache.min_slots))
+            slots = max(end + MARGIN, 2 * self.keys.shape[2], self.cache.min_slots)
+            self.reserve(slots, len(key_states))
+        keys, values = (states[: len(key_states), :, :end] for states in (self.keys, self.values))
         if self.cache.is_aligned:
-            self.keys[:, :, end - length : end] = key_states
-            self.values[:, :, end - length : end] = value_states
+            keys[:, :, end - length :] = key_states
+            values[:, :, end - length :] = value_states
         else:
-            at = self.cache.next_slots(length, key_states.device)
-            self.keys.scatter_(2, _places(at, key_states), key_states)
-            self.values.scatter_(2, _places(at, value_states), value_states)
-        return self.keys[:, :, :end], self.values[:, :, :end]
+            at = self.cache.next_slots(length, keys.device)
+            self.cache.write(keys, values, key_states, value_states, at)
+        return keys, values
 
-    def reserve(self, slots: int) -> bool:
-        """Make room for this many slots; return whether keys and values had to be moved."""
-        if slots <= self.keys.shape[2]:
+    def reserve(self, slots: int, rows: int) -> bool:
+        """As for the whole cache."""
+        if slots <= self.keys.shape[2] and rows <= len(self.keys):
             return False
-        self.keys, self.values = _enlarged(self.keys, slots), _enlarged(self.values, slots)
+        self.keys = _enlarged(self.keys, rows, slots)
+        self.values = _enlarged(self.values, rows, slots)
         return True
 
     def move(self, source: Tensor, to: Tensor) -> None:
@@ -253,8 +300,10 @@ class BlockLayer(CacheLayerMixin):
             states.scatter_(2, _places(to.to(states.device), states), moved)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Drop all rows but these."""
-        self.keys, self.values = self.keys[indices], self.values[indices]
+        """Drop all rows but these, in place, since graphs may have been recorded over them."""
+        used = self.cache.start
+        for states in (self.keys, self.values):
+            states[: len(indices), :, :used] = states[indices, :, :used]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The number of slots that a block of this length attends to, and the first of them."""
@@ -269,14 +318,14 @@ class BlockLayer(CacheLayerMixin):
         return -1
 
 
-def _enlarged(states: Tensor, slots: int) -> Tensor:
-    """A copy with room for this many slots.
+def _enlarged(states: Tensor, rows: int, slots: int) -> Tensor:
+    """The states in memory for this many rows and slots.
 
     New slots are zero, since even masked values must be finite.
     """
-    rows, heads, before, size = states.shape
-    larger = states.new_zeros(rows, heads, slots, size)
-    larger[:, :, :before] = states
+    kept = states[:rows, :, :slots]
+    larger = states.new_zeros(rows, states.shape[1], slots, states.shape[3])
+    larger[: len(kept), :, : kept.shape[2]] = kept
     return larger
 
 

@@ -1,10 +1,11 @@
 """Steps of speculation as CUDA graphs, recorded once and replayed.
 
-With one prompt, a step is a thousand small kernels, which the host launches more slowly than a GPU
-runs them. A CUDA graph launches all of them at once, but always on the same memory and with the
-same shapes. So newly confirmed tokens are padded to the longest path through a tree, the number of
-confirmed slots is read from a tensor, and attention covers a number of slots that is a power of
-two, with a mask over those that are not in use.
+With few prompts, a step is a thousand small kernels, which the host launches more slowly than a
+GPU runs them. A CUDA graph launches all of them at once, but always on the same memory and with the
+same shapes. So newly confirmed tokens are padded to the longest path through a tree, numbers of
+confirmed slots are read from a tensor, attention covers a number of slots that is a power of two,
+with a mask over those that are not in use, and there may be rows without a prompt. Prefill is
+recorded in the same way, for prompts that are not long.
 
 The graphs, and the caches that they were recorded over, are kept for the next generation. Steps
 that cannot be recorded run eagerly.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from loguru import logger
@@ -30,13 +31,30 @@ from speculators.decode.tree import Tree
 from speculators.decode.verification import MASKABLE, VerifierPass
 from speculators.format.config import ProposalMethod
 
-__all__ = ["ReplayedSteps", "Workspace"]
+__all__ = ["ReplayedSteps", "Workspace", "power_of_two"]
+
+R = TypeVar("R", "Recording", "PromptRecording")
 
 MIN_SLOTS = 256
 """The smallest number of slots that attention covers."""
 
 RESERVED_TOKENS = 1024
 """The number of new tokens that the caches make room for before prefill."""
+
+MIN_PROMPT = 32
+"""The smallest number of tokens that prefill is recorded for."""
+
+MAX_TOKENS = 2048
+"""The greatest number of tokens that the verifier runs on in a step that is recorded.
+
+Steps of more keep a GPU busy anyway, and graphs keep the memory for their results, the logits.
+"""
+
+MAX_PROMPT_TOKENS = 4096
+"""Likewise for prefill, of which only few logits are kept."""
+
+HEADER = 4
+"""How many numbers the host tells the graphs about each row besides tokens."""
 
 MAX_RECORDINGS = 16
 """How many recordings are kept: there is no end of sampling settings to record for."""
@@ -126,8 +144,11 @@ class Recording:
     Args:
         drafter: proposes the tree.
         verifier_pass: verifies it.
+        inputs: as for ``propose``, for which recording starts. Nothing is written before the end of
+            the confirmed slots that they give.
+        padded: whether rows may have padding.
         limit: the number of slots.
-        states: hidden states of the verifier, of which only shape, dtype and device matter.
+        states: hidden states of the verifier, of which only width, dtype and device matter.
 
     Attributes:
         proposing: the graph of the draft's part.
@@ -136,6 +157,8 @@ class Recording:
         tree: the last proposal; the next ``propose`` overwrites its tensors.
         verified: the result of ``VerifierPass.verify`` for it; the next ``verify`` overwrites its
             tensors.
+        states: (rows, longest path, verifier width), the verifier's states along the last path that
+            was kept in each row.
 
     Raises:
         UnrecordableVerifierError: if the verifier's part cannot be recorded.
@@ -144,82 +167,136 @@ class Recording:
     """
 
     def __init__(
-        self, drafter: Drafter, verifier_pass: VerifierPass, limit: int, states: Tensor
+        self,
+        drafter: Drafter,
+        verifier_pass: VerifierPass,
+        inputs: Sequence[Sequence[int]],
+        limit: int,
+        states: Tensor,
+        *,
+        padded: bool,
     ) -> None:
-        device, self.longest = states.device, drafter.deepest + 1
-        # All input from the host, in one tensor so that one copy is enough: the number of tokens
-        # that the draft has not seen, the confirmed lengths of both caches, and the tokens.
-        # Recording starts from the current lengths, so that no confirmed slot is overwritten.
-        lengths = (drafter.cache.lengths[0], verifier_pass.cache.lengths[0])
-        self._inputs = torch.tensor([1, *lengths, *[0] * self.longest], device=device)
-        count, draft_length, verifier_length = self._inputs[:3].split(1)
-        unseen = self._inputs[None, 3:]
-        # The path through a tree that the verifier accepted, and its hidden states along the path,
-        # which the draft reads next.
-        self._path = torch.zeros(1, self.longest, dtype=torch.long, device=device)
-        self._path_states = states.new_zeros(1, self.longest, states.shape[2])
+        device, longest = states.device, drafter.deepest + 1
+        # All input from the host, in one tensor so that one copy is enough.
+        self._inputs = torch.tensor(inputs, device=device)
+        count, draft_length, verifier_length, padding = self._inputs[:, :HEADER].unbind(1)
+        unseen = self._inputs[:, HEADER:]
+        pads = padding if padded else None
+        # The path through each row's tree that the verifier accepted.
+        self._path = torch.zeros(len(inputs), longest, dtype=torch.long, device=device)
+        self.states = states.new_zeros(len(inputs), longest, states.shape[2])
         self._warp = drafter.warp  # keeps tensors of warpers alive, which the graphs read
         record = RECORDERS[device.type]
 
         def propose() -> Tree:
-            with drafter.cache.recording(draft_length, limit):
-                return drafter.propose(unseen, self._path_states, count)
+            with drafter.cache.recording(draft_length, pads, limit):
+                return drafter.propose(unseen, self.states, count)
 
         def verify() -> tuple[Tensor, Tensor, Tensor]:
-            with verifier_pass.cache.recording(verifier_length, limit):
+            cache = verifier_pass.cache
+            with cache.recording(verifier_length, pads, limit):
                 logits, packed = verifier_pass.verify(self.tree)
             if self.tree.is_chain:  # its accepted nodes are already at the front
-                self._path_states.copy_(verifier_pass.states)
+                self.states.copy_(verifier_pass.states)
             return logits, packed, verifier_pass.states
 
         def gather() -> None:
-            with verifier_pass.cache.recording(verifier_length, limit):
-                self._path_states.copy_(verifier_pass.gather(self._states, self._path))
+            with verifier_pass.cache.recording(verifier_length, pads, limit):
+                self.states.copy_(verifier_pass.gather(self._verified_states, self._path))
 
         self.proposing = record(propose, device)
         self.tree: Tree = self.proposing.result
         try:
             self.verifying = record(verify, device)
-            *self.verified, self._states = self.verifying.result
+            *self.verified, self._verified_states = self.verifying.result
             self.gathering = None if self.tree.is_chain else record(gather, device)
         except RuntimeError as error:
             raise UnrecordableVerifierError(*error.args) from error
 
-    def propose(
-        self, unseen: Sequence[int], states: Tensor, draft_length: int, verifier_length: int
-    ) -> None:
-        """Propose what may follow the last confirmed token.
+    def propose(self, inputs: Sequence[Sequence[int]], states: Tensor) -> None:
+        """Propose what may follow the last confirmed token of each row.
 
         Args:
-            unseen: the confirmed tokens that the draft has not seen.
-            states: (1, tokens, verifier width), the verifier's hidden state at the token before
-                each.
-            draft_length: the number of confirmed slots in the draft's cache.
-            verifier_length: the number of confirmed slots in the verifier's cache.
+            inputs: by row, see ``ReplayedSteps.inputs_of``.
+            states: (rows or fewer, length or less, verifier width), the verifier's hidden states at
+                the tokens before those that the draft has not seen.
 
         """
-        count = len(unseen)
-        inputs = [count, draft_length, verifier_length, *unseen, *[0] * (self.longest - count)]
         self._inputs.copy_(torch.tensor(inputs), non_blocking=True)
-        if states.data_ptr() != self._path_states.data_ptr():  # not from this recording's last step
-            self._path_states[:, :count].copy_(states)
+        if states.data_ptr() != self.states.data_ptr():  # not from this recording's last step
+            rows, length = states.shape[:2]
+            self.states[:rows, :length].copy_(states)
         self.proposing.replay()
 
     def verify(self) -> None:
         """Run the verifier on the last proposal."""
         self.verifying.replay()
 
-    def keep(self, path: Sequence[int]) -> Tensor:
-        """Move the nodes of a path to the front.
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Move the nodes of each row's path to the front."""
+        if self.gathering is not None:
+            length = self._path.shape[1]
+            padded = [[*path, *[0] * (length - len(path))] for path in paths]
+            self._path.copy_(torch.tensor(padded), non_blocking=True)
+            self.gathering.replay()
+
+
+class PromptRecording:
+    """A graph of prefill, for prompts of up to ``length`` tokens.
+
+    Args:
+        drafter: keeps the prompts in its cache.
+        verifier_pass: runs on them first.
+        rows: the number of prompts.
+        length: the number of tokens.
+        padded: whether prompts may be padded at the left.
+
+    Raises:
+        RuntimeError: if it cannot be recorded.
+
+    """
+
+    def __init__(
+        self, drafter: Drafter, verifier_pass: VerifierPass, rows: int, length: int, *, padded: bool
+    ) -> None:
+        device = drafter.draft.device
+        self._tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
+        # By row, the place of the last token, and the number of padding tokens.
+        self._ends = torch.zeros(rows, 2, dtype=torch.long, device=device)
+        last, padding = self._ends[0, :1], self._ends[:, 1]
+        self._nothing = torch.zeros_like(padding)  # kept, since the graph reads it
+        pads = padding if padded else None
+
+        def prefill() -> tuple[Tensor, Tensor]:
+            cache = verifier_pass.cache
+            with cache.recording(self._nothing, pads, length):
+                logits, states = verifier_pass.prefill_recorded(self._tokens, last)
+            with drafter.cache.recording(self._nothing, pads, length):
+                drafter.prefill(self._tokens[:, 1:], states[:, :-1])
+            return logits, states.index_select(1, last)
+
+        self.graph = RECORDERS[device.type](prefill, device)
+
+    def run(self, tokens: Tensor, padding: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Run on prompts, (rows, length), of which there may be fewer, and shorter ones.
+
+        Args:
+            tokens: padded at the left.
+            padding: by row, the number of padding tokens.
 
         Returns:
-            the verifier's hidden states at them, (1, nodes, verifier width).
+            the verifier's logits after the last tokens, (rows, vocabulary), and its hidden states
+            at them, (rows, 1, verifier width).
 
         """
-        if self.gathering is not None:
-            self._path[0, : len(path)].copy_(torch.tensor(path), non_blocking=True)
-            self.gathering.replay()
-        return self._path_states[:, : len(path)]
+        rows, length = tokens.shape
+        # What was left in other rows, and further right, is computed too, and never read.
+        self._tokens[:rows, :length].copy_(tokens)
+        ends = torch.tensor([[length - 1, padded] for padded in padding])
+        self._ends[:rows].copy_(ends, non_blocking=True)
+        self.graph.replay()
+        logits, states = self.graph.result
+        return logits[:rows], states[:rows]
 
 
 class Workspace:
@@ -231,8 +308,10 @@ class Workspace:
     Attributes:
         verifier_unrecordable: whether the verifier turned out not to be recordable; nothing is
             recorded then.
-        recordings: the ``MAX_RECORDINGS`` most recently used recordings, the latest last, keyed by
-            all that they depend on besides the models; ``None`` where proposing cannot be recorded.
+        recordings: the ``MAX_RECORDINGS`` most recently used recordings of steps, the latest last,
+            keyed by all that they depend on besides the models; ``None`` where a step cannot be
+            recorded.
+        prompts: likewise, of prefill.
         draft_cache: the draft's cache, which they were recorded over.
         verifier_cache: the verifier's cache, likewise.
 
@@ -243,22 +322,36 @@ class Workspace:
         self._models: tuple[Hashable, ...] | None = None
         self.verifier_unrecordable = False
         self.recordings: dict[Hashable, Recording | None] = {}
+        self.prompts: dict[Hashable, PromptRecording | None] = {}
         self.draft_cache = self.verifier_cache = BlockCache([0])
+        self._known: set[Hashable] = set()
 
     def __reduce__(self) -> tuple[type["Workspace"], tuple[()]]:
         return Workspace, ()
 
+    def is_known(self, key: Hashable) -> bool:
+        """Whether this was asked for the same key before."""
+        known = key in self._known
+        self._known.add(key)
+        return known
+
     @contextmanager
     def acquire(
-        self, draft: Draft, verifier: PreTrainedModel, padding: Sequence[int]
+        self, draft: Draft, verifier: PreTrainedModel, padding: Sequence[int], tokens: int
     ) -> Iterator[bool]:
         """Acquire the workspace for one generation, if it is free and the steps can be recorded.
+
+        Args:
+            draft: the model.
+            verifier: the model attached to it.
+            padding: by prompt, the number of padding tokens at the left.
+            tokens: the number of tokens that the verifier runs on in each step.
 
         Yields:
             whether it was acquired.
 
         """
-        if self.verifier_unrecordable or not recordable(draft, verifier, padding):
+        if self.verifier_unrecordable or tokens > MAX_TOKENS or not recordable(draft, verifier):
             yield False
             return
         if not self._lock.acquire(blocking=False):
@@ -270,7 +363,7 @@ class Workspace:
                 self.clear()
                 self._models = models
             for cache in (self.draft_cache, self.verifier_cache):
-                cache.lengths, cache.unconfirmed = [0], 0
+                cache.restart(padding)
             # Tensors made in inference mode could not be written outside of it later.
             with torch.inference_mode(mode=False), torch.no_grad():
                 yield True
@@ -279,25 +372,33 @@ class Workspace:
 
     def clear(self) -> None:
         """Drop the graphs and the caches, and free their memory."""
-        self.recordings.clear()
+        self._forget()
         self.draft_cache, self.verifier_cache = BlockCache([0]), BlockCache([0])
         self._models = None
 
-    def reserve(self, slots: int) -> None:
+    def reserve(self, slots: int, rows: int) -> None:
         """Make room in both caches; the graphs are dropped if keys and values had to be moved."""
-        moved = [cache.reserve(slots) for cache in (self.draft_cache, self.verifier_cache)]
+        moved = [cache.reserve(slots, rows) for cache in (self.draft_cache, self.verifier_cache)]
         if any(moved):
-            self.recordings.clear()
+            self._forget()
 
-    def recorded(self, key: Hashable, record: Callable[[], Recording]) -> Recording | None:
+    def recorded(
+        self, kept: dict[Hashable, R | None], key: Hashable, record: Callable[[], R]
+    ) -> R | None:
         """The recording for a key, made if there is none yet; ``None`` if it cannot be made.
 
         If proposing cannot be recorded, this holds for this key only, since a sampling setting may
         be the cause. A verifier that cannot be recorded is not tried again.
+
+        Args:
+            kept: ``recordings`` or ``prompts``.
+            key: the key.
+            record: makes it.
+
         """
         recording = None
-        if key in self.recordings:
-            recording = self.recordings.pop(key)
+        if key in kept:
+            recording = kept.pop(key)
         elif not self.verifier_unrecordable:
             try:
                 recording = record()
@@ -306,10 +407,15 @@ class Workspace:
                 log_unrecordable(error, "the verifier")
             except RuntimeError as error:
                 log_unrecordable(error, "the proposal")
-        self.recordings[key] = recording  # now the most recently used
-        if len(self.recordings) > MAX_RECORDINGS:
-            del self.recordings[next(iter(self.recordings))]
+        kept[key] = recording  # now the most recently used
+        if len(kept) > MAX_RECORDINGS:
+            del kept[next(iter(kept))]
         return recording
+
+    def _forget(self) -> None:
+        """Drop the graphs."""
+        self.recordings.clear()
+        self.prompts.clear()
 
 
 def log_unrecordable(error: RuntimeError, part: str) -> None:
@@ -321,14 +427,15 @@ def log_unrecordable(error: RuntimeError, part: str) -> None:
 class ReplayedSteps(Steps):
     """Steps that are recorded once for each number of slots, and then replayed.
 
-    For numbers of slots that could not be recorded for, steps run as in ``Steps``.
+    For numbers of slots that could not be recorded for, steps run as in ``Steps``. The recorded
+    number of rows stays the same when sequences end: their rows then run on a single token.
 
     Args:
         drafter: with the workspace's draft cache.
         verifier_pass: with the workspace's verifier cache.
         workspace: acquired for this generation.
         proposal: the drafter's method.
-        slots: the greatest number of slots that the prompt and its continuation can take.
+        slots: the greatest number of slots that the prompts and their continuations can take.
 
     Attributes:
         limit: the number of slots that attention covers in the current step.
@@ -350,26 +457,48 @@ class ReplayedSteps(Steps):
         self.slots = slots
         self.limit = 0
         self.recording: Recording | None = None
+        self._padded = any(verifier_pass.cache.padding)
+        self._recorded_rows = rows_for(len(self.rows))
 
     def prefill(
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """See ``Steps``; makes room in the caches first."""
-        slots = min(self.slots, tokens.shape[1] + RESERVED_TOKENS)
-        self.workspace.reserve(limit_for(slots + self.drafter.reach))
-        return super().prefill(tokens, attention_mask, position_ids)
+    ) -> Tensor:
+        """See ``Steps``; makes room in the caches first.
 
-    def propose(self, unseen: Sequence[Sequence[int]], states: Tensor) -> Tree:
+        A graph is recorded for a length when it comes up for the second time, since recording takes
+        as long as several prompts do.
+        """
+        rows, length = tokens.shape
+        slots = min(self.slots, length + RESERVED_TOKENS)
+        self._reserve(limit_for(slots + self.drafter.reach))
+        recorded = max(MIN_PROMPT, power_of_two(length))
+        shape = (self._recorded_rows, recorded, self._padded, self.verifier_pass.last_position)
+        recording = None
+        if self._recorded_rows * recorded <= MAX_PROMPT_TOKENS and self.workspace.is_known(shape):
+            recording = self.workspace.recorded(
+                self.workspace.prompts, shape, lambda: self._prompt_recording(recorded)
+            )
+        if recording is None:
+            return super().prefill(tokens, attention_mask, position_ids)
+        logits, self.states = recording.run(tokens, self.verifier_pass.cache.padding)
+        self.verifier_pass.cache.confirm([length] * rows)
+        self.drafter.cache.confirm([length - 1] * rows)
+        return logits
+
+    def propose(self, unseen: Sequence[Sequence[int]]) -> Tree:
         """See ``Steps``."""
         limit = limit_for(self.verifier_pass.cache.start + self.drafter.reach)
         if limit != self.limit:
-            self.limit, self.recording = limit, self._recording(limit, states)
+            self.limit, self.recording = limit, self._recording(limit, unseen)
         if self.recording is None:
-            return super().propose(unseen, states)
-        draft_length = self.drafter.cache.lengths[0]
-        verifier_length = self.verifier_pass.cache.lengths[0]
-        self.recording.propose(unseen[0], states, draft_length, verifier_length)
-        self.drafter.cache.confirm([len(unseen[0])])
+            if len(self.rows) < len(self.verifier_pass.cache.lengths):
+                super().select(range(len(self.rows)))
+            return super().propose(unseen)
+        self.recording.propose(self.inputs_of(unseen), self.states)
+        counts = [0] * len(self.drafter.cache.lengths)
+        for row, tokens in zip(self.rows, unseen, strict=True):
+            counts[row] = len(tokens)
+        self.drafter.cache.confirm(counts)
         return self.recording.tree
 
     def verify(self, tree: Tree) -> tuple[Tensor, Tensor]:
@@ -380,40 +509,90 @@ class ReplayedSteps(Steps):
         logits, packed = self.recording.verified
         return logits, packed
 
-    def keep(self, tree: Tree, paths: Sequence[Sequence[int]]) -> Tensor:
+    def keep(self, tree: Tree, paths: Sequence[Sequence[int]]) -> None:
         """See ``Steps``."""
         if self.recording is None:
-            return super().keep(tree, paths)
-        states = self.recording.keep(paths[0])
-        self.verifier_pass.cache.confirm([len(paths[0])])
-        return states
+            super().keep(tree, paths)
+            return
+        by_row: list[Sequence[int]] = [()] * self._recorded_rows
+        for row, path in zip(self.rows, paths, strict=True):
+            by_row[row] = path
+        self.recording.keep(by_row)
+        self.states = self.recording.states
+        cache = self.verifier_pass.cache
+        cache.confirm([len(path) for path in by_row[: len(cache.lengths)]])
 
-    def _recording(self, limit: int, states: Tensor) -> Recording | None:
+    def select(self, kept: Sequence[int]) -> None:
+        """See ``Steps``; recorded rows stay where they are."""
+        if self.recording is None:
+            super().select(kept)
+        else:
+            self.rows = [self.rows[place] for place in kept]
+
+    def inputs_of(self, unseen: Sequence[Sequence[int]]) -> list[list[int]]:
+        """What the host tells the graphs of a step, by recorded row.
+
+        Returns:
+            the number of tokens that the draft has not seen, the confirmed lengths of the draft's
+            and the verifier's cache, the number of slots with padding, and the tokens, padded to
+            the longest path through a tree. Rows without a sequence have one token, at the first
+            slot.
+
+        """
+        longest = self.drafter.deepest + 1
+        inputs = [[1, *[0] * (HEADER - 1 + longest)] for _ in range(self._recorded_rows)]
+        draft, verifier = self.drafter.cache, self.verifier_pass.cache
+        for row, tokens in zip(self.rows, unseen, strict=True):
+            header = (len(tokens), draft.lengths[row], verifier.lengths[row], verifier.padding[row])
+            inputs[row][: HEADER + len(tokens)] = (*header, *tokens)
+        return inputs
+
+    def _recording(self, limit: int, unseen: Sequence[Sequence[int]]) -> Recording | None:
         """The graphs for ``limit`` slots; ``None`` if they cannot be made."""
-        self.workspace.reserve(limit)
-        return self.workspace.recorded(
-            (self.proposal, limit, self.verifier_pass.last_position),
-            lambda: Recording(self.drafter, self.verifier_pass, limit, states),
-        )
+        self._reserve(limit)
+
+        def record() -> Recording:
+            inputs = self.inputs_of(unseen)
+            return Recording(
+                self.drafter, self.verifier_pass, inputs, limit, self.states, padded=self._padded
+            )
+
+        shape = (self._recorded_rows, limit, self._padded, self.verifier_pass.last_position)
+        return self.workspace.recorded(self.workspace.recordings, (self.proposal, shape), record)
+
+    def _prompt_recording(self, length: int) -> PromptRecording:
+        rows, padded = self._recorded_rows, self._padded
+        return PromptRecording(self.drafter, self.verifier_pass, rows, length, padded=padded)
+
+    def _reserve(self, slots: int) -> None:
+        self.workspace.reserve(slots, self._recorded_rows)
 
 
 def limit_for(slots: int) -> int:
     """The number of slots for attention to cover if this many are needed."""
-    return max(MIN_SLOTS, 1 << (slots - 1).bit_length())
+    return max(MIN_SLOTS, power_of_two(slots))
 
 
-def recordable(draft: Draft, verifier: PreTrainedModel, padding: Sequence[int]) -> bool:
+def rows_for(prompts: int) -> int:
+    """The number of rows to record for this many prompts: a power of two, or a multiple of 8."""
+    return power_of_two(prompts) if prompts < 8 else -(-prompts // 8) * 8
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least this number."""
+    return 1 << (number - 1).bit_length()
+
+
+def recordable(draft: Draft, verifier: PreTrainedModel) -> bool:
     """Whether the steps of a generation can be recorded, as far as can be told beforehand.
 
-    Both models must be in eval mode, on one device that has a recorder, and take 4D masks; and
-    there must be a single prompt, without padding.
+    Both models must be in eval mode, on one device that has a recorder, and take 4D masks.
     """
     if not isinstance(draft, nn.Module) or verifier.training or draft.training:
         return False
     devices = {tensor.device for tensor in tensors_of(draft, verifier)}
     return (
-        list(padding) == [0]
-        and len(devices) == 1
+        len(devices) == 1
         and next(iter(devices)).type in RECORDERS
         and all(takes_masks(model) for model in (draft, verifier))
     )

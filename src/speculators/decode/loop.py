@@ -1,7 +1,7 @@
 """The loop of speculative decoding: propose, verify, keep what the verifier agrees with."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -184,7 +184,7 @@ def _decode(
         for row, tokens in enumerate(input_ids.tolist())
     ]
     with steps_of(draft, verifier, padding, proposal, warp, max_length, workspace) as steps:
-        logits, states = steps.prefill(input_ids, attention_mask, inputs.get("position_ids"))
+        logits = steps.prefill(input_ids, attention_mask, inputs.get("position_ids"))
         for continuation, last in zip(continuations, logits, strict=True):
             continuation.extend([continuation.choice(continuation.tokens, last)])
         unseen = [continuation.tokens[-1:] for continuation in continuations]  # by the draft
@@ -193,11 +193,12 @@ def _decode(
             if len(remaining) < len(active):
                 active = [active[row] for row in remaining]
                 unseen = [unseen[row] for row in remaining]
-                states = states[remaining, : max(map(len, unseen))]
                 steps.select(remaining)
-            tree = steps.propose(unseen, states)
-            paths, unseen = _follow(tree, *steps.verify(tree), active)
-            states = steps.keep(tree, paths)
+            tree = steps.propose(unseen)
+            paths, unseen = _follow(
+                tree, *steps.verify(tree), dict(zip(steps.rows, active, strict=True))
+            )
+            steps.keep(tree, paths)
     if streamer is not None:
         streamer.end()
     return Generation(
@@ -219,7 +220,8 @@ def steps_of(
 ) -> Iterator[Steps]:
     """The steps of one generation, replayed as CUDA graphs if the workspace can be used for it."""
     unused = nullcontext(enter_result=False)
-    with workspace.acquire(draft, verifier, padding) if workspace else unused as acquired:
+    tokens = len(padding) * (1 + proposal.speculative_tokens)
+    with workspace.acquire(draft, verifier, padding, tokens) if workspace else unused as acquired:
         if workspace is not None and acquired:
             drafter = drafter_of(draft, workspace.draft_cache, proposal, warp)
             cache, layers = workspace.verifier_cache, draft.verifier_layers
@@ -237,7 +239,7 @@ def _follow(
     tree: Tree,
     logits: Tensor,
     packed: Tensor,
-    continuations: Sequence[Continuation],
+    continuations: Mapping[int, Continuation],
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Follow the verifier's choices down each row's tree, and add its tokens to the continuations.
 
@@ -248,12 +250,12 @@ def _follow(
         continuations: by row.
 
     Returns:
-        by row, the nodes on the path, and the verifier's token after each of them.
+        in the same order, the nodes on the path, and the verifier's token after each of them.
 
     """
     tokens, parents, best = packed.tolist()
     paths, chosen = [], []
-    for row, continuation in enumerate(continuations):
+    for row, continuation in continuations.items():
         choose = _chooser(tree, logits, row, continuation)
         if continuation.choice.is_argmax:
             choose = best[row].__getitem__

@@ -91,6 +91,26 @@ class VerifierPass:
         self.cache.confirm([tokens.shape[1]] * len(tokens))
         return logits[:, -1], states
 
+    def prefill_recorded(self, tokens: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Run on prompts as ``prefill`` does, without waiting for the device.
+
+        The cache must be recording.
+
+        Args:
+            tokens: (rows, length), padded at the left, and all from the same place on at the right.
+            last: (1), the place of the prompts' last tokens.
+
+        Returns:
+            as for ``prefill``.
+
+        """
+        self._device = tokens.device
+        depths = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        positions = self.cache.positions(depths, tokens.device).clamp(0, self.last_position)
+        only_last = dict.fromkeys(self.only_last, last)
+        logits, states = self._run(tokens, self._masks(None, depths), positions, **only_last)
+        return logits[:, -1] if only_last else logits[:, last].squeeze(1), states
+
     def verify(self, tree: Tree) -> tuple[Tensor, Tensor]:
         """Run on a tree, and write its nodes to the cache unconfirmed.
 

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from speculators import __version__
 from speculators.decode import Generation
-from speculators.decode.cuda_graphs import RECORDERS
+from speculators.decode.cuda_graphs import RECORDERS, power_of_two
 from speculators.evaluate.metrics import Acceptance, count_steps
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import (
@@ -117,13 +117,16 @@ class Evaluation:
 
         Graphs are recorded for each number of cache slots that a step may need: from those of the
         shortest prompt to those of the longest prompt with its output. The longest comes first,
-        since the caches are moved when they grow, and the graphs over them are lost.
+        since the caches are moved when they grow, and the graphs over them are lost. Prefill is
+        recorded for each power of two of prompt lengths, when it comes up for the second time.
         """
         by_length = sorted((tokens for _, tokens in self._encoded), key=len)
         shortest, longest = by_length[0], by_length[-1]
         most = self.settings.max_new_tokens
         once = [(longest, min(WARM_UP_TOKENS, most))]
         all_slots = [(longest, most), (shortest, len(longest) - len(shortest) + most)]
+        by_power = {power_of_two(len(tokens)): tokens for tokens in by_length}
+        all_slots += [(tokens, 2) for tokens in by_power.values()] * 2
         for contestant in self._contestants:
             recorded = contestant is not None and self.subject.device.type in RECORDERS
             for tokens, new_tokens in all_slots if recorded else once:

@@ -501,9 +501,9 @@ class Speculator(PreTrainedModel, ABC):
             num_draft_tokens: the number of tokens to propose per verifier pass, in place of the
                 method's ``speculative_tokens``.
             generation_config: as for the verifier's ``generate``, with the same defaults.
-            cuda_graphs: replay steps as CUDA graphs where possible: for a single prompt, with both
-                models on one GPU. The graphs and their caches are kept for later calls, until
-                another verifier is attached.
+            cuda_graphs: replay steps as CUDA graphs where possible: with both models on one GPU.
+                The graphs and their caches are kept for later calls, until another verifier is
+                attached.
             **kwargs: as for the verifier's ``generate``: ``attention_mask``, ``max_new_tokens``,
                 ``eos_token_id``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
                 ``streamer``, ``return_dict_in_generate``, ...
