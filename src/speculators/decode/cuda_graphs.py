@@ -5,7 +5,8 @@ GPU runs them. A CUDA graph launches all of them at once, but always on the same
 same shapes. So newly confirmed tokens are padded to the longest path through a tree, numbers of
 confirmed slots are read from a tensor, attention covers a number of slots that is a power of two,
 with a mask over those that are not in use, and there may be rows without a prompt. Prefill is
-recorded in the same way, for prompts that are not long.
+recorded in the same way, for prompts that are not long. What is recorded is fused first
+(``fusion.py``).
 
 The graphs, and the caches that they were recorded over, are kept for the next generation. Steps
 that cannot be recorded run eagerly.
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 
 from speculators.decode.cache import BlockCache
 from speculators.decode.drafter import Draft, Drafter
+from speculators.decode.fusion import fused
 from speculators.decode.steps import Steps
 from speculators.decode.tree import Tree
 from speculators.decode.verification import MASKABLE, VerifierPass
@@ -177,6 +179,7 @@ class Recording:
         padded: bool,
     ) -> None:
         device, longest = states.device, drafter.deepest + 1
+        draft: Any = drafter.draft
         # All input from the host, in one tensor so that one copy is enough.
         self._inputs = torch.tensor(inputs, device=device)
         count, draft_length, verifier_length, padding = self._inputs[:, :HEADER].unbind(1)
@@ -189,12 +192,12 @@ class Recording:
         record = RECORDERS[device.type]
 
         def propose() -> Tree:
-            with drafter.cache.recording(draft_length, pads, limit):
+            with drafter.cache.recording(draft_length, pads, limit), fused(draft, drafter.cache):
                 return drafter.propose(unseen, self.states, count)
 
         def verify() -> tuple[Tensor, Tensor, Tensor]:
             cache = verifier_pass.cache
-            with cache.recording(verifier_length, pads, limit):
+            with cache.recording(verifier_length, pads, limit), fused(verifier_pass.model, cache):
                 logits, packed = verifier_pass.verify(self.tree)
             if self.tree.is_chain:  # its accepted nodes are already at the front
                 self.states.copy_(verifier_pass.states)
@@ -259,7 +262,8 @@ class PromptRecording:
     def __init__(
         self, drafter: Drafter, verifier_pass: VerifierPass, rows: int, length: int, *, padded: bool
     ) -> None:
-        device = drafter.draft.device
+        draft: Any = drafter.draft
+        device = draft.device
         self._tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
         # By row, the place of the last token, and the number of padding tokens.
         self._ends = torch.zeros(rows, 2, dtype=torch.long, device=device)
@@ -269,9 +273,9 @@ class PromptRecording:
 
         def prefill() -> tuple[Tensor, Tensor]:
             cache = verifier_pass.cache
-            with cache.recording(self._nothing, pads, length):
+            with cache.recording(self._nothing, pads, length), fused(verifier_pass.model, cache):
                 logits, states = verifier_pass.prefill_recorded(self._tokens, last)
-            with drafter.cache.recording(self._nothing, pads, length):
+            with drafter.cache.recording(self._nothing, pads, length), fused(draft, drafter.cache):
                 drafter.prefill(self._tokens[:, 1:], states[:, :-1])
             return logits, states.index_select(1, last)
 
