@@ -219,7 +219,7 @@ def compile_small(*models: nn.Module) -> None:
     """Compile the norms and MLPs of Llama models in place.
 
     They account for half of a pass's kernels. Nothing in them depends on a cache, so all layers
-    share the compiled code, and compiling takes seconds. (docs/generation.md shows users the same.)
+    share the compiled code, and compiling takes seconds. What is compiled is not fused any more.
     """
     for model in models:
         for module in model.modules():

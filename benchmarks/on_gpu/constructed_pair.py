@@ -55,9 +55,10 @@ class Shape:
 
 SHAPES = {
     "8b": Shape(128256, 4096, 14336, 32, 8, 32),
+    "135m": Shape(49152, 576, 1536, 9, 3, 30),
     "tiny": Shape(2048, 128, 256, 4, 2, 2),
 }
-"""``8b`` is that of Llama-3.1-8B; ``tiny`` is for trying out the construction."""
+"""``8b`` is that of Llama-3.1-8B, ``135m`` that of SmolLM2-135M; ``tiny`` is for trying out."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def random_draft(
     config = EagleSpeculatorConfig(
         transformer_layer_config={"model_type": "llama", **shape.layer},
         speculators_config={
-            "verifier": {"name_or_path": None, "architectures": ["LlamaForCausalLM"]}
+            "algorithm": "eagle",
+            "verifier": {"name_or_path": None, "architectures": ["LlamaForCausalLM"]},
         },
     )
     with torch.device(device):
