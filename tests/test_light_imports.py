@@ -18,10 +18,12 @@ from mtp_verifiers import write_verifier
 HEAVY = ("torch", "transformers", "numpy")
 OF_VLLM = {"speculators.integrations.vllm.draft", "speculators.integrations.vllm.plain"}
 """Models made of vLLM's classes, which only vLLM imports."""
+OF_TRITON = {"speculators.decode.kernels"}
+"""Kernels, which are only imported where Triton is installed."""
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(speculators.__path__, "speculators.")
-    if module.name not in OF_VLLM
+    if module.name not in OF_VLLM | OF_TRITON
 )
 
 

@@ -359,6 +359,16 @@ def test_caches_that_grow_forget_what_was_recorded_over_them() -> None:
     assert first not in draft._workspace.recordings.values()
 
 
+def test_long_prompts_and_many_prompts_do_not_add_up() -> None:
+    _, draft = pair()
+    check_batch(draft, (3, 6, 2, 4, 5), proposal=PROPOSALS["chain"], max_new_tokens=10)
+    check_same(draft, ids_of(150), max_new_tokens=4)
+    cache = draft._workspace.verifier_cache
+    sizes = {tuple(layer.keys.shape[:3]) for layer in cache.layers}  # type: ignore[union-attr]
+    assert sizes == {(1, 2, 256)}
+    check_batch(draft, (3, 6, 2, 4, 5), proposal=PROPOSALS["chain"], max_new_tokens=10)
+
+
 def test_models_that_were_changed_are_recorded_anew() -> None:
     verifier, draft = pair()
     check_same(draft, ids_of(5))

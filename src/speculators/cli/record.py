@@ -110,9 +110,9 @@ def record(
             top_p=settings.top_p,
             seed=settings.seed,
             longest_draft=longest_draft,
-            dtype=None if dtype_name == "auto" else wanted_dtype,
+            dtype=None if wanted_dtype == "auto" else wanted_dtype,
         )
-        dtype_name = existing.manifest.dtype
+        wanted_dtype = existing.manifest.dtype
         if not wanted - {*existing.manifest.layers}:
             from loguru import logger
 

@@ -57,7 +57,7 @@ class BlockCache(Cache):
         """Forget all positions, and keep the memory for other prompts."""
         self.padding = list(padding)
         self.lengths = [0] * len(self.padding)
-        self.unconfirmed = 0
+        self.unconfirmed = self.min_slots = 0
         self._slots.clear()
 
     @property
@@ -96,12 +96,15 @@ class BlockCache(Cache):
     def reserve(self, slots: int, rows: int) -> bool:
         """Make room for this many slots in each row, and for this many rows.
 
+        They must cover what is confirmed. If there is no room, there is none for more afterwards,
+        but for what was reserved since ``restart``: long prompts and many of them do not add up.
+
         Returns:
             whether keys and values had to be moved.
 
         """
         self.min_slots = max(self.min_slots, slots)
-        moved = [layer.reserve(slots, rows) for layer in self.layers]  # type: ignore[union-attr]
+        moved = [layer.reserve(self.min_slots, rows) for layer in self.layers]  # type: ignore[union-attr]
         return any(moved)
 
     @contextmanager
@@ -284,8 +287,7 @@ class BlockLayer(CacheLayerMixin):
 
     def reserve(self, slots: int, rows: int) -> bool:
         """As for the whole cache."""
-        slots, rows = max(slots, self.keys.shape[2]), max(rows, len(self.keys))
-        if (rows, slots) == (len(self.keys), self.keys.shape[2]):
+        if slots <= self.keys.shape[2] and rows <= len(self.keys):
             return False
         self.keys = _enlarged(self.keys, rows, slots)
         self.values = _enlarged(self.values, rows, slots)
@@ -317,13 +319,13 @@ class BlockLayer(CacheLayerMixin):
 
 
 def _enlarged(states: Tensor, rows: int, slots: int) -> Tensor:
-    """A copy with room for this many rows and slots.
+    """The states in memory for this many rows and slots.
 
     New slots are zero, since even masked values must be finite.
     """
-    rows_before, heads, before, size = states.shape
-    larger = states.new_zeros(rows, heads, slots, size)
-    larger[:rows_before, :, :before] = states
+    kept = states[:rows, :, :slots]
+    larger = states.new_zeros(rows, states.shape[1], slots, states.shape[3])
+    larger[: len(kept), :, : kept.shape[2]] = kept
     return larger
 
 

@@ -4,8 +4,8 @@ With few prompts, a step is a thousand small kernels, which the host launches mo
 GPU runs them. A CUDA graph launches all of them at once, but always on the same memory and with the
 same shapes. So newly confirmed tokens are padded to the longest path through a tree, numbers of
 confirmed slots are read from a tensor, attention covers a number of slots that is a power of two,
-with a mask over those that are not in use, and the number of rows is a power of two, too. Prefill
-is recorded in the same way, for prompts that are not long. What is recorded is fused first
+with a mask over those that are not in use, and there may be rows without a prompt. Prefill is
+recorded in the same way, for prompts that are not long. What is recorded is fused first
 (``fusion.py``).
 
 The graphs, and the caches that they were recorded over, are kept for the next generation. Steps
@@ -398,6 +398,12 @@ class Workspace:
 
         If proposing cannot be recorded, this holds for this key only, since a sampling setting may
         be the cause. A verifier that cannot be recorded is not tried again.
+
+        Args:
+            kept: ``recordings`` or ``prompts``.
+            key: the key.
+            record: makes it.
+
         """
         recording = None
         if key in kept:
@@ -461,7 +467,7 @@ class ReplayedSteps(Steps):
         self.limit = 0
         self.recording: Recording | None = None
         self._padded = any(verifier_pass.cache.padding)
-        self._recorded_rows = power_of_two(len(self.rows))
+        self._recorded_rows = rows_for(len(self.rows))
 
     def prefill(
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -574,6 +580,11 @@ class ReplayedSteps(Steps):
 def limit_for(slots: int) -> int:
     """The number of slots for attention to cover if this many are needed."""
     return max(MIN_SLOTS, power_of_two(slots))
+
+
+def rows_for(prompts: int) -> int:
+    """The number of rows to record for this many prompts: a power of two, or a multiple of 8."""
+    return power_of_two(prompts) if prompts < 8 else -(-prompts // 8) * 8
 
 
 def power_of_two(number: int) -> int:
