@@ -152,14 +152,14 @@ LIGHT = [
         "publish",
         "integrations",
     }
-    and module
-    not in {
-        # Validation needs the model.
-        "speculators.convert.references.eagle",
-        "speculators.convert.references.eagle3",
-        "speculators.convert.references.operations",
-        "speculators.convert.validation",
-    }
+    # Validation needs the model.
+    and not module.startswith(
+        (
+            "speculators.convert.references.",
+            "speculators.convert.checks.",
+            "speculators.convert.validation",
+        )
+    )
 ]
 
 

@@ -1,7 +1,7 @@
 """A family of drafts as one value: all that the general code needs to know about it.
 
-Its model and its independent reference are given by name, since they need torch; they are imported
-when they are used.
+Its model, its independent reference and its check are given by name, since they need torch; they
+are imported when they are used.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -272,6 +272,10 @@ class Family:
             it has none of its own.
         model: the class of its model, as ``module:class``.
         reference: an independent computation to compare the model with, likewise.
+        check: the class that compares the two, likewise; by default that of drafts that go from
+            token to token. It is called with a ``ConversionPlan`` and the model in float32, has
+            ``run()``, which raises ``ValidationError``, and ``unchecked``, sentences on what could
+            not be checked.
         card: what the model card says about it.
         export_config: the config.json of a target's layout, from a draft's config.
         targets: what it can be exported to, by the names on the command line.
@@ -304,6 +308,7 @@ class Family:
     reference: str
     card: Card
     export_config: Callable[[Any, Any], dict[str, Any]]
+    check: str = "speculators.convert.checks.recurrent:RecurrentCheck"
     targets: Mapping[str, Target] = field(default_factory=dict)
     flags: tuple[Flag, ...] = ()
     options: tuple[Option, ...] = ()

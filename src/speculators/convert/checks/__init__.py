@@ -1,0 +1,1 @@
+"""What a conversion is checked for, one module per kind of check."""

@@ -1,0 +1,60 @@
+"""Whether the verifier is one, and has the matrices that the draft takes from it."""
+
+import torch
+
+from speculators.checkpoint.reader import read_tensors
+from speculators.checkpoint.tensor import TensorInfo
+from speculators.checkpoint.verifier import Verifier
+from speculators.errors import (
+    IncompleteVerifierError,
+    SpeculatorsError,
+    ValidationError,
+    VerifierError,
+)
+from speculators.families.recognition import recognise
+from speculators.models.tensors import read_tensor
+
+__all__ = ["check_head_of_source", "refuse_draft_as_verifier", "refuse_incomplete"]
+
+
+def refuse_draft_as_verifier(verifier: Verifier) -> None:
+    """Refuse a draft as the verifier: it has no head, but its config looks like its verifier's."""
+    if verifier.repository.commit is not None:
+        return  # listing its tensors would download all of its weights
+    try:
+        tensors = read_tensors(verifier.repository)
+    except SpeculatorsError:
+        return  # the caller reports why there is no head
+    signature = recognise({}, tensors).signature
+    if signature is not None and signature.kind != "language-model":
+        raise VerifierError(
+            f"The verifier {verifier.name} holds {signature.title}; give the language model that "
+            "the draft was trained for."
+        )
+
+
+def refuse_incomplete(verifier: Verifier) -> None:
+    """Refuse a verifier whose weights are there, but not its embedding."""
+    try:
+        verifier.embedding()
+    except IncompleteVerifierError:
+        refuse_draft_as_verifier(verifier)
+        raise
+    except SpeculatorsError:
+        return  # the caller says that it is not available
+
+
+def check_head_of_source(own: TensorInfo, verifiers: TensorInfo) -> None:
+    """Check that a head which is left out is the verifier's, which takes its place.
+
+    Raises:
+        ValidationError: if not.
+
+    """
+    ours, theirs = read_tensor(own), read_tensor(verifiers)
+    dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+    if ours.shape != theirs.shape or not torch.equal(ours.to(dtype), theirs.to(dtype)):
+        raise ValidationError(
+            f"{own.file} has an {own.name} that is not the verifier's, while such a draft uses "
+            "the verifier's head; check that the verifier is the one it was trained for."
+        )
