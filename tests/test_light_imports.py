@@ -153,13 +153,7 @@ LIGHT = [
         "integrations",
     }
     # Validation needs the model.
-    and not module.startswith(
-        (
-            "speculators.convert.references.",
-            "speculators.convert.checks.",
-            "speculators.convert.validation",
-        )
-    )
+    and not module.startswith(("speculators.convert.references.", "speculators.convert.checks."))
 ]
 
 

@@ -1,5 +1,6 @@
 """Conversion: read, plan, write, validate, and only then move into place."""
 
+import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from speculators.checkpoint.reader import Checkpoint, read_checkpoint
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.tensor import FLOATS
 from speculators.checkpoint.verifier import Verifier, open_verifier
+from speculators.convert.imports import import_ahead
 from speculators.convert.plan import (
     ConversionPlan,
     family_of,
@@ -102,16 +104,23 @@ def convert(
         revision=revision,
         dtype=dtype,
     )
+    if validate:
+        import_ahead(planned.family)
     with staged_directory(output, overwrite=overwrite) as staging:
         config = planned.config.model_dump_json(indent=2, exclude_none=True)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
+        weights = staging / "model.safetensors"
         hashes = write_safetensors_file(
-            staging / "model.safetensors", planned.tensors, progress=progress, hashed=validate
+            weights, planned.tensors, progress=progress, hashed=validate
         )
         if validate:
             from speculators.convert.validation import validate_conversion
 
-            unchecked = validate_conversion(planned, open_converted(staging), progress=progress)
+            digest = hashlib.sha256()
+            unchecked = validate_conversion(
+                planned, open_converted(staging), progress=progress, digest=digest
+            )
+            hashes[weights] = digest.hexdigest()
         else:
             unchecked = [head_left_out(head) for head in planned.heads]
             for sentence in unchecked:
@@ -168,6 +177,7 @@ def validate(
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; give a converted checkpoint.")
     written = open_converted(directory, cache_dir=cache_dir)
+    import_ahead(written.family)
     record = read_record(directory)
     if record is None:
         logger.warning(f"{directory} has no {CONVERSION_FILE}: what was written is not known")

@@ -7,7 +7,9 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
+from speculators.checkpoint.tensor import PlannedTensor
 from speculators.convert.checks.comparison import BATCH, LENGTH, SEED, check_same
+from speculators.convert.checks.planned import PlannedTensors, read_blocks, read_rows
 from speculators.convert.checks.verifier import (
     check_head_of_source,
     refuse_draft_as_verifier,
@@ -16,8 +18,8 @@ from speculators.convert.checks.verifier import (
 from speculators.convert.plan import ConversionPlan, head_left_out
 from speculators.errors import IncompleteVerifierError, SpeculatorsError, ValidationError
 from speculators.families.family import imported
+from speculators.models.output import DraftOutput
 from speculators.models.speculator import Speculator
-from speculators.models.tensors import read_planned, read_tensor
 
 __all__ = ["RecurrentCheck"]
 
@@ -30,7 +32,7 @@ class RecurrentCheck:
 
     Args:
         plan: the plan of the conversion; its tensors are the source's.
-        model: the loaded model, in float32.
+        model: the loaded model, which computes in float32.
 
     Attributes:
         unchecked: sentences on what could not be checked, and why.
@@ -50,7 +52,9 @@ class RecurrentCheck:
             self._leave_unchecked(
                 "The verifier's embedding is not available: a random one takes its place"
             )
-            stand_in = torch.randn(vocabulary, hidden, generator=generator)
+            # Each row is the one before it, moved by one number: as random, and far smaller.
+            numbers = torch.randn(vocabulary + hidden, generator=generator)
+            stand_in = numbers.as_strided((vocabulary, hidden), (1, 1))
             model.embed_tokens = nn.Embedding.from_pretrained(stand_in)
 
     def run(self) -> None:
@@ -61,14 +65,17 @@ class RecurrentCheck:
             VerifierError: if the verifier is a draft, or lacks what the draft takes from it.
 
         """
-        drafted = self._drafted(self.input_ids, self.hidden_states)
+        has_head = self.model.get_output_embeddings() is not None
+        output = self._computed() if has_head else self._drafted(self.input_ids, self.hidden_states)
+        drafted = output.last_hidden_state
+        assert drafted is not None
         if not drafted.isfinite().all():
             raise ValidationError(
                 "The forward pass gives values that are not finite; "
                 "the source's weights are too large."
             )
         self._check_causality(drafted)
-        reference = self.reference(self._tensors(self.plan), self.plan.config)
+        reference = self.reference(PlannedTensors(self.plan), self.plan.config)
         if reason := reference.cannot_evaluate():
             self._leave_unchecked(f"The output was not compared with the reference: {reason}")
             expected = drafted
@@ -77,18 +84,32 @@ class RecurrentCheck:
             check_same("The output is not what the source's tensors compute", drafted, expected)
             if self.plan.rounded_to:
                 self._log_effect_of_rounding(expected)
-        self._check_logits(reference, expected)
+        head = self._head()
+        if head is None:
+            return
+        whose = "draft" if "lm_head.weight" in self.plan.tensors else "verifier"
+        found = output.logits if output.logits is not None else self._computed().logits
+        assert found is not None
+        check_same(
+            f"The logits are not those of the {whose}'s head",
+            found,
+            _logits(reference, expected, head),
+        )
         if self.plan.config.parallel and not reason:
-            self._check_slots(reference)
+            self._check_slots(reference, head)
 
     def _leave_unchecked(self, sentence: str) -> None:
         logger.warning(sentence)
         self.unchecked.append(sentence)
 
-    def _drafted(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
-        drafted: Tensor = self.model.draft(
-            input_ids, self.model.project(hidden_states)
-        ).last_hidden_state
+    def _computed(self) -> DraftOutput:
+        computed: DraftOutput = self.model(
+            input_ids=self.input_ids, hidden_states=self.hidden_states
+        )
+        return computed
+
+    def _drafted(self, input_ids: Tensor, hidden_states: Tensor) -> DraftOutput:
+        drafted: DraftOutput = self.model.draft(input_ids, self.model.project(hidden_states))
         return drafted
 
     def _check_causality(self, drafted: Tensor) -> None:
@@ -96,38 +117,38 @@ class RecurrentCheck:
         changed_ids, changed_states = self.input_ids.clone(), self.hidden_states.clone()
         changed_ids[:, -1] = (changed_ids[:, -1] + 1) % vocabulary
         changed_states[:, -1] = -changed_states[:, -1]
+        changed = self._drafted(changed_ids, changed_states).last_hidden_state
+        assert changed is not None
         check_same(
             "The output depends on later positions: the attention is not causal",
-            self._drafted(changed_ids, changed_states)[:, :-1],
+            changed[:, :-1],
             drafted[:, :-1],
         )
 
-    def _check_logits(self, reference: Any, drafted: Tensor) -> None:
-        head = None
-        if "head" in self.plan.family.borrows and "head" not in self.plan.features:
-            try:
-                info = self.plan.verifier.head()
-            except SpeculatorsError as error:
-                refuse_draft_as_verifier(self.plan.verifier)
-                if isinstance(error, IncompleteVerifierError):
-                    raise
-                self._leave_unchecked(
-                    "Logits were not validated, since the verifier's head is not available: "
-                    f"{error}"
-                )
-                for own in self.plan.heads:
-                    self._leave_unchecked(head_left_out(own))
-                return
-            head = read_tensor(info)
-            for own in self.plan.heads:
-                check_head_of_source(own, info)
-        check_same(
-            f"The logits are not those of the {'draft' if head is None else 'verifier'}'s head",
-            self.model(input_ids=self.input_ids, hidden_states=self.hidden_states).logits,
-            reference.logits(drafted, None if head is None else head.float()),
-        )
+    def _head(self) -> PlannedTensor | None:
+        """The draft's own head or the verifier's; ``None`` if it is not available, which is told.
 
-    def _check_slots(self, reference: Any) -> None:
+        The source's own heads that are left out are compared with the verifier's.
+        """
+        if own := self.plan.tensors.get("lm_head.weight"):
+            return own
+        try:
+            info = self.plan.verifier.head()
+        except SpeculatorsError as error:
+            refuse_draft_as_verifier(self.plan.verifier)
+            if isinstance(error, IncompleteVerifierError):
+                raise
+            self._leave_unchecked(
+                f"Logits were not validated, since the verifier's head is not available: {error}"
+            )
+            for left_out in self.plan.heads:
+                self._leave_unchecked(head_left_out(left_out))
+            return None
+        for left_out in self.plan.heads:
+            check_head_of_source(left_out, info)
+        return PlannedTensor.copy_of(info)
+
+    def _check_slots(self, reference: Any, head: PlannedTensor) -> None:
         config: Any = self.plan.config
         mask = self._embedded(self.plan, torch.tensor([config.mask_token_id]))
         expected = [
@@ -141,7 +162,7 @@ class RecurrentCheck:
                 hidden_states=self.hidden_states,
                 num_draft_tokens=SLOTS,
             ).logits,
-            torch.stack(expected),
+            _logits(reference, torch.stack(expected), head),
         )
 
     def _log_effect_of_rounding(self, rounded: Tensor) -> None:
@@ -153,9 +174,8 @@ class RecurrentCheck:
                 for name, tensor in self.plan.tensors.items()
             },
         )
-        exact = self._evaluate(
-            self.reference(self._tensors(exact_plan), self.plan.config), exact_plan
-        )
+        reference = self.reference(PlannedTensors(exact_plan), self.plan.config)
+        exact = self._evaluate(reference, exact_plan)
         logger.info(
             f"With its tensors rounded to {self.plan.config.torch_dtype}, the output differs from "
             f"the source's by up to {(rounded - exact).abs().max().item():.2g}, "
@@ -173,20 +193,16 @@ class RecurrentCheck:
     def _embedded(self, plan: ConversionPlan, ids: Tensor) -> Tensor:
         """Embeddings of the tokens, from the source's own tensor where it has one."""
         if tensor := plan.tensors.get("embed_tokens.weight"):
-            return read_planned(tensor)[ids].float()
+            return read_rows(tensor, ids)
         embedding = self.model.get_input_embeddings()
         assert embedding is not None
         embedded: Tensor = embedding(ids)
         return embedded
 
-    def _tensors(self, plan: ConversionPlan) -> dict[str, Tensor]:
-        """The planned tensors, by their names in research checkpoints, weights in float32."""
-        return {
-            plan.family.names.in_research(name): _float(read_planned(tensor))
-            for name, tensor in plan.tensors.items()
-            if name != "embed_tokens.weight"
-        }
 
-
-def _float(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _logits(reference: Any, drafted: Tensor, head: PlannedTensor) -> Tensor:
+    """The reference's logits, with a head that is read in blocks."""
+    logits = drafted.new_empty(*drafted.shape[:-1], head.shape[0])
+    for start, stop, rows in read_blocks(head):
+        logits[..., start:stop] = reference.logits(drafted, rows)
+    return logits

@@ -1,0 +1,163 @@
+"""Computing in float32 with matrices that stay as they are stored.
+
+A float32 copy of a model in bfloat16 takes twice its size. Here only the rows that are being used
+are upcast, which is exact: float32 holds every number of the narrower dtypes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils._pytree import tree_map_only
+
+from speculators.checkpoint.tensor import TensorInfo
+from speculators.models.tensors import TORCH_DTYPES, map_tensor
+
+__all__ = [
+    "UpcastMatrix",
+    "all_finite",
+    "row_blocks",
+    "single_threaded",
+    "upcast",
+    "upcast_parameters",
+]
+
+BLOCK = 1 << 20
+"""How many elements are upcast at a time: 8 MB, which stays in the processor's cache."""
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The first row of each block of a tensor, and the one after its last."""
+    row = max(1, torch.Size(shape[1:]).numel())
+    rows = max(1, BLOCK // row)
+    for start in range(0, shape[0], rows):
+        yield start, min(start + rows, shape[0])
+
+
+class UpcastMatrix(Tensor):
+    """A float32 tensor that holds the narrower numbers it was stored with.
+
+    A linear layer and an embedding upcast a block of rows at a time; any other operation upcasts
+    the whole tensor first. It cannot be written to.
+
+    Args:
+        stored: the numbers, in float16 or bfloat16; perhaps in a mapped file.
+
+    """
+
+    stored: Tensor
+
+    @staticmethod
+    def __new__(cls, stored: Tensor) -> "UpcastMatrix":  # noqa: D102
+        matrix: UpcastMatrix = Tensor._make_wrapper_subclass(
+            cls, stored.shape, dtype=torch.float32, device=stored.device
+        )
+        matrix.stored = stored
+        return matrix
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return BY_ROWS.get(func, func)(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch has no types for it
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:  # what nn.Parameter does to its data
+            return cls(args[0].stored)
+        args, kwargs = tree_map_only(cls, lambda it: it.stored.float(), (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, UpcastMatrix):
+        return F.linear(x, weight, bias)
+    rows, width = weight.shape
+    product = x.new_empty(*x.shape[:-1], rows)
+    block = x.new_empty(
+        min(rows, max(1, BLOCK // width)), width
+    )  # one that is used again and again
+    for start, stop in row_blocks(weight.shape):
+        upcast_rows = block[: stop - start].copy_(weight.stored[start:stop])
+        product[..., start:stop] = F.linear(x, upcast_rows)
+    return product if bias is None else product + bias
+
+
+def _embedding(ids: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if not isinstance(weight, UpcastMatrix):
+        return F.embedding(ids, weight, *args, **kwargs)
+    return F.embedding(ids, weight.stored, *args, **kwargs).float()
+
+
+BY_ROWS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+}
+"""What torch is asked for → the same with a matrix that is upcast by rows."""
+
+
+def upcast(stored: Tensor) -> Tensor:
+    """A tensor that computes in float32; itself if it is float32, or has integers."""
+    if not stored.is_floating_point() or stored.dtype == torch.float32:
+        return stored
+    return UpcastMatrix(stored) if stored.dim() > 1 else stored.float()
+
+
+def upcast_parameters(model: nn.Module, stored: Mapping[str, TensorInfo]) -> None:
+    """Let a model compute in float32, with its matrices left as they are; it cannot be trained.
+
+    Args:
+        model: the model, loaded with one dtype.
+        stored: its tensors by their names, each with its own dtype. Those that have another one
+            than the model was loaded with are taken from their files again.
+
+    """
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            weight, info = parameter.detach(), stored.get(name)
+            if info is not None and TORCH_DTYPES[info.dtype] != weight.dtype:
+                weight = map_tensor(info)
+            setattr(
+                module,
+                name.rpartition(".")[2],
+                nn.Parameter(upcast(weight), requires_grad=False),
+            )
+
+
+def all_finite(parameter: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity; it is looked at in blocks."""
+    stored = parameter.stored if isinstance(parameter, UpcastMatrix) else parameter.detach()
+    if not stored.numel():
+        return True
+    stored = stored.reshape(len(stored), -1) if stored.dim() else stored.reshape(1, 1)
+    extremes = [stored[start:stop].aminmax() for start, stop in row_blocks(stored.shape)]
+    return all(bool(low.isfinite() & high.isfinite()) for low, high in extremes)
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Compute in one thread.
+
+    Blocks are so small that several threads save little where the cores are free, and where they
+    are not, threads that wait for each other multiply the time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
