@@ -157,7 +157,7 @@ def plain_drafting(
         if draft.config.parallel:
             mask = embedding(torch.tensor(draft.config.mask_token_id))
             embedded = embedded[: len(states)]
-            logits = reference.logits(reference.slots(embedded, states, mask, len(path) + 1))[-1]
+            logits = reference.slots(embedded, states, mask, len(path) + 1)[-1]
         else:
             before = [fed_back[path[:n]] for n in range(len(path))]
             x = torch.stack([*reference.project(states), *before])

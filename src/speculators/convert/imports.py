@@ -1,6 +1,7 @@
 """Importing torch, transformers and a family's model while bytes are being read or written."""
 
 import gc
+import sys
 from contextlib import suppress
 from importlib import import_module
 from threading import Thread
@@ -8,6 +9,9 @@ from threading import Thread
 from speculators.families.family import Family
 
 __all__ = ["import_ahead"]
+
+SWITCH_S = 0.0002
+"""How long whoever copies waits for its turn between two calls; Python's own 5 ms add up."""
 
 NEEDED = ("speculators.models.loading", "speculators.convert.checks.embedding")
 
@@ -24,12 +28,14 @@ def import_ahead(family: Family) -> None:
 
 
 def _import(modules: tuple[str, ...]) -> None:
-    enabled = gc.isenabled()
+    enabled, interval = gc.isenabled(), sys.getswitchinterval()
     gc.disable()  # it would look through all that is imported, again and again
+    sys.setswitchinterval(SWITCH_S)
     try:
         with suppress(Exception):
             for module in modules:
                 import_module(module)
     finally:
+        sys.setswitchinterval(interval)
         if enabled:
             gc.enable()

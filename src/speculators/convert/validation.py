@@ -54,7 +54,7 @@ def validate_conversion(
     compare_tensors(plan, written, progress, digest)
 
     from speculators.convert.checks.embedding import tell_of_untrained_embedding
-    from speculators.models.upcast import single_threaded
+    from speculators.models.blocks import single_threaded
 
     with single_threaded():
         tell_of_untrained_embedding(plan)
@@ -69,8 +69,8 @@ def validate_model(plan: ConversionPlan, written: Converted) -> list[str]:
     with the plan's tensors (rounded if the plan rounds them; the log then says how much that
     changes). Its logits must be those of the verifier's head.
 
-    The model computes in float32 too, with its matrices where they are stored. So memory grows with
-    the largest matrix of the layer, embedding and head aside.
+    Both sides compute with matrices in blocks of rows, and leave them where they are stored, so
+    memory does not grow with the checkpoint.
 
     Both the model and the reference compute with the config that the plan derives, so a key of the
     source's config that is misread cannot be found here.
@@ -86,8 +86,8 @@ def validate_model(plan: ConversionPlan, written: Converted) -> list[str]:
     """
     import torch
 
+    from speculators.models.blocks import single_threaded
     from speculators.models.loading import load_converted, without_progress_bar
-    from speculators.models.upcast import single_threaded
 
     try:
         with without_progress_bar():
@@ -105,7 +105,7 @@ def validate_model(plan: ConversionPlan, written: Converted) -> list[str]:
 
 
 def _check_finite(plan: ConversionPlan, model: "Speculator") -> None:
-    from speculators.models.upcast import all_finite
+    from speculators.models.blocks import all_finite
 
     for name, parameter in model.named_parameters():
         if not all_finite(parameter):

@@ -28,11 +28,11 @@ from speculators.errors import FormatError, SpeculatorsError, VerifierError
 from speculators.families.card import model_card
 from speculators.families.converted import Converted, open_converted
 from speculators.format.config import ProposalMethod
+from speculators.models.blocks import upcast, upcast_parameters
 from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.output import CACHE, DraftOutput, the_cache
 from speculators.models.placement import device_of
 from speculators.models.tensors import map_tensor, most_used_dtype
-from speculators.models.upcast import upcast, upcast_parameters
 
 __all__ = ["Speculator"]
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["contiguous_chunks", "write_safetensors_file"]
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 1 << 20  # small enough for the processor's cache, and for memory to be used again
 ROUNDED_BYTES = 1 << 19  # arithmetic is fastest within the processor's cache
 COPY_BYTES = 1 << 28  # small enough for a progress bar to move and Ctrl-C to take effect
 STRIDED_BYTES = 64 << 20

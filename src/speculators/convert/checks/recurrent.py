@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from speculators.checkpoint.tensor import PlannedTensor
 from speculators.convert.checks.comparison import BATCH, LENGTH, SEED, check_same
-from speculators.convert.checks.planned import PlannedTensors, read_blocks, read_rows
+from speculators.convert.checks.planned import PlannedMatrix, PlannedTensors
 from speculators.convert.checks.verifier import (
     check_head_of_source,
     refuse_draft_as_verifier,
@@ -84,19 +85,9 @@ class RecurrentCheck:
             check_same("The output is not what the source's tensors compute", drafted, expected)
             if self.plan.rounded_to:
                 self._log_effect_of_rounding(expected)
-        head = self._head()
-        if head is None:
-            return
-        whose = "draft" if "lm_head.weight" in self.plan.tensors else "verifier"
-        found = output.logits if output.logits is not None else self._computed().logits
-        assert found is not None
-        check_same(
-            f"The logits are not those of the {whose}'s head",
-            found,
-            _logits(reference, expected, head),
-        )
+        self._check_logits(reference, expected, output.logits)
         if self.plan.config.parallel and not reason:
-            self._check_slots(reference, head)
+            self._check_slots(reference)
 
     def _leave_unchecked(self, sentence: str) -> None:
         logger.warning(sentence)
@@ -125,30 +116,35 @@ class RecurrentCheck:
             drafted[:, :-1],
         )
 
-    def _head(self) -> PlannedTensor | None:
-        """The draft's own head or the verifier's; ``None`` if it is not available, which is told.
+    def _check_logits(self, reference: Any, drafted: Tensor, found: Tensor | None) -> None:
+        head = None
+        if "head" in self.plan.family.borrows and "head" not in self.plan.features:
+            try:
+                info = self.plan.verifier.head()
+            except SpeculatorsError as error:
+                refuse_draft_as_verifier(self.plan.verifier)
+                if isinstance(error, IncompleteVerifierError):
+                    raise
+                self._leave_unchecked(
+                    "Logits were not validated, since the verifier's head is not available: "
+                    f"{error}"
+                )
+                for own in self.plan.heads:
+                    self._leave_unchecked(head_left_out(own))
+                return
+            head = PlannedMatrix.of(PlannedTensor.copy_of(info))
+            for own in self.plan.heads:
+                check_head_of_source(own, info)
+        if found is None:
+            found = self._computed().logits  # which says why there are none
+        assert found is not None
+        check_same(
+            f"The logits are not those of the {'draft' if head is None else 'verifier'}'s head",
+            found,
+            reference.logits(drafted, head),
+        )
 
-        The source's own heads that are left out are compared with the verifier's.
-        """
-        if own := self.plan.tensors.get("lm_head.weight"):
-            return own
-        try:
-            info = self.plan.verifier.head()
-        except SpeculatorsError as error:
-            refuse_draft_as_verifier(self.plan.verifier)
-            if isinstance(error, IncompleteVerifierError):
-                raise
-            self._leave_unchecked(
-                f"Logits were not validated, since the verifier's head is not available: {error}"
-            )
-            for left_out in self.plan.heads:
-                self._leave_unchecked(head_left_out(left_out))
-            return None
-        for left_out in self.plan.heads:
-            check_head_of_source(left_out, info)
-        return PlannedTensor.copy_of(info)
-
-    def _check_slots(self, reference: Any, head: PlannedTensor) -> None:
+    def _check_slots(self, reference: Any) -> None:
         config: Any = self.plan.config
         mask = self._embedded(self.plan, torch.tensor([config.mask_token_id]))
         expected = [
@@ -162,7 +158,7 @@ class RecurrentCheck:
                 hidden_states=self.hidden_states,
                 num_draft_tokens=SLOTS,
             ).logits,
-            _logits(reference, torch.stack(expected), head),
+            torch.stack(expected),
         )
 
     def _log_effect_of_rounding(self, rounded: Tensor) -> None:
@@ -193,16 +189,8 @@ class RecurrentCheck:
     def _embedded(self, plan: ConversionPlan, ids: Tensor) -> Tensor:
         """Embeddings of the tokens, from the source's own tensor where it has one."""
         if tensor := plan.tensors.get("embed_tokens.weight"):
-            return read_rows(tensor, ids)
+            return F.embedding(ids, PlannedMatrix.of(tensor))
         embedding = self.model.get_input_embeddings()
         assert embedding is not None
         embedded: Tensor = embedding(ids)
         return embedded
-
-
-def _logits(reference: Any, drafted: Tensor, head: PlannedTensor) -> Tensor:
-    """The reference's logits, with a head that is read in blocks."""
-    logits = drafted.new_empty(*drafted.shape[:-1], head.shape[0])
-    for start, stop, rows in read_blocks(head):
-        logits[..., start:stop] = reference.logits(drafted, rows)
-    return logits

@@ -140,8 +140,8 @@ def _is_rounded(data: bytes, dtype: str, source: bytes, source_dtype: str) -> bo
     """Whether ``data`` has the numbers that torch rounds those of a source to."""
     import torch
 
+    from speculators.models.blocks import single_threaded
     from speculators.models.tensors import TORCH_DTYPES
-    from speculators.models.upcast import single_threaded
 
     with single_threaded():
         found = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype])

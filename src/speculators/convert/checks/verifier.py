@@ -12,8 +12,8 @@ from speculators.errors import (
     VerifierError,
 )
 from speculators.families.recognition import recognise
+from speculators.models.blocks import row_blocks
 from speculators.models.tensors import TORCH_DTYPES, read_tensor
-from speculators.models.upcast import row_blocks
 
 __all__ = ["check_head_of_source", "refuse_draft_as_verifier", "refuse_incomplete"]
 

@@ -53,8 +53,9 @@ class EagleReference:
             "layers.0.mlp.down_proj", gate * self._linear("layers.0.mlp.up_proj", y)
         )
 
-    def logits(self, x: Tensor, head: Tensor) -> Tensor:
-        """The logits of the layer's output, with rows of the verifier's head, (rows, hidden)."""
+    def logits(self, x: Tensor, head: Tensor | None) -> Tensor:
+        """The logits of the layer's output, with the verifier's head, (vocabulary, hidden)."""
+        assert head is not None
         return F.linear(self._norm("lm_head_layernorm", x), head)
 
     def _attention(self, x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Eagle3Reference:
         return self._norm("norm", states) if self.config.norm_output else states
 
     def slots(self, embeddings: Tensor, hidden_states: Tensor, mask: Tensor, count: int) -> Tensor:
-        """Compute what the tokens that P-EAGLE drafts in one pass follow from; see ``logits``.
+        """The logits of the tokens that P-EAGLE drafts in one pass.
 
         Args:
             embeddings: as for a call.
@@ -90,24 +90,19 @@ class Eagle3Reference:
             count: how many tokens to draft.
 
         Returns:
-            (count, hidden).
+            (count, draft vocabulary).
 
         """
         masked = self.tensors["mask_hidden"].view(1, -1)
         states = torch.cat([hidden_states, *[masked] * (count - 1)])
         drafted = self(torch.cat([embeddings, *[mask.view(1, -1)] * (count - 1)]), states)
-        return drafted[-count:]
+        return self.logits(drafted[-count:])
 
     def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
-        """The logits, over the draft's vocabulary, of what is fed back.
-
-        Args:
-            x: what is fed back, (..., hidden).
-            head: the draft's head or some rows of it; the whole head if not given.
-
-        """
+        """The logits, over the draft's vocabulary, of what is fed back; the head is the draft's."""
+        assert head is None
         normed = x if self.config.norm_output else self._norm("norm", x)
-        return F.linear(normed, self.tensors["lm_head.weight"] if head is None else head)
+        return F.linear(normed, self.tensors["lm_head.weight"])
 
     def _attention(self, layer: str, x: Tensor) -> Tensor:
         heads = self.layer.num_attention_heads

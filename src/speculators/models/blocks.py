@@ -1,9 +1,10 @@
-"""Computing in float32 with matrices that stay as they are stored.
+"""Computing in float32 with matrices of which only some rows are in memory as float32.
 
 A float32 copy of a model in bfloat16 takes twice its size. Here only the rows that are being used
 are upcast, which is exact: float32 holds every number of the narrower dtypes.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from speculators.checkpoint.tensor import TensorInfo
 from speculators.models.tensors import TORCH_DTYPES, map_tensor
 
 __all__ = [
+    "BlockMatrix",
     "UpcastMatrix",
     "all_finite",
     "row_blocks",
@@ -26,37 +28,31 @@ __all__ = [
 ]
 
 BLOCK = 1 << 20
-"""How many elements are upcast at a time: 8 MB, which stays in the processor's cache."""
+"""How many elements are upcast at a time: 4 MB, which stays in the processor's cache."""
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     """The first row of each block of a tensor, and the one after its last."""
-    row = max(1, torch.Size(shape[1:]).numel())
-    rows = max(1, BLOCK // row)
+    rows = max(1, BLOCK // max(1, torch.Size(shape[1:]).numel()))
     for start in range(0, shape[0], rows):
         yield start, min(start + rows, shape[0])
 
 
-class UpcastMatrix(Tensor):
-    """A float32 tensor that holds the narrower numbers it was stored with.
+class BlockMatrix(Tensor):
+    """What is like a float32 tensor, but gives its rows when they are used.
 
-    A linear layer and an embedding upcast a block of rows at a time; any other operation upcasts
-    the whole tensor first. It cannot be written to.
-
-    Args:
-        stored: the numbers, in float16 or bfloat16; perhaps in a mapped file.
-
+    A linear layer asks for a block of rows at a time, an embedding for single rows; any other
+    operation asks for all of them. It cannot be written to.
     """
 
-    stored: Tensor
+    @classmethod
+    def shaped(cls, shape: Sequence[int]) -> Any:
+        """An instance of the class, of this shape, without any rows yet."""
+        return Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=torch.float32)
 
-    @staticmethod
-    def __new__(cls, stored: Tensor) -> "UpcastMatrix":  # noqa: D102
-        matrix: UpcastMatrix = Tensor._make_wrapper_subclass(
-            cls, stored.shape, dtype=torch.float32, device=stored.device
-        )
-        matrix.stored = stored
-        return matrix
+    @abstractmethod
+    def fill(self, start: int, stop: int, into: Tensor) -> Tensor:
+        """Write rows ``start`` to ``stop`` (exclusive) into a float32 tensor; return it."""
 
     @classmethod
     def __torch_function__(
@@ -78,43 +74,72 @@ class UpcastMatrix(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is torch.ops.aten.detach.default:  # what nn.Parameter does to its data
-            return cls(args[0].stored)
-        args, kwargs = tree_map_only(cls, lambda it: it.stored.float(), (args, dict(kwargs or {})))
+            return args[0]
+        args, kwargs = tree_map_only(BlockMatrix, _whole, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
 
+class UpcastMatrix(BlockMatrix):
+    """A float32 tensor that holds the narrower numbers it was stored with.
+
+    Attributes:
+        stored: the numbers, in float16 or bfloat16; perhaps in a mapped file.
+
+    """
+
+    stored: Tensor
+
+    @classmethod
+    def of(cls, stored: Tensor) -> "UpcastMatrix":
+        """One that holds these numbers."""
+        matrix: UpcastMatrix = cls.shaped(stored.shape)
+        matrix.stored = stored
+        return matrix
+
+    def fill(self, start: int, stop: int, into: Tensor) -> Tensor:
+        """Upcast rows."""
+        return into.copy_(self.stored[start:stop])
+
+
+def _whole(matrix: BlockMatrix) -> Tensor:
+    return matrix.fill(0, matrix.shape[0], torch.empty(matrix.shape))
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(weight, UpcastMatrix):
+    if not isinstance(weight, BlockMatrix):
         return F.linear(x, weight, bias)
     rows, width = weight.shape
     product = x.new_empty(*x.shape[:-1], rows)
-    block = x.new_empty(
-        min(rows, max(1, BLOCK // width)), width
-    )  # one that is used again and again
+    buffer = torch.empty(0)
     for start, stop in row_blocks(weight.shape):
-        upcast_rows = block[: stop - start].copy_(weight.stored[start:stop])
-        product[..., start:stop] = F.linear(x, upcast_rows)
+        if not start:
+            buffer = torch.empty(stop, width)  # which all blocks use, one after the other
+        block = weight.fill(start, stop, buffer[: stop - start])
+        product[..., start:stop] = F.linear(x, block)
     return product if bias is None else product + bias
 
 
 def _embedding(ids: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if not isinstance(weight, UpcastMatrix):
+    if not isinstance(weight, BlockMatrix):
         return F.embedding(ids, weight, *args, **kwargs)
-    return F.embedding(ids, weight.stored, *args, **kwargs).float()
+    embedded = torch.empty(ids.numel(), weight.shape[1])
+    for place, row in enumerate(ids.flatten().tolist()):
+        weight.fill(row, row + 1, embedded[place : place + 1])
+    return embedded.view(*ids.shape, -1)
 
 
 BY_ROWS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,
     F.embedding: _embedding,
 }
-"""What torch is asked for → the same with a matrix that is upcast by rows."""
+"""What torch is asked for → the same with a matrix that gives its rows when they are used."""
 
 
 def upcast(stored: Tensor) -> Tensor:
     """A tensor that computes in float32; itself if it is float32, or has integers."""
     if not stored.is_floating_point() or stored.dtype == torch.float32:
         return stored
-    return UpcastMatrix(stored) if stored.dim() > 1 else stored.float()
+    return UpcastMatrix.of(stored) if stored.dim() > 1 else stored.float()
 
 
 def upcast_parameters(model: nn.Module, stored: Mapping[str, TensorInfo]) -> None:
