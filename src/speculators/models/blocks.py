@@ -110,10 +110,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     rows, width = weight.shape
     product = x.new_empty(*x.shape[:-1], rows)
-    buffer = torch.empty(0)
-    for start, stop in row_blocks(weight.shape):
-        if not start:
-            buffer = torch.empty(stop, width)  # which all blocks use, one after the other
+    blocks = list(row_blocks(weight.shape))
+    buffer = x.new_empty(blocks[0][1] if blocks else 0, width)  # each block in its turn
+    for start, stop in blocks:
         block = weight.fill(start, stop, buffer[: stop - start])
         product[..., start:stop] = F.linear(x, block)
     return product if bias is None else product + bias
@@ -122,7 +121,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _embedding(ids: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if not isinstance(weight, BlockMatrix):
         return F.embedding(ids, weight, *args, **kwargs)
-    embedded = torch.empty(ids.numel(), weight.shape[1])
+    embedded = ids.new_empty(ids.numel(), weight.shape[1], dtype=torch.float32)
     for place, row in enumerate(ids.flatten().tolist()):
         weight.fill(row, row + 1, embedded[place : place + 1])
     return embedded.view(*ids.shape, -1)
