@@ -97,6 +97,7 @@ docs: $(INSTALLED)  ## build the documentation as a site, in site/
 
 bench: $(VERIFIER)  ## measure, and write benchmarks/results
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/prove.py
 	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite
 	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1
 	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1 --temperature 1 \

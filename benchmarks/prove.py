@@ -126,7 +126,8 @@ def code_of(commit: str) -> Iterator[Path]:
 
 def cases(folder: Path) -> dict[str, tuple[str | Path, ...]]:
     """The commands, each of which can use what those before it made."""
-    verifier, found = folder / "verifier", {}
+    verifier = folder / "verifier"
+    found: dict[str, tuple[str | Path, ...]] = {}
     for kind, options in (("eagle", ()), ("eagle3", ("--aux-layers", "2,16,29"))):
         source, out = folder / kind, folder / f"{kind}-out"
         convert = ("convert", kind, source, out, verifier, "--overwrite", *options)

@@ -22,6 +22,8 @@ def import_ahead(family: Family) -> None:
     Whoever imports it afterwards waits until it is there; if it cannot be imported, that import
     fails as well, and says so.
     """
+    if NEEDED[0] in sys.modules:
+        return  # a conversion before this one did it
     named = (family.model, family.reference, family.check)
     modules = (*NEEDED, *(name.partition(":")[0] for name in named))
     Thread(target=_import, args=(modules,), name="imports").start()
