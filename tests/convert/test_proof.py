@@ -1,6 +1,7 @@
 """What the proof finds, with weights in the dtypes of real drafts, and how much memory it takes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from speculators.convert.conversion import convert as convert_any
 from speculators.convert.eagle import EagleConverter
 from speculators.errors import ValidationError
 from speculators.families.converted import open_converted
+from speculators.models import blocks
 from speculators.models.eagle import EagleSpeculator
 
 convert, validate = EagleConverter().convert, EagleConverter().validate
@@ -109,6 +111,32 @@ def test_eagle3_drafts_too(tmp_path: Path, log: list[str], name: str) -> None:
     out = convert_any(None, source, tmp_path / "out", TARGET, options=OPTIONS.get(name))
     validate(out, source)
     assert not [line for line in log if line.startswith("WARNING") and "compared" in line]
+
+
+def test_transposed_matrices_are_read_as_a_whole(
+    tmp_path: Path, verifier16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that lie across the file are not gathered block by block, each time from all of it."""
+
+    def transpose(tensors: Tensors) -> None:
+        typed(DTYPES["bfloat16"])(tensors)
+        for name, tensor in tensors.items():
+            if tensor.dim() == 2:
+                tensors[name] = tensor.t().contiguous().t()
+
+    source = write_checkpoint(tmp_path / "source", edit=transpose, container="pytorch_model.bin")
+    monkeypatch.setattr(blocks, "BLOCK", 256)
+    read, counted = os.pread, [0]
+
+    def count(*arguments: int) -> bytes:
+        data = read(*arguments)
+        counted[0] += len(data)
+        return data
+
+    monkeypatch.setattr(os, "pread", count)
+    convert(source, tmp_path / "out", verifier16)
+    # To hash, to copy, to compare, and for each of the two sequences; beside it the verifier's head
+    assert counted[0] < 6 * (source / "pytorch_model.bin").stat().st_size
 
 
 @pytest.fixture

@@ -47,6 +47,9 @@ def test_anything_else(stored: Tensor) -> None:
     matrix, x = upcast(stored), torch.randn(5, 8)
     assert torch.equal(x @ matrix.T, x @ stored.float().T)
     assert torch.equal(matrix[2], stored[2].float())
+    assert torch.equal(matrix[:, 3], stored[:, 3].float())
+    for rows in (slice(3, 7), slice(-2, None), slice(1, 9, 3), slice(5, 2), slice(None)):
+        assert torch.equal(matrix[rows], stored[rows].float())
     assert torch.equal(torch.cat([matrix, matrix]), torch.cat([stored, stored]).float())
     assert type(matrix + 1) is Tensor
 

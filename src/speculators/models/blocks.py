@@ -41,8 +41,8 @@ def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 class BlockMatrix(Tensor):
     """What is like a float32 tensor, but gives its rows when they are used.
 
-    A linear layer asks for a block of rows at a time, an embedding for single rows; any other
-    operation asks for all of them. It cannot be written to.
+    A linear layer asks for a block of rows at a time, an embedding for single rows, and a slice for
+    those that are in it; any other operation asks for all of them. It cannot be written to.
     """
 
     @classmethod
@@ -127,9 +127,18 @@ def _embedding(ids: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor
     return embedded.view(*ids.shape, -1)
 
 
+def _item(matrix: Tensor, index: Any) -> Tensor:
+    if not isinstance(matrix, BlockMatrix) or not isinstance(index, slice):
+        return matrix[index]
+    start, stop, step = index.indices(matrix.shape[0])
+    rows = torch.empty(max(0, stop - start), *matrix.shape[1:])
+    return matrix.fill(start, start + len(rows), rows)[::step]
+
+
 BY_ROWS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,
     F.embedding: _embedding,
+    Tensor.__getitem__: _item,
 }
 """What torch is asked for → the same with a matrix that gives its rows when they are used."""
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from speculators.checkpoint.tensor import FLOATS, PlannedTensor
 from speculators.convert.plan import ConversionPlan
-from speculators.models.blocks import BlockMatrix
+from speculators.models.blocks import BlockMatrix, upcast
 from speculators.models.tensors import read_planned
 
-__all__ = ["PlannedMatrix", "PlannedTensors"]
+__all__ = ["PlannedTensors", "planned_matrix"]
 
 
 class PlannedMatrix(BlockMatrix):
@@ -33,6 +33,17 @@ class PlannedMatrix(BlockMatrix):
         return read_planned(self.planned.slice(start, stop), into)
 
 
+def planned_matrix(planned: PlannedTensor) -> Tensor:
+    """A matrix of a plan that computes in float32.
+
+    One whose rows do not lie in one piece is read as a whole: reading a block of its rows takes
+    going through all of it.
+    """
+    if any(info.strides is not None and info.strides[-1] != 1 for info in planned.sources):
+        return upcast(read_planned(planned))
+    return PlannedMatrix.of(planned)
+
+
 class PlannedTensors(Mapping[str, Tensor]):
     """The tensors of a plan, weights in float32, by their names in research checkpoints.
 
@@ -51,7 +62,7 @@ class PlannedTensors(Mapping[str, Tensor]):
         if tensor.dtype not in FLOATS:
             return read_planned(tensor)
         if len(tensor.shape) == 2:
-            return PlannedMatrix.of(tensor)
+            return planned_matrix(tensor)
         return read_planned(tensor, torch.empty(tensor.shape))
 
     def __iter__(self) -> Iterator[str]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from speculators.checkpoint.tensor import PlannedTensor
 from speculators.convert.checks.comparison import BATCH, LENGTH, SEED, check_same
-from speculators.convert.checks.planned import PlannedMatrix, PlannedTensors
+from speculators.convert.checks.planned import PlannedTensors, planned_matrix
 from speculators.convert.checks.verifier import (
     check_head_of_source,
     refuse_draft_as_verifier,
@@ -132,7 +132,7 @@ class RecurrentCheck:
                 for own in self.plan.heads:
                     self._leave_unchecked(head_left_out(own))
                 return
-            head = PlannedMatrix.of(PlannedTensor.copy_of(info))
+            head = planned_matrix(PlannedTensor.copy_of(info))
             for own in self.plan.heads:
                 check_head_of_source(own, info)
         if found is None:
@@ -189,7 +189,7 @@ class RecurrentCheck:
     def _embedded(self, plan: ConversionPlan, ids: Tensor) -> Tensor:
         """Embeddings of the tokens, from the source's own tensor where it has one."""
         if tensor := plan.tensors.get("embed_tokens.weight"):
-            return F.embedding(ids, PlannedMatrix.of(tensor))
+            return F.embedding(ids, planned_matrix(tensor))
         embedding = self.model.get_input_embeddings()
         assert embedding is not None
         embedded: Tensor = embedding(ids)

@@ -3,8 +3,9 @@
 import torch
 
 from speculators.checkpoint.reader import read_tensors
-from speculators.checkpoint.tensor import TensorInfo
+from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.checkpoint.verifier import Verifier
+from speculators.convert.checks.planned import planned_matrix
 from speculators.errors import (
     IncompleteVerifierError,
     SpeculatorsError,
@@ -13,7 +14,7 @@ from speculators.errors import (
 )
 from speculators.families.recognition import recognise
 from speculators.models.blocks import row_blocks
-from speculators.models.tensors import TORCH_DTYPES, read_tensor
+from speculators.models.tensors import TORCH_DTYPES
 
 __all__ = ["check_head_of_source", "refuse_draft_as_verifier", "refuse_incomplete"]
 
@@ -54,11 +55,9 @@ def check_head_of_source(own: TensorInfo, verifiers: TensorInfo) -> None:
     """
     dtypes = (TORCH_DTYPES[own.dtype], TORCH_DTYPES[verifiers.dtype])
     dtype = min(dtypes, key=lambda it: torch.finfo(it).bits)
+    ours, theirs = (planned_matrix(PlannedTensor.copy_of(info)) for info in (own, verifiers))
     if own.shape != verifiers.shape or not all(
-        torch.equal(
-            read_tensor(own.slice(start, stop)).to(dtype),
-            read_tensor(verifiers.slice(start, stop)).to(dtype),
-        )
+        torch.equal(ours[start:stop].to(dtype), theirs[start:stop].to(dtype))
         for start, stop in row_blocks(own.shape)
     ):
         raise ValidationError(
