@@ -10,9 +10,6 @@ from speculators.families.family import Family
 
 __all__ = ["import_ahead"]
 
-SWITCH_S = 0.0002
-"""How long whoever copies waits for its turn between two calls; Python's own 5 ms add up."""
-
 NEEDED = ("speculators.models.loading", "speculators.convert.checks.embedding")
 
 
@@ -30,14 +27,12 @@ def import_ahead(family: Family) -> None:
 
 
 def _import(modules: tuple[str, ...]) -> None:
-    enabled, interval = gc.isenabled(), sys.getswitchinterval()
+    enabled = gc.isenabled()
     gc.disable()  # it would look through all that is imported, again and again
-    sys.setswitchinterval(SWITCH_S)
     try:
         with suppress(Exception):
             for module in modules:
                 import_module(module)
     finally:
-        sys.setswitchinterval(interval)
         if enabled:
             gc.enable()
