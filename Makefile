@@ -119,6 +119,7 @@ bench: $(VERIFIER) .venv-upstream/.installed  ## measure, and write benchmarks/r
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/convert_eagle3.py
 	$(BIN)/python benchmarks/mtp.py
+	$(BIN)/python benchmarks/prove.py
 	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite
 	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1
 	$(BIN)/python benchmarks/decode.py $(CONVERTED) $(VERIFIER) --threads 1 --temperature 1 \

@@ -1,8 +1,11 @@
-"""Write an EAGLE checkpoint of a real one's size, with random weights.
+"""Write a checkpoint of a real one's size, with random weights.
 
     python benchmarks/make_checkpoint.py DIRECTORY --container bin --size 8B
+    python benchmarks/make_checkpoint.py DIRECTORY --kind eagle3
 
-The shapes are those of EAGLE for Llama 3.1 8B: ten tensors, 1.55 GB in bfloat16.
+The shapes are those of EAGLE for Llama 3.1 8B: ten tensors, 1.55 GB in bfloat16. An EAGLE-3 draft
+has no embedding, and a head for 32000 tokens: 0.85 GB. Of a verifier, only the embedding and the
+head are written.
 """
 
 import argparse
@@ -10,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["CONTAINERS", "SIZES", "write_checkpoint", "write_verifier"]
+__all__ = ["CONTAINERS", "KINDS", "SIZES", "write_checkpoint", "write_verifier"]
 
 
 class Size(NamedTuple):
@@ -38,6 +41,32 @@ class Size(NamedTuple):
             f"{mlp}.up_proj.weight": (intermediate, hidden),
             f"{mlp}.down_proj.weight": (hidden, intermediate),
             "layers.0.post_attention_layernorm.weight": (hidden,),
+        }
+
+    def eagle3_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the matrices and norms of an EAGLE-3 draft, by name."""
+        hidden = self.hidden
+        drafted = self.vocabulary // 4
+        layer = {
+            name.replace("layers.0", "midlayer"): (shape[0], 2 * hidden)
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+            else shape
+            for name, shape in self.shapes().items()
+            if name.startswith("layers.0")
+        }
+        return layer | {
+            "fc.weight": (hidden, 3 * hidden),
+            "midlayer.hidden_norm.weight": (hidden,),
+            "midlayer.input_layernorm.weight": (hidden,),
+            "norm.weight": (hidden,),
+            "lm_head.weight": (drafted, hidden),
+        }
+
+    def verifier_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of a verifier that a draft may use, by name."""
+        return {
+            "lm_head.weight": (self.vocabulary, self.hidden),
+            "model.embed_tokens.weight": (self.vocabulary, self.hidden),
         }
 
     def config(self) -> dict[str, Any]:
@@ -70,28 +99,44 @@ SIZES = {
 CONTAINERS = ("safetensors", "bin", "sharded")
 """model.safetensors, pytorch_model.bin in the zip format, and safetensors in four shards."""
 
+KINDS = ("eagle", "eagle3", "verifier")
+
 SHARDS = 4
 
 
-def write_checkpoint(directory: Path, container: str, size: str) -> None:
+def write_checkpoint(directory: Path, container: str, size: str, kind: str = "eagle") -> None:
     """Write a checkpoint; the weights are the same in every container.
 
     Args:
         directory: the directory to create.
         container: one of ``CONTAINERS``.
         size: one of ``SIZES``.
+        kind: one of ``KINDS``.
 
     """
     import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    shapes = SIZES[size].shapes()
+    sizes = SIZES[size]
+    shapes = {
+        "eagle": sizes.shapes,
+        "eagle3": sizes.eagle3_shapes,
+        "verifier": sizes.verifier_shapes,
+    }[kind]()
     tensors = {
         name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
         for name, shape in shapes.items()
     }
-    write_verifier(directory, size, bias=False)
+    if kind == "eagle3":  # every fourth token
+        drafted, _ = shapes["lm_head.weight"]
+        tensors["d2t"] = 3 * torch.arange(drafted)
+        tensors["t2d"] = torch.arange(sizes.vocabulary) % 4 == 0
+        write_verifier(directory, size, draft_vocab_size=drafted)
+    elif kind == "eagle":
+        write_verifier(directory, size, bias=False)
+    else:
+        write_verifier(directory, size, num_hidden_layers=32)
     if container == "bin":
         torch.save(tensors, directory / "pytorch_model.bin")
     elif container == "safetensors":
@@ -119,5 +164,6 @@ if __name__ == "__main__":
     parser.add_argument("directory", type=Path)
     parser.add_argument("--container", choices=CONTAINERS, default="safetensors")
     parser.add_argument("--size", choices=SIZES, default="8B")
+    parser.add_argument("--kind", choices=KINDS, default="eagle")
     arguments = parser.parse_args()
-    write_checkpoint(arguments.directory, arguments.container, arguments.size)
+    write_checkpoint(arguments.directory, arguments.container, arguments.size, arguments.kind)

@@ -146,7 +146,6 @@ def test_torch_is_imported_at_the_top_only_where_models_are(module: str) -> None
                 "speculators.comparison.computation",
                 "speculators.convert.references.",
                 "speculators.convert.checks.",
-                "speculators.convert.validation",
             )
         )
     }

@@ -248,7 +248,6 @@ LIGHT = [
             "speculators.comparison.computation",
             "speculators.convert.references.",
             "speculators.convert.checks.",
-            "speculators.convert.validation",
         )
     )
 ]

@@ -190,6 +190,17 @@ class PlannedTensor:
         """A whole tensor, rounded to ``dtype`` if given."""
         return cls(dtype or info.dtype, info.shape, (info,))
 
+    def slice(self, start: int, stop: int) -> "PlannedTensor":
+        """Rows ``start`` to ``stop`` (exclusive) of a matrix, which has no constants."""
+        pieces, first = [], 0
+        for piece in self.sources:
+            last = first + piece.shape[0]
+            if first < stop and start < last:
+                pieces.append(piece.slice(max(start, first) - first, min(stop, last) - first))
+            first = last
+        assert 0 <= start <= stop <= first == self.shape[0], (self.label, start, stop)
+        return replace(self, shape=(stop - start, *self.shape[1:]), pieces=tuple(pieces))
+
     @property
     def sources(self) -> tuple[TensorInfo, ...]:
         """The pieces that come from tensors of the source."""

@@ -1,5 +1,6 @@
 """Conversion: read, plan, write, validate, and only then move into place."""
 
+import hashlib
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from speculators.checkpoint.reader import Checkpoint, find_companions, read_chec
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.tensor import stored_float
 from speculators.checkpoint.verifier import Verifier, open_verifier
+from speculators.convert.imports import import_ahead
 from speculators.convert.plan import (
     ConversionPlan,
     family_of,
@@ -107,18 +109,25 @@ def convert(
         revision=revision,
         dtype=dtype,
     )
+    if validate:
+        import_ahead(planned.family)
     with staged_directory(output, overwrite=overwrite) as staging:
         config = planned.config.model_dump_json(indent=2, exclude_none=True)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
+        weights = staging / "model.safetensors"
         hashes = write_safetensors_file(
-            staging / "model.safetensors", planned.tensors, progress=progress, hashed=validate
+            weights, planned.tensors, progress=progress, hashed=validate
         )
         for companion in planned.companions.values():
             copy_file(companion.file, companion.identity, staging / companion.file.name)
         if validate:
             from speculators.convert.validation import validate_conversion
 
-            unchecked = validate_conversion(planned, open_converted(staging), progress=progress)
+            digest = hashlib.sha256()
+            unchecked = validate_conversion(
+                planned, open_converted(staging), progress=progress, digest=digest
+            )
+            hashes[weights] = digest.hexdigest()
         else:
             unchecked = [head_left_out(head) for head in planned.heads]
             for sentence in unchecked:
@@ -200,6 +209,7 @@ def validate(
             f"{directory} is not a directory{meant}; give a converted checkpoint."
         )
     written = open_converted(directory, cache_dir=cache_dir)
+    import_ahead(written.family)
     record = read_record(directory)
     if record is None:
         logger.warning(f"{directory} has no {CONVERSION_FILE}: what was written is not known")

@@ -281,9 +281,9 @@ class Family:
         model: the class of its model, as ``module:class``.
         reference: an independent computation to compare the model with, likewise.
         check: the class that compares the two, likewise; by default that of drafts that go from
-            token to token. It is called with a ``ConversionPlan`` and the model in float32, has
-            ``run()``, which raises ``ValidationError``, and ``unchecked``, sentences on what could
-            not be checked.
+            token to token. It is called with a ``ConversionPlan`` and the model, which computes in
+            float32, and has ``run()``, which raises ``ValidationError``, and ``unchecked``,
+            sentences on what could not be checked.
         card: what the model card says about it.
         export_config: the config.json of a target's layout, from a draft's config.
         targets: what it can be exported to, by the names on the command line.

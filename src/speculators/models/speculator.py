@@ -23,7 +23,7 @@ from typing_extensions import Self
 from speculators.checkpoint.hub.client import watched_client
 from speculators.checkpoint.hub.upload import SAVED, check_upload, upload
 from speculators.checkpoint.output.stamp import README, write_stamped
-from speculators.checkpoint.tensor import describe_shape
+from speculators.checkpoint.tensor import TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.decode import Generation, VerifiedStep, Workspace, speculate
 from speculators.errors import FormatError, GenerationError, SpeculatorsError, VerifierError
@@ -32,12 +32,13 @@ from speculators.families.converted import Converted, open_converted
 from speculators.format.config import ProposalMethod
 from speculators.format.problems import first_problem
 from speculators.format.proposals import proposal_method
+from speculators.models.blocks import upcast, upcast_parameters
 from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.inputs import check_labels, check_mask, check_prompts, check_states
 from speculators.models.misuse import NotAnAssistant, refuse_pipeline
 from speculators.models.output import CACHE, DraftOutput, the_cache
 from speculators.models.placement import device_of
-from speculators.models.tensors import read_tensor
+from speculators.models.tensors import map_tensor, most_used_dtype
 
 __all__ = ["Speculator"]
 
@@ -182,11 +183,14 @@ class Speculator(PreTrainedModel, ABC):
         converted: Converted,
         *,
         verifier: PreTrainedModel | Verifier | str | os.PathLike[str] | None = None,
+        upcasting: bool = False,
         **kwargs: Any,
     ) -> Self:
         """Load a draft that has been opened already; see ``from_pretrained``.
 
         A ``Verifier`` is not attached; the matrices that the draft needs are read from its files.
+        With ``upcasting``, the draft computes in float32 whatever dtype it is stored in, and its
+        matrices stay in their files: they are upcast in blocks where they are used.
         """
         if converted.family is not cls.config_class.family:
             raise FormatError(
@@ -197,6 +201,8 @@ class Speculator(PreTrainedModel, ABC):
             converted.checkpoint.config
         )
         kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.get("dtype", "auto")
+        if upcasting:
+            kwargs["dtype"] = most_used_dtype(converted.tensors.values())
         model: Self = super().from_pretrained(
             converted.directory,
             config=config,
@@ -209,10 +215,12 @@ class Speculator(PreTrainedModel, ABC):
         )
         # Otherwise save_pretrained would undo the renaming and write names of the older layout.
         model._weight_conversions = []  # type: ignore[assignment]
+        if upcasting:
+            upcast_parameters(model, converted.tensors)
         if verifier is None:
-            model._borrow(converted.open_verifier)
+            model._borrow(converted.open_verifier, upcasting)
         elif isinstance(verifier, Verifier):
-            model._borrow(lambda: verifier)
+            model._borrow(lambda: verifier, upcasting)
         else:
             named = converted.config.speculators_config.verifier.name_or_path
             attached = named if verifier == AUTO else verifier
@@ -708,8 +716,8 @@ class Speculator(PreTrainedModel, ABC):
         vocabulary, hidden = self.config.checked().verifier_sizes
         verifier.check_fits(hidden, vocabulary)
 
-    def _borrow(self, open_verifier: Callable[[], Verifier]) -> None:
-        """Read what the draft takes from its verifier, or warn that it is not available."""
+    def _borrow(self, open_verifier: Callable[[], Verifier], upcasting: bool) -> None:
+        """Take what the draft needs from its verifier's files, or warn that it is not available."""
         borrows = self.config_class.family.borrows
         borrows_head = "head" in borrows and self.lm_head is None
         borrows_embedding = "embedding" in borrows and self.embed_tokens is None
@@ -723,11 +731,15 @@ class Speculator(PreTrainedModel, ABC):
         except SpeculatorsError as error:
             logger.warning(f"{error} The draft has no logits until a verifier is attached.")
             return
-        to: dict[str, Any] = {"device": self.device, "dtype": self.fc.weight.dtype}
+
+        def matrix(info: TensorInfo) -> Tensor:
+            mapped = map_tensor(info)
+            return upcast(mapped) if upcasting else mapped.to(self.device, self.fc.weight.dtype)
+
         if head is not None:
-            self.borrowed_head = _linear(read_tensor(head).to(**to))
+            self.borrowed_head = _linear(matrix(head))
         if embedding is not None:
-            self.borrowed_embedding = nn.Embedding.from_pretrained(read_tensor(embedding).to(**to))
+            self.borrowed_embedding = nn.Embedding.from_pretrained(matrix(embedding))
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -1,8 +1,8 @@
 """Write safetensors files by copying the tensors' bytes, in constant memory.
 
 Contiguous tensors are copied by the kernel and never enter this process's memory. Others, and those
-that get another dtype, pass through it a few megabytes at a time; if the files are to be hashed,
-all bytes of the source do, in one pass that copies and hashes them.
+that get another dtype, pass through it a few megabytes at a time; if the sources are to be hashed,
+all of their bytes do, in one pass that copies and hashes them.
 
 Each source file is opened once, and must be the one whose header was read, before and after.
 """
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculators.checkpoint.digest import sha256_of_file
 from speculators.checkpoint.files.safetensors_file import encode_header
 from speculators.checkpoint.identity import FileIdentity, open_unchanged
 from speculators.checkpoint.output.rounding import round_to
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["contiguous_chunks", "copy_file", "write_safetensors_file"]
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 1 << 20  # small enough for the processor's cache, and for memory to be used again
 ROUNDED_BYTES = 1 << 19  # arithmetic is fastest within the processor's cache
 COPY_BYTES = 1 << 28  # small enough for a progress bar to move and Ctrl-C to take effect
 STRIDED_BYTES = 64 << 20
@@ -91,14 +90,14 @@ def write_safetensors_file(
         tensors: name in the new file → the tensor. Like the safetensors library, this sorts by
             dtype, the widest first, and then by name, so that every tensor is aligned.
         metadata: what its header says, besides that it is for PyTorch.
-        progress: reports the bytes written, and then those hashed.
-        hashed: whether to hash the files. The bytes of a source are hashed as they are copied, so
-            the hash is that of what was copied; only tensors that are not contiguous are read
-            again, from the same open file.
+        progress: reports the bytes written.
+        hashed: whether to hash the sources. Their bytes are hashed as they are copied, so the hash
+            is that of what was copied; only tensors that are not contiguous are read again, from
+            the same open file.
 
     Returns:
-        The SHA-256, in hexadecimal digits, of each source file that a piece lies in and of the file
-        that was written; nothing unless ``hashed``.
+        The SHA-256, in hexadecimal digits, of each source file that a piece lies in; nothing unless
+        ``hashed``.
 
     Raises:
         CheckpointError: if a source file cannot be read, ends before its tensor does, is not the
@@ -138,8 +137,6 @@ def write_safetensors_file(
             else:
                 for place in pieces:
                     _write_piece(place, descriptor, target, advance)
-    if hashed:
-        hashes[path] = sha256_of_file(path, progress("Hashing", path.stat().st_size))
     return hashes
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from speculators.convert.checks.comparison import LENGTH, SEED, check_same
 from speculators.convert.checks.forward import ForwardCheck
 from speculators.convert.plan import ConversionPlan
+from speculators.models.output import DraftOutput
 
 __all__ = ["BlockCheck"]
 
@@ -73,9 +74,9 @@ class BlockCheck(ForwardCheck):
         evaluated: Tensor = reference(embedded, hidden_states)
         return evaluated
 
-    def _logits(self) -> Tensor:
-        logits: Tensor = self.model(self._block(self.input_ids), self.hidden_states).logits
-        return logits
+    def _computed(self) -> DraftOutput:
+        computed: DraftOutput = self.model(self._block(self.input_ids), self.hidden_states)
+        return computed
 
     def _with_logits(self, drafted: Tensor) -> Tensor:
         """The outputs at the positions that draft a token."""

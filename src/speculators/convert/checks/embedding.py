@@ -22,7 +22,7 @@ NORMAL_KURTOSIS, KURTOSIS_TOLERANCE = 3.0, 0.15
 LIKENESS = 0.5
 """Correlation from which on an embedding is the verifier's, or was trained from it."""
 
-SAMPLED_ROWS = 4096
+SAMPLED_ROWS = 1024
 
 
 def tell_of_untrained_embedding(plan: ConversionPlan) -> None:

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
+from speculators.checkpoint.tensor import PlannedTensor
 from speculators.convert.checks.comparison import BATCH, LENGTH, SEED, check_same
+from speculators.convert.checks.planned import PlannedTensors, planned_matrix
 from speculators.convert.checks.verifier import (
     check_head_of_source,
     refuse_draft_as_verifier,
@@ -17,8 +20,8 @@ from speculators.convert.checks.verifier import (
 from speculators.convert.plan import ConversionPlan, head_left_out
 from speculators.errors import IncompleteVerifierError, SpeculatorsError, ValidationError
 from speculators.families.family import imported
+from speculators.models.output import DraftOutput
 from speculators.models.speculator import Speculator
-from speculators.models.tensors import read_planned, read_tensor
 
 __all__ = ["ForwardCheck"]
 
@@ -28,7 +31,7 @@ class ForwardCheck(ABC):
 
     Args:
         plan: the plan of the conversion; its tensors are the source's.
-        model: the loaded model, in float32.
+        model: the loaded model, which computes in float32.
 
     Attributes:
         unchecked: sentences on what could not be checked, and why.
@@ -51,7 +54,9 @@ class ForwardCheck(ABC):
             self._leave_unchecked(
                 "The verifier's embedding is not available: a random one takes its place"
             )
-            stand_in = torch.randn(vocabulary, hidden, generator=generator)
+            # Each row is the one before it, moved by one number: as random, and far smaller.
+            numbers = torch.randn(vocabulary + hidden, generator=generator)
+            stand_in = numbers.as_strided((vocabulary, hidden), (1, 1))
             model.embed_tokens = nn.Embedding.from_pretrained(stand_in)
 
     def run(self) -> None:
@@ -63,14 +68,20 @@ class ForwardCheck(ABC):
             VerifierError: if the verifier is a draft, or lacks what the draft takes from it.
 
         """
-        drafted = self._drafted(self.input_ids, self.hidden_states)
+        computed = self._computed() if self.model.get_output_embeddings() is not None else None
+        drafted = (
+            self._drafted(self.input_ids, self.hidden_states)
+            if computed is None
+            else computed.last_hidden_state
+        )
+        assert drafted is not None
         if not drafted.isfinite().all():
             raise ValidationError(
                 "The forward pass gives values that are not finite; "
                 "the source's weights are too large."
             )
         self._check_causality(drafted)
-        reference = self.reference(self._tensors(self.plan), self.plan.config)
+        reference = self.reference(PlannedTensors(self.plan), self.plan.config)
         if reason := reference.cannot_evaluate():
             self._leave_unchecked(f"The output was not compared with the reference: {reason}")
             expected = drafted
@@ -79,9 +90,13 @@ class ForwardCheck(ABC):
             check_same("The output is not what the source's tensors compute", drafted, expected)
             if self.plan.rounded_to:
                 self._log_effect_of_rounding(expected)
-        self._check_logits(reference, expected)
+        self._check_logits(reference, expected, None if computed is None else computed.logits)
         if not reason:
             self._check_tokens(reference, expected)
+
+    @abstractmethod
+    def _computed(self) -> DraftOutput:
+        """The model's outputs, and the logits of some of them."""
 
     @abstractmethod
     def _drafted(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
@@ -101,20 +116,15 @@ class ForwardCheck(ABC):
         """Check what else tokens are drafted from, given the outputs; here, nothing."""
         del reference, expected
 
-    def _logits(self) -> Tensor:
-        """The model's logits of all inputs."""
-        logits: Tensor = self.model(self.input_ids, self.hidden_states).logits
-        return logits
-
+    @abstractmethod
     def _with_logits(self, drafted: Tensor) -> Tensor:
-        """The part of the outputs that ``_logits`` has logits of; here, all."""
-        return drafted
+        """The part of the outputs that ``_computed`` has logits of."""
 
     def _leave_unchecked(self, sentence: str) -> None:
         logger.warning(sentence)
         self.unchecked.append(sentence)
 
-    def _check_logits(self, reference: Any, drafted: Tensor) -> None:
+    def _check_logits(self, reference: Any, drafted: Tensor, found: Tensor | None) -> None:
         head = None
         if "head" in self.plan.family.borrows and "head" not in self.plan.features:
             try:
@@ -130,13 +140,16 @@ class ForwardCheck(ABC):
                 for own in self.plan.heads:
                     self._leave_unchecked(head_left_out(own))
                 return
-            head = read_tensor(info)
+            head = planned_matrix(PlannedTensor.copy_of(info))
             for own in self.plan.heads:
                 check_head_of_source(own, info)
+        if found is None:
+            found = self._computed().logits  # which says why there are none
+        assert found is not None
         check_same(
             f"The logits are not those of the {'draft' if head is None else 'verifier'}'s head",
-            self._logits(),
-            reference.logits(self._with_logits(drafted), None if head is None else head.float()),
+            found,
+            reference.logits(self._with_logits(drafted), head),
         )
 
     def _log_effect_of_rounding(self, rounded: Tensor) -> None:
@@ -149,7 +162,7 @@ class ForwardCheck(ABC):
             },
         )
         exact = self._evaluate(
-            self.reference(self._tensors(exact_plan), self.plan.config), exact_plan
+            self.reference(PlannedTensors(exact_plan), self.plan.config), exact_plan
         )
         logger.info(
             f"With its tensors rounded to {self.plan.config.torch_dtype}, the output differs from "
@@ -168,20 +181,8 @@ class ForwardCheck(ABC):
     def _embedded(self, plan: ConversionPlan, ids: Tensor) -> Tensor:
         """Embeddings of the tokens, from the source's own tensor where it has one."""
         if tensor := plan.tensors.get("embed_tokens.weight"):
-            return read_planned(tensor)[ids].float()
+            return F.embedding(ids, planned_matrix(tensor))
         embedding = self.model.get_input_embeddings()
         assert embedding is not None
         embedded: Tensor = embedding(ids)
         return embedded
-
-    def _tensors(self, plan: ConversionPlan) -> dict[str, Tensor]:
-        """The planned tensors, by their names in research checkpoints, weights in float32."""
-        return {
-            plan.family.names.in_research(name): _float(read_planned(tensor))
-            for name, tensor in plan.tensors.items()
-            if name != "embed_tokens.weight"
-        }
-
-
-def _float(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor

@@ -8,8 +8,13 @@ from torch import Tensor
 from speculators.convert.checks.comparison import check_same
 from speculators.convert.checks.forward import ForwardCheck
 from speculators.convert.plan import ConversionPlan
+from speculators.models.output import DraftOutput
 
 __all__ = ["RecurrentCheck"]
+
+LOGITS = 8
+"""At how many positions of each sequence the logits are compared: the head treats all alike, and
+each of its rows makes a number at each of them."""
 
 SLOTS = 4
 """How many tokens are drafted in one pass to check a draft that can do so."""
@@ -18,11 +23,20 @@ SLOTS = 4
 class RecurrentCheck(ForwardCheck):
     """The check of drafts whose position t takes token t+1 and the verifier's state at token t."""
 
+    def _computed(self) -> DraftOutput:
+        computed: DraftOutput = self.model(
+            input_ids=self.input_ids, hidden_states=self.hidden_states, logits_to_keep=LOGITS
+        )
+        return computed
+
     def _drafted(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
         drafted: Tensor = self.model.draft(
             input_ids, self.model.project(hidden_states)
         ).last_hidden_state
         return drafted
+
+    def _with_logits(self, drafted: Tensor) -> Tensor:
+        return drafted[:, -LOGITS:]
 
     def _check_causality(self, drafted: Tensor) -> None:
         vocabulary, _ = self.plan.config.verifier_sizes

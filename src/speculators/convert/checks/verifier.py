@@ -3,8 +3,9 @@
 import torch
 
 from speculators.checkpoint.reader import read_tensors
-from speculators.checkpoint.tensor import TensorInfo
+from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.checkpoint.verifier import Verifier
+from speculators.convert.checks.planned import planned_matrix
 from speculators.errors import (
     IncompleteVerifierError,
     SpeculatorsError,
@@ -12,7 +13,8 @@ from speculators.errors import (
     VerifierError,
 )
 from speculators.families.recognition import recognise
-from speculators.models.tensors import read_tensor
+from speculators.models.blocks import row_blocks
+from speculators.models.tensors import TORCH_DTYPES
 
 __all__ = ["check_head_of_source", "refuse_draft_as_verifier", "refuse_incomplete"]
 
@@ -51,9 +53,13 @@ def check_head_of_source(own: TensorInfo, verifiers: TensorInfo) -> None:
         ValidationError: if not.
 
     """
-    ours, theirs = read_tensor(own), read_tensor(verifiers)
-    dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).bits)
-    if ours.shape != theirs.shape or not torch.equal(ours.to(dtype), theirs.to(dtype)):
+    dtypes = (TORCH_DTYPES[own.dtype], TORCH_DTYPES[verifiers.dtype])
+    dtype = min(dtypes, key=lambda it: torch.finfo(it).bits)
+    ours, theirs = (planned_matrix(PlannedTensor.copy_of(info)) for info in (own, verifiers))
+    if own.shape != verifiers.shape or not all(
+        torch.equal(ours[start:stop].to(dtype), theirs[start:stop].to(dtype))
+        for start, stop in row_blocks(own.shape)
+    ):
         raise ValidationError(
             f"{own.file} has an {own.name} that is not the verifier's, while such a draft uses "
             "the verifier's head; check that the verifier is the one it was trained for."
