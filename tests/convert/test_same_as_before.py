@@ -24,7 +24,10 @@ DIGESTS: dict[str, dict[str, str]] = json.loads((RECORDED / "digests.json").read
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SOURCES = {
     path.name: path
-    for path in [*(GOLDEN / name for name in GOLDEN_NAMES), *EXAMPLES.glob("smollm2-*")]
+    for path in [
+        *(GOLDEN / name for name in GOLDEN_NAMES),
+        *(EXAMPLES / f"smollm2-135m-{name}" for name in ("eagle1", "hass", "layernorms")),
+    ]
 }
 VALIDATED = sorted(path.parent.name for path in RECORDED.glob("*/conversion.json"))
 

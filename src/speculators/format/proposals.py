@@ -1,9 +1,12 @@
 """Which ways of proposing tokens a draft has, and which sizes are possible; without torch."""
 
+from pydantic import ValidationError
+
 from speculators.errors import GenerationError, did_you_mean
 from speculators.format.config import PROPOSALS, ProposalMethod, SpeculatorsConfig
+from speculators.format.problems import first_problem
 
-__all__ = ["check_sizes", "proposal_method"]
+__all__ = ["check_sizes", "proposal_method", "resized"]
 
 
 def proposal_method(
@@ -18,14 +21,33 @@ def proposal_method(
         proposal: the type; the config's default if not given.
         num_draft_tokens: in place of the method's ``speculative_tokens``.
 
+    Raises:
+        GenerationError: as for ``resized``.
+
     """
     name = proposal or config.default_proposal_method
     named = [method for method in config.proposal_methods if method.proposal_type == name]
     method = named[0] if named else ProposalMethod(proposal_type=name)
     if num_draft_tokens is None:
         return method
+    return resized(method, num_draft_tokens)
+
+
+def resized(method: ProposalMethod, num_draft_tokens: int) -> ProposalMethod:
+    """The method with another number of tokens to draft.
+
+    Raises:
+        GenerationError: if that is no such number.
+
+    """
     sized = method.model_dump() | {"speculative_tokens": num_draft_tokens}
-    return ProposalMethod.model_validate(sized)
+    try:
+        return ProposalMethod.model_validate(sized)
+    except ValidationError as error:
+        raise GenerationError(
+            f"{num_draft_tokens!r} is not a number of tokens to draft: "
+            f"{first_problem(error).message}."
+        ) from error
 
 
 def check_sizes(method: ProposalMethod) -> None:

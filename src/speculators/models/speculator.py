@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from loguru import logger
-from pydantic import ValidationError as PydanticValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -26,12 +25,11 @@ from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.tensor import TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.decode import Generation, VerifiedStep, Workspace, speculate
-from speculators.errors import FormatError, GenerationError, SpeculatorsError, VerifierError
+from speculators.errors import FormatError, SpeculatorsError, VerifierError
 from speculators.families.card import model_card
 from speculators.families.converted import Converted, open_converted
 from speculators.format.config import ProposalMethod
-from speculators.format.problems import first_problem
-from speculators.format.proposals import proposal_method
+from speculators.format.proposals import proposal_method, resized
 from speculators.models.blocks import upcast, upcast_parameters
 from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.inputs import check_labels, check_mask, check_prompts, check_states
@@ -611,16 +609,7 @@ class Speculator(PreTrainedModel, ABC):
         """
         if not isinstance(proposal, ProposalMethod):
             return proposal_method(self.config.speculators, proposal, num_draft_tokens)
-        if num_draft_tokens is None:
-            return proposal
-        sized = proposal.model_dump() | {"speculative_tokens": num_draft_tokens}
-        try:
-            return ProposalMethod.model_validate(sized)
-        except PydanticValidationError as error:
-            raise GenerationError(
-                f"{num_draft_tokens!r} is not a number of tokens to draft: "
-                f"{first_problem(error).message}."
-            ) from error
+        return proposal if num_draft_tokens is None else resized(proposal, num_draft_tokens)
 
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]
         """The draft's own embedding, or the verifier's, or ``None``."""

@@ -17,8 +17,8 @@ def _yes_or_no(value: Any) -> bool:
 CAUSAL = Option(
     "causal",
     "",
-    "Whether full layers of a draft in upstream's speculators format are causal inside a block: "
-    "its sliding_window_non_causal: false does not tell.",
+    "Whether full layers of a draft in upstream's speculators format are causal inside a block; "
+    "that format's own key does not tell.",
     _yes_or_no,
 )
 
