@@ -3,11 +3,18 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from speculators.cli.decoding import Device, RunDType, dtype_name
+from speculators.cli.decoding import (
+    Device,
+    ProposalType,
+    Revision,
+    RunDType,
+    VerifierName,
+    dtype_name,
+)
 from speculators.cli.shared import CacheDir
 
 if TYPE_CHECKING:
@@ -34,14 +41,7 @@ def chat(
     system: Annotated[
         str | None, typer.Option(help="A system message to begin with.", show_default=False)
     ] = None,
-    verifier: Annotated[
-        str | None,
-        typer.Option(
-            help="The verifier: a directory or a Hugging Face id. By default the one that the "
-            "draft's config names.",
-            show_default=False,
-        ),
-    ] = None,
+    verifier: VerifierName = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -56,12 +56,7 @@ def chat(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="The longest answer, in tokens.")
     ] = 512,
-    proposal: Annotated[
-        Literal["greedy", "sampling", "static_tree", "dynamic_tree"] | None,
-        typer.Option(
-            help="How to propose tokens. By default as the draft's config says.", show_default=False
-        ),
-    ] = None,
+    proposal: ProposalType = None,
     num_draft_tokens: Annotated[
         int | None,
         typer.Option(
@@ -78,10 +73,7 @@ def chat(
     dtype: RunDType = "auto",
     device: Device = None,
     cache_dir: CacheDir = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False),
-    ] = None,
+    revision: Revision = None,
 ) -> None:
     """Talk to the verifier, and see which tokens its draft got right.
 

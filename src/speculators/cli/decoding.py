@@ -17,10 +17,13 @@ __all__ = [
     "Limit",
     "MaxNewTokens",
     "Prompts",
+    "ProposalType",
+    "Revision",
     "RunDType",
     "Seed",
     "Temperature",
     "TopP",
+    "VerifierName",
     "dtype_name",
     "read_selected",
     "settings_of",
@@ -35,6 +38,23 @@ RunDType = Annotated[
         help="The type to run in: float16, bfloat16 or float32, for short fp16, bf16 "
         "or fp32; auto is the one that the verifier is stored in.",
     ),
+]
+VerifierName = Annotated[
+    str | None,
+    typer.Option(
+        help="The verifier: a directory or a Hugging Face id. By default the one that the draft's "
+        "config names.",
+        show_default=False,
+    ),
+]
+ProposalType = Annotated[
+    Literal["greedy", "sampling", "static_tree", "dynamic_tree"] | None,
+    typer.Option(
+        help="How to propose tokens. By default as the draft's config says.", show_default=False
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False)
 ]
 Prompts = Annotated[
     Path | None,

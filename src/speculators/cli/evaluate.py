@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,10 +13,13 @@ from speculators.cli.decoding import (
     Limit,
     MaxNewTokens,
     Prompts,
+    ProposalType,
+    Revision,
     RunDType,
     Seed,
     Temperature,
     TopP,
+    VerifierName,
     dtype_name,
     read_selected,
     settings_of,
@@ -43,14 +46,7 @@ def evaluate(
             "Hugging Face id; with --recording, several are compared.",
         ),
     ],
-    verifier: Annotated[
-        str | None,
-        typer.Option(
-            help="The verifier: a directory or a Hugging Face id. By default the one that the "
-            "draft's config names.",
-            show_default=False,
-        ),
-    ] = None,
+    verifier: VerifierName = None,
     recording: Annotated[
         Path | None,
         typer.Option(
@@ -88,12 +84,7 @@ def evaluate(
     prompts: Prompts = None,
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = None,
-    proposal: Annotated[
-        Literal["greedy", "sampling", "static_tree", "dynamic_tree"] | None,
-        typer.Option(
-            help="How to propose tokens. By default as the draft's config says.", show_default=False
-        ),
-    ] = None,
+    proposal: ProposalType = None,
     num_draft_tokens: Annotated[
         str | None,
         typer.Option(
@@ -117,10 +108,7 @@ def evaluate(
     dtype: RunDType = "auto",
     device: Device = None,
     cache_dir: CacheDir = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False),
-    ] = None,
+    revision: Revision = None,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print the report as JSON, as docs/evaluation.md describes."),
