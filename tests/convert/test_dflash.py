@@ -707,6 +707,16 @@ def test_upstreams_missing_layers_are_asked_for(tmp_path: Path) -> None:
     assert config_in(out)["aux_hidden_state_layer_ids"] == [2, 4, 8]
 
 
+def test_other_layers_than_the_configs_are_told(tmp_path: Path, log: list[str]) -> None:
+    out = converted(GOLDEN_FAMILIES / PLAIN, tmp_path / "out", aux_layers=[2, 4, 8])
+    assert config_in(out)["aux_hidden_state_layer_ids"] == [2, 4, 8]
+    assert "the layers are [2, 4, 8], as --aux-layers says; its config.json has [2, 4, 6]" in str(
+        log
+    )
+    with pytest.raises(ConversionError, match=r"^--aux-layers: .* that enter the layers \[2, 4\]"):
+        converted(GOLDEN_FAMILIES / PLAIN, tmp_path / "short", aux_layers=[2, 4])
+
+
 def test_what_was_converted_is_not_converted_again(
     drafts: Mapping[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:

@@ -311,9 +311,7 @@ def _trtllm(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFlashT
 
 DFLASH_TARGETS = {
     "dflash": _reference("DFlashDraftModel", _nested),
-    "vllm": _vllm(
-        "DFlashDraftModel", _dflash_for_vllm, anchored_mask, advice=_served_as_dspark
-    ),
+    "vllm": _vllm("DFlashDraftModel", _dflash_for_vllm, anchored_mask, advice=_served_as_dspark),
     "sglang": _sglang("DFlashDraftModel", _nested, samples_anchor),
     "llamacpp": _llamacpp("DFlashDraftModel", _nested, samples_anchor),
     "trtllm": _trtllm("DFlashDraftModel", _nested),
