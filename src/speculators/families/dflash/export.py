@@ -12,7 +12,7 @@ from typing import Any
 
 from speculators.families.advice import limit_context
 from speculators.families.dflash.attention import is_usual
-from speculators.families.dflash.config import DFlash2Config, DFlashConfig, DSparkConfig
+from speculators.families.dflash.config import SCALES, DFlash2Config, DFlashConfig, DSparkConfig
 from speculators.families.family import Target
 
 __all__ = ["DFLASH2_TARGETS", "DFLASH_TARGETS", "DSPARK_TARGETS", "export_config"]
@@ -21,7 +21,6 @@ Limit = Callable[[DFlashConfig], str | None]
 """What a draft has that a reader cannot compute, as it follows "it"; ``None`` if nothing."""
 
 SELECTOR = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
-SCALES = ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
 HEADS = (
     "markov_rank",
     "markov_head_type",
