@@ -309,3 +309,9 @@ def test_nothing_that_exists_is_touched(tmp_path: Path) -> None:
     assert bytes_of(load_all(verifier)) == bytes_of(before)
     assert entries(foreign) == ["model-00001-of-00002.safetensors"]
     assert entries(tmp_path) == sorted([*entries_below(verifier), *entries_below(foreign)])
+
+
+def test_one_shard_of_several(tmp_path: Path) -> None:
+    verifier = write_verifier(tmp_path / "verifier", "qwen3_5", shards=2)
+    with pytest.raises(CheckpointError, match=r"no tensor has .* give the directory\.$"):
+        cut(verifier / "model-00001-of-00002.safetensors", tmp_path / "out")

@@ -256,7 +256,7 @@ def _ways_to_say(said: Said, kind: Kind, attention: Attention) -> dict[str, Any]
             f"{said.source.checkpoint.name}: its layers {layers} slide and are causal, and the "
             "others are not, which today's speculators format cannot say of a "
             f"{'DFlash 2' if kind == 'dflash2' else 'DFlash'} draft: vLLM would make all of them "
-            "causal. Keep the native layout, which vLLM, SGLang and llama.cpp serve as it is."
+            "causal. Keep the native layout, which vLLM and SGLang serve as it is."
         )
     everywhere = causal[0]
     by_type = kind != "dspark" and (not everywhere or set(types) == {SLIDING})
