@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dflash import HIDDEN, native, upstream, write_draft
+from dflash import converted as dflash_converted
 from eagle3 import CHAINS, GOLDEN3, PARALLEL
 from helpers import GOLDEN, PLAIN, CommandLine, Run, source_tensors, write_checkpoint
 from hub_server import HubServer, patch_hub
@@ -298,3 +300,41 @@ def test_what_cannot_be_read(tmp_path: Path, speculators: CommandLine) -> None:
     assert result["error"] == run.errors[0]
     run = speculators("diff", GOLDEN / PLAIN, GOLDEN3 / CHAINS[0], "--compute")
     assert run.status == 1
+
+
+# DFlash
+
+
+def test_layouts_of_dflash(tmp_path: Path) -> None:
+    """Also of a draft whose mask token has its embedding in a file beside the weights."""
+    source = write_draft(tmp_path / "source", native())
+    torch.save(torch.ones(HIDDEN), source / "mask_embedding.pt")
+    out = dflash_converted(source, tmp_path / "out")
+    for other in (source, export(out, tmp_path / "vllm", "vllm")):
+        found = difference(other, out)
+        assert (found.same, results(found)) == (True, {})
+        assert "mask_embedding.pt" in [it.name for it in found.tensors]
+    assert compute(*open_sides((source, out))).same
+
+
+def test_another_mask_embedding(tmp_path: Path) -> None:
+    drafts = []
+    for name, vector in (("a", torch.ones(HIDDEN)), ("b", torch.zeros(HIDDEN)), ("c", None)):
+        drafts.append(write_draft(tmp_path / name, native()))
+        if vector is not None:
+            torch.save(vector, drafts[-1] / "mask_embedding.pt")
+    found = difference(drafts[0], drafts[1])
+    assert (found.same, results(found)) == (False, {"mask_embedding.pt": "different"})
+    found = difference(drafts[0], drafts[2])
+    assert (found.same, results(found)) == (False, {"mask_embedding.pt": "only in a"})
+    assert [it.key for it in found.config] == ["mask_embedding"]
+
+
+def test_upstreams_dflash_and_its_conversion(tmp_path: Path) -> None:
+    """Its config has two meanings: the one that the other side was converted with is taken."""
+    source = write_draft(tmp_path / "source", upstream())
+    for causal in (True, False):
+        out = dflash_converted(source, tmp_path / f"{causal}", causal=causal)
+        assert difference(source, out).same
+        (out / "conversion.json").unlink()
+        assert difference(source, out).same

@@ -707,6 +707,16 @@ def test_upstreams_missing_layers_are_asked_for(tmp_path: Path) -> None:
     assert config_in(out)["aux_hidden_state_layer_ids"] == [2, 4, 8]
 
 
+def test_other_layers_than_the_configs_are_told(tmp_path: Path, log: list[str]) -> None:
+    out = converted(GOLDEN_FAMILIES / PLAIN, tmp_path / "out", aux_layers=[2, 4, 8])
+    assert config_in(out)["aux_hidden_state_layer_ids"] == [2, 4, 8]
+    assert "the layers are [2, 4, 8], as --aux-layers says; its config.json has [2, 4, 6]" in str(
+        log
+    )
+    with pytest.raises(ConversionError, match=r"^--aux-layers: .* that enter the layers \[2, 4\]"):
+        converted(GOLDEN_FAMILIES / PLAIN, tmp_path / "short", aux_layers=[2, 4])
+
+
 def test_what_was_converted_is_not_converted_again(
     drafts: Mapping[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
@@ -794,10 +804,14 @@ def test_a_causal_draft_is_causal_to_every_reader(
 
 
 def test_a_draft_that_samples_from_the_anchor_is_served_as_dspark(
-    drafts: Mapping[str, tuple[Path, Path]], tmp_path: Path
+    drafts: Mapping[str, tuple[Path, Path]], tmp_path: Path, log: list[str]
 ) -> None:
+    """Which is said, but not of a draft that is DSpark's anyway."""
+    export(drafts["DSpark"][1], tmp_path / "dspark", "vllm")
+    assert "WARNING" not in "".join(log)
     out = drafts["DeepSpec without a Markov head"][1]
     config = config_in(export(out, tmp_path / "vllm", "vllm"))
+    assert "a DSpark draft with a Markov head of rank 0" in "".join(log)
     assert config["architectures"] == ["Qwen3DSparkModel"]
     assert (config["markov_rank"], config["sample_from_anchor"]) == (0, True)
     for target in ("sglang", "dflash", "llamacpp"):
@@ -809,7 +823,7 @@ def test_a_draft_that_samples_from_the_anchor_is_served_as_dspark(
     ("name", "target", "message"),
     [
         ("DSpark, gated", "vllm", "has a gated Markov head, which vLLM cannot compute"),
-        ("DSpark, rnn", "llamacpp", "has a rnn Markov head"),
+        ("DSpark, rnn", "llamacpp", "has a recurrent (rnn) Markov head"),
         ("own vocabulary", "sglang", "has a vocabulary of its own, which SGLang cannot compute"),
         ("own matrices", "dflash", "has an embedding of its own and a head of its own"),
         ("paired RoPE", "dflash", "RoPE that pairs neighbouring channels"),

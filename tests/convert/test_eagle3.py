@@ -422,6 +422,20 @@ CASES: dict[str, tuple[str, dict[str, Any], Edit, dict[str, Any], str]] = {
         {},
         r"lacks lm_head\.weight.*nothing is invented",
     ),
+    "offsets that are no whole numbers": (
+        SAILAB,
+        {},
+        put(d2t=torch.zeros(96)),
+        {},
+        "d2t has the type F32, where whole numbers are expected; save it as 64-bit integers",
+    ),
+    "a mask that is not boolean": (
+        SAILAB,
+        {},
+        put(t2d=torch.zeros(320, dtype=torch.uint8)),
+        {},
+        "t2d has the type U8, where booleans are expected; save it as such",
+    ),
     "no tables are invented": (SAILAB, {}, drop("d2t", "t2d"), {}, "neither d2t nor t2d is there"),
     "no layer tensor is invented": (
         SAILAB,

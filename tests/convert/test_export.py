@@ -132,9 +132,9 @@ def test_plain_drafts_go_to_vllm(tmp_path: Path, converted: dict[str, Path], nam
 @pytest.mark.parametrize(
     ("name", "target", "feature"),
     [
-        (BIASED, "vllm", "a bias on fc, which vLLM without a plugin cannot compute"),
-        (QWEN, "vllm", "a bias on fc, which vLLM without a plugin cannot compute"),
-        (NORMS, "vllm", "extra layernorms, which vLLM without a plugin cannot compute"),
+        (BIASED, "vllm", "a bias on fc, which vLLM without the plugin cannot compute"),
+        (QWEN, "vllm", "a bias on fc, which vLLM without the plugin cannot compute"),
+        (NORMS, "vllm", "extra layernorms, which vLLM without the plugin cannot compute"),
         (NORMS, "sglang", "extra layernorms, which SGLang cannot compute"),
     ],
 )

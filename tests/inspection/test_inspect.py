@@ -463,3 +463,13 @@ def test_names_that_mean_something_to_rich_or_no_encoding_knows(tmp_path: Path) 
         assert run.status == 0
         shown = "é" if encoding == "utf-8" else "\\xe9"
         assert f"[bold]{shown}:smile:: an EAGLE-1" in run.stdout
+
+
+def test_json_of_what_cannot_be_read(tmp_path: Path, speculators: CommandLine) -> None:
+    """One object, whatever happens."""
+    done = speculators("inspect", tmp_path, "--json")
+    assert done.status == 1
+    found = Finding.model_validate_json(done.stdout)
+    assert (found.kind, found.name) == ("unknown", str(tmp_path))
+    assert found.conversion.why_not == done.errors[0]
+    assert "has no config.json" in done.errors[0]

@@ -375,12 +375,14 @@ def test_an_embedding_of_its_own_is_used_instead_of_the_verifiers(
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_an_unconverted_checkpoint_is_told_how_to_convert(
-    kind: Callable[[Path], str | Path],
+    tmp_path: Path, kind: Callable[[Path], str | Path]
 ) -> None:
+    source = tmp_path / "my draft"
+    shutil.copytree(GOLDEN / PLAIN, source)
     with pytest.raises(FormatError) as caught:
-        EagleSpeculator.from_pretrained(kind(GOLDEN / PLAIN))
+        EagleSpeculator.from_pretrained(kind(source))
     assert "Missing or incorrect speculators_model_type" in str(caught.value)
-    assert f"speculators convert auto {GOLDEN / PLAIN} " in str(caught.value)
+    assert f"speculators convert auto '{source}' " in str(caught.value)
 
 
 def test_another_speculators_model_type(converted: dict[str, Path], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from helpers import CommandLine, Tensors, config_of, entries, stored_tensors
 from mtp_verifiers import GOLDEN_MTP, VERIFIERS, bytes_of, load_all, mtp_of, write_verifier
 from speculators.errors import CheckpointError, OutputError, SpeculatorsError
+from speculators.inspection.checkpoint import inspect_checkpoint
 from speculators.mtp.cut import cut
 
 CUT = ["config.json", "model.safetensors"]
@@ -35,6 +36,7 @@ def test_exactly_the_mtp_is_cut(tmp_path: Path, kind: str, shards: int) -> None:
     cut(verifier, tmp_path / "out")
     assert entries(tmp_path / "out") == CUT
     assert bytes_of(stored_tensors(tmp_path / "out")) == bytes_of(mtp_of(kind))
+    assert inspect_checkpoint(tmp_path / "out").kind.startswith("mtp")
 
 
 @pytest.mark.parametrize("kind", VERIFIERS)
@@ -307,3 +309,9 @@ def test_nothing_that_exists_is_touched(tmp_path: Path) -> None:
     assert bytes_of(load_all(verifier)) == bytes_of(before)
     assert entries(foreign) == ["model-00001-of-00002.safetensors"]
     assert entries(tmp_path) == sorted([*entries_below(verifier), *entries_below(foreign)])
+
+
+def test_one_shard_of_several(tmp_path: Path) -> None:
+    verifier = write_verifier(tmp_path / "verifier", "qwen3_5", shards=2)
+    with pytest.raises(CheckpointError, match=r"no tensor has .* give the directory\.$"):
+        cut(verifier / "model-00001-of-00002.safetensors", tmp_path / "out")

@@ -109,6 +109,25 @@ def test_a_draft_that_takes_no_matrix(tmp_path: Path) -> None:
     assert '"method": "dflash"' in card
 
 
+@pytest.mark.parametrize(
+    ("config", "edit", "export"),
+    [
+        (dflash.native(sample_from_anchor=True), lambda tensors: None, "--to vllm"),
+        (dflash.deepspec(markov_head_type="rnn"), dflash.with_markov("rnn"), "--to sglang"),
+    ],
+)
+def test_what_vllm_does_not_serve_in_the_format(
+    tmp_path: Path, config: dict[str, Any], edit: dflash.Edit, export: str
+) -> None:
+    """The card says what to do instead, and shows no command that would fail."""
+    out = dflash.converted(dflash.write_draft(tmp_path / "source", config, edit), tmp_path / "out")
+    card = (out / "README.md").read_text()
+    assert "vllm serve" not in card
+    (section,) = re.findall(r"## Serving it\n\n(.*)\n\n## Using", card)
+    assert "does not serve it as it is: " in section
+    assert export in section
+
+
 def test_how_to_serve_it(converted: dict[str, Path]) -> None:
     card = card_of(converted["llama31_gqa_nobias"])
     assert "\nvllm serve org/draft\n" in card

@@ -38,10 +38,15 @@ def inspect(
     speculators inspect yuhuili/EAGLE-LLaMA3.1-Instruct-8B --json
     """
     from speculators.cli.inspect_view import print_finding
-    from speculators.errors import CheckpointError
-    from speculators.inspection.checkpoint import inspect_checkpoint
+    from speculators.errors import CheckpointError, SpeculatorsError
+    from speculators.inspection.checkpoint import inspect_checkpoint, unreadable
 
-    finding = inspect_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    try:
+        finding = inspect_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    except SpeculatorsError as error:
+        if as_json:
+            print(unreadable(source, error).model_dump_json(indent=2))
+        raise
     if as_json:
         print(finding.model_dump_json(indent=2))
     else:

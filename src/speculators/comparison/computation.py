@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from speculators.checkpoint.output.writer import write_safetensors_file
+from speculators.checkpoint.output.writer import copy_file, write_safetensors_file
 from speculators.comparison.difference import Computation
 from speculators.comparison.side import Side
 from speculators.convert.plan import plan_conversion
@@ -98,4 +98,6 @@ def _in_format(side: Side) -> Iterator[Converted]:
         directory = Path(folder)
         (directory / "config.json").write_text(plan.config.model_dump_json(exclude_none=True))
         write_safetensors_file(directory / "model.safetensors", plan.tensors)
+        for name, companion in plan.companions.items():
+            copy_file(companion.file, companion.identity, directory / name)
         yield open_converted(directory)

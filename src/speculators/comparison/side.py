@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from speculators import __version__
-from speculators.checkpoint.reader import Checkpoint, read_checkpoint
+from speculators.checkpoint.files.torch_file import read_torch_entries
+from speculators.checkpoint.reader import Checkpoint, find_companions, read_checkpoint
 from speculators.checkpoint.repository import open_repository
-from speculators.checkpoint.tensor import PlannedTensor
+from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.checkpoint.verifier import Verifier
 from speculators.convert.plan import DraftPlan, plan_draft
 from speculators.convert.provenance import read_record
@@ -20,7 +21,8 @@ from speculators.convert.replan import unavailable, verifier_of
 from speculators.errors import CheckpointError, ConversionError, FormatError, VerifierError
 from speculators.families.converted import Converted, check_converted
 from speculators.families.family import Family
-from speculators.families.recognition import recognise, short_names
+from speculators.families.foreign import CONVERTED
+from speculators.families.recognition import Recognition, recognise, short_names
 from speculators.families.registry import family_named
 from speculators.format.config import SpeculatorConfig
 
@@ -40,7 +42,8 @@ class Side:
         checkpoint: as it is stored.
         title: what it is, with an article.
         family: its family; ``None`` if it belongs to none.
-        tensors: name in the format → the tensor; by its own names if no plan can be made.
+        tensors: name in the format → the tensor; by its own names if no plan can be made. Those of
+            files beside the weights have the file's name, and their own if they have one.
         config: key of the format's config → value, with dots between levels; likewise.
         left_out: stored name → why a conversion leaves the tensor out.
         converted: the draft, if it is in the format.
@@ -83,20 +86,45 @@ def open_sides(
         FormatError: if one is said to be in the format, and is not.
 
     """
-    checkpoints = [
-        read_checkpoint(open_repository(source, cache_dir=cache_dir, one_file=True))
-        for source in sources
-    ]
+    found = [_read(source, cache_dir) for source in sources]
     known = [
-        _converted(it, cache_dir) if family_named(it.config.get("speculators_model_type")) else None
-        for it in checkpoints
+        _converted(checkpoint, cache_dir)
+        if recognised.signature is CONVERTED and _family_of(checkpoint, recognised)
+        else None
+        for checkpoint, recognised in found
     ]
     told = next(filter(None, known), None)
     one, other = (
-        side or _research(checkpoint, told)
-        for side, checkpoint in zip(known, checkpoints, strict=True)
+        side or _research(checkpoint, recognised, told)
+        for side, (checkpoint, recognised) in zip(known, found, strict=True)
     )
+    for side in (one, other):
+        side.tensors |= _beside(side.checkpoint)
     return one, other
+
+
+def _read(source: str | Path, cache_dir: Path | None) -> tuple[Checkpoint, Recognition]:
+    """Read a checkpoint, with the files beside its weights, and say what it is."""
+    repository = open_repository(source, cache_dir=cache_dir, one_file=True)
+    checkpoint = read_checkpoint(repository)
+    found = recognise(checkpoint.config, checkpoint.tensors)
+    family = _family_of(checkpoint, found)
+    companions = find_companions(repository, family.companions if family else ())
+    return replace(checkpoint, companions=companions), found
+
+
+def _family_of(checkpoint: Checkpoint, found: Recognition) -> Family | None:
+    return found.family or family_named(checkpoint.config.get("speculators_model_type"))
+
+
+def _beside(checkpoint: Checkpoint) -> dict[str, PlannedTensor]:
+    """The tensors of the files beside the weights."""
+    return {
+        f"{name} {key}".rstrip(): PlannedTensor.copy_of(info)
+        for name, companion in checkpoint.companions.items()
+        for key, info in read_torch_entries(companion.file).items()
+        if isinstance(info, TensorInfo)
+    }
 
 
 def _converted(checkpoint: Checkpoint, cache_dir: Path | None) -> Side:
@@ -118,8 +146,7 @@ def _converted(checkpoint: Checkpoint, cache_dir: Path | None) -> Side:
     )
 
 
-def _research(checkpoint: Checkpoint, told: Side | None) -> Side:
-    found = recognise(checkpoint.config, checkpoint.tensors)
+def _research(checkpoint: Checkpoint, found: Recognition, told: Side | None) -> Side:
     side = Side(
         checkpoint,
         found.signature.title if found.signature else "a checkpoint of no known kind",
@@ -165,8 +192,12 @@ def _choose_plan(side: Side, family: Family, told: Side | None) -> DraftPlan:
     answers: list[dict[str, Any]] = [{}]
     if told is not None and told.converted is not None and told.family is family:
         side.verifier = verifier_of(told.converted)
-        choices = {it.name: it.metavar.split("|") for it in family.options if "|" in it.metavar}
-        each = [{name: value} for name, values in choices.items() for value in values]
+        each = [
+            {it.name: value}
+            for it in family.options
+            for value in ([True, False] if not it.metavar else it.metavar.split("|"))
+            if "|" in it.metavar or not it.metavar
+        ]
         answers = [told.options, {}, *(told.options | it for it in each)]
     chosen: tuple[DraftPlan, dict[str, Any]] | None = None
     why = ""

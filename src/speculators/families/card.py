@@ -54,12 +54,7 @@ model gives several tokens. The draft works with this verifier alone: it {ties}.
 
 ## Serving it
 
-With [vLLM](https://docs.vllm.ai), and speculators installed beside it:
-
-```sh
-{serve}vllm serve {verifier_in_shell} \\
-    --speculative-config {speculative_config}
-```
+{serving}
 
 ## Using it from Python
 
@@ -80,12 +75,22 @@ print(tokenizer.decode(output[0]))
 ```
 """
 
-SERVE = """\
+SERVING = """\
+With [vLLM](https://docs.vllm.ai), and speculators installed beside it:
+
+```sh
+{with_named}vllm serve {verifier_in_shell} \\
+    --speculative-config {speculative_config}
+```"""
+
+WITH_NAMED = """\
 # With the verifier that the draft's config names:
 vllm serve {name_in_shell}
 
 # To choose it, and how many tokens are drafted:
 """
+
+UNSERVED = "[vLLM](https://docs.vllm.ai) does not serve it as it is: {why}."
 
 PROVENANCE = """
 ## Where it comes from
@@ -151,6 +156,7 @@ def model_card(
     draft = family.card.draft.removeprefix("An ").removeprefix("A ")
     title = f"{draft} for {PurePath(verifier).name}" if verifier else draft
     architecture = next(iter(reference.architectures), "language model")
+    with_named = WITH_NAMED.format(name_in_shell=shlex.quote(name or ANY_DRAFT))
     card = CARD.format(
         draft=family.card.draft,
         install=INSTALL,
@@ -163,8 +169,13 @@ def model_card(
         verifier=f"`{verifier}`" if verifier else f"a {architecture}",
         verifier_in_table=f"`{verifier}`, " if verifier else "",
         placeholders=_say_what_is_not_known(name, verifier),
-        serve=SERVE.format(name_in_shell=shlex.quote(name or ANY_DRAFT)) if verifier else "",
-        verifier_in_shell=shlex.quote(verifier or ANY_VERIFIER),
+        serving=UNSERVED.format(why=config.unserved)
+        if config.unserved
+        else SERVING.format(
+            with_named=with_named if verifier else "",
+            verifier_in_shell=shlex.quote(verifier or ANY_VERIFIER),
+            speculative_config=shlex.quote(json.dumps(speculative_config)),
+        ),
         name_in_python=json.dumps(name or ANY_DRAFT),
         verifier_in_python=json.dumps(verifier or ANY_VERIFIER),
         verifier_architectures=", ".join(f"`{it}`" for it in reference.architectures)
@@ -178,7 +189,6 @@ def model_card(
         dtype=config.torch_dtype or "the type of its tensors",
         features=", ".join(family.features[it] for it in family.features if it in features)
         or "nothing beyond what every draft of its kind has",
-        speculative_config=shlex.quote(json.dumps(speculative_config)),
     )
     if evaluation:
         card += f"\n## How well it drafts\n\n{evaluation.strip()}\n"

@@ -1,6 +1,7 @@
 """A directory in the speculators format, opened and checked without reading tensor data."""
 
 import os
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def parse_config(config: dict[str, Any], where: str) -> tuple[Family, Speculator
         raise FormatError(
             f"Missing or incorrect speculators_model_type in {where}: expected "
             f"{' or '.join(map(repr, names))}, {found}. Convert the checkpoint first: speculators "
-            f"convert auto {where} OUTPUT BASE_MODEL"
+            f"convert auto {shlex.quote(where)} OUTPUT BASE_MODEL"
         )
     try:
         return family, family.config.model_validate(config)

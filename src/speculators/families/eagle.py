@@ -222,7 +222,7 @@ TARGETS = {
         },
     ),
     "vllm": Target(
-        reader="vLLM without a plugin",
+        reader="vLLM without the plugin",
         layers={
             "llama": _model("llama", "LlamaForCausalLM", bias=False),
             "qwen2": _model("llama", "LlamaForCausalLM", bias=False, qkv_bias=True),

@@ -93,7 +93,10 @@ MTP = (
     Signature(
         "mtp-deepseek",
         "an MTP head of the DeepSeek type",
-        marks=r"layers\.[1-9]\d*\.(eh_proj|enorm|hnorm|shared_head\.norm)\.weight",
+        marks=(
+            r"(language_model\.(model\.)?)?layers\.[1-9]\d*"
+            r"\.(eh_proj|enorm|hnorm|shared_head\.norm)\.weight"
+        ),
         never=r"(.*\.)?layers\.0\..*|fc\.weight|midlayer\..*",
         parts=("layers.61.eh_proj.weight", "layers.61.enorm.weight", "layers.61.hnorm.weight"),
         advice=FORMAT,

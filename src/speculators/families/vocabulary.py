@@ -127,11 +127,13 @@ def _check_forms(
             )
     if d2t is not None and d2t.dtype not in INTEGERS:
         raise ConversionError(
-            f"{d2t.file}: {d2t.name} has the type {d2t.dtype}, so it holds no offsets."
+            f"{d2t.file}: {d2t.name} has the type {d2t.dtype}, where whole numbers are expected; "
+            "save it as 64-bit integers."
         )
     if t2d is not None and t2d.dtype != "BOOL":
         raise ConversionError(
-            f"{t2d.file}: {t2d.name} has the type {t2d.dtype}, but says yes or no for each token."
+            f"{t2d.file}: {t2d.name} has the type {t2d.dtype}, where booleans are expected; save "
+            "it as such."
         )
 
 

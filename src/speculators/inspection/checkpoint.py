@@ -14,7 +14,14 @@ from speculators.checkpoint.reader import Checkpoint, Companion, read_config, re
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.convert.export import obstacle
 from speculators.convert.plan import family_of, plan_draft
-from speculators.errors import CheckpointError, ConversionError, FormatError, NoWeightsError
+from speculators.errors import (
+    CheckpointError,
+    ConversionError,
+    FormatError,
+    NoWeightsError,
+    SpeculatorsError,
+    sentence,
+)
 from speculators.families.converted import check_converted
 from speculators.families.family import Family
 from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
@@ -35,7 +42,7 @@ from speculators.inspection.findings import (
 from speculators.inspection.mtp import mtp_finding
 from speculators.mtp.find import why_unknown
 
-__all__ = ["inspect_checkpoint"]
+__all__ = ["inspect_checkpoint", "unreadable"]
 
 SIZES = (
     "hidden_size",
@@ -168,6 +175,26 @@ def _inspect(repository: Repository) -> Finding:
         else None,
         mtp=None if family else mtp_finding(config, tensors),
         conversion=details.conversion,
+    )
+
+
+def unreadable(source: str, error: SpeculatorsError) -> Finding:
+    """What is known of a checkpoint that cannot be read: why."""
+    why = sentence(error)
+    return Finding(
+        name=source,
+        kind="unknown",
+        title="a checkpoint that cannot be read",
+        evidence=[],
+        quantized=[],
+        near=[],
+        notes=[why],
+        sizes={},
+        parameters=0,
+        bytes=0,
+        dtypes={},
+        tensors=[],
+        conversion=ConversionFinding(possible=False, why_not=why),
     )
 
 

@@ -148,7 +148,9 @@ def listed(names: tuple[str, ...] | list[str]) -> str:
 
 
 def _elsewhere(repository: Repository) -> str:
-    """What to do about weights that lie beside an index that does not name them."""
+    """What to do about weights that lie elsewhere: in other files, or beside an index."""
+    if (repository.weights or "").endswith(".safetensors"):
+        return "; other files of its directory may hold them: give the directory"
     others = [it for it in repository.names() if it.endswith(".safetensors") and "mtp" in it]
     if not others:
         return "; take it from a checkpoint that has it"

@@ -34,7 +34,6 @@ from speculators.families.vocabulary import (
     drafted_tokens,
     vocabulary_size,
 )
-from speculators.format.config import LayerConfig
 
 __all__ = ["complete", "converts_again", "derive_dflash", "derive_dflash2", "derive_dspark"]
 
@@ -152,7 +151,7 @@ def _derive(source: Source, kind: Kind) -> Derived:
         )
     anchor = _sample_from_anchor(said, kind, publisher, notes)
     attention = derive_attention(said, layers, dspark=kind == "dspark", notes=notes)
-    heads = {"dflash": no_heads, "dflash2": selector, "dspark": markov}[kind](said, notes)
+    heads = {"dflash": no_heads, "dflash2": selector, "dspark": markov}[kind](said)
     said.refuse_what_changes()
     keys = verifier_states(said, layers, notes)
     ways = _ways_to_say(said, kind, attention)
@@ -176,6 +175,11 @@ def _derive(source: Source, kind: Kind) -> Derived:
             f"what the config's {', '.join(left)} means is not known; it is left out, so check "
             "that the training did not use it"
         )
+    # Before there is a whole config.
+    config = CONFIGS[kind].model_construct(transformer_layer_config=layer.config, **keys)
+    if config.unserved:
+        notes.append(config.unserved)
+    facts = {label: fact for label, fact in config.facts().items() if label not in open_ends}
     methods = source.checkpoint.config.get("speculators_config")
     given = list(methods.get("proposal_methods") or []) if isinstance(methods, dict) else []
     drafted = block_size - (not anchor)
@@ -188,16 +192,8 @@ def _derive(source: Source, kind: Kind) -> Derived:
         {key: why for key, why in (layer.left_out | read).items() if key not in keys},
         kind,
         given or [{"proposal_type": "greedy", "speculative_tokens": max(drafted, 1)}],
-        {"publisher": publisher.name} | _facts(kind, layer.config, keys, open_ends),
+        {"publisher": publisher.name} | facts,
     )
-
-
-def _facts(
-    kind: Kind, layer: LayerConfig, keys: Mapping[str, Any], open_ends: set[str]
-) -> dict[str, str]:
-    """What the config says, before there is one, without what an answer is asked for."""
-    config = CONFIGS[kind].model_construct(transformer_layer_config=layer, **keys)
-    return {label: fact for label, fact in config.facts().items() if label not in open_ends}
 
 
 def _refuse_variants(source: Source) -> None:
@@ -241,11 +237,6 @@ def _sample_from_anchor(said: Said, kind: Kind, publisher: Publisher, notes: lis
             "its config.json does not say sample_from_anchor: taken to be "
             f"{str(samples).lower()}, as {publisher.name} trains"
         )
-    if samples and kind != "dspark":
-        notes.append(
-            "it samples from the anchor, which vLLM 0.32 and 0.33 refuse of such a draft in this "
-            "format" + ("; export it with --to vllm to serve it there" if kind == "dflash" else "")
-        )
     return samples
 
 
@@ -265,7 +256,7 @@ def _ways_to_say(said: Said, kind: Kind, attention: Attention) -> dict[str, Any]
             f"{said.source.checkpoint.name}: its layers {layers} slide and are causal, and the "
             "others are not, which today's speculators format cannot say of a "
             f"{'DFlash 2' if kind == 'dflash2' else 'DFlash'} draft: vLLM would make all of them "
-            "causal. Keep the native layout, which vLLM, SGLang and llama.cpp serve as it is."
+            "causal. Keep the native layout, which vLLM and SGLang serve as it is."
         )
     everywhere = causal[0]
     by_type = kind != "dspark" and (not everywhere or set(types) == {SLIDING})

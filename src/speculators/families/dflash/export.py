@@ -12,7 +12,7 @@ from typing import Any
 
 from speculators.families.advice import limit_context
 from speculators.families.dflash.attention import is_usual
-from speculators.families.dflash.config import DFlash2Config, DFlashConfig, DSparkConfig
+from speculators.families.dflash.config import SCALES, DFlash2Config, DFlashConfig, DSparkConfig
 from speculators.families.family import Target
 
 __all__ = ["DFLASH2_TARGETS", "DFLASH_TARGETS", "DSPARK_TARGETS", "export_config"]
@@ -21,7 +21,6 @@ Limit = Callable[[DFlashConfig], str | None]
 """What a draft has that a reader cannot compute, as it follows "it"; ``None`` if nothing."""
 
 SELECTOR = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
-SCALES = ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
 HEADS = (
     "markov_rank",
     "markov_head_type",
@@ -148,7 +147,8 @@ def depth_unknown(config: DFlashConfig) -> str | None:
 def other_markov(config: DFlashConfig) -> str | None:
     """A Markov head that depends on more than the token before."""
     kind = getattr(config, "markov_head_type", "vanilla")
-    return f"has a {kind} Markov head" if kind != "vanilla" else None
+    called = {"rnn": "recurrent (rnn)"}.get(kind, kind)
+    return f"has a {called} Markov head" if kind != "vanilla" else None
 
 
 def causal_full(config: DFlashConfig) -> str | None:
@@ -227,14 +227,19 @@ def _reference(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFla
     )
 
 
-def _vllm(architecture: str, keys: Callable[[Any], dict[str, Any]], *limits: Limit) -> DFlashTarget:
+def _vllm(
+    architecture: str,
+    keys: Callable[[Any], dict[str, Any]],
+    *limits: Limit,
+    advice: Callable[[DFlashConfig], str | None] = lambda config: None,  # noqa: ARG005
+) -> DFlashTarget:
     return DFlashTarget(
         reader="vLLM",
         layers=_called(architecture),
         refuses=refusal("vLLM", *limits),
         keys=keys,
         activation="silu",
-        advice=_served_as_dspark,
+        advice=advice,
     )
 
 
@@ -305,7 +310,7 @@ def _trtllm(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFlashT
 
 DFLASH_TARGETS = {
     "dflash": _reference("DFlashDraftModel", _nested),
-    "vllm": _vllm("DFlashDraftModel", _dflash_for_vllm, anchored_mask),
+    "vllm": _vllm("DFlashDraftModel", _dflash_for_vllm, anchored_mask, advice=_served_as_dspark),
     "sglang": _sglang("DFlashDraftModel", _nested, samples_anchor),
     "llamacpp": _llamacpp("DFlashDraftModel", _nested, samples_anchor),
     "trtllm": _trtllm("DFlashDraftModel", _nested),

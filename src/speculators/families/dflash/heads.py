@@ -9,7 +9,7 @@ from speculators.families.dflash.native import Said, matrix
 __all__ = ["markov", "no_heads", "selector"]
 
 
-def no_heads(said: Said, notes: list[str]) -> dict[str, Any]:  # noqa: ARG001
+def no_heads(said: Said) -> dict[str, Any]:
     """A DFlash draft has no heads; a Markov head of rank 0 is none."""
     rank = said.whole_number("markov_rank", "dspark_markov_rank", at_least=0, becomes="it is 0")
     if rank:
@@ -34,7 +34,7 @@ def no_heads(said: Said, notes: list[str]) -> dict[str, Any]:  # noqa: ARG001
     return {}
 
 
-def selector(said: Said, notes: list[str]) -> dict[str, Any]:
+def selector(said: Said) -> dict[str, Any]:
     """The sizes of DFlash 2's convolutions and selector, and its scales."""
     kernel, groups = (
         matrix(said, f"layers.0.attention_conv.{name}", rank)
@@ -78,15 +78,10 @@ def selector(said: Said, notes: list[str]) -> dict[str, Any]:
             raise ConversionError(f"{said.where}, key {name}: {value!r} is not over 0.")
         off = value is None or value == neutral or (not neutral and value < 0)
         scales[name] = None if off else value
-    if changing := [name for name, value in scales.items() if value is not None]:
-        notes.append(
-            f"vLLM does not read {' and '.join(changing)} in the speculators format, and then "
-            "computes something else: export it with --to vllm to serve it there"
-        )
     return found | {"selector_top_k": top_k} | scales
 
 
-def markov(said: Said, notes: list[str]) -> dict[str, Any]:
+def markov(said: Said) -> dict[str, Any]:
     """What a DSpark draft's heads are."""
     features, tensors = said.source.features, said.source.tensors
     rank = matrix(said, "markov_head.markov_w1.weight", 2).shape[1]
@@ -119,11 +114,6 @@ def markov(said: Said, notes: list[str]) -> dict[str, Any]:
                 "belongs to it."
             )
         with_markov = wide
-    if shown != "vanilla":
-        notes.append(
-            f"vLLM computes vanilla Markov heads alone, and not this {shown} one; SGLang computes "
-            "it: export it with --to sglang"
-        )
     return {
         "markov_rank": rank,
         "markov_head_type": shown,

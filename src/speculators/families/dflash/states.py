@@ -45,7 +45,12 @@ def verifier_states(said: Said, layers: int, notes: list[str]) -> dict[str, Any]
             f"{said.where} says target_layer_ids {native} and aux_hidden_state_layer_ids {ours}, "
             "which is not the same by the states that enter the layers; keep the right one."
         )
-    known = said.source.options.get(AUX_LAYERS.name) or shifted or ours
+    answer, told = said.source.options.get(AUX_LAYERS.name), shifted or ours
+    if answer is not None and told is not None and answer != told:
+        notes.append(
+            f"the layers are {answer}, as {AUX_LAYERS.flag} says; its config.json has {told}"
+        )
+    known = answer or told
     if known is None and not said.upstream and depth is not None:
         usual = _usual_layers(depth, layers)
         known = [layer + 1 for layer in usual]
@@ -86,21 +91,24 @@ def check_states(said: Said, keys: dict[str, Any], hidden: int) -> None:
     if ids is None:
         keys["aux_hidden_state_layer_ids"] = list(range(1, states + 1))
         return
-    shown = [layer - 1 for layer in ids]
+    if AUX_LAYERS.name in said.source.options:
+        where, shown, move = AUX_LAYERS.flag, ids, "enter"
+    else:
+        where, shown, move = said.where, [layer - 1 for layer in ids], "leave"
     if len(ids) != states:
         raise ConversionError(
-            f"{said.where}: it reads the states that leave the layers {shown}, which are "
+            f"{where}: it reads the states that {move} the layers {shown}, which are "
             f"{len(ids)}, but {fc.name} of {fc.file} has the shape {describe_shape(fc.shape)} and "
             f"takes {states}."
         )
     if any(one >= other for one, other in pairwise(ids)):
         raise ConversionError(
-            f"{said.where}: the layers {shown} are not in ascending order, each once; engines "
+            f"{where}: the layers {shown} are not in ascending order, each once; engines "
             "sort them, so the states would reach the wrong columns of fc."
         )
     depth = keys["num_target_layers"]
     if ids[0] < 0 or (depth is not None and ids[-1] > depth):
         raise ConversionError(
-            f"{said.where}: the layers {shown} (by the states that leave them, counted from 0) do "
+            f"{where}: the layers {shown} (by the states that {move} them, counted from 0) do "
             f"not all lie in the verifier, which has {depth} layers."
         )

@@ -374,7 +374,7 @@ TARGETS: dict[str, Eagle3Target] = {
         prefixes=_midlayer,
     ),
     "vllm": _target(
-        "vLLM without a plugin",
+        "vLLM without the plugin",
         qwen3_biases,
         layers=_llama("LlamaForCausalLMEagle3")
         | {"qwen3": {"model_type": "qwen3", "architectures": ["Eagle3Qwen3ForCausalLM"]}},
