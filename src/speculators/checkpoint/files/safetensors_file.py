@@ -28,7 +28,14 @@ from speculators.checkpoint.tensor import (
 )
 from speculators.errors import CheckpointError, printable
 
-__all__ = ["PREFIX_BYTES", "encode_header", "find_data", "parse_header", "read_safetensors_file"]
+__all__ = [
+    "PIPE_BYTES",
+    "PREFIX_BYTES",
+    "encode_header",
+    "find_data",
+    "parse_header",
+    "read_safetensors_file",
+]
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
