@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from speculators.cli.results import BatchResult, ConvertResult, DiffResult, ValidateResult
+from speculators.cli.diff_result import DiffResult
+from speculators.cli.results import BatchResult, ConvertResult, ValidateResult
 from speculators.evaluate.recording import Manifest
 from speculators.evaluate.report import Comparison, Report
 from speculators.families.dflash import DFlash2Config, DFlashConfig, DSparkConfig

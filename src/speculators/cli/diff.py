@@ -45,8 +45,9 @@ def diff(
 
     speculators diff ./converted my-organization/eagle-llama-3.1-8b --compute
     """
+    from speculators.cli.diff_result import DiffResult
     from speculators.cli.progress import progress_bar
-    from speculators.cli.results import DiffResult, printed
+    from speculators.cli.results import printed
     from speculators.comparison.difference import compare
     from speculators.comparison.side import open_sides
 

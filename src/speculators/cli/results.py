@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from loguru import logger
 from pydantic import BaseModel, ConfigDict, Field
 
-from speculators.comparison.difference import Difference
 from speculators.convert.plan import ConversionPlan
 from speculators.convert.provenance import read_record
 from speculators.errors import sentence
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from speculators.batch.run import Outcome
 
-__all__ = ["BatchResult", "ConvertResult", "DiffResult", "ValidateResult", "printed"]
+__all__ = ["BatchResult", "ConvertResult", "Result", "ValidateResult", "printed"]
 
 
 class Result(BaseModel):
@@ -100,13 +99,6 @@ class ConvertResult(Result):
         self.left_out, self.config_left_out = record.left_out, record.config_left_out
         self.discrepancies = record.discrepancies
         self.validated, self.unchecked = record.validated, record.unchecked
-
-
-class DiffResult(Result):
-    """What `speculators diff --json` prints: ``ok`` says whether the two are the same draft."""
-
-    difference: Difference | None = None
-    """How they differ; ``None`` if they could not be compared."""
 
 
 class EntryResult(BaseModel, use_attribute_docstrings=True):
