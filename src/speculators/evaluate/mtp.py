@@ -5,14 +5,14 @@ from pathlib import Path
 
 from speculators.checkpoint.hub.headers import headers_only
 from speculators.checkpoint.reader import read_config, read_names
-from speculators.checkpoint.repository import open_repository
+from speculators.checkpoint.repository import Repository, open_repository
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.errors import CheckpointError, VerifierError
 from speculators.format.config import ProposalMethod
 from speculators.format.proposals import check_sizes
-from speculators.mtp.find import body_layers, find_mtp
+from speculators.mtp.find import Mtp, body_layers, find_mtp
 
-__all__ = ["OpenedMtp", "mtp_proposals", "open_mtp"]
+__all__ = ["OpenedMtp", "has_mtp", "mtp_proposals", "open_mtp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,28 @@ def open_mtp(
         VerifierError: if there is an MTP, but no verifier.
 
     """
+    found = _find(directory, revision, cache_dir)
+    if found is None:
+        return None
+    repository, mtp, names = found
+    if verifier is None and not body_layers(mtp, names):
+        raise VerifierError(
+            f"{repository.name} is an MTP without its verifier; give that with --verifier."
+        )
+    opened = open_verifier(repository.name if verifier is None else verifier, cache_dir=cache_dir)
+    name = opened.name if verifier is None else str(verifier)
+    return OpenedMtp(str(directory), repository.commit, revision, opened, name)
+
+
+def has_mtp(directory: str | Path, *, cache_dir: Path | None, revision: str | None) -> bool:
+    """Whether a checkpoint in its verifier's own layout has an MTP; see ``open_mtp``."""
+    return _find(directory, revision, cache_dir) is not None
+
+
+def _find(
+    directory: str | Path, revision: str | None, cache_dir: Path | None
+) -> tuple[Repository, Mtp, set[str]] | None:
+    """The checkpoint, its MTP, and the names of its tensors; ``None`` if it has no MTP."""
     try:
         repository = open_repository(directory, revision=revision, cache_dir=cache_dir)
         config, _ = read_config(repository)
@@ -65,15 +87,7 @@ def open_mtp(
     except CheckpointError:
         return None  # what is wrong is told where a converted draft is looked for
     mtp = find_mtp(config, names)
-    if mtp is None or not mtp.slots:
-        return None
-    if verifier is None and not body_layers(mtp, names):
-        raise VerifierError(
-            f"{repository.name} is an MTP without its verifier; give that with --verifier."
-        )
-    opened = open_verifier(repository.name if verifier is None else verifier, cache_dir=cache_dir)
-    name = opened.name if verifier is None else str(verifier)
-    return OpenedMtp(str(directory), repository.commit, revision, opened, name)
+    return (repository, mtp, names) if mtp is not None and mtp.slots else None
 
 
 def mtp_proposals(proposal: str | None, lengths: list[int] | list[None]) -> list[ProposalMethod]:
