@@ -213,6 +213,15 @@ def test_drafts_that_cannot_be_scored(
     assert f"{GOLDEN_MTP} has an MTP, which is no converted draft" in run.errors[0]
 
 
+def test_a_layer_that_the_verifier_lacks(
+    pair: Pair, speculators: CommandLine, tmp_path: Path
+) -> None:
+    run = speculators("record", pair.verifier, tmp_path / "recording", "--layers=1,99")
+    assert run.status == 1
+    assert "layers, so --layers takes 0 to" in run.errors[0]
+    assert run.errors[0].endswith("and not 99.")
+
+
 def another_verifier(directory: Path) -> None:
     weights = directory / "model.safetensors"
     data = bytearray(weights.read_bytes())

@@ -7,7 +7,8 @@ from speculators.checkpoint.hub.headers import headers_only
 from speculators.checkpoint.reader import read_config, read_names
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.errors import CheckpointError, VerifierError
+from speculators.errors import CheckpointError, EvaluationError, VerifierError
+from speculators.evaluate.report import Settings
 from speculators.format.config import ProposalMethod
 from speculators.format.proposals import check_sizes
 from speculators.mtp.find import Mtp, body_layers, find_mtp
@@ -90,13 +91,23 @@ def _find(
     return (repository, mtp, names) if mtp is not None and mtp.slots else None
 
 
-def mtp_proposals(proposal: str | None, lengths: list[int] | list[None]) -> list[ProposalMethod]:
+def mtp_proposals(
+    proposal: str | None, lengths: list[int] | list[None], settings: Settings
+) -> list[ProposalMethod]:
     """The proposal methods to measure, one for each length; ``None`` is the type's own.
 
     Raises:
         GenerationError: if there are no such proposals.
+        EvaluationError: if more is asked for than can be measured along the verifier's own output.
 
     """
+    if settings.temperature > 0 or not settings.acceptance_only or proposal == "sampling":
+        raise EvaluationError(
+            "The verifier of such an MTP has linear attention, whose state cannot be rolled back "
+            "when drafted tokens are rejected, so nothing is decoded with it here; "
+            "--acceptance-only measures what would be accepted of greedy chains and trees along "
+            "its own greedy output (temperature 0)."
+        )
     methods = []
     for length in lengths:
         sized = {} if length is None else {"speculative_tokens": length}
