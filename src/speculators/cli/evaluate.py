@@ -203,13 +203,16 @@ def evaluate(
     settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
 
     if server is not None:
+        from speculators.evaluate.mtp import mtp_repository
         from speculators.evaluate.server import Server
         from speculators.evaluate.serving import ServedEvaluation
         from speculators.families.converted import open_converted
 
+        mtp = mtp_repository(directories[0], **place)
+        served_draft = mtp or open_converted(directories[0], **place).checkpoint
         served = ServedEvaluation(
             directories[0],
-            open_converted(directories[0], **place),
+            served_draft.commit,
             Server(server),
             None if acceptance_only or baseline_server is None else Server(baseline_server),
             selected,

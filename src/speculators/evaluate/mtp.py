@@ -13,7 +13,7 @@ from speculators.format.config import ProposalMethod
 from speculators.format.proposals import check_sizes
 from speculators.mtp.find import Mtp, body_layers, find_mtp
 
-__all__ = ["OpenedMtp", "has_mtp", "mtp_proposals", "open_mtp"]
+__all__ = ["OpenedMtp", "mtp_proposals", "mtp_repository", "open_mtp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,15 @@ def open_mtp(
     return OpenedMtp(str(directory), repository.commit, revision, opened, name)
 
 
-def has_mtp(directory: str | Path, *, cache_dir: Path | None, revision: str | None) -> bool:
-    """Whether a checkpoint in its verifier's own layout has an MTP; see ``open_mtp``."""
-    return _find(directory, revision, cache_dir) is not None
+def mtp_repository(
+    directory: str | Path, *, cache_dir: Path | None, revision: str | None
+) -> Repository | None:
+    """Where an MTP in its verifier's own layout is, as for ``open_mtp``; ``None`` if there is none.
+
+    The verifier need not be there.
+    """
+    found = _find(directory, revision, cache_dir)
+    return None if found is None else found[0]
 
 
 def _find(

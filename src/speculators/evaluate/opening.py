@@ -15,7 +15,7 @@ from speculators.errors import (
     SpeculatorsError,
     VerifierError,
 )
-from speculators.evaluate.mtp import has_mtp
+from speculators.evaluate.mtp import mtp_repository
 from speculators.evaluate.recording import Recording, identify
 from speculators.families.converted import Converted, open_converted
 from speculators.format.config import ProposalMethod
@@ -78,7 +78,7 @@ def open_draft(
     try:
         converted = open_converted(directory, revision=revision, cache_dir=cache_dir)
     except FormatError as error:
-        if not has_mtp(directory, revision=revision, cache_dir=cache_dir):
+        if mtp_repository(directory, revision=revision, cache_dir=cache_dir) is None:
             raise
         raise EvaluationError(
             f"{directory} has an MTP, which is no converted draft: nothing is decoded with it "

@@ -33,6 +33,10 @@ def proposal_method(
     """
     name = proposal or config.default_proposal_method
     named = [method for method in config.proposal_methods if method.proposal_type == name]
+    if not isinstance(name, str):
+        raise GenerationError(
+            f"A proposal is one of {', '.join(PROPOSALS)}, or a ProposalMethod, not {name!r}."
+        )
     method = named[0] if named else ProposalMethod(proposal_type=name)
     if num_draft_tokens is None and not named and name in CHAINS:
         num_draft_tokens = drafted_per_block
