@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from loguru import logger
 from pydantic import BaseModel, ConfigDict, Field
 
-from speculators.batch.run import Outcome
 from speculators.comparison.difference import Difference
 from speculators.convert.plan import ConversionPlan
 from speculators.convert.provenance import read_record
@@ -20,6 +19,8 @@ from speculators.families.converted import open_converted
 
 if TYPE_CHECKING:
     from loguru import Message
+
+    from speculators.batch.run import Outcome
 
 __all__ = ["BatchResult", "ConvertResult", "DiffResult", "ValidateResult", "printed"]
 
@@ -135,7 +136,7 @@ class BatchResult(Result):
     entries: list[EntryResult] = Field(default_factory=list)
     """One for each of them, in their order; empty if the manifest is wrong."""
 
-    def tell(self, outcomes: Sequence[Outcome]) -> None:
+    def tell(self, outcomes: "Sequence[Outcome]") -> None:
         """Tell what became of the entries."""
         self.entries = [
             EntryResult(

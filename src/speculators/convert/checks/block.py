@@ -23,6 +23,8 @@ class BlockCheck(ForwardCheck):
     row's tokens stand for these.
     """
 
+    rows = 2
+
     def _drafted(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
         drafted: Tensor = self.model.draft(self._block(input_ids), hidden_states).last_hidden_state
         return drafted

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from speculators.errors import ValidationError
 
-__all__ = ["BATCH", "LENGTH", "SEED", "TOLERANCE", "check_same"]
+__all__ = ["LENGTH", "SEED", "TOLERANCE", "check_same"]
 
 TOLERANCE = 1e-4
 """Largest difference allowed from the reference, over its largest value (at least 1)."""
 
-SEED, BATCH, LENGTH = 20240126, 2, 24
+SEED, LENGTH = 20240126, 24
 """Of the random inputs."""
 
 

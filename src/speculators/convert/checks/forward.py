@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from speculators.checkpoint.tensor import PlannedTensor
-from speculators.convert.checks.comparison import BATCH, LENGTH, SEED, check_same
+from speculators.convert.checks.comparison import LENGTH, SEED, check_same
 from speculators.convert.checks.planned import PlannedTensors, planned_matrix
 from speculators.convert.checks.verifier import (
     check_head_of_source,
@@ -35,10 +35,13 @@ class ForwardCheck(ABC):
 
     Attributes:
         unchecked: sentences on what could not be checked, and why.
-        input_ids: (BATCH, LENGTH), random tokens.
-        hidden_states: (BATCH, LENGTH, width), random hidden states of the verifier.
+        rows: how many sequences there are; the reference reads all matrices once for each.
+        input_ids: (rows, LENGTH), random tokens.
+        hidden_states: (rows, LENGTH, width), random hidden states of the verifier.
 
     """
+
+    rows = 1
 
     def __init__(self, plan: ConversionPlan, model: Speculator) -> None:
         self.plan, self.unchecked = plan, list[str]()
@@ -47,8 +50,8 @@ class ForwardCheck(ABC):
         generator = torch.Generator().manual_seed(SEED)
         vocabulary, hidden = plan.config.verifier_sizes
         width = hidden * max(1, len(model.verifier_layers))
-        self.input_ids = torch.randint(vocabulary, (BATCH, LENGTH), generator=generator)
-        self.hidden_states = torch.randn(BATCH, LENGTH, width, generator=generator)
+        self.input_ids = torch.randint(vocabulary, (self.rows, LENGTH), generator=generator)
+        self.hidden_states = torch.randn(self.rows, LENGTH, width, generator=generator)
         if model.get_input_embeddings() is None:
             refuse_incomplete(plan.verifier)
             self._leave_unchecked(
@@ -100,7 +103,7 @@ class ForwardCheck(ABC):
 
     @abstractmethod
     def _drafted(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
-        """The model's outputs before the head, (BATCH, positions, hidden)."""
+        """The model's outputs before the head, (rows, positions, hidden)."""
 
     @abstractmethod
     def _check_causality(self, drafted: Tensor) -> None:
