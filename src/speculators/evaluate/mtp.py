@@ -10,7 +10,7 @@ from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.errors import CheckpointError, EvaluationError, VerifierError
 from speculators.evaluate.report import Settings
 from speculators.format.config import ProposalMethod
-from speculators.format.proposals import check_sizes
+from speculators.format.proposals import check_sizes, resized
 from speculators.mtp.find import Mtp, body_layers, find_mtp
 
 __all__ = ["OpenedMtp", "mtp_proposals", "mtp_repository", "open_mtp"]
@@ -114,10 +114,8 @@ def mtp_proposals(
             "--acceptance-only measures what would be accepted of greedy chains and trees along "
             "its own greedy output (temperature 0)."
         )
-    methods = []
-    for length in lengths:
-        sized = {} if length is None else {"speculative_tokens": length}
-        method = ProposalMethod.model_validate({"proposal_type": proposal or "greedy", **sized})
+    default = ProposalMethod(proposal_type=proposal or "greedy")
+    methods = [default if length is None else resized(default, length) for length in lengths]
+    for method in methods:
         check_sizes(method)
-        methods.append(method)
     return methods
