@@ -16,7 +16,8 @@ VLLM_OLDER_TESTS := $(VLLM_OLDER:%=test-vllm-%)
 
 # Of each part of the suite, what would notice that a dependency has changed.
 WITH_OTHER_RELEASES := tests/models tests/convert/test_golden.py tests/decode/test_greedy.py \
-	tests/decode/test_settings.py tests/cli tests/inspection tests/checkpoint/test_hub.py
+	tests/decode/test_settings.py tests/cli tests/inspection tests/checkpoint/test_hub.py \
+	tests/checkpoint/test_hub_parts.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-exhaustive test-oldest test-newest test-vllm $(VLLM_OLDER_TESTS) lint docs

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import CommandLine
+from mtp_verifiers import GOLDEN_MTP
 from pair import Pair, make_pair
 from speculators.chat.answer import Answer, Drafted, Piece, Spelling, Step
 from speculators.chat.trace import trace_page
@@ -183,6 +184,62 @@ def test_a_trace_is_not_replaced_unasked(
     assert run.status == 1
     assert run.messages == [f"{page} exists; give another --trace, or --overwrite to replace it."]
     assert page.read_text() == "mine"
+
+
+@pytest.mark.parametrize("options", [["--prompt="], ["--prompt=x", "--system="], []])
+def test_nothing_to_answer(
+    pair: Pair, speculators: CommandLine, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    run = speculators("chat", pair.draft, *options)
+    assert run.status == 2
+    assert "empty" in run.stderr
+
+
+def test_a_trace_that_cannot_be_written_is_told_before_anything_is_decoded(
+    pair: Pair, speculators: CommandLine, tmp_path: Path
+) -> None:
+    page = tmp_path / "none" / "trace.html"
+    run = speculators("chat", pair.draft, "--prompt", SAID, "--trace", page)
+    assert run.status == 1
+    assert run.messages == [f"{page} cannot be written: {page.parent} is not a directory."]
+    assert run.stdout == ""
+
+
+def test_the_trace_of_an_answer_that_was_interrupted(
+    pair: Pair, speculators: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "trace.html"
+    pieces = Spelling.pieces
+
+    def interrupted(self: Spelling, tokens: Any) -> list[Piece]:
+        if len(self._tokens) > NEW_TOKENS // 2:
+            raise KeyboardInterrupt
+        return pieces(self, tokens)
+
+    monkeypatch.setattr(Spelling, "pieces", interrupted)
+    run = speculators("chat", pair.draft, "--prompt", SAID, "--trace", page)
+    assert run.status == 130
+    expected = plain_answer(pair, f"<user>{SAID}<assistant>", NEW_TOKENS // 2)
+    assert expected in "".join(text for _, text in shown(page.read_text(encoding="utf-8")).spans)
+
+
+def test_accepted_tokens_beyond_the_end_are_not_counted_as_drafted(
+    pair: Pair, speculators: CommandLine
+) -> None:
+    """With as many tokens as the first drafted chain has, the answer is that but for one."""
+    run = speculators("chat", pair.draft, "--prompt", SAID, "--max-new-tokens=2")
+    assert run.status == 0, run.stderr
+    found = re.search(r"acceptance length ([\d.]+), (\d+) of them drafted", run.stdout)
+    assert found
+    assert float(found[1]) > 2, "more were accepted than there was room for"
+    assert found[2] == "1"
+
+
+def test_an_mtp_is_refused(speculators: CommandLine) -> None:
+    run = speculators("chat", GOLDEN_MTP, "--prompt", SAID)
+    assert run.status == 1
+    assert f"{GOLDEN_MTP} has an MTP, which is no converted draft" in run.errors[0]
 
 
 def test_a_character_of_several_tokens_appears_when_it_is_complete() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.generation import configuration_utils
 from transformers.utils import logging as transformers_logging
 
 from eagle3 import knowing_eagle3
@@ -204,6 +205,23 @@ def test_plain_and_speculative_decoding_take_turns_after_a_warm_up(
     warm_up, *rounds = [calls[start : start + 3] for start in range(0, len(calls), 3)]
     assert warm_up == ["plain", "1", "2"]
     assert rounds == [["plain", "1", "2"], ["1", "2", "plain"], ["2", "plain", "1"]]
+
+
+def test_no_library_warns_of_how_the_verifier_samples(
+    pair: Pair, speculators: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its generation_config.json is for sampling, as most are; greedy decoding does not use it."""
+    verifier = shutil.copytree(pair.verifier, tmp_path / "verifier")
+    said = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
+    (verifier / "generation_config.json").write_text(json.dumps(said))
+    warnings: list[str] = []
+    monkeypatch.setattr(configuration_utils.logger, "warning_once", warnings.append)
+    run = speculators(
+        "evaluate", pair.draft, "--verifier", verifier, "--limit=1", "--max-new-tokens=3"
+    )
+    assert run.status == 0, run.stderr
+    assert "1 of 1" in run.stdout
+    assert warnings == []
 
 
 def test_a_sweep_recommends_a_draft_length(

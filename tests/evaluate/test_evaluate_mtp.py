@@ -132,9 +132,12 @@ def test_a_cut_mtp_needs_its_verifier(
 
 
 def test_nothing_is_decoded_with_it(
-    verifier: Path, prompts: Path, speculators: CommandLine
+    verifier: Path, prompts: Path, speculators: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for more in ([], ["--acceptance-only", "--temperature", "1"]):
+    """It is said before a verifier is loaded, which may be large."""
+    monkeypatch.delattr("speculators.evaluate.subject.load_subject")
+    only = "--acceptance-only"
+    for more in ([], [only, "--temperature=1"], [only, "--proposal=sampling"]):
         run = speculators(*arguments(verifier, prompts=prompts), *more)
         assert run.status == 1
         assert "cannot be rolled back" in run.errors[0]

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from block_drafts import convert_golden
 from eagle3 import knowing_eagle3
 from helpers import CommandLine, entries
 from hub_server import HubServer, patch_hub
+from mtp_verifiers import GOLDEN_MTP
 from pair import NEW_TOKENS, PROMPTS, Pair, make_pair, tiny_tokenizer
 from speculators.evaluate.recording import Manifest
 from speculators.evaluate.report import Comparison, Report
@@ -195,6 +197,29 @@ def test_a_draft_that_drafts_in_a_way_of_its_own(
     run = speculators("evaluate", pair.draft, "--recording", recording)
     assert run.status == 1
     assert f"{pair.draft}: a draft of the kind EagleSpeculator cannot be scored" in run.errors[0]
+
+
+def test_drafts_that_cannot_be_scored(
+    pair: Pair, recording: Path, speculators: CommandLine, tmp_path: Path
+) -> None:
+    """They are refused before anything of them is asked to be recorded."""
+    block = convert_golden("dflash_full", tmp_path)
+    run = speculators("evaluate", block, "--recording", recording)
+    refused = "drafts in blocks, and such drafts cannot be scored on a recording; leave out --recor"
+    assert len(run.errors) == 1
+    assert f"{block} {refused}" in run.errors[0]
+    run = speculators("evaluate", GOLDEN_MTP, "--recording", recording)
+    assert len(run.errors) == 1
+    assert f"{GOLDEN_MTP} has an MTP, which is no converted draft" in run.errors[0]
+
+
+def test_a_layer_that_the_verifier_lacks(
+    pair: Pair, speculators: CommandLine, tmp_path: Path
+) -> None:
+    run = speculators("record", pair.verifier, tmp_path / "recording", "--layers=1,99")
+    assert run.status == 1
+    assert "layers, so --layers takes 0 to" in run.errors[0]
+    assert run.errors[0].endswith("and not 99.")
 
 
 def another_verifier(directory: Path) -> None:

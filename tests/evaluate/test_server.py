@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import PLAIN, CommandLine, entries
+from mtp_verifiers import GOLDEN_MTP
 from speculators.evaluate.metrics import Acceptance, count_steps, total
 from speculators.evaluate.report import Report, Served
 from vllm_server import POSITIONS, VllmServer
@@ -39,6 +40,19 @@ def expected(*numbers: int) -> Acceptance:
 
 def report_of(text: str) -> Report:
     return Report.model_validate_json(text)
+
+
+def test_an_mtp_is_measured_where_it_is_served(
+    arguments: list[str], speculators: CommandLine
+) -> None:
+    """Neither a conversion nor its verifier is needed."""
+    with VllmServer() as server:
+        run = speculators("evaluate", GOLDEN_MTP, *arguments[2:], "--server", server.url, "--json")
+    assert run.status == 0, run.stderr
+    report = report_of(run.stdout)
+    assert report.draft == str(GOLDEN_MTP)
+    [result] = report.results
+    assert result.overall.acceptance == expected(1, 2, 3)
 
 
 def test_what_the_server_counts_is_reported(

@@ -26,7 +26,9 @@ from block_drafts import (
 from helpers import TOLERANCE, config_of, largest_difference, stored_tensors
 from speculators.checkpoint.hub.upload import SAVED
 from speculators.convert.conversion import convert
-from speculators.errors import FormatError, ValidationError, VerifierError
+from speculators.errors import FormatError, GenerationError, ValidationError, VerifierError
+from speculators.evaluate.opening import proposals_of
+from speculators.families.converted import open_converted
 from speculators.families.registry import families
 from speculators.format.config import ProposalMethod
 from speculators.models import load_draft
@@ -333,9 +335,16 @@ def test_its_vocabulary(converted: dict[str, Path]) -> None:
 
 def test_how_many_tokens_it_proposes(converted: dict[str, Path]) -> None:
     draft = draft_of(converted, "dflash_full")
+    opened = open_converted(converted["dflash_full"])
     for proposal in (None, "greedy", "sampling"):
         assert draft.proposal_method(proposal).speculative_tokens == 7
         assert draft.proposal_method(proposal, 3).speculative_tokens == 3
+        assert proposals_of(opened, proposal, [None, 3]) == [
+            draft.proposal_method(proposal),
+            draft.proposal_method(proposal, 3),
+        ]
+    with pytest.raises(GenerationError, match=r"drafts up to 7 tokens in a block, not 8"):
+        proposals_of(opened, None, [8])
     method = ProposalMethod(proposal_type="sampling", speculative_tokens=2)
     assert draft.proposal_method(method) == method
     config = DFlashSpeculatorConfig(

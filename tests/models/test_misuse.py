@@ -171,6 +171,7 @@ def test_what_generate_does_not_take(
     ("arguments", "expected"),
     [
         ({"proposal": "gredy"}, "Unknown proposal type 'gredy' (did you mean 'greedy'?)"),
+        ({"proposal": 3}, "A proposal is one of greedy, sampling, "),
         ({"num_draft_tokens": 0}, "0 is not a number of tokens to draft: Input should be greater"),
     ],
 )

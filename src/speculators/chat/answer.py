@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Answer", "Drafted", "Piece", "Spelling", "Step"]
+__all__ = ["Answer", "Drafted", "Piece", "Spelling", "Step", "depths_of"]
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What tokenizers put for bytes that are no character yet."""
@@ -40,6 +40,14 @@ class Drafted:
     accepted: bool
 
 
+def depths_of(drafted: Sequence[Drafted]) -> list[int]:
+    """The depth of each token of a proposal; 1 for those without one before them."""
+    depths: list[int] = []
+    for token in drafted:
+        depths.append(1 + (depths[token.parent] if token.parent >= 0 else 0))
+    return depths
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One pass of the verifier: what was proposed, and what became of the text.
@@ -65,10 +73,7 @@ class Step:
     @property
     def offered(self) -> int:
         """The most that could have been accepted: the length of a chain, the depth of a tree."""
-        depths: list[int] = []
-        for token in self.drafted:
-            depths.append(1 + (depths[token.parent] if token.parent >= 0 else 0))
-        return max(depths, default=0)
+        return max(depths_of(self.drafted), default=0)
 
 
 @dataclass

@@ -24,6 +24,9 @@ class Session:
         max_new_tokens: the longest answer, in tokens.
         temperature: for sampling; 0 means greedy decoding.
 
+    Attributes:
+        answers: those given so far; the last one may have been interrupted.
+
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Session:
         self.proposal = proposal
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.answers: list[Answer] = []
         self._messages = [] if system is None else [Message(role="system", content=system)]
 
     def answer(self, said: str, show: Callable[[Piece], None]) -> Answer:
@@ -60,6 +64,7 @@ class Session:
         input_ids = torch.tensor([tokens], device=subject.verifier.device)
         answer, decode = Answer(prompt=said), subject.verifier.tokenizer.decode
         spelling = Spelling(lambda tokens: str(decode(list(tokens), skip_special_tokens=True)))
+        self.answers.append(answer)
         began = time.perf_counter()
 
         def note(step: VerifiedStep) -> None:

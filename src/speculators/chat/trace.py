@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import accumulate
 
-from speculators.chat.answer import Answer, Drafted, Step
+from speculators.chat.answer import Answer, Drafted, Step, depths_of
 
 __all__ = ["trace_page"]
 
@@ -106,9 +106,7 @@ def _levels(drafted: Sequence[Drafted]) -> list[list[tuple[Drafted, bool]]]:
 
     The verifier looks at the children of what it has accepted, and at no others.
     """
-    depths: list[int] = []
-    for token in drafted:
-        depths.append(1 + (depths[token.parent] if token.parent >= 0 else 0))
+    depths = depths_of(drafted)
     is_chain = depths == list(range(1, len(drafted) + 1))
     levels: list[list[tuple[Drafted, bool]]] = []
     for token, depth in zip(drafted, depths, strict=True):

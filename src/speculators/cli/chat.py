@@ -86,17 +86,15 @@ def chat(
     """
     from speculators.errors import OutputError
 
+    if "" in (prompt, system):
+        raise typer.BadParameter("--prompt and --system take a text that is not empty.")
     if overwrite and trace is None:
         raise typer.BadParameter("--overwrite only works with --trace.")
     if trace is not None and trace.exists() and not (overwrite and trace.is_file()):
         raise OutputError(f"{trace} exists; give another --trace, or --overwrite to replace it.")
+    if trace is not None and not trace.parent.is_dir():
+        raise OutputError(f"{trace} cannot be written: {trace.parent} is not a directory.")
     prompts = _prompts(prompt)
-
-    from speculators.evaluate.opening import check_device, open_draft, proposals_of
-
-    check_device(device)
-    opened = open_draft(directory, verifier=verifier, cache_dir=cache_dir, revision=revision)
-    [method] = proposals_of(opened.converted, proposal, [num_draft_tokens])
 
     from rich.console import Console
     from rich.text import Text
@@ -114,7 +112,7 @@ def chat(
     session = Session(
         subject, method, system=system, max_new_tokens=max_new_tokens, temperature=temperature
     )
-    console, answers = Console(highlight=False, soft_wrap=True), list["Answer"]()
+    console = Console(highlight=False, soft_wrap=True)
     try:
         for said in prompts:
             answer = session.answer(
@@ -123,11 +121,10 @@ def chat(
                     Text(piece.text, style="green" if piece.drafted else ""), end=""
                 ),
             )
-            answers.append(answer)
             console.print()
             console.print(_summary(answer), style="dim")
     finally:  # also when the conversation was interrupted
-        if trace is not None and answers:
+        if trace is not None and (answers := [it for it in session.answers if it.steps]):
             _write_trace(trace, subject.name, subject.verifier.name, answers)
 
 
@@ -136,7 +133,10 @@ def _prompts(given: str | None) -> Iterator[str]:
     if given is not None:
         yield given
     elif not sys.stdin.isatty():
-        yield sys.stdin.read()
+        said = sys.stdin.read().strip()
+        if not said:
+            raise typer.BadParameter("Standard input is empty; it is the prompt, without --prompt.")
+        yield said
     else:
         import readline  # noqa: F401  (lets input() edit lines)
 
@@ -153,8 +153,9 @@ def _prompts(given: str | None) -> Iterator[str]:
 def _summary(answer: "Answer") -> str:
     parts = [f"{answer.tokens} tokens, {answer.tokens / answer.seconds:.1f} per second"]
     if (length := answer.acceptance_length) is not None:
-        accepted = sum(step.accepted for step in answer.steps)
-        parts.append(f"acceptance length {length:.2f}, {accepted} of them drafted")
+        # In the last step, accepted tokens may lie beyond the end.
+        drafted = sum(min(step.accepted, step.added) for step in answer.steps)
+        parts.append(f"acceptance length {length:.2f}, {drafted} of them drafted")
     return "; ".join(parts)
 
 

@@ -29,7 +29,7 @@ from speculators.cli.shared import CacheDir
 if TYPE_CHECKING:
     from speculators.evaluate.mtp import OpenedMtp
     from speculators.evaluate.opening import Opened
-    from speculators.evaluate.report import Report
+    from speculators.evaluate.report import Report, Settings
     from speculators.format.config import ProposalMethod
 
 __all__ = ["evaluate"]
@@ -191,13 +191,16 @@ def evaluate(
     settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
 
     if server is not None:
+        from speculators.evaluate.mtp import mtp_repository
         from speculators.evaluate.server import Server
         from speculators.evaluate.serving import ServedEvaluation
         from speculators.families.converted import open_converted
 
+        mtp = mtp_repository(directories[0], **place)
+        served_draft = mtp or open_converted(directories[0], **place).checkpoint
         served = ServedEvaluation(
             directories[0],
-            open_converted(directories[0], **place),
+            served_draft.commit,
             Server(server),
             None if acceptance_only or baseline_server is None else Server(baseline_server),
             selected,
@@ -208,12 +211,14 @@ def evaluate(
             _measure(served, len(selected), reports)
         return
 
-    opened, proposals = _open(directories[0], proposal, lengths, verifier=verifier, **place)
+    settings = settings.model_copy(update={"acceptance_only": acceptance_only})
+    opened, proposals = _open(
+        directories[0], proposal, lengths, settings, verifier=verifier, **place
+    )
 
     from speculators.evaluate.evaluation import Evaluation
     from speculators.evaluate.subject import load_subject
 
-    settings = settings.model_copy(update={"acceptance_only": acceptance_only})
     subject = load_subject(opened, dtype=wanted_dtype, device=device, cache_dir=cache_dir)
     evaluation = Evaluation(subject, selected, proposals, settings)
     with reporting:
@@ -221,14 +226,18 @@ def evaluate(
 
 
 def _open(
-    directory: str, proposal: str | None, lengths: list[int] | list[None], **where: Any
+    directory: str,
+    proposal: str | None,
+    lengths: list[int] | list[None],
+    settings: "Settings",
+    **where: Any,
 ) -> "tuple[Opened | OpenedMtp, list[ProposalMethod]]":
     """Open a draft or an MTP; returns it, and the proposal methods to measure."""
     from speculators.evaluate.mtp import mtp_proposals, open_mtp
     from speculators.evaluate.opening import open_draft, proposals_of
 
     if mtp := open_mtp(directory, **where):
-        return mtp, mtp_proposals(proposal, lengths)
+        return mtp, mtp_proposals(proposal, lengths, settings)
     draft = open_draft(directory, **where)
     return draft, proposals_of(draft.converted, proposal, lengths)
 

@@ -84,6 +84,7 @@ def record(
 
     from speculators.checkpoint.output.staging import check_output
     from speculators.checkpoint.verifier import open_verifier
+    from speculators.errors import EvaluationError
     from speculators.evaluate.opening import check_device
     from speculators.evaluate.recording import (
         RECORDING,
@@ -97,6 +98,11 @@ def record(
     settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
     wanted_dtype = dtype_name(dtype)
     opened = open_verifier(base_model, cache_dir=cache_dir)
+    if wanted and opened.layers is not None and max(wanted) > opened.layers:
+        raise EvaluationError(
+            f"{base_model} has {opened.layers} layers, so --layers takes 0 to {opened.layers}, "
+            f"which is what leaves the last one, and not {max(wanted)}."
+        )
     identity = identify(opened)
     existing: Recording | None = None
     if (output / RECORDING_FILE).is_file() and not overwrite:

@@ -5,14 +5,15 @@ from pathlib import Path
 
 from speculators.checkpoint.hub.headers import headers_only
 from speculators.checkpoint.reader import read_config, read_names
-from speculators.checkpoint.repository import open_repository
+from speculators.checkpoint.repository import Repository, open_repository
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.errors import CheckpointError, VerifierError
+from speculators.errors import CheckpointError, EvaluationError, VerifierError
+from speculators.evaluate.report import Settings
 from speculators.format.config import ProposalMethod
-from speculators.format.proposals import check_sizes
-from speculators.mtp.find import body_layers, find_mtp
+from speculators.format.proposals import check_sizes, resized
+from speculators.mtp.find import Mtp, body_layers, find_mtp
 
-__all__ = ["OpenedMtp", "mtp_proposals", "open_mtp"]
+__all__ = ["OpenedMtp", "mtp_proposals", "mtp_repository", "open_mtp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,34 @@ def open_mtp(
         VerifierError: if there is an MTP, but no verifier.
 
     """
+    found = _find(directory, revision, cache_dir)
+    if found is None:
+        return None
+    repository, mtp, names = found
+    if verifier is None and not body_layers(mtp, names):
+        raise VerifierError(
+            f"{repository.name} is an MTP without its verifier; give that with --verifier."
+        )
+    opened = open_verifier(repository.name if verifier is None else verifier, cache_dir=cache_dir)
+    name = opened.name if verifier is None else str(verifier)
+    return OpenedMtp(str(directory), repository.commit, revision, opened, name)
+
+
+def mtp_repository(
+    directory: str | Path, *, cache_dir: Path | None, revision: str | None
+) -> Repository | None:
+    """Where an MTP in its verifier's own layout is, as for ``open_mtp``; ``None`` if there is none.
+
+    The verifier need not be there.
+    """
+    found = _find(directory, revision, cache_dir)
+    return None if found is None else found[0]
+
+
+def _find(
+    directory: str | Path, revision: str | None, cache_dir: Path | None
+) -> tuple[Repository, Mtp, set[str]] | None:
+    """The checkpoint, its MTP, and the names of its tensors; ``None`` if it has no MTP."""
     try:
         repository = open_repository(directory, revision=revision, cache_dir=cache_dir)
         config, _ = read_config(repository)
@@ -65,28 +94,28 @@ def open_mtp(
     except CheckpointError:
         return None  # what is wrong is told where a converted draft is looked for
     mtp = find_mtp(config, names)
-    if mtp is None or not mtp.slots:
-        return None
-    if verifier is None and not body_layers(mtp, names):
-        raise VerifierError(
-            f"{repository.name} is an MTP without its verifier; give that with --verifier."
-        )
-    opened = open_verifier(repository.name if verifier is None else verifier, cache_dir=cache_dir)
-    name = opened.name if verifier is None else str(verifier)
-    return OpenedMtp(str(directory), repository.commit, revision, opened, name)
+    return (repository, mtp, names) if mtp is not None and mtp.slots else None
 
 
-def mtp_proposals(proposal: str | None, lengths: list[int] | list[None]) -> list[ProposalMethod]:
+def mtp_proposals(
+    proposal: str | None, lengths: list[int] | list[None], settings: Settings
+) -> list[ProposalMethod]:
     """The proposal methods to measure, one for each length; ``None`` is the type's own.
 
     Raises:
         GenerationError: if there are no such proposals.
+        EvaluationError: if more is asked for than can be measured along the verifier's own output.
 
     """
-    methods = []
-    for length in lengths:
-        sized = {} if length is None else {"speculative_tokens": length}
-        method = ProposalMethod.model_validate({"proposal_type": proposal or "greedy", **sized})
+    if settings.temperature > 0 or not settings.acceptance_only or proposal == "sampling":
+        raise EvaluationError(
+            "The verifier of such an MTP has linear attention, whose state cannot be rolled back "
+            "when drafted tokens are rejected, so nothing is decoded with it here; "
+            "--acceptance-only measures what would be accepted of greedy chains and trees along "
+            "its own greedy output (temperature 0)."
+        )
+    default = ProposalMethod(proposal_type=proposal or "greedy")
+    methods = [default if length is None else resized(default, length) for length in lengths]
+    for method in methods:
         check_sizes(method)
-        methods.append(method)
     return methods

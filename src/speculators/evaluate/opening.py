@@ -8,11 +8,18 @@ from pathlib import Path
 from loguru import logger
 
 from speculators.checkpoint.verifier import Verifier
-from speculators.errors import EvaluationError, GenerationError, SpeculatorsError, VerifierError
+from speculators.errors import (
+    EvaluationError,
+    FormatError,
+    GenerationError,
+    SpeculatorsError,
+    VerifierError,
+)
+from speculators.evaluate.mtp import mtp_repository
 from speculators.evaluate.recording import Recording, identify
 from speculators.families.converted import Converted, open_converted
 from speculators.format.config import ProposalMethod
-from speculators.format.proposals import check_sizes, proposal_method
+from speculators.format.proposals import CHAINS, check_sizes, proposal_method
 
 __all__ = ["SPREAD", "Opened", "check_device", "open_draft", "open_scored", "proposals_of"]
 
@@ -21,8 +28,6 @@ SPREAD = "auto"
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia", "mlu", "musa", "xla")
 """The names of torch's devices, those that come with packages of their own included."""
-
-CHAINS = ("greedy", "sampling")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +70,21 @@ def open_draft(
 
     Raises:
         FormatError: if it is not a converted draft.
+        EvaluationError: if it is an MTP.
         VerifierError: if there is no verifier, or it does not fit.
         CheckpointError, HubError: if something cannot be read or downloaded.
 
     """
-    converted = open_converted(directory, revision=revision, cache_dir=cache_dir)
+    try:
+        converted = open_converted(directory, revision=revision, cache_dir=cache_dir)
+    except FormatError as error:
+        if mtp_repository(directory, revision=revision, cache_dir=cache_dir) is None:
+            raise
+        raise EvaluationError(
+            f"{directory} has an MTP, which is no converted draft: nothing is decoded with it "
+            "here, nor is it scored on a recording; 'speculators evaluate' with --acceptance-only "
+            "measures those of Qwen3-Next and Qwen3.5."
+        ) from error
     opened = _open_verifier(converted, verifier)
     name = opened.name if verifier is None else str(verifier)
     return Opened(str(directory), converted, opened, name)
@@ -94,7 +109,7 @@ def open_scored(
 
     Raises:
         EvaluationError: if the recording is not of that verifier, or not of the one that the
-            draft's config names.
+            draft's config names, or drafts of this kind cannot be scored.
         FormatError, VerifierError, CheckpointError, HubError: as for ``open_draft``.
 
     """
@@ -102,6 +117,11 @@ def open_scored(
     opened = open_draft(
         directory, verifier=verifier or recorded, cache_dir=cache_dir, revision=revision
     )
+    if opened.converted.config.drafted_per_block is not None:
+        raise EvaluationError(
+            f"{directory} drafts in blocks, and such drafts cannot be scored on a recording; leave "
+            "out --recording."
+        )
     recording.check_verifier(identify(opened.verifier), str(directory))
     named = opened.converted.config.speculators_config.verifier.name_or_path
     if verifier is None and named not in {None, recorded}:
@@ -145,13 +165,19 @@ def proposals_of(
 
     """
     config = converted.config
-    methods = [proposal_method(config.speculators_config, proposal, it) for it in lengths]
+    most = config.drafted_per_block
+    methods = [proposal_method(config.speculators_config, proposal, it, most) for it in lengths]
     for method in methods:
         check_sizes(method)
         if config.parallel and method.proposal_type not in CHAINS:
             raise GenerationError(
                 f"{converted.checkpoint.name} drafts all tokens in one pass, so it proposes "
                 f"chains, not {method.proposal_type!r}; choose {' or '.join(CHAINS)}."
+            )
+        if most is not None and method.speculative_tokens > most:
+            raise GenerationError(
+                f"{converted.checkpoint.name} drafts up to {most} tokens in a block, not "
+                f"{method.speculative_tokens}; choose fewer draft tokens."
             )
     return methods
 

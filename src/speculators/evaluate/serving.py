@@ -22,7 +22,6 @@ from speculators.evaluate.report import (
     summarize,
 )
 from speculators.evaluate.server import Answer, Server
-from speculators.families.converted import Converted
 from speculators.format.config import ProposalMethod
 
 __all__ = ["ServedEvaluation"]
@@ -36,8 +35,8 @@ class ServedEvaluation:
     at the same time.
 
     Args:
-        name: of the draft.
-        converted: the draft that the server was started with, which the server does not tell.
+        name: of the draft that the server was started with, which the server does not tell.
+        commit: the draft's commit on the Hub; ``None`` for a directory.
         server: the server.
         baseline: one that serves the verifier alone, to compare with.
         prompts: at least one.
@@ -55,7 +54,7 @@ class ServedEvaluation:
     def __init__(
         self,
         name: str,
-        converted: Converted,
+        commit: str | None,
         server: Server,
         baseline: Server | None,
         prompts: Sequence[Prompt],
@@ -63,7 +62,7 @@ class ServedEvaluation:
         concurrency: int,
     ) -> None:
         self.name = name
-        self.converted = converted
+        self.commit = commit
         self.server = server
         self.baseline = baseline
         self.concurrency = concurrency
@@ -154,7 +153,7 @@ class ServedEvaluation:
             speculators_version=__version__,
             complete=len(self.measured) == sum(map(len, self._groups)),
             draft=self.name,
-            draft_commit=self.converted.checkpoint.commit,
+            draft_commit=self.commit,
             verifier=self.server.model,
             chat_template=self.server.uses_chat,
             settings=self.settings,

@@ -195,10 +195,10 @@ def generation_config(
     generation = copy.deepcopy(verifier.generation_config) or GenerationConfig()
     generation.max_new_tokens = max_new_tokens
     generation.do_sample = settings.temperature > 0
-    generation.temperature = settings.temperature or None
-    # None would mean generate's default, 0 is off.
-    generation.top_k, generation.top_p = (
-        (0, settings.top_p) if settings.temperature else (None, None)
+    # A top_k of 0 is off. For None, generate would take the verifier's own, and in greedy decoding
+    # warn that it is not used; its defaults do not do that.
+    generation.temperature, generation.top_k, generation.top_p = (
+        (settings.temperature, 0, settings.top_p) if settings.temperature else (1.0, 50, 1.0)
     )
     if generation.pad_token_id is None:  # unused in a batch of one, but generate wants it
         generation.pad_token_id = 0

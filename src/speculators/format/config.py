@@ -194,6 +194,11 @@ class SpeculatorConfig(Model):
         return False
 
     @property
+    def drafted_per_block(self) -> int | None:
+        """The most tokens that one block drafts; ``None`` if the draft has no blocks."""
+        return None
+
+    @property
     def layers(self) -> int:
         """The number of decoder layers."""
         return self.transformer_layer_config.num_hidden_layers

@@ -6,13 +6,17 @@ from speculators.errors import GenerationError, did_you_mean
 from speculators.format.config import PROPOSALS, ProposalMethod, SpeculatorsConfig
 from speculators.format.problems import first_problem
 
-__all__ = ["check_sizes", "proposal_method", "resized"]
+__all__ = ["CHAINS", "check_sizes", "proposal_method", "resized"]
+
+CHAINS = ("greedy", "sampling")
+"""The proposal types that are chains."""
 
 
 def proposal_method(
     config: SpeculatorsConfig,
     proposal: str | None = None,
     num_draft_tokens: int | None = None,
+    drafted_per_block: int | None = None,
 ) -> ProposalMethod:
     """The proposal method of a draft that is meant.
 
@@ -20,6 +24,8 @@ def proposal_method(
         config: the draft's.
         proposal: the type; the config's default if not given.
         num_draft_tokens: in place of the method's ``speculative_tokens``.
+        drafted_per_block: the most tokens that a block of the draft drafts, if it drafts in
+            blocks. A chain has as many where the config does not say how many.
 
     Raises:
         GenerationError: as for ``resized``.
@@ -27,7 +33,13 @@ def proposal_method(
     """
     name = proposal or config.default_proposal_method
     named = [method for method in config.proposal_methods if method.proposal_type == name]
+    if not isinstance(name, str):
+        raise GenerationError(
+            f"A proposal is one of {', '.join(PROPOSALS)}, or a ProposalMethod, not {name!r}."
+        )
     method = named[0] if named else ProposalMethod(proposal_type=name)
+    if num_draft_tokens is None and not named and name in CHAINS:
+        num_draft_tokens = drafted_per_block
     if num_draft_tokens is None:
         return method
     return resized(method, num_draft_tokens)

@@ -26,6 +26,7 @@ from speculators.checkpoint.verifier import open_verifier
 from speculators.decode.loop import Generation, speculate
 from speculators.errors import FormatError, VerifierError
 from speculators.format.config import ProposalMethod
+from speculators.format.proposals import resized
 from speculators.models.output import CACHE, DraftOutput, the_cache
 from speculators.models.placement import device_of
 from speculators.models.tensors import TORCH_DTYPES, read_planned, read_tensor
@@ -322,8 +323,8 @@ class QwenMtp(nn.Module):
         self, proposal: str | None = None, num_draft_tokens: int | None = None
     ) -> ProposalMethod:
         """The proposal method of a type and a size, with the defaults of its type."""
-        sized = {} if num_draft_tokens is None else {"speculative_tokens": num_draft_tokens}
-        return ProposalMethod.model_validate({"proposal_type": proposal or "greedy", **sized})
+        method = ProposalMethod(proposal_type=proposal or "greedy")
+        return method if num_draft_tokens is None else resized(method, num_draft_tokens)
 
     @property
     def _has_three(self) -> bool:

@@ -10,12 +10,13 @@ The client is imported only when a file is requested, since importing it is slow
 """
 
 import hashlib
+import io
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 from loguru import logger
 
@@ -494,21 +495,46 @@ def _fetch_run(
     """Append the bytes of tensors that lie one after another to ``file``."""
     from huggingface_hub.file_download import http_get
 
-    begin = file.tell()
+    tail = _Tail(file)
     size = sum(info.nbytes for info in run)
 
     def fetch() -> None:
-        file.seek(begin)
-        file.truncate()
+        tail.seek(0)
+        tail.truncate()
         http_get(
             url,
-            file,
+            cast(BinaryIO, tail),
             headers=_range(run[0].offset, size, token),
             expected_size=size,
             displayed_filename=run[0].name,
         )
 
     _retried(fetch, "GET 5xx")
+
+
+class _Tail(io.RawIOBase):
+    """What is written to a file from now on, as a file of its own.
+
+    The client's releases before 2 take a file's position for the number of bytes that came, and
+    start over at position 0.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._begin = file, file.tell()
+
+    def write(self, data: Any) -> int:
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell() - self._begin
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        assert whence == io.SEEK_SET
+        return self._file.seek(self._begin + offset) - self._begin
+
+    def truncate(self, size: int | None = None) -> int:
+        end = self.tell() if size is None else size
+        return self._file.truncate(self._begin + end) - self._begin
 
 
 def _runs(tensors: Iterable[TensorInfo]) -> list[list[TensorInfo]]:

@@ -26,6 +26,7 @@ from speculators.families.converted import Converted
 from speculators.families.dflash import DFLASH
 from speculators.families.dflash.config import MASK_FILE, SLIDING
 from speculators.format.config import ProposalMethod, SpeculatorsConfig
+from speculators.format.proposals import proposal_method
 from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.layers import LAYER_CLASSES
 from speculators.models.output import CACHE, DraftOutput, the_cache
@@ -238,10 +239,10 @@ class DFlashSpeculator(Speculator):
         A chain has as many tokens as a block drafts, where neither the arguments nor the config
         say how many.
         """
-        known = {method.proposal_type for method in self.config.speculators.proposal_methods}
-        if isinstance(proposal, str) and proposal in {"greedy", "sampling"} - known:
-            num_draft_tokens = num_draft_tokens or self.drafted_per_block
-        return super().proposal_method(proposal, num_draft_tokens)
+        if isinstance(proposal, ProposalMethod):
+            return super().proposal_method(proposal, num_draft_tokens)
+        known = self.config.speculators
+        return proposal_method(known, proposal, num_draft_tokens, self.drafted_per_block)
 
     def project(self, hidden_states: Tensor) -> Tensor:
         """The context that the layers turn into keys and values, from the verifier's states.
