@@ -849,7 +849,7 @@ def test_validation_finds_a_wrong_result(
         monkeypatch.setattr(converter, "write_safetensors_file", write_wrong)
     elif what == "causality":
         monkeypatch.setattr(
-            base, "create_causal_mask", lambda **_: torch.ones(2, 1, 24, 24, dtype=torch.bool)
+            base, "create_causal_mask", lambda **_: torch.ones(1, 1, 24, 24, dtype=torch.bool)
         )
     else:
         borrow = base._linear
