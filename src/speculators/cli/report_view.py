@@ -147,9 +147,9 @@ def print_comparison(comparison: Comparison) -> None:
     show(
         f"{len(reports)} drafts for {reports[0].verifier}",
         lengths,
-        f"Acceptance by position, of all steps ({_named(longest[0])})",
+        f"Acceptance by position, of all steps ({longest[0].name})",
         positions,
-        f"Acceptance length by category ({_named(longest[0])})",
+        f"Acceptance length by category ({longest[0].name})",
         by_category,
         *_how(reports[0]),
     )
@@ -161,9 +161,9 @@ def print_report(report: Report) -> None:
     show(
         f"{report.draft}, drafting for {report.verifier}",
         _by_draft(report.results),
-        f"Acceptance by position ({_named(longest)})",
+        f"Acceptance by position ({longest.name})",
         _by_position(longest.overall),
-        f"By category ({_named(shown)})",
+        f"By category ({shown.name})",
         _by_category(shown),
         *_sentences(report),
     )
@@ -267,10 +267,6 @@ def _sentences(report: Report) -> Iterator[str]:
             yield "Here no draft is faster than the verifier alone."
     if not report.complete:
         yield f"Stopped after {len(report.prompts)} of {report.settings.prompts_total} prompts."
-
-
-def _named(result: ProposalResult) -> str:
-    return f"{result.proposal.proposal_type}, draft of {result.proposal.speculative_tokens}"
 
 
 def _numbers(*heads: str) -> list[Column]:

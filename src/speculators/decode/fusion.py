@@ -9,6 +9,7 @@ is.
 
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache as remembered
@@ -147,7 +148,7 @@ def replacement_of(module: nn.Module) -> "Replacement | None":
     return None
 
 
-class Replacement:
+class Replacement(ABC):
     """A function that runs as one kernel where that gives the same results.
 
     Only the thread that made it is affected: others may run the same model at the same time.
@@ -174,17 +175,17 @@ class Replacement:
             return self.run(*arguments, **settings)
         return self.original(*arguments, **settings)
 
+    @abstractmethod
     def takes(self, *arguments: Any, **settings: Any) -> bool:
         """Whether the arguments are such that it could be used."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, *arguments: Any, **settings: Any) -> Any:
         """Compute the same with fewer kernels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def key(self, *arguments: Any) -> Hashable:
         """What decides, besides numbers, whether the results are the same."""
-        raise NotImplementedError
 
     def compared(self, result: Any, *arguments: Any) -> Tensor:
         """The part of a result that must be the same."""

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speculators.evaluate.report import Comparison, ProposalResult, Report
+from speculators.evaluate.report import Comparison, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +78,7 @@ def _acceptance_by_position(report: Report, axes: Axes) -> None:
         )
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axes.set(
-        title=f"Acceptance by position ({_named(report.longest)})",
+        title=f"Acceptance by position ({report.longest.name})",
         xlabel="position in the draft",
         ylabel="share accepted",
         xticks=positions,
@@ -98,7 +98,7 @@ def _acceptance_by_draft(comparison: Comparison, axes: Axes) -> None:
         label = report.draft if length is None else f"{report.draft}: {length:.2f}"
         axes.plot(positions, summary.acceptance_rates, marker="o", label=label)
     axes.set(
-        title=f"Acceptance by position, of all steps ({_named(comparison.drafts[0].longest)})",
+        title=f"Acceptance by position, of all steps ({comparison.drafts[0].longest.name})",
         xlabel="position in the draft",
         ylabel="share accepted",
         xticks=range(1, deepest + 1),
@@ -124,7 +124,7 @@ def _acceptance_length_by_category(report: Report, axes: Axes) -> None:
     )
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.set(
-        title=f"Acceptance length by category ({_named(report.shown)})",
+        title=f"Acceptance length by category ({report.shown.name})",
         xlabel="tokens per verification step",
     )
     axes.margins(x=0.1)
@@ -157,7 +157,3 @@ def _speedup_by_draft_length(report: Report, axes: Axes) -> None:
     )
     axes.set_ylim(0, 1.1 * max(1, *speedups.values()))
     axes.legend(frameon=False, loc="lower right")
-
-
-def _named(result: ProposalResult) -> str:
-    return f"{result.proposal.proposal_type}, draft of {result.proposal.speculative_tokens}"

@@ -125,6 +125,11 @@ class ProposalResult(Model):
     overall: Summary
     categories: dict[str, Summary]
 
+    @property
+    def name(self) -> str:
+        """For titles: ``greedy, draft of 3``."""
+        return f"{self.proposal.proposal_type}, draft of {self.proposal.speculative_tokens}"
+
 
 class Recommendation(Model):
     """What a sweep came to."""

@@ -1,9 +1,35 @@
 """The verifier's states that a draft reads, in all families that read several."""
 
+from itertools import pairwise
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
 from speculators.errors import ConversionError
 from speculators.families.family import Source
 
-__all__ = ["state_width"]
+__all__ = ["LayerIds", "state_width"]
+
+
+def _tell_where_ids_come_from(ids: Any) -> Any:
+    if ids is None:
+        raise ValueError("it is null, so which states are read is not known; convert the draft")
+    return ids
+
+
+def _check_ids(ids: list[int]) -> list[int]:
+    if ids[0] < 0 or any(one >= other for one, other in pairwise(ids)):
+        raise ValueError(f"{ids} is not a list of layers in ascending order")
+    return ids
+
+
+LayerIds = Annotated[
+    list[int],
+    Field(min_length=1),
+    AfterValidator(_check_ids),
+    BeforeValidator(_tell_where_ids_come_from),
+]
+"""The verifier's layers whose incoming states a draft reads, in ascending order."""
 
 
 def state_width(source: Source, said: object, hidden: int) -> int:

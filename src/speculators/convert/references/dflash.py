@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from speculators.convert.references.operations import not_computed, rms_norm, rope_frequencies
+from speculators.convert.references.operations import Reference, rope_frequencies
 from speculators.families.dflash.config import DFlash2Config, DFlashConfig, DSparkConfig
 
 __all__ = ["DFlash2Reference", "DFlashReference", "DSparkReference"]
 
 
-class DFlashReference:
+class DFlashReference(Reference):
     """A DFlash draft's arithmetic in float32, for one block of one sequence at a time.
 
     Args:
@@ -28,14 +28,7 @@ class DFlashReference:
 
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], config: DFlashConfig) -> None:
-        self.tensors = tensors
-        self.config = config
-        self.layer = config.transformer_layer_config
-
-    def cannot_evaluate(self) -> str | None:
-        """Why this class cannot compute a draft of this config; ``None`` if it can."""
-        return not_computed(self.layer)
+    config: DFlashConfig
 
     def __call__(self, embeddings: Tensor, hidden_states: Tensor) -> Tensor:
         """Compute the outputs of a block, after the final norm.
@@ -136,12 +129,6 @@ class DFlashReference:
             return torch.cat((turned.real, turned.imag), -1)
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * turn).flatten(-2)
-
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
-
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        return rms_norm(x, self.tensors[f"{name}.weight"], self.layer.rms_norm_eps)
 
 
 class DFlash2Reference(DFlashReference):

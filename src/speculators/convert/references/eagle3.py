@@ -5,16 +5,13 @@ lacks, PyPI's speculators 0.9.0 (models/eagle3/core.py, models/peagle/core.py). 
 with ``models.eagle3``.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from speculators.convert.references.operations import (
+    Reference,
     attend,
-    not_computed,
-    rms_norm,
     rope_frequencies,
 )
 from speculators.families.eagle3 import Eagle3Config
@@ -22,7 +19,7 @@ from speculators.families.eagle3 import Eagle3Config
 __all__ = ["Eagle3Reference"]
 
 
-class Eagle3Reference:
+class Eagle3Reference(Reference):
     """The draft's arithmetic in float32, for one sequence at a time.
 
     Args:
@@ -31,14 +28,7 @@ class Eagle3Reference:
 
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], config: Eagle3Config) -> None:
-        self.tensors = tensors
-        self.config = config
-        self.layer = config.transformer_layer_config
-
-    def cannot_evaluate(self) -> str | None:
-        """Why this class cannot compute a draft of this config; ``None`` if it can."""
-        return not_computed(self.layer)
+    config: Eagle3Config
 
     def __call__(self, embeddings: Tensor, hidden_states: Tensor) -> Tensor:
         """Compute what the draft feeds back.
@@ -116,9 +106,3 @@ class Eagle3Reference:
             k = self._norm(f"{layer}.self_attn.k_norm", k)
         attended = attend(q, k, v, rope_frequencies(self.layer, q.shape[-1]))
         return self._linear(f"{layer}.self_attn.o_proj", attended)
-
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
-
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        return rms_norm(x, self.tensors[f"{name}.weight"], self.layer.rms_norm_eps)

@@ -1,15 +1,43 @@
 """Elementary operations of a decoder layer in float32, for one sequence at a time."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from speculators.format.config import LayerConfig
 
-__all__ = ["attend", "not_computed", "rms_norm", "rope_frequencies"]
+__all__ = ["Reference", "attend", "not_computed", "rms_norm", "rope_frequencies"]
 
 ROPE_TYPES = {"default", "linear", "dynamic", "llama3"}
+
+
+class Reference:
+    """A draft's arithmetic in float32: what those of several families have in common.
+
+    Args:
+        tensors: the draft's tensors, weights in float32, by their names in the format.
+        config: its config.
+
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: Any) -> None:
+        self.tensors = tensors
+        self.config = config
+        self.layer: Any = config.transformer_layer_config  # of the family
+
+    def cannot_evaluate(self) -> str | None:
+        """Why this class cannot compute a draft of this config; ``None`` if it can."""
+        return not_computed(self.layer)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return rms_norm(x, self.tensors[f"{name}.weight"], self.layer.rms_norm_eps)
 
 
 def not_computed(config: LayerConfig) -> str | None:

@@ -6,11 +6,11 @@ The keys are those of the PyPI project ``speculators`` 0.9.0 (``models/dflash/co
 defaults when they are missing. So all of them are written.
 """
 
-from itertools import pairwise
 from typing import Any, Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from speculators.families.states import LayerIds
 from speculators.format.config import (
     LayerConfig,
     SpeculatorConfig,
@@ -104,7 +104,7 @@ class DFlashConfig(SpeculatorConfig):
     """How many positions a block has: the last token that is certain (the anchor), and masks."""
     target_hidden_size: int | None = Field(default=None, ge=1)
     """The verifier's hidden size, if it is not the draft's."""
-    aux_hidden_state_layer_ids: list[int] = Field(min_length=1)
+    aux_hidden_state_layer_ids: LayerIds
     """Which of the verifier's states are the context, in the order in which ``fc`` takes them:
     number i is the residual stream that enters its decoder layer i (the number of layers: what
     leaves the last one; 0: the embeddings), and so ``hidden_states[i]`` of transformers. Native
@@ -129,20 +129,6 @@ class DFlashConfig(SpeculatorConfig):
     @classmethod
     def _spell_dtype_both_ways(cls, data: Any) -> Any:
         return dtype_in_both_spellings(data)
-
-    @field_validator("aux_hidden_state_layer_ids", mode="before")
-    @classmethod
-    def _tell_where_ids_come_from(cls, ids: Any) -> Any:
-        if ids is None:
-            raise ValueError("it is null, so which states are read is not known; convert the draft")
-        return ids
-
-    @field_validator("aux_hidden_state_layer_ids")
-    @classmethod
-    def _check_ids(cls, ids: list[int]) -> list[int]:
-        if ids[0] < 0 or any(one >= other for one, other in pairwise(ids)):
-            raise ValueError(f"{ids} is not a list of layers in ascending order")
-        return ids
 
     @model_validator(mode="after")
     def _check_together(self) -> "DFlashConfig":

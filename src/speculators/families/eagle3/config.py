@@ -5,11 +5,11 @@ The keys are those of the PyPI project ``speculators`` 0.9.0 (``models/eagle3/co
 defaults when they are missing. So all of them are written.
 """
 
-from itertools import pairwise
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from speculators.families.states import LayerIds
 from speculators.format.config import (
     LayerConfig,
     SpeculatorConfig,
@@ -62,7 +62,7 @@ class Eagle3Config(SpeculatorConfig):
     transformer_layer_config: Eagle3LayerConfig
     draft_vocab_size: int = Field(ge=1)
     """How many tokens the draft can propose: the rows of its head."""
-    eagle_aux_hidden_state_layer_ids: list[int] = Field(min_length=1)
+    eagle_aux_hidden_state_layer_ids: LayerIds
     """Which of the verifier's states are read: number i is the residual stream that enters its
     decoder layer i (0: the embeddings; the number of layers: what leaves the last one)."""
     target_hidden_size: int | None = Field(default=None, ge=1)
@@ -84,20 +84,6 @@ class Eagle3Config(SpeculatorConfig):
     """Whether the embedding was trained with the draft."""
     tie_word_embeddings: Literal[False] = False
     speculators_config: Eagle3SpeculatorsConfig
-
-    @field_validator("eagle_aux_hidden_state_layer_ids", mode="before")
-    @classmethod
-    def _tell_where_ids_come_from(cls, ids: Any) -> Any:
-        if ids is None:
-            raise ValueError("it is null, so which states are read is not known; convert the draft")
-        return ids
-
-    @field_validator("eagle_aux_hidden_state_layer_ids")
-    @classmethod
-    def _check_ids(cls, ids: list[int]) -> list[int]:
-        if ids[0] < 0 or any(one >= other for one, other in pairwise(ids)):
-            raise ValueError(f"{ids} is not a list of layers in ascending order")
-        return ids
 
     @model_validator(mode="before")
     @classmethod
