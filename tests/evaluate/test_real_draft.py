@@ -20,13 +20,13 @@ from speculators.convert.conversion import convert
 from speculators.decode import Generation
 from speculators.evaluate import evaluation
 from speculators.evaluate.metrics import count_steps
-from speculators.evaluate.opening import open_draft
 from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
-from speculators.evaluate.recorder import record
-from speculators.evaluate.recording import LONGEST_DRAFT, Recording, identify
+from speculators.evaluate.recording.manifest import LONGEST_DRAFT, Recording, identify
+from speculators.evaluate.recording.recorder import record
+from speculators.evaluate.recording.scoring import Scoring, load_scored
 from speculators.evaluate.report import Report, Settings
-from speculators.evaluate.scoring import Scoring, load_scored
-from speculators.evaluate.subject import LoadedVerifier
+from speculators.evaluate.subject.loading import LoadedVerifier
+from speculators.evaluate.subject.opening import open_draft
 from speculators.format.config import ProposalMethod
 from speculators.models.loading import load_draft
 

@@ -99,14 +99,14 @@ def chat(
     from rich.console import Console
     from rich.text import Text
 
-    from speculators.evaluate.opening import check_device, open_draft, proposals_of
+    from speculators.evaluate.subject.opening import check_device, open_draft, proposals_of
 
     check_device(device)
     opened = open_draft(directory, verifier=verifier, cache_dir=cache_dir, revision=revision)
     [method] = proposals_of(opened.converted, proposal, [num_draft_tokens])
 
     from speculators.chat.session import Session
-    from speculators.evaluate.subject import load_subject
+    from speculators.evaluate.subject.loading import load_subject
 
     subject = load_subject(opened, dtype=dtype_name(dtype), device=device, cache_dir=cache_dir)
     session = Session(

@@ -27,9 +27,9 @@ from speculators.cli.decoding import (
 from speculators.cli.shared import CacheDir
 
 if TYPE_CHECKING:
-    from speculators.evaluate.mtp import OpenedMtp
-    from speculators.evaluate.opening import Opened
     from speculators.evaluate.report import Report, Settings
+    from speculators.evaluate.subject.mtp import OpenedMtp
+    from speculators.evaluate.subject.opening import Opened
     from speculators.format.config import ProposalMethod
 
 __all__ = ["evaluate"]
@@ -153,8 +153,9 @@ def evaluate(
 
     from speculators.checkpoint.output.staging import check_output
     from speculators.evaluate.files import COMPARISON, REPORT
-    from speculators.evaluate.opening import check_device, open_scored, proposals_of
-    from speculators.evaluate.recording import open_recording
+    from speculators.evaluate.recording.manifest import open_recording
+    from speculators.evaluate.recording.opening import open_scored
+    from speculators.evaluate.subject.opening import check_device, proposals_of
 
     if output is not None:
         check_output(output, overwrite=overwrite, marker=COMPARISON if several else REPORT)
@@ -179,7 +180,7 @@ def evaluate(
         drafts = [open_scored(it, found, verifier=verifier, **place) for it in directories]
         methods = [proposals_of(draft.converted, proposal, lengths) for draft in drafts]
 
-        from speculators.evaluate.scoring import Scoring, load_scored
+        from speculators.evaluate.recording.scoring import Scoring, load_scored
 
         with reporting:
             for draft, its_methods in zip(drafts, methods, strict=True):
@@ -191,9 +192,9 @@ def evaluate(
     settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
 
     if server is not None:
-        from speculators.evaluate.mtp import mtp_repository
-        from speculators.evaluate.server import Server
-        from speculators.evaluate.serving import ServedEvaluation
+        from speculators.evaluate.server.client import Server
+        from speculators.evaluate.server.evaluation import ServedEvaluation
+        from speculators.evaluate.subject.mtp import mtp_repository
         from speculators.families.converted import open_converted
 
         mtp = mtp_repository(directories[0], **place)
@@ -217,7 +218,7 @@ def evaluate(
     )
 
     from speculators.evaluate.evaluation import Evaluation
-    from speculators.evaluate.subject import load_subject
+    from speculators.evaluate.subject.loading import load_subject
 
     subject = load_subject(opened, dtype=wanted_dtype, device=device, cache_dir=cache_dir)
     evaluation = Evaluation(subject, selected, proposals, settings)
@@ -233,8 +234,8 @@ def _open(
     **where: Any,
 ) -> "tuple[Opened | OpenedMtp, list[ProposalMethod]]":
     """Open a draft or an MTP; returns it, and the proposal methods to measure."""
-    from speculators.evaluate.mtp import mtp_proposals, open_mtp
-    from speculators.evaluate.opening import open_draft, proposals_of
+    from speculators.evaluate.subject.mtp import mtp_proposals, open_mtp
+    from speculators.evaluate.subject.opening import open_draft, proposals_of
 
     if mtp := open_mtp(directory, **where):
         return mtp, mtp_proposals(proposal, lengths, settings)

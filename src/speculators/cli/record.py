@@ -22,7 +22,7 @@ from speculators.cli.decoding import (
 from speculators.cli.shared import CacheDir
 
 if TYPE_CHECKING:
-    from speculators.evaluate.recording import Recording
+    from speculators.evaluate.recording.manifest import Recording
 
 __all__ = ["record"]
 
@@ -85,13 +85,13 @@ def record(
     from speculators.checkpoint.output.staging import check_output
     from speculators.checkpoint.verifier import open_verifier
     from speculators.errors import EvaluationError
-    from speculators.evaluate.opening import check_device
-    from speculators.evaluate.recording import (
+    from speculators.evaluate.recording.manifest import (
         RECORDING,
         RECORDING_FILE,
         identify,
         open_recording,
     )
+    from speculators.evaluate.subject.opening import check_device
 
     check_device(device)
     selected = read_selected(prompts, limit)
@@ -130,9 +130,9 @@ def record(
     from loguru import logger
 
     from speculators.cli.report_view import recording_bar
-    from speculators.evaluate.recorder import add_layers
-    from speculators.evaluate.recorder import record as record_texts
-    from speculators.evaluate.subject import load_verifier
+    from speculators.evaluate.recording.recorder import add_layers
+    from speculators.evaluate.recording.recorder import record as record_texts
+    from speculators.evaluate.subject.loading import load_verifier
 
     verifier = load_verifier(
         opened, base_model, dtype=wanted_dtype, device=device, cache_dir=cache_dir

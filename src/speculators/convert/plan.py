@@ -22,10 +22,10 @@ from speculators.checkpoint.verifier import Verifier
 from speculators.convert.rope_tables import check_rope_table
 from speculators.errors import ConversionError
 from speculators.families.family import Derived, Family, Source, read_options
-from speculators.families.fused import split
-from speculators.families.keys import SourceKeys
 from speculators.families.recognition import listed, recognise, short_names
-from speculators.families.rope_names import is_rope_table
+from speculators.families.research.fused import split
+from speculators.families.research.keys import SourceKeys
+from speculators.families.research.rope_names import is_rope_table
 from speculators.families.signature import Signature
 from speculators.format.config import ProposalMethod, SpeculatorConfig
 from speculators.format.problems import first_problem

@@ -5,6 +5,7 @@ docs/evaluation.schema.json is made from these models.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,6 +35,7 @@ __all__ = [
     "Settings",
     "SpeculativeMeasurement",
     "Summary",
+    "first_difference",
     "recommend",
     "results_by_proposal",
     "summarize",
@@ -315,6 +317,14 @@ def results_by_proposal(
         )
         for index, proposal in enumerate(proposals)
     ]
+
+
+def first_difference(plain: Sequence[int], speculative: Sequence[int]) -> Difference | None:
+    """Where two outputs first differ, if they do; both are new tokens only."""
+    for position, (one, other) in enumerate(zip_longest(plain, speculative)):
+        if one != other:
+            return Difference(position=position, plain=one, speculative=other)
+    return None
 
 
 def recommend(results: Sequence[ProposalResult]) -> Recommendation | None:

@@ -12,9 +12,9 @@ from typing import Any
 from speculators.checkpoint.tensor import FLOATS, TensorInfo, describe_shape
 from speculators.families.family import Family
 from speculators.families.foreign import CONVERTED, DRAFT_IN_MODEL
-from speculators.families.fused import unfused
 from speculators.families.registry import families, family_named, signatures
-from speculators.families.rope_names import is_rope_table
+from speculators.families.research.fused import unfused
+from speculators.families.research.rope_names import is_rope_table
 from speculators.families.signature import Signature
 
 __all__ = ["Names", "Near", "Recognition", "listed", "recognise", "short_names"]

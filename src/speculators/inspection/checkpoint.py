@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from speculators.checkpoint.files.json_file import read_json
-from speculators.checkpoint.hub.headers import headers_only
+from speculators.checkpoint.headers import headers_only
 from speculators.checkpoint.reader import Checkpoint, Companion, read_config, read_tensors
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.convert.export import obstacle
@@ -25,9 +25,9 @@ from speculators.errors import (
 from speculators.families.converted import check_converted
 from speculators.families.family import Family
 from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
-from speculators.families.fused import unfused
 from speculators.families.recognition import recognise, short_names
 from speculators.families.registry import family_named
+from speculators.families.research.fused import unfused
 from speculators.families.signature import Signature
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
 from speculators.format.tensors import counts_shown, features_shown

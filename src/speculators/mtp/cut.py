@@ -7,7 +7,7 @@ from typing import Any
 from loguru import logger
 
 from speculators.checkpoint.files.json_file import read_json
-from speculators.checkpoint.hub.headers import headers_only
+from speculators.checkpoint.headers import headers_only
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.paths import local_path

@@ -20,14 +20,14 @@ from speculators.families.eagle3.publishers import (
 from speculators.families.eagle3.states import count_states, verifier_layers
 from speculators.families.eagle3.types import check_types
 from speculators.families.family import Completion, Derived, Source
-from speculators.families.layer import REFERENCE_ROPE_BASE, DerivedLayer, derive_layer
-from speculators.families.options import MASK_TOKEN_ID, ask
-from speculators.families.states import state_width
-from speculators.families.vocabulary import (
+from speculators.families.research.layer import REFERENCE_ROPE_BASE, DerivedLayer, derive_layer
+from speculators.families.research.options import MASK_TOKEN_ID, ask
+from speculators.families.research.vocabulary import (
     complete_vocabulary,
     drafted_tokens,
     vocabulary_size,
 )
+from speculators.families.states import state_width
 from speculators.format.config import LayerConfig
 
 __all__ = ["ARCHITECTURES", "complete", "converts_again", "derive"]

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from speculators.checkpoint.hub.client import watched_client
 from speculators.checkpoint.verifier import Verifier
 from speculators.errors import EvaluationError, PromptsError, VerifierError
-from speculators.evaluate.mtp import OpenedMtp
-from speculators.evaluate.opening import SPREAD, Opened
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import Settings
+from speculators.evaluate.subject.mtp import OpenedMtp
+from speculators.evaluate.subject.opening import SPREAD, Opened
 from speculators.models.loading import load_converted, without_progress_bar
 from speculators.models.mtp import QwenMtp
 from speculators.models.placement import device_of

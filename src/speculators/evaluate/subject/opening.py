@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loguru import logger
-
 from speculators.checkpoint.verifier import Verifier
 from speculators.errors import (
     EvaluationError,
@@ -15,13 +13,12 @@ from speculators.errors import (
     SpeculatorsError,
     VerifierError,
 )
-from speculators.evaluate.mtp import mtp_repository
-from speculators.evaluate.recording import Recording, identify
+from speculators.evaluate.subject.mtp import mtp_repository
 from speculators.families.converted import Converted, open_converted
 from speculators.format.config import ProposalMethod
 from speculators.format.proposals import CHAINS, check_sizes, proposal_method
 
-__all__ = ["SPREAD", "Opened", "check_device", "open_draft", "open_scored", "proposals_of"]
+__all__ = ["SPREAD", "Opened", "check_device", "open_draft", "proposals_of"]
 
 SPREAD = "auto"
 """The name of a device that stands for all of them."""
@@ -88,50 +85,6 @@ def open_draft(
     opened = _open_verifier(converted, verifier)
     name = opened.name if verifier is None else str(verifier)
     return Opened(str(directory), converted, opened, name)
-
-
-def open_scored(
-    directory: str | Path,
-    recording: Recording,
-    *,
-    verifier: str | Path | None = None,
-    cache_dir: Path | None = None,
-    revision: str | None = None,
-) -> Opened:
-    """Open a converted draft with the verifier of a recording; weights are not read.
-
-    Args:
-        directory: as for ``open_draft``, like all that are not listed.
-        recording: the recording.
-        verifier: where the verifier is; if not given, where it was when it was recorded.
-        cache_dir: likewise.
-        revision: likewise.
-
-    Raises:
-        EvaluationError: if the recording is not of that verifier, or not of the one that the
-            draft's config names, or drafts of this kind cannot be scored.
-        FormatError, VerifierError, CheckpointError, HubError: as for ``open_draft``.
-
-    """
-    recorded = recording.manifest.verifier.name
-    opened = open_draft(
-        directory, verifier=verifier or recorded, cache_dir=cache_dir, revision=revision
-    )
-    if opened.converted.config.drafted_per_block is not None:
-        raise EvaluationError(
-            f"{directory} drafts in blocks, and such drafts cannot be scored on a recording; leave "
-            "out --recording."
-        )
-    recording.check_verifier(identify(opened.verifier), str(directory))
-    named = opened.converted.config.speculators_config.verifier.name_or_path
-    if verifier is None and named not in {None, recorded}:
-        try:
-            own = opened.converted.open_verifier()
-        except SpeculatorsError as error:
-            logger.debug(f"The verifier that {directory} names is not here: {error}")
-        else:
-            recording.check_verifier(identify(own), str(directory))
-    return opened
 
 
 def _open_verifier(converted: Converted, given: str | Path | None) -> Verifier:

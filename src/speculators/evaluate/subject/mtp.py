@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from speculators.checkpoint.hub.headers import headers_only
+from speculators.checkpoint.headers import headers_only
 from speculators.checkpoint.reader import read_config, read_names
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.checkpoint.verifier import Verifier, open_verifier

@@ -1,4 +1,6 @@
-"""Recordings: texts of a verifier with its hidden states; their manifest, without torch.
+"""The manifest of a recording: what was recorded, and whether it fits what is asked of it.
+
+Without torch.
 
 A recording is a directory. ``recording.json`` says what was recorded, and how. For each prompt a
 safetensors file holds its text and the verifier's last hidden states, and further ones hold the

@@ -31,7 +31,7 @@ from speculators.decode.recurrent import (
 from speculators.decode.sampling import Warp
 from speculators.decode.tree import Path, Tree
 from speculators.decode.verification import children_of, depth_of, walk
-from speculators.evaluate.texts import Text
+from speculators.evaluate.recording.texts import Text
 
 __all__ = ["DraftedTexts"]
 

@@ -13,7 +13,7 @@ from speculators import __version__
 from speculators.checkpoint.output.staging import staged_directory
 from speculators.errors import EvaluationError
 from speculators.evaluate.prompts import Prompt
-from speculators.evaluate.recording import (
+from speculators.evaluate.recording.manifest import (
     RECORDING,
     RECORDING_FILE,
     Identity,
@@ -25,10 +25,10 @@ from speculators.evaluate.recording import (
     open_recording,
     text_file,
 )
+from speculators.evaluate.recording.shards import read_tokens
+from speculators.evaluate.recording.texts import decode_texts, layer_states
 from speculators.evaluate.report import Settings
-from speculators.evaluate.shards import read_tokens
-from speculators.evaluate.subject import LoadedVerifier
-from speculators.evaluate.texts import decode_texts, layer_states
+from speculators.evaluate.subject.loading import LoadedVerifier
 
 __all__ = ["BATCH", "add_layers", "record"]
 
