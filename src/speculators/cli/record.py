@@ -82,6 +82,7 @@ def record(
     """
     wanted = _layers(layers)
 
+    from speculators.checkpoint.hub.access import HubAccess
     from speculators.checkpoint.output.staging import check_output
     from speculators.checkpoint.verifier import open_verifier
     from speculators.errors import EvaluationError
@@ -97,7 +98,7 @@ def record(
     selected = read_selected(prompts, limit)
     settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
     wanted_dtype = dtype_name(dtype)
-    opened = open_verifier(base_model, cache_dir=cache_dir)
+    opened = open_verifier(base_model, HubAccess(cache_dir))
     if wanted and opened.layers is not None and max(wanted) > opened.layers:
         raise EvaluationError(
             f"{base_model} has {opened.layers} layers, so --layers takes 0 to {opened.layers}, "
@@ -134,9 +135,7 @@ def record(
     from speculators.evaluate.recording.recorder import record as record_texts
     from speculators.evaluate.subject.loading import load_verifier
 
-    verifier = load_verifier(
-        opened, base_model, dtype=wanted_dtype, device=device, cache_dir=cache_dir
-    )
+    verifier = load_verifier(opened, base_model, dtype=wanted_dtype, device=device)
     with recording_bar(len(selected)) as (moved, done):
         if existing is not None:
             add_layers(

@@ -22,7 +22,7 @@ from speculators.checkpoint.verifier import Verifier
 from speculators.convert.rope_tables import check_rope_table
 from speculators.errors import ConversionError
 from speculators.families.family import Derived, Family, Source, read_options
-from speculators.families.recognition import listed, recognise, short_names
+from speculators.families.recognition import Recognition, listed, short_names
 from speculators.families.research.fused import split
 from speculators.families.research.keys import SourceKeys
 from speculators.families.research.rope_names import is_rope_table
@@ -234,7 +234,6 @@ def plan_draft(
             config; the message names them.
 
     """
-    _refuse_others(family, checkpoint)
     names = short_names(checkpoint.tensors)
     stored = _by_short_name(checkpoint, names.short)
     _check_head(family, checkpoint, stored)
@@ -284,27 +283,23 @@ def plan_draft(
     )
 
 
-def family_of(checkpoint: Checkpoint) -> Family:
-    """The family that a checkpoint belongs to.
+def family_of(checkpoint: Checkpoint, found: Recognition, wanted: Family | None = None) -> Family:
+    """The family that a checkpoint belongs to, of which it can be converted.
+
+    Args:
+        checkpoint: its config and table of tensors.
+        found: what it was recognised as.
+        wanted: the family that it has to belong to; any if not given.
 
     Raises:
-        ConversionError: if it belongs to none; the message says what it is.
+        ConversionError: if it belongs to another or to none, or is quantized; the message says
+            what it is.
 
     """
-    family = recognise(checkpoint.config, checkpoint.tensors).family
-    if family is None:
-        _refuse_others(None, checkpoint)
-    assert family is not None
-    return family
-
-
-def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
-    """Refuse what is not of a family, or of any if none is given, and what is quantized."""
-    found = recognise(checkpoint.config, checkpoint.tensors)
     if found.signature and found.signature.advice:
         raise ConversionError(
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]})"
-            f"{f', not {family.noun}' if family else ''}; {found.signature.advice}."
+            f"{f', not {wanted.noun}' if wanted else ''}; {found.signature.advice}."
             + _served(found.signature)
         )
     if not checkpoint.tensors:
@@ -317,17 +312,18 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} holds quantized weights ({found.quantized[0]}), which are not "
             "converted; give the original, unquantized checkpoint." + _served(found.signature)
         )
-    if found.signature is None:
+    if found.signature is None or found.family is None:
         near = "; ".join(map(str, found.near)) or "it resembles none that is"
         raise ConversionError(
             f"{checkpoint.name} is not a checkpoint of a known kind: it has "
             f"{listed(checkpoint.tensors)}; {near}."
         )
-    if found.family and family and found.family is not family:
+    if wanted and found.family is not wanted:
         raise ConversionError(
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]}); convert it "
             f"with: speculators convert {found.family.name}."
         )
+    return found.family
 
 
 def _served(signature: Signature | None) -> str:

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from typing_extensions import Self
 
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.hub.client import watched_client
 from speculators.checkpoint.hub.upload import SAVED, check_upload, upload
 from speculators.checkpoint.output.stamp import README, write_stamped
@@ -171,7 +172,7 @@ class Speculator(PreTrainedModel, ABC):
             if kwargs.pop(option, None):
                 logger.warning(f"The argument {option} has no effect here: use {instead}")
         converted = open_converted(
-            pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir, token=token
+            pretrained_model_name_or_path, HubAccess(cache_dir, token), revision=revision
         )
         return cls.from_converted(converted, verifier=verifier, **kwargs)
 
@@ -227,7 +228,8 @@ class Speculator(PreTrainedModel, ABC):
                     f"The config.json of {converted.checkpoint.name} names no verifier: give the "
                     "model that the draft was trained for, as verifier=..."
                 )
-            model.attach_verifier(attached, cache_dir=converted.cache_dir, token=converted.token)
+            hub = converted.repository.hub
+            model.attach_verifier(attached, cache_dir=hub.cache_dir, token=hub.token)
         return model
 
     def save_pretrained(  # type: ignore[override]
@@ -369,13 +371,7 @@ class Speculator(PreTrainedModel, ABC):
 
         """
         if not isinstance(verifier, PreTrainedModel):
-            self._check_fits(
-                open_verifier(
-                    Path(verifier) if isinstance(verifier, os.PathLike) else verifier,
-                    cache_dir=None if cache_dir is None else Path(cache_dir),
-                    token=token,
-                )
-            )
+            self._check_fits(open_verifier(verifier, HubAccess(cache_dir, token)))
             # Not by device_map, which needs another package.
             with watched_client():  # so that no password in an endpoint's URL is logged
                 loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

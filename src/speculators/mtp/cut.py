@@ -8,6 +8,7 @@ from loguru import logger
 
 from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.headers import headers_only
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.paths import local_path
@@ -63,7 +64,7 @@ def cut(
     """
     directory = local_path(output, OutputError)
     check_output(directory, overwrite=False, marker=None)
-    repository = open_repository(verifier, revision=revision, cache_dir=cache_dir, one_file=True)
+    repository = open_repository(verifier, HubAccess(cache_dir), revision=revision, one_file=True)
     config, _ = read_config(repository)
     if config.get("speculators_model_type") == "mtp":
         raise CheckpointError(

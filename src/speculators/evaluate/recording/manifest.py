@@ -26,7 +26,6 @@ from pydantic import ConfigDict, Field
 from pydantic import ValidationError as PydanticValidationError
 
 from speculators.checkpoint.output.staging import Marker
-from speculators.checkpoint.reader import read_config
 from speculators.checkpoint.verifier import Verifier
 from speculators.errors import EvaluationError
 from speculators.evaluate.prompts import Prompt
@@ -255,11 +254,12 @@ def identify(verifier: Verifier) -> Identity:
     """Tell which model a verifier is; nothing but its config is fetched from the Hub.
 
     Raises:
-        CheckpointError, HubError: if its config cannot be read.
+        HubError: if its config cannot be fetched.
         OSError: if a file of weights cannot be read.
 
     """
-    _, config = read_config(verifier.repository)
+    config = verifier.repository.file("config.json")
+    assert config is not None, "the verifier was opened"
     commit = verifier.repository.commit
     weights = [
         path for path in config.parent.iterdir() if path.suffix in {".safetensors", ".bin", ".pt"}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.errors import EvaluationError, SpeculatorsError
 from speculators.evaluate.recording.manifest import Recording, identify
 from speculators.evaluate.subject.opening import Opened, open_draft
@@ -12,21 +13,21 @@ __all__ = ["open_scored"]
 
 
 def open_scored(
-    directory: str | Path,
+    source: str | Path,
     recording: Recording,
     *,
-    verifier: str | Path | None = None,
-    cache_dir: Path | None = None,
+    hub: HubAccess = DEFAULT_ACCESS,
     revision: str | None = None,
+    verifier: str | Path | None = None,
 ) -> Opened:
     """Open a converted draft with the verifier of a recording; weights are not read.
 
     Args:
-        directory: as for ``open_draft``, like all that are not listed.
+        source: as for ``open_draft``, like all that are not listed.
         recording: the recording.
-        verifier: where the verifier is; if not given, where it was when it was recorded.
-        cache_dir: likewise.
+        hub: likewise.
         revision: likewise.
+        verifier: where the verifier is; if not given, where it was when it was recorded.
 
     Raises:
         EvaluationError: if the recording is not of that verifier, or not of the one that the
@@ -35,21 +36,19 @@ def open_scored(
 
     """
     recorded = recording.manifest.verifier.name
-    opened = open_draft(
-        directory, verifier=verifier or recorded, cache_dir=cache_dir, revision=revision
-    )
+    opened = open_draft(source, hub, revision=revision, verifier=verifier or recorded)
     if opened.converted.config.drafted_per_block is not None:
         raise EvaluationError(
-            f"{directory} drafts in blocks, and such drafts cannot be scored on a recording; leave "
+            f"{source} drafts in blocks, and such drafts cannot be scored on a recording; leave "
             "out --recording."
         )
-    recording.check_verifier(identify(opened.verifier), str(directory))
+    recording.check_verifier(identify(opened.verifier), str(source))
     named = opened.converted.config.speculators_config.verifier.name_or_path
     if verifier is None and named not in {None, recorded}:
         try:
             own = opened.converted.open_verifier()
         except SpeculatorsError as error:
-            logger.debug(f"The verifier that {directory} names is not here: {error}")
+            logger.debug(f"The verifier that {source} names is not here: {error}")
         else:
-            recording.check_verifier(identify(own), str(directory))
+            recording.check_verifier(identify(own), str(source))
     return opened

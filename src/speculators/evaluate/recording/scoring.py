@@ -141,7 +141,7 @@ class Scoring:
             speculators_version=__version__,
             complete=len(self.measured) == len(manifest.prompts),
             draft=self.opened.name,
-            draft_commit=self.opened.converted.checkpoint.commit,
+            draft_commit=self.opened.converted.repository.commit,
             verifier=manifest.verifier.name,
             chat_template=manifest.chat_template,
             settings=scored_settings(manifest.settings, self.recording.directory),

@@ -2,18 +2,35 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from speculators.checkpoint.headers import headers_only
-from speculators.checkpoint.reader import read_config, read_names
-from speculators.checkpoint.repository import Repository, open_repository
+from speculators.checkpoint.reader import read_names
+from speculators.checkpoint.repository import Repository
 from speculators.checkpoint.verifier import Verifier, open_verifier
 from speculators.errors import CheckpointError, EvaluationError, VerifierError
 from speculators.evaluate.report import Settings
 from speculators.format.config import ProposalMethod
 from speculators.format.proposals import check_sizes, resized
-from speculators.mtp.find import Mtp, body_layers, find_mtp
+from speculators.mtp.find import body_layers, find_mtp
 
-__all__ = ["OpenedMtp", "mtp_proposals", "mtp_repository", "open_mtp"]
+__all__ = ["FoundMtp", "OpenedMtp", "look_for_mtp", "mtp_proposals", "open_mtp"]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundMtp:
+    """An MTP in its verifier's own layout.
+
+    Attributes:
+        repository: where it is.
+        config: the config.json there.
+        has_body: whether the verifier's own layers are there, too.
+
+    """
+
+    repository: Repository
+    config: dict[str, Any]
+    has_body: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,79 +39,58 @@ class OpenedMtp:
 
     Attributes:
         name: the directory or Hub id, as given.
-        commit: on the Hub; ``None`` for a directory.
-        revision: as given.
+        mtp: the MTP.
         verifier: the one given, or the checkpoint that the MTP is in.
         verifier_name: as given, if one was.
 
     """
 
     name: str
-    commit: str | None
-    revision: str | None
+    mtp: FoundMtp
     verifier: Verifier
     verifier_name: str
 
 
-def open_mtp(
-    directory: str | Path,
-    *,
-    verifier: str | Path | None = None,
-    cache_dir: Path | None = None,
-    revision: str | None = None,
-) -> OpenedMtp | None:
-    """Open the MTP of a checkpoint in its verifier's own layout; ``None`` if there is none.
+def look_for_mtp(repository: Repository, config: dict[str, Any]) -> FoundMtp | None:
+    """The MTP of a checkpoint in its verifier's own layout; ``None`` if it has none.
 
     Args:
-        directory: the directory or Hub id of an MTP that was cut out of its verifier, or of a
-            verifier with its MTP.
-        verifier: a directory or a Hub id; needed if the verifier's own layers are not there.
-        cache_dir: where downloads are kept.
-        revision: a branch, tag or commit of the MTP on the Hub.
-
-    Raises:
-        VerifierError: if there is an MTP, but no verifier.
+        repository: of an MTP that was cut out of its verifier, or of a verifier with its MTP.
+        config: the config.json there.
 
     """
-    found = _find(directory, revision, cache_dir)
-    if found is None:
+    if "speculators_model_type" in config:
         return None
-    repository, mtp, names = found
-    if verifier is None and not body_layers(mtp, names):
-        raise VerifierError(
-            f"{repository.name} is an MTP without its verifier; give that with --verifier."
-        )
-    opened = open_verifier(repository.name if verifier is None else verifier, cache_dir=cache_dir)
-    name = opened.name if verifier is None else str(verifier)
-    return OpenedMtp(str(directory), repository.commit, revision, opened, name)
-
-
-def mtp_repository(
-    directory: str | Path, *, cache_dir: Path | None, revision: str | None
-) -> Repository | None:
-    """Where an MTP in its verifier's own layout is, as for ``open_mtp``; ``None`` if there is none.
-
-    The verifier need not be there.
-    """
-    found = _find(directory, revision, cache_dir)
-    return None if found is None else found[0]
-
-
-def _find(
-    directory: str | Path, revision: str | None, cache_dir: Path | None
-) -> tuple[Repository, Mtp, set[str]] | None:
-    """The checkpoint, its MTP, and the names of its tensors; ``None`` if it has no MTP."""
     try:
-        repository = open_repository(directory, revision=revision, cache_dir=cache_dir)
-        config, _ = read_config(repository)
-        if "speculators_model_type" in config:
-            return None
         with headers_only(repository) as light:
             names = read_names(light)
     except CheckpointError:
         return None  # what is wrong is told where a converted draft is looked for
     mtp = find_mtp(config, names)
-    return (repository, mtp, names) if mtp is not None and mtp.slots else None
+    if mtp is None or not mtp.slots:
+        return None
+    return FoundMtp(repository, config, bool(body_layers(mtp, names)))
+
+
+def open_mtp(name: str, mtp: FoundMtp, verifier: str | Path | None) -> OpenedMtp:
+    """Open the verifier of an MTP.
+
+    Args:
+        name: the MTP's directory or Hub id, as given.
+        mtp: the MTP.
+        verifier: a directory or a Hub id; needed if the verifier's own layers are not there.
+
+    Raises:
+        VerifierError: if there is no verifier.
+
+    """
+    repository = mtp.repository
+    if verifier is None and not mtp.has_body:
+        raise VerifierError(
+            f"{repository.name} is an MTP without its verifier; give that with --verifier."
+        )
+    opened = open_verifier(repository.name if verifier is None else verifier, repository.hub)
+    return OpenedMtp(name, mtp, opened, opened.name if verifier is None else str(verifier))
 
 
 def mtp_proposals(
