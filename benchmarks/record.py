@@ -29,9 +29,10 @@ import torch
 from loguru import logger
 from machine import cpu_name
 
+from speculators.evaluate.defaults import LONGEST_DRAFT
 from speculators.evaluate.evaluation import Evaluation
 from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
-from speculators.evaluate.recording.manifest import LONGEST_DRAFT, identify
+from speculators.evaluate.recording.manifest import identify
 from speculators.evaluate.recording.opening import open_scored
 from speculators.evaluate.recording.recorder import record
 from speculators.evaluate.recording.scoring import Scoring, load_scored

@@ -19,9 +19,10 @@ from plain_draft import plain_draft, plain_norm
 from speculators.convert.conversion import convert
 from speculators.decode import Generation
 from speculators.evaluate import evaluation
+from speculators.evaluate.defaults import LONGEST_DRAFT
 from speculators.evaluate.metrics import count_steps
 from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
-from speculators.evaluate.recording.manifest import LONGEST_DRAFT, Recording, identify
+from speculators.evaluate.recording.manifest import Recording, identify
 from speculators.evaluate.recording.recorder import record
 from speculators.evaluate.recording.scoring import Scoring, load_scored
 from speculators.evaluate.report import Report, Settings

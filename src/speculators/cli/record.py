@@ -20,6 +20,7 @@ from speculators.cli.decoding import (
     settings_of,
 )
 from speculators.cli.shared import CacheDir
+from speculators.evaluate.defaults import BATCH, LONGEST_DRAFT
 
 if TYPE_CHECKING:
     from speculators.evaluate.recording.manifest import Recording
@@ -58,10 +59,10 @@ def record(
             min=1,
             help="The longest chains, or depth of the deepest trees, that can be scored.",
         ),
-    ] = 16,
+    ] = LONGEST_DRAFT,
     batch_size: Annotated[
         int, typer.Option(min=1, help="How many prompts are decoded at the same time.")
-    ] = 16,
+    ] = BATCH,
     dtype: RunDType = "auto",
     device: Device = None,
     cache_dir: CacheDir = None,

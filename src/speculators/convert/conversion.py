@@ -23,8 +23,8 @@ from speculators.convert.imports import import_ahead
 from speculators.convert.plan import (
     ConversionPlan,
     family_of,
-    head_left_out,
     plan_conversion,
+    unchecked_head,
 )
 from speculators.convert.provenance import (
     check_files,
@@ -131,7 +131,8 @@ def convert(
             )
             hashes[weights] = digest.hexdigest()
         else:
-            unchecked = [head_left_out(head) for head in planned.heads]
+            head = planned.replaced_head
+            unchecked = [] if head is None else [unchecked_head(head)]
             for sentence in unchecked:
                 logger.warning(sentence)
         record = record_conversion(

@@ -20,9 +20,9 @@ from speculators.checkpoint.tensor import (
 )
 from speculators.checkpoint.verifier import Verifier
 from speculators.convert.rope_tables import check_rope_table
-from speculators.errors import ConversionError
+from speculators.errors import ConversionError, listed
 from speculators.families.family import Derived, Family, Source, read_options
-from speculators.families.recognition import Recognition, listed, short_names
+from speculators.families.recognition import Recognition, short_names
 from speculators.families.research.fused import split
 from speculators.families.research.keys import SourceKeys
 from speculators.families.research.rope_names import is_rope_table
@@ -35,9 +35,9 @@ __all__ = [
     "ConversionPlan",
     "DraftPlan",
     "family_of",
-    "head_left_out",
     "plan_conversion",
     "plan_draft",
+    "unchecked_head",
 ]
 
 
@@ -114,12 +114,11 @@ class ConversionPlan:
         return {name: self.source.companions[name] for name in sorted(self.config.companions)}
 
     @property
-    def heads(self) -> list[TensorInfo]:
-        """The source's own heads that are left out, since the verifier's take their place."""
+    def replaced_head(self) -> TensorInfo | None:
+        """The source's own head, if it is left out because the verifier's takes its place."""
         short = short_names(self.source.tensors).short
-        return [
-            self.source.tensors[name] for name in self.left_out if short[name] == "lm_head.weight"
-        ]
+        names = (name for name in self.left_out if short[name] == "lm_head.weight")
+        return next((self.source.tensors[name] for name in names), None)
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +126,7 @@ class ConversionPlan:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def head_left_out(head: TensorInfo) -> str:
+def unchecked_head(head: TensorInfo) -> str:
     """What to say of a source's own head that cannot be compared with the verifier's."""
     return (
         f"{head.name} of the draft was left out unchecked: whether it is the verifier's head, "
@@ -316,7 +315,7 @@ def family_of(checkpoint: Checkpoint, found: Recognition, wanted: Family | None 
         near = "; ".join(map(str, found.near)) or "it resembles none that is"
         raise ConversionError(
             f"{checkpoint.name} is not a checkpoint of a known kind: it has "
-            f"{listed(checkpoint.tensors)}; {near}."
+            f"{listed(sorted(checkpoint.tensors))}; {near}."
         )
     if wanted and found.family is not wanted:
         raise ConversionError(
@@ -401,8 +400,8 @@ def _check_names(
         problems = [
             text
             for names, text in (
-                (missing, f"it lacks {listed(missing, len(missing))}"),
-                (unknown, f"it has unknown {listed(unknown, len(unknown))}"),
+                (missing, f"it lacks {', '.join(sorted(missing))}"),
+                (unknown, f"it has unknown {', '.join(sorted(unknown))}"),
             )
             if names
         ]

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from speculators.evaluate.defaults import MAX_NEW_TOKENS
 from speculators.evaluate.metrics import (
     Acceptance,
     acceptance_length,
@@ -148,7 +149,7 @@ class Settings(Model):
     """``null`` for the prompts that come with speculators."""
     prompts_total: int = Field(ge=1)
     """How many were to be measured."""
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, ge=1)
     """The longest output, in tokens."""
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 is greedy decoding."""

@@ -16,7 +16,7 @@ from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_names, read_tensors
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
-from speculators.errors import CheckpointError, OutputError
+from speculators.errors import CheckpointError, OutputError, listed
 from speculators.mtp.config import promising, write_json
 from speculators.mtp.find import Mtp, find_mtp, why_unknown
 from speculators.mtp.quantization import (
@@ -26,9 +26,7 @@ from speculators.mtp.quantization import (
     with_exclusions,
 )
 
-__all__ = ["check_mtp", "cut", "listed", "read_mtp", "tensors_of"]
-
-MOST_LISTED = 4
+__all__ = ["check_mtp", "cut", "read_mtp", "tensors_of"]
 
 
 def cut(
@@ -140,12 +138,6 @@ def tensors_of(mtp: Mtp, repository: Repository) -> dict[str, TensorInfo]:
             f"{listed(lacking)}; fetch the complete checkpoint."
         )
     return tensors
-
-
-def listed(names: tuple[str, ...] | list[str]) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - MOST_LISTED
-    return ", ".join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _elsewhere(repository: Repository) -> str:

@@ -14,9 +14,9 @@ from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory, open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo, describe_shape
-from speculators.errors import CheckpointError, ConversionError, OutputError
+from speculators.errors import CheckpointError, ConversionError, OutputError, listed
 from speculators.mtp.config import promising
-from speculators.mtp.cut import check_mtp, listed, read_mtp, tensors_of
+from speculators.mtp.cut import check_mtp, read_mtp, tensors_of
 from speculators.mtp.experts import layout_of, restacked
 from speculators.mtp.find import EXPERTS, Mtp, blocks_of, body_layers, find_mtp, nearest_layer
 from speculators.mtp.numbers import check_numbers

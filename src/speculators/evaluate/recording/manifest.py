@@ -33,7 +33,6 @@ from speculators.evaluate.report import Model, Settings
 from speculators.format.problems import first_problem
 
 __all__ = [
-    "LONGEST_DRAFT",
     "RECORDING",
     "RECORDING_FILE",
     "Identity",
@@ -50,9 +49,6 @@ __all__ = [
 RECORDING_FILE = "recording.json"
 
 RECORDING = Marker("a recording of speculators", RECORDING_FILE, "speculators_recording")
-
-LONGEST_DRAFT = 16
-"""The depth of the deepest proposals that can be scored, if not told otherwise."""
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """How much of a file of weights is read to recognise it: so many pieces, evenly distributed."""

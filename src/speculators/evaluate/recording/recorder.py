@@ -12,6 +12,7 @@ from torch import Tensor
 from speculators import __version__
 from speculators.checkpoint.output.staging import staged_directory
 from speculators.errors import EvaluationError
+from speculators.evaluate.defaults import BATCH
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.recording.manifest import (
     RECORDING,
@@ -30,10 +31,7 @@ from speculators.evaluate.recording.texts import decode_texts, layer_states
 from speculators.evaluate.report import Settings
 from speculators.evaluate.subject.loading import LoadedVerifier
 
-__all__ = ["BATCH", "add_layers", "record"]
-
-BATCH = 16
-"""The number of prompts that are decoded at the same time, if not told otherwise."""
+__all__ = ["add_layers", "record"]
 
 
 def record(
