@@ -23,7 +23,11 @@ from speculators.cli.shared import CacheDir
 from speculators.evaluate.defaults import BATCH, LONGEST_DRAFT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from speculators.evaluate.prompts import Prompt
     from speculators.evaluate.recording.manifest import Recording
+    from speculators.evaluate.report import Settings
 
 __all__ = ["record"]
 
@@ -110,16 +114,7 @@ def record(
     if (output / RECORDING_FILE).is_file() and not overwrite:
         existing = open_recording(output)
         existing.check_verifier(identity, "this call")
-        existing.check_settings(
-            selected,
-            limit=len(selected),
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
-            longest_draft=longest_draft,
-            dtype=None if wanted_dtype == "auto" else wanted_dtype,
-        )
+        _check_same_settings(existing, selected, settings, longest_draft, wanted_dtype)
         wanted_dtype = existing.manifest.dtype
         if not wanted - {*existing.manifest.layers}:
             from loguru import logger
@@ -157,6 +152,26 @@ def record(
                 done=done,
             )
     logger.success(f"Saved to: {output}")
+
+
+def _check_same_settings(
+    existing: "Recording",
+    selected: "Sequence[Prompt]",
+    settings: "Settings",
+    longest_draft: int,
+    dtype: str,
+) -> None:
+    """Refuse to add to a recording that was made otherwise than is asked for now."""
+    existing.check_settings(
+        selected,
+        limit=len(selected),
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed,
+        longest_draft=longest_draft,
+        dtype=None if dtype == "auto" else dtype,
+    )
 
 
 def _layers(text: str | None) -> set[int]:

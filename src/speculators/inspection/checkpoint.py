@@ -138,16 +138,7 @@ def _inspect(repository: Repository) -> Finding:
         title=title + (f" with {' and '.join(unusual)}" if unusual else ""),
         evidence=list(found.evidence),
         quantized=list(found.quantized),
-        near=[
-            NearFinding(
-                kind=near.signature.kind,
-                difference=str(near),
-                found=near.found,
-                missing=list(near.missing),
-                excluded=near.excluded,
-            )
-            for near in found.near
-        ],
+        near=_near(found),
         converted_from=_source_of(record, notes) if record else None,
         notes=notes + details.notes,
         layout=details.layout,
@@ -159,24 +150,27 @@ def _inspect(repository: Repository) -> Finding:
         parameters=sum(info.elements for info in tensors.values()),
         bytes=sum(info.nbytes for info in tensors.values()),
         dtypes=dict(Counter(info.dtype for info in tensors.values())),
-        tensors=[
-            TensorFinding(
-                name=name,
-                dtype=info.dtype,
-                shape=list(info.shape),
-                bytes=info.nbytes,
-                file=info.file.name,
-                target=details.targets.get(name),
-                left_out=details.left_out.get(name),
-            )
-            for name, info in tensors.items()
-        ],
+        tensors=_tensors(checkpoint, details),
         verifier=_verifier(sizes, details)
         if family is not None or found.signature is LANGUAGE_MODEL or is_converted
         else None,
         mtp=None if family else mtp_finding(config, tensors),
         conversion=details.conversion,
     )
+
+
+def _near(found: Recognition) -> list[NearFinding]:
+    """The kinds that an unknown checkpoint resembles."""
+    return [
+        NearFinding(
+            kind=near.signature.kind,
+            difference=str(near),
+            found=near.found,
+            missing=list(near.missing),
+            excluded=near.excluded,
+        )
+        for near in found.near
+    ]
 
 
 def unreadable(source: str, error: SpeculatorsError) -> Finding:
@@ -360,6 +354,22 @@ def _source_of(record: Path, notes: list[str]) -> RepositoryRecord | None:
         notes.append(f"Where it comes from is not known: {error}")
         return None
     return RepositoryRecord(name=source.name, revision=source.revision)
+
+
+def _tensors(checkpoint: Checkpoint, details: Details) -> list[TensorFinding]:
+    """What is known of each tensor."""
+    return [
+        TensorFinding(
+            name=name,
+            dtype=info.dtype,
+            shape=list(info.shape),
+            bytes=info.nbytes,
+            file=info.file.name,
+            target=details.targets.get(name),
+            left_out=details.left_out.get(name),
+        )
+        for name, info in checkpoint.tensors.items()
+    ]
 
 
 def _layout(targets: Mapping[str, str]) -> Literal["current", "0.1.0 to 0.3.0"]:
