@@ -31,7 +31,7 @@ from speculators.convert.provenance import (
     check_record,
     read_record,
     record_conversion,
-    tell_of_another_source,
+    warn_of_another_source,
 )
 from speculators.convert.replan import plan_of_itself, verifier_of
 from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
@@ -237,7 +237,7 @@ def validate(
         )
         validate_conversion(planned, written, progress=progress)
         if record is not None:
-            tell_of_another_source(record, planned, progress)
+            warn_of_another_source(record, planned, progress)
     logger.success(f"Valid: {directory}")
 
 

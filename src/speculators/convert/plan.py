@@ -326,7 +326,7 @@ def family_of(checkpoint: Checkpoint, found: Recognition, wanted: Family | None 
 
 
 def _served(signature: Signature | None) -> str:
-    """A sentence, after a space, on which engines serve a kind; empty for what is no draft."""
+    """A sentence, after a space, on which engines serve a kind; empty for what is not a draft."""
     served = signature.served if signature else None
     return f" {served[0].upper()}{served[1:]}." if served else ""
 
