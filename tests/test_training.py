@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from dflash import TARGET
 from speculators.convert.conversion import convert
 from speculators.models import load_draft
-from training.conversations import LIKELIEST, Conversations
+from training.conversations import DEEPEST, LIKELIEST, Conversations
 from training.dflash import ANCHORS, FADING, DFlashDraft, layers_read
 from training.publishing import dflash_config, publish
 from training.recipes import RECIPES
@@ -131,3 +131,18 @@ def test_acceptance_is_counted_as_in_decoding(
             at += right + 1  # noqa: PLW2901
     measured = draft.measured(embed, head, [replace(conversations, tokens=said)])
     assert measured["acceptance_length"] == 1 + 12 / 8
+
+
+def test_groups_by_length_keep_all_that_is_learned_from(conversations: Conversations) -> None:
+    shorter, longer = conversations.by_length(2)
+    assert [part.ids.shape[1] for part in (shorter, longer)] == [8 + 6 + DEEPEST, 5 + 15 + DEEPEST]
+    for part, row in ((longer, 0), (shorter, 1)):
+        end = int(part.begin + part.size)
+        for name in ("ids", "states", "tokens", "shares"):
+            kept, whole = getattr(part, name)[0, :end], getattr(conversations, name)[row, :end]
+            assert torch.equal(kept, whole)
+        last, first = conversations.layers[-1], conversations.layers[0]
+        read = part.read((last, first)).chunk(2, -1)
+        states = part.states.chunk(len(conversations.layers), -1)
+        assert torch.equal(read[0], states[-1])
+        assert torch.equal(read[1], states[0])
