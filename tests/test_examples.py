@@ -87,7 +87,8 @@ def guessed(draft: Any, ids: Tensor, read: Tensor, shift: int) -> Tensor:
     """Whether the last 60 tokens are guessed, each from all before it."""
     length = ids.shape[1] - 2
     logits = draft(input_ids=ids[:, shift : shift + length], hidden_states=read[:, :length]).logits
-    return (draft.to_verifier(logits.argmax(-1)) == ids[:, 2:])[0, -60:]
+    guesses: Tensor = draft.to_verifier(logits.argmax(-1))
+    return (guesses == ids[:, 2:])[0, -60:]
 
 
 def guessed_in_blocks(draft: Any, ids: Tensor, read: Tensor, shift: int) -> Tensor:
