@@ -32,7 +32,8 @@ def warn_of_untrained_embedding(plan: ConversionPlan) -> None:
         return
     sample = _sample(planned.sources[0])
     deviation, mean = sample.std().item(), sample.mean().item()
-    kurtosis = ((sample - mean) / max(deviation, 1e-30)).pow(4).mean().item()
+    scaled = (sample - mean).div_(max(deviation, 1e-30))
+    kurtosis = scaled.square_().square_().mean().item()
     layer = plan.config.transformer_layer_config
     fresh = any(
         math.isclose(deviation, usual, rel_tol=0.03) and abs(mean) < 0.03 * usual
