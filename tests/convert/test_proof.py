@@ -204,10 +204,11 @@ def change_row_of_head(model: EagleSpeculator) -> None:
 
 
 def see_everything(model: EagleSpeculator) -> None:
-    model.layers[0].self_attn.is_causal = False  # type: ignore[union-attr, assignment]
+    layer: Any = model.layers[0]
+    layer.self_attn.is_causal = False
 
 
-def see_one_token_ahead(model: EagleSpeculator) -> None:
+def see_one_token_ahead(model: Any) -> None:
     inputs = model._attention_inputs
 
     def shifted(x: Tensor, *arguments: Any) -> Any:
@@ -215,7 +216,7 @@ def see_one_token_ahead(model: EagleSpeculator) -> None:
         seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(1)
         return cache, attention | {"attention_mask": seen[None, None]}
 
-    model._attention_inputs = shifted  # type: ignore[method-assign]
+    model._attention_inputs = shifted
 
 
 def turn_the_slowest_less(model: EagleSpeculator) -> None:
@@ -223,7 +224,7 @@ def turn_the_slowest_less(model: EagleSpeculator) -> None:
     model.rotary_emb.inv_freq[-1] /= 8  # type: ignore[index, operator]
 
 
-def mix_the_sequences(model: EagleSpeculator) -> None:
+def mix_the_sequences(model: Any) -> None:
     draft = model.draft
 
     def mixed(*arguments: Any, **options: Any) -> Any:
@@ -231,7 +232,7 @@ def mix_the_sequences(model: EagleSpeculator) -> None:
         output.last_hidden_state = output.last_hidden_state.mean(0, keepdim=True).expand(2, -1, -1)
         return output
 
-    model.draft = mixed  # type: ignore[method-assign]
+    model.draft = mixed
 
 
 SPOILT: dict[str, tuple[Spoil, str]] = {
