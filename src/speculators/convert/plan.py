@@ -26,8 +26,14 @@ from speculators.families.fused import split
 from speculators.families.keys import SourceKeys
 from speculators.families.recognition import listed, recognise, short_names
 from speculators.families.rope_names import is_rope_table
+from speculators.families.serving import unserved
 from speculators.families.signature import Signature
-from speculators.format.config import ProposalMethod, SpeculatorConfig
+from speculators.format.config import (
+    ProposalMethod,
+    SpeculatorConfig,
+    SpeculatorsConfig,
+    VerifierReference,
+)
 from speculators.format.problems import first_problem
 from speculators.format.tensors import TensorSpec, compare, counts_shown, required_tensors
 
@@ -52,6 +58,7 @@ class DraftPlan:
         source: the checkpoint.
         family: the family that it belongs to.
         derived: the config of the converted draft, as far as it follows from the source.
+        config: the same as a config, unchecked, with no name of the verifier.
         features: the features that the tensors show.
         dtype: the dtype of the weights, by torch's name; ``float32`` if they differ.
         tensors: name in the format → the source's tensor.
@@ -65,6 +72,7 @@ class DraftPlan:
     source: Checkpoint
     family: Family
     derived: Derived
+    config: SpeculatorConfig
     features: frozenset[str]
     dtype: str
     tensors: dict[str, TensorInfo]
@@ -194,6 +202,8 @@ def plan_conversion(
     vocabulary, hidden = config.verifier_sizes
     verifier.check_fits(hidden, vocabulary)
     discrepancies = draft.derived.discrepancies + _check_rope_tables(draft)
+    if why := unserved(family, config, draft.features):
+        discrepancies.append(f"vLLM does not serve it as it is converted: {why}")
     return ConversionPlan(
         source=checkpoint,
         family=family,
@@ -268,12 +278,19 @@ def plan_draft(
     derived = family.derive(replace(source, tensors=tensors, features=features))
     derived.discrepancies[:0] = completion.discrepancies
     _check_finite({**derived.layer.model_dump(), **derived.keys}, checkpoint.config_file)
-    config = family.config.model_construct(transformer_layer_config=derived.layer, **derived.keys)
+    architectures = list(verifier.architectures) if verifier else []
+    reference = VerifierReference.model_construct(architectures=architectures)
+    config = family.config.model_construct(
+        **derived.keys,
+        transformer_layer_config=derived.layer,
+        speculators_config=SpeculatorsConfig.model_construct(verifier=reference),
+    )
     _check_shapes(checkpoint, tensors, required, config.sizes)
     return DraftPlan(
         source=checkpoint,
         family=family,
         derived=derived,
+        config=config,
         features=features,
         dtype=_dtype_of(tensors.values()),
         tensors=tensors,
@@ -305,7 +322,7 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
         raise ConversionError(
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]})"
             f"{f', not {family.noun}' if family else ''}; {found.signature.advice}."
-            + _served(found.signature)
+            + _served(found.signature, checkpoint)
         )
     if not checkpoint.tensors:
         raise ConversionError(
@@ -315,7 +332,8 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
     if found.quantized:
         raise ConversionError(
             f"{checkpoint.name} holds quantized weights ({found.quantized[0]}), which are not "
-            "converted; give the original, unquantized checkpoint." + _served(found.signature)
+            "converted; give the original, unquantized checkpoint."
+            + _served(found.signature, checkpoint)
         )
     if found.signature is None:
         near = "; ".join(map(str, found.near)) or "it resembles none that is"
@@ -330,9 +348,9 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
         )
 
 
-def _served(signature: Signature | None) -> str:
-    """A sentence, after a space, on which engines serve a kind; empty for what is no draft."""
-    served = signature.served if signature else None
+def _served(signature: Signature | None, checkpoint: Checkpoint) -> str:
+    """A sentence, after a space, on which engines serve it; empty for what is no draft."""
+    served = signature.served(checkpoint.tensors) if signature else None
     return f" {served[0].upper()}{served[1:]}." if served else ""
 
 

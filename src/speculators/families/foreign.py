@@ -1,10 +1,15 @@
 """Kinds of checkpoints that are recognised, but belong to no family: refused, each with advice."""
 
-from speculators.families.signature import Serving, Signature
+from speculators.families.signature import Serving, Signature, vllm
 
 __all__ = [
+    "COHERE",
     "CONVERTED",
+    "DEEPSEEK",
     "DRAFT_IN_MODEL",
+    "EAGLE3_EH_PROJ",
+    "EAGLE3_HEADS",
+    "EAGLE3_MLA",
     "GEMMA_ASSISTANT",
     "GRIFFIN",
     "GROUPED_HEADS",
@@ -49,7 +54,10 @@ SEVERAL_LAYERS = Signature(
     "a draft of several layers",
     marks=r"layers\.[1-9]\d*\..*",
     advice="the drafts of this shape that are converted have one layer",
-    serving=(Serving("vLLM", 'method "eagle"'), Serving("SGLang", "EAGLE")),
+    serving=(
+        vllm("eagle", lacks={r"(.*\.)?fc\.bias": "a bias on fc"}),
+        Serving("SGLang", "EAGLE"),
+    ),
 )
 
 MEDUSA = Signature(
@@ -66,8 +74,8 @@ MEDUSA = Signature(
         "they are served as published, by the releases that still know them, and are not converted"
     ),
     serving=(
-        Serving("vLLM", 'method "medusa"', until="0.32"),
-        Serving("TensorRT-LLM", "convert_checkpoint.py", note="the TensorRT backend"),
+        vllm("medusa", until="0.32"),
+        Serving("TensorRT-LLM", "convert_checkpoint.py --medusa_model_dir", until="1.3.0rc20"),
     ),
 )
 
@@ -80,6 +88,43 @@ MEDUSA_IN_MODEL = Signature(
         "the heads belong to this model, not to the one that it was made of, so they are not "
         "converted; serve the model without them, or train a draft for it"
     ),
+    serving=(),
+)
+
+EAGLE3_MLA = Signature(
+    "eagle3-mla",
+    "an EAGLE-3 draft with latent attention (MLA)",
+    marks=r"(midlayer|layers\.\d+)\.self_attn\.(q_a_proj|kv_a_proj_with_mqa|kv_b_proj)\..*",
+    needs=(r"(midlayer|layers\.0)\.hidden_norm\.weight",),
+    parts=("fc.weight", "midlayer.hidden_norm.weight", "midlayer.self_attn.kv_b_proj.weight"),
+    advice=(
+        "its attention, DeepSeek's and Kimi's, is another than the format's layers have, so it is "
+        "not converted; it is served as published"
+    ),
+    serving=(
+        vllm("eagle3"),
+        Serving("SGLang", "EAGLE3"),
+        Serving("TensorRT-LLM", "Eagle3"),
+    ),
+)
+
+EAGLE3_EH_PROJ = Signature(
+    "eagle3-eh-proj",
+    "an EAGLE-3 draft with an eh_proj before its attention",
+    marks=r"(midlayer|layers\.0)\.(eh_proj|enorm)\..*|(eh_proj|enorm)\..*",
+    needs=(r"(midlayer|layers\.0)\.hidden_norm\.weight",),
+    advice=(
+        "it computes something else than other EAGLE-3 drafts, so it is not converted; "
+        "TensorRT-LLM, whose variant it is, serves it as published"
+    ),
+    serving=(Serving("TensorRT-LLM", "Eagle3"),),
+)
+
+EAGLE3_HEADS = Signature(
+    "eagle3-parallel-heads",
+    "an EAGLE-3 draft with ModelOpt's parallel draft heads",
+    marks=r"parallel_draft_heads\..*",
+    advice="no engine computes these heads, so it is not converted",
     serving=(),
 )
 
@@ -102,7 +147,7 @@ PARD = Signature(
     hinted=True,
     advice="it needs nothing of its verifier, and nothing to be converted: serve it as published",
     serving=(
-        Serving("vLLM", 'method "draft_model"', note='with "parallel_drafting": true'),
+        vllm("draft_model", parallel_drafting=True),
         Serving("TensorRT-LLM", "PARD"),
     ),
 )
@@ -118,7 +163,7 @@ GEMMA_ASSISTANT = Signature(
         "it reads its verifier's cache and has no keys and values of its own; it is served as "
         "published, and is not converted"
     ),
-    serving=(Serving("vLLM", 'method "mtp"'), Serving("SGLang", "FROZEN_KV_MTP")),
+    serving=(vllm("mtp"), Serving("SGLang", "FROZEN_KV_MTP")),
 )
 
 MLP_SPECULATOR = Signature(
@@ -168,15 +213,50 @@ MINICPM = Signature(
         "MiniCPM's draft has norms of its own and scales its embedding and residuals: it is "
         "another architecture, and is not converted; vLLM serves it as published"
     ),
-    serving=(Serving("vLLM", 'method "eagle"'),),
+    serving=(vllm("eagle"),),
 )
 
 MISTRAL = Signature(
     "mistral-eagle",
     "an EAGLE draft in Mistral's own names",
     marks=r"eagle_linear\..*",
-    advice="it is another architecture, and is not converted; vLLM serves it as published",
-    serving=(Serving("vLLM", 'method "eagle"'),),
+    advice="it is another architecture, and is not converted; it is served as published",
+    serving=(vllm("eagle"), Serving("SGLang", "EAGLE")),
+)
+
+COHERE = Signature(
+    "cohere-eagle",
+    "an EAGLE draft of Cohere's Command",
+    marks=r"norm\.weight",
+    needs=(r"fc\.bias", r"layers\.0\.input_layernorm\.weight"),
+    # Its attention and its MLP take the same norm's output.
+    never=r"layers\.\d+\.post_attention_layernorm\..*|.*hidden_norm\..*",
+    fc_inputs=2,
+    both=True,
+    hints={"architectures": r"(Eagle)?Cohere.*"},
+    advice=(
+        "Cohere's layer, which attends and computes its MLP side by side, and the norm after it "
+        "are another architecture, and are not converted; vLLM serves it as published, if its "
+        "config.json says architectures CohereForCausalLM or EagleCohereForCausalLM"
+    ),
+    serving=(vllm("eagle"),),
+)
+
+DEEPSEEK = Signature(
+    "deepseek-eagle",
+    "an EAGLE draft of DeepSeek",
+    marks=r"enorm\.weight",
+    needs=(r"hnorm\.weight", r"norm\.weight"),
+    never=r".*eh_proj\..*",
+    fc_inputs=2,
+    both=True,
+    hints={"architectures": r"EagleDeepSeek.*"},
+    advice=(
+        "its latent attention and its norms on embedding and state (enorm, hnorm) are another "
+        "architecture, and are not converted; vLLM serves it as published, if its config.json "
+        "says architectures EagleDeepSeekMTPModel"
+    ),
+    serving=(vllm("eagle"),),
 )
 
 LLAMA4 = Signature(
@@ -189,7 +269,7 @@ LLAMA4 = Signature(
         "Llama 4's layer is another architecture than Llama's, and is not converted; vLLM serves "
         "such drafts as published"
     ),
-    serving=(Serving("vLLM", 'method "eagle"'),),
+    serving=(vllm("eagle"),),
 )
 
 QK_NORMS = Signature(

@@ -3,7 +3,7 @@
 A language model with its MTP inside is a language model.
 """
 
-from speculators.families.signature import Serving, Signature
+from speculators.families.signature import Serving, Signature, vllm
 
 __all__ = ["MTP", "MTP_OF_UPSTREAM"]
 
@@ -16,7 +16,7 @@ FORMAT = (
     "takes it out"
 )
 
-VLLM = Serving("vLLM", 'method "mtp"')
+VLLM = vllm("mtp")
 SGLANG = Serving("SGLang", "NEXTN")
 LLAMA_CPP = Serving("llama.cpp", "draft-mtp")
 TENSORRT = Serving("TensorRT-LLM", "MTP")
@@ -60,7 +60,7 @@ MTP = (
         never=BODY,
         advice=FORMAT,
         serving=(
-            Serving("vLLM", 'method "mtp"', note="the first of several layers only"),
+            vllm("mtp", "the first of several layers only"),
             SGLANG,
         ),
     ),
@@ -118,7 +118,7 @@ MTP = (
         never=BODY,
         advice=FORMAT,
         serving=(
-            Serving("vLLM", 'method "mtp"', note="if it knows the verifier"),
+            vllm("mtp", "if it knows the verifier"),
             Serving("SGLang", "NEXTN", note="likewise"),
         ),
     ),

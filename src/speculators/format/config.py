@@ -184,11 +184,6 @@ class SpeculatorConfig(Model):
         return frozenset()
 
     @property
-    def unserved(self) -> str | None:
-        """Why vLLM does not serve the draft in this format, as a clause; ``None`` if it does."""
-        return None
-
-    @property
     def parallel(self) -> bool:
         """Whether the draft drafts all tokens in one pass, and takes ``num_draft_tokens``."""
         return False
