@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 
 import dflash
 import eagle3
-from helpers import GOLDEN, GOLDEN_NAMES, config_of, save_quietly, write_checkpoint
-from speculators.convert.conversion import convert
+from all_drafts import NAMES, Pair
+from helpers import config_of, write_checkpoint
 from speculators.convert.export import export
 from speculators.errors import ConversionError
 from speculators.families.converted import open_converted
@@ -20,94 +19,6 @@ from speculators.families.serving import judge
 from speculators.families.signature import ENGINES
 from speculators.inspection.checkpoint import inspect_checkpoint
 from speculators.inspection.findings import Finding
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A draft as it was published, and converted."""
-
-    source: Path
-    converted: Path
-
-
-def verifier_like(source: Path, directory: Path, **keys: Any) -> Path:
-    """What a conversion without validation needs of a verifier: a config."""
-    config = config_of(source)
-    sizes = {key: config[key] for key in ("hidden_size", "vocab_size")}
-    directory.mkdir()
-    (directory / "config.json").write_text(
-        json.dumps({"architectures": ["LlamaForCausalLM"], **sizes, **keys})
-    )
-    return directory
-
-
-def made() -> dict[str, Any]:
-    """DFlash drafts that some engine cannot compute, beside the golden ones."""
-    return {
-        "dflash, from the anchor": (dflash.native(sample_from_anchor=True), lambda tensors: None),
-        "dflash, of rank 0": (
-            dflash.deepspec(markov_rank=0, enable_confidence_head=False),
-            lambda tensors: None,
-        ),
-        "dflash, sliding": (
-            dflash.native(
-                layer_types=dflash.sliding(True, False, True),
-                sliding_window=16,
-                use_sliding_window=True,
-                is_causal=False,
-            ),
-            lambda tensors: None,
-        ),
-        "dflash, causal": (dflash.native(nested={"causal": True}), lambda tensors: None),
-        "dflash, own matrices": (dflash.native(), dflash.with_own_matrices),
-        "dflash, own vocabulary": (dflash.native(), dflash.with_vocabulary),
-        "dflash, biased": (dflash.native(attention_bias=True), dflash.with_biases),
-        "dspark, confident": (dflash.deepspec(), dflash.with_markov()),
-    }
-
-
-@pytest.fixture(scope="module")
-def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    """All golden and example drafts, and some more."""
-    root = tmp_path_factory.mktemp("drafts")
-    found: dict[str, tuple[Path, Path, dict[str, Any]]] = {}
-    for source in [*(GOLDEN / name for name in GOLDEN_NAMES), *sorted(EXAMPLES.glob("smol*"))]:
-        verifier = verifier_like(source, root / f"verifier of {source.name}", num_hidden_layers=30)
-        found[source.name] = (source, verifier, {})
-    narrow = save_quietly(eagle3.narrow_verifier(48), root / "narrow")
-    for name in eagle3.NAMES:
-        source = root / f"source of {name}"
-        source.mkdir()
-        for file in ("config.json", "model.safetensors"):
-            (source / file).symlink_to(eagle3.GOLDEN3 / name / file)
-        verifier = narrow if name == "target_hidden_48" else eagle3.TARGET
-        found[name] = (source, verifier, eagle3.OPTIONS.get(name, {}))
-    for path in sorted(dflash.GOLDEN_FAMILIES.glob("d*")):
-        found[path.name] = (path, dflash.TARGET, {})
-    for name, (config, edit) in made().items():
-        source = dflash.write_draft(root / name, config, edit)
-        found[name] = (source, dflash.TARGET, {})
-    gelu = write_checkpoint(root / "gelu", config={"hidden_act": "gelu"})
-    found["eagle, gelu"] = (gelu, verifier_like(gelu, root / "verifier of gelu"), {})
-    return {
-        name: Pair(
-            source,
-            convert(None, source, root / f"{name} out", verifier, options=options, validate=False),
-        )
-        for name, (source, verifier, options) in found.items()
-    }
-
-
-NAMES = [
-    *GOLDEN_NAMES,
-    *(path.name for path in sorted(EXAMPLES.glob("smol*"))),
-    *eagle3.NAMES,
-    *(path.name for path in sorted(dflash.GOLDEN_FAMILIES.glob("d*"))),
-    *made(),
-    "eagle, gelu",
-]
 
 
 def served_and_refused(found: Finding) -> tuple[set[str], set[str]]:
@@ -119,9 +30,9 @@ def served_and_refused(found: Finding) -> tuple[set[str], set[str]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_engine_serves_it_if_and_only_if_it_can_be_exported(
-    tmp_path: Path, drafts: dict[str, Pair], name: str
+    tmp_path: Path, all_drafts: dict[str, Pair], name: str
 ) -> None:
-    draft = drafts[name]
+    draft = all_drafts[name]
     found = inspect_checkpoint(draft.converted)
     before = inspect_checkpoint(draft.source)
     served, refused = served_and_refused(found)
@@ -151,8 +62,8 @@ def test_an_engine_serves_it_if_and_only_if_it_can_be_exported(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_card_and_the_conversion_say_the_same(drafts: dict[str, Pair], name: str) -> None:
-    directory = drafts[name].converted
+def test_the_card_and_the_conversion_say_the_same(all_drafts: dict[str, Pair], name: str) -> None:
+    directory = all_drafts[name].converted
     found = inspect_checkpoint(directory)
     as_it_is = [it for it in found.serving or () if it.export is None]
     card = (directory / "README.md").read_text()
@@ -169,22 +80,22 @@ def test_the_card_and_the_conversion_say_the_same(drafts: dict[str, Pair], name:
         assert "does not serve it as it is: the draft " in card
 
 
-def test_norms_of_a_parallel_draft_get_lost_in_the_format(drafts: dict[str, Pair]) -> None:
+def test_norms_of_a_parallel_draft_get_lost_in_the_format(all_drafts: dict[str, Pair]) -> None:
     """vLLM's reader of peagle passes neither fc_norm nor norm_output on (0.32 and 0.33)."""
-    draft = open_converted(drafts[eagle3.PARALLEL].converted)
+    draft = open_converted(all_drafts[eagle3.PARALLEL].converted)
     config = draft.config.model_copy(update={"norm_output": True})
     ways = judge(draft.family, config, draft.features).ways
     assert [(it.serving.engine, it.export) for it in ways] == [("vLLM", "vllm")]
 
 
 def test_what_depends_on_a_verifier_elsewhere_is_said(
-    tmp_path: Path, drafts: dict[str, Pair]
+    tmp_path: Path, all_drafts: dict[str, Pair]
 ) -> None:
     """Nothing is asked for on the Hub; with the verifier here, it is known."""
     directory = tmp_path / "draft"
     directory.mkdir()
     for name in ("model.safetensors", "config.json"):
-        (directory / name).write_bytes((drafts["sailab_llama"].converted / name).read_bytes())
+        (directory / name).write_bytes((all_drafts["sailab_llama"].converted / name).read_bytes())
     config = config_of(directory)
     config["speculators_config"]["verifier"]["name_or_path"] = "org/verifier"
     (directory / "config.json").write_text(json.dumps(config))
@@ -195,7 +106,7 @@ def test_what_depends_on_a_verifier_elsewhere_is_said(
         "llama.cpp": "if its verifier has 8 layers",
         "TensorRT-LLM": None,
     }
-    here = inspect_checkpoint(drafts["sailab_llama"].converted)
+    here = inspect_checkpoint(all_drafts["sailab_llama"].converted)
     assert {it.note for it in here.serving or ()} == {None}
 
 

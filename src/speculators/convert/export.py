@@ -14,6 +14,7 @@ from speculators.checkpoint.output.staging import Marker, check_output, staged_d
 from speculators.checkpoint.output.writer import copy_file, write_safetensors_file
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.tensor import DTYPE_BITS, Constant, PlannedTensor
+from speculators.convert.plan import EXPORTED_ZEROS
 from speculators.errors import ConversionError, OutputError
 from speculators.families.converted import Converted, open_converted
 from speculators.families.family import Target, with_prefix
@@ -125,17 +126,20 @@ def plan_export(converted: Converted, target: Target) -> ExportPlan:
         for name, info in converted.tensors.items()
         if name not in target.drops
     }
-    for spec in family.tensors:
-        if spec.feature in target.zeros - converted.features:
-            tensors[named(spec.name)] = _zeros(spec, converted)
+    zeros = {
+        named(spec.name): _zeros(spec, converted)
+        for spec in family.tensors
+        if spec.feature in target.zeros - converted.features
+    }
     remarks = [
         remark
         for feature, remark in target.remarks.items()
         if feature is None or feature in converted.features
     ]
     return ExportPlan(
-        config=family.export_config(config, target),
-        tensors=tensors | dict(target.adds(config)),
+        config=family.export_config(config, target)
+        | ({EXPORTED_ZEROS: sorted(zeros)} if zeros else {}),
+        tensors=tensors | zeros | dict(target.adds(config)),
         remarks=[*remarks, *filter(None, [target.advice(config)])],
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError as PydanticValidationError
 
 from speculators import __version__
+from speculators.checkpoint.output.writer import contiguous_chunks
 from speculators.checkpoint.reader import Checkpoint, Companion
 from speculators.checkpoint.tensor import (
     FLOATS,
@@ -48,6 +49,9 @@ __all__ = [
 
 
 ROPE_TABLE = "it is computed from the config"
+
+EXPORTED_ZEROS = "exported_zeros"
+"""Key of an export's config.json: the tensors that its reader always wants, and the draft lacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +258,7 @@ def plan_draft(
         for name, info in stored.items()
         if (why := _reason_to_leave_out(family, name))
     }
+    left_out |= _exported_zeros(checkpoint, read=verifier is not None)
     kept = {name: info for name, info in stored.items() if info.name not in left_out}
     keys = SourceKeys(checkpoint.config, str(checkpoint.config_file))
     kept = split(kept, keys.get("num_attention_heads"), keys.get("num_key_value_heads"))
@@ -364,6 +369,30 @@ def _by_short_name(checkpoint: Checkpoint, short: Mapping[str, str]) -> dict[str
             )
         stored[short[name]] = info
     return stored
+
+
+def _exported_zeros(checkpoint: Checkpoint, *, read: bool) -> dict[str, str]:
+    """The tensors that an export added → why they are left out.
+
+    Args:
+        checkpoint: perhaps an export.
+        read: whether to check that they are still zero.
+
+    Raises:
+        ConversionError: if one is not.
+
+    """
+    named = checkpoint.config.get(EXPORTED_ZEROS)
+    added = [it for it in named if it in checkpoint.tensors] if isinstance(named, list) else []
+    for name in added if read else ():
+        info = checkpoint.tensors[name]
+        if any(any(chunk) for chunk in contiguous_chunks(info)):
+            raise ConversionError(
+                f"{info.file}: {name} is not zero, but {checkpoint.config_file}, key "
+                f"{EXPORTED_ZEROS}, says that an export added it; if it was trained since, remove "
+                "that key."
+            )
+    return dict.fromkeys(added, "it is zero: an export added it for its reader")
 
 
 def _check_head(family: Family, checkpoint: Checkpoint, stored: Mapping[str, TensorInfo]) -> None:

@@ -5,7 +5,7 @@ them. ``transformer_layer_config`` is a transformers config as a dictionary: the
 computes with are typed here, and any other key is kept unchanged.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -130,7 +130,10 @@ class LayerConfig(Model):
     max_position_embeddings: int = Field(default=2048, ge=1)
     initializer_range: float = 0.02
     rms_norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
-    rope_theta: float = Field(default=10000.0, gt=0, allow_inf_nan=False)
+    rope_theta: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = (
+        10000.0
+    )
+    """Written as it was read: 1000000 stays that."""
     rope_scaling: dict[str, Any] | None = None
     """As in transformers before version 5; the draft's own, never the verifier's."""
     pad_token_id: int | None = None

@@ -14,6 +14,7 @@ from typing import Any
 from speculators.checkpoint.tensor import Constant, PlannedTensor
 from speculators.families.advice import limit_context
 from speculators.families.eagle3.config import USUAL_STATES, Eagle3Config
+from speculators.families.eagle3.publishers import EXPORTED
 from speculators.families.family import Limit, Target, limit, limit_of_layers
 from speculators.families.signature import Serving, vllm
 
@@ -47,7 +48,7 @@ def export_config(config: Eagle3Config, target: Eagle3Target) -> dict[str, Any]:
         values["target_hidden_size"] = config.target_hidden_size
     if config.embed_requires_grad and not config.parallel:
         values["embed_requires_grad"] = True
-    return values | dict(target.layers[layer.model_type]) | target.keys(config)
+    return values | dict(target.layers[layer.model_type]) | target.keys(config) | EXPORTED
 
 
 def outputs(config: Eagle3Config) -> list[int]:
