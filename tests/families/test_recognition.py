@@ -400,6 +400,20 @@ CASES: dict[str, tuple[str, Shapes, dict[str, object]]] = {
         },
         {},
     ),
+    "MTP of IQuest Q1": (
+        "mtp-iquest-q1",
+        {"target_final_norm.weight": (H,), "mtp.0.eh_proj.weight": (H, 2 * H)},
+        {},
+    ),
+    "UNO": (
+        "uno",
+        {
+            f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{part}.weight": (8, H)
+            for layer in range(2)
+            for part in "AB"
+        },
+        {},
+    ),
     "MTP of something else": ("mtp", {"mtp.0.something.weight": (H, H)}, {}),
     "Gemma's assistant": (
         "gemma-assistant",

@@ -300,8 +300,9 @@ EAGLE = Family(
     unusual=("fusion_bias", "attention_bias", "layernorms"),
     beside={
         r"freq_.*\.pt": (
-            "is a list of the tokens to draft (FR-Spec), which only SGLang reads: give it with "
-            "--speculative-token-map beside an export for it"
+            "is a list of the tokens to draft (FR-Spec), which only SGLang reads: after export "
+            "--to sglang, --speculative-algorithm EAGLE --speculative-draft-model-path EXPORT "
+            "--speculative-token-map FILE"
         )
     },
     ambiguity=ambiguity,

@@ -16,7 +16,6 @@ __all__ = [
     "HYDRA",
     "LANGUAGE_MODEL",
     "LLAMA4",
-    "MEDUSA",
     "MEDUSA_IN_MODEL",
     "MINICPM",
     "MISTRAL",
@@ -25,6 +24,7 @@ __all__ = [
     "PARD",
     "QK_NORMS",
     "SEVERAL_LAYERS",
+    "UNO",
     "WITH_NORMS",
 ]
 
@@ -49,33 +49,19 @@ LANGUAGE_MODEL = Signature(
     advice="give the draft as INPUT, and the language model as BASE_MODEL",
 )
 
+FURTHER_NORMS = {
+    r"(.*\.)?(norm|layers\.0\.input_layernorm)\.weight": "a norm before its layers or after them"
+}
+"""What no engine's EAGLE-1 model of Llama's layers has."""
+
 SEVERAL_LAYERS = Signature(
     "several-layers",
     "a draft of several layers",
     marks=r"layers\.[1-9]\d*\..*",
     advice="the drafts of this shape that are converted have one layer",
     serving=(
-        vllm("eagle", lacks={r"(.*\.)?fc\.bias": "a bias on fc"}),
-        Serving("SGLang", "EAGLE"),
-    ),
-)
-
-MEDUSA = Signature(
-    "medusa",
-    "Medusa heads",
-    marks=(
-        r"(medusa_heads?\.)?\d+\.\d+\.(linear\.)?(weight|bias)"
-        r"|medusa_heads\.\d+\.(medusa_layers\.\d+\.linear|lm_head)\.(weight|bias)"
-        r"|blocks\.\d+\.layers\.\d+\.(weight|bias)"
-    ),
-    hints={"medusa_num_heads": r"\d+"},
-    parts=("0.0.linear.weight", "0.0.linear.bias", "0.1.weight"),
-    advice=(
-        "they are served as published, by the releases that still know them, and are not converted"
-    ),
-    serving=(
-        vllm("medusa", until="0.32"),
-        Serving("TensorRT-LLM", "convert_checkpoint.py --medusa_model_dir", until="1.3.0rc20"),
+        vllm("eagle", lacks={r"(.*\.)?fc\.bias": "a bias on fc", **FURTHER_NORMS}),
+        Serving("SGLang", "EAGLE", lacks=FURTHER_NORMS),
     ),
 )
 
@@ -195,6 +181,18 @@ ONE_MATRIX = Signature(
     marks=r"weight",
     alone=True,
     advice="give the file that holds the draft's tensors",
+)
+
+UNO = Signature(
+    "uno",
+    "a LoRA adapter, as UNO's drafts are",
+    marks=r".*\.lora_[AB]\..*",
+    alone=True,
+    advice=(
+        "UNO drafts with the verifier itself and this adapter, so there is nothing to convert; "
+        "another adapter is no draft"
+    ),
+    serving=(Serving("SGLang", "UNO", note="with --uno-lora-path, if it was trained as a draft"),),
 )
 
 GRIFFIN = Signature(

@@ -112,6 +112,16 @@ MTP = (
         serving=(SGLANG,),
     ),
     Signature(
+        "mtp-iquest-q1",
+        "an MTP head of IQuest Q1, a checkpoint of its own",
+        marks=r"target_final_norm\.weight",
+        needs=(r"mtp\..*",),
+        advice=(
+            "it belongs beside its verifier's checkpoint, as it was published, and is not converted"
+        ),
+        serving=(SGLANG,),
+    ),
+    Signature(
         "mtp",
         "an MTP head of a layout of its own",
         marks=r"mtp[._].*",

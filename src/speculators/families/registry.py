@@ -8,6 +8,7 @@ from speculators.families.dflash import DFLASH, DFLASH2, DSPARK
 from speculators.families.eagle import EAGLE
 from speculators.families.eagle3 import EAGLE3
 from speculators.families.family import Family, Flag, Option
+from speculators.families.medusa import MEDUSA
 from speculators.families.signature import Signature
 
 __all__ = [
@@ -24,6 +25,7 @@ KNOWN: tuple[Family | Signature, ...] = (
     foreign_mtp.MTP_OF_UPSTREAM,
     foreign_blocks.XPRESS_OF_UPSTREAM,
     foreign.DRAFT_IN_MODEL,
+    foreign.UNO,
     foreign.GRIFFIN,
     foreign.MINICPM,
     foreign_blocks.DSPARK_OF_DEEPSEEK,
@@ -47,7 +49,7 @@ KNOWN: tuple[Family | Signature, ...] = (
     foreign.PARD,
     foreign.LANGUAGE_MODEL,
     foreign.SEVERAL_LAYERS,
-    foreign.MEDUSA,
+    MEDUSA,
     foreign.HYDRA,
     foreign.MLP_SPECULATOR,
     foreign.ONE_MATRIX,

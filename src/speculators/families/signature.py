@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from speculators.checkpoint.tensor import TensorInfo
 
 __all__ = ["ENGINES", "Serving", "Signature", "vllm"]
 
@@ -101,6 +103,7 @@ class Signature:
         advice: what to do instead of converting it; ``None`` for a kind that is converted.
         serving: which engines serve it, and how; ``None`` if it is no draft. Of a family, a single
             draft may not be served by all of them; see ``serving.judge``.
+        remark: a sentence on what else to know, by its tensors and their stored names.
 
     """
 
@@ -120,6 +123,7 @@ class Signature:
     parts: tuple[str, ...] = ()
     advice: str | None = None
     serving: tuple[Serving, ...] | None = None
+    remark: Callable[[Mapping[str, TensorInfo]], str | None] = lambda tensors: None  # noqa: ARG005
 
     def served(self, names: Collection[str]) -> str | None:
         """A clause on which engines serve a draft of this kind; ``None`` if it is none.

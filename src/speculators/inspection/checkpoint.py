@@ -129,6 +129,8 @@ def _inspect(repository: Repository) -> Finding:
         ]
     if family is None and (why := why_unknown(config, tensors)):
         notes.append(f"It {why}.")
+    if found.signature and (remark := found.signature.remark(tensors)):
+        notes.append(remark)
 
     title = found.signature.title if found.signature else "a checkpoint of no known kind"
     features = details.features or {}
