@@ -7,7 +7,14 @@ computes with are typed here, and any other key is kept unchanged.
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 __all__ = [
@@ -108,6 +115,12 @@ class SpeculatorsConfig(Model):
     verifier: VerifierReference
 
 
+def _keep_whole(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """A whole number as it is, and not as a float."""
+    checked = check(value)
+    return value if type(value) is int else checked
+
+
 class LayerConfig(Model):
     """The draft's decoder layers.
 
@@ -130,7 +143,7 @@ class LayerConfig(Model):
     max_position_embeddings: int = Field(default=2048, ge=1)
     initializer_range: float = 0.02
     rms_norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
-    rope_theta: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = (
+    rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False), WrapValidator(_keep_whole)] = (
         10000.0
     )
     """Written as it was read: 1000000 stays that."""
