@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save_file
 from dflash import HIDDEN, native, upstream, write_draft
 from dflash import converted as dflash_converted
 from eagle3 import CHAINS, GOLDEN3, PARALLEL
-from helpers import GOLDEN, PLAIN, CommandLine, Run, source_tensors, write_checkpoint
+from helpers import (
+    GOLDEN,
+    PLAIN,
+    CommandLine,
+    Run,
+    config_of,
+    source_tensors,
+    write_checkpoint,
+)
 from hub_server import HubServer, patch_hub
 from schemas import PRINTED
 from speculators.comparison.computation import compute

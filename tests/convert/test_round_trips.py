@@ -62,3 +62,13 @@ def test_added_zeros_that_were_trained_since_are_not_dropped(
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(ConversionError, match=r"fc\.bias is not zero, but .* exported_zeros"):
         convert(None, out, tmp_path / "back", draft.verifier, validate=False)
+
+
+def test_numbers_are_written_as_they_were_read(all_drafts: dict[str, Pair]) -> None:
+    draft = all_drafts["dflash_e2e"]
+    for directory in (draft.source, draft.converted):
+        assert '"rope_theta": 1000000,\n' in (directory / "config.json").read_text()
+    assert (
+        '"rope_theta": 500000.0'
+        in (all_drafts["llama31_gqa_nobias"].converted / "config.json").read_text()
+    )

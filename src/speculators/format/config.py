@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
@@ -143,9 +144,12 @@ class LayerConfig(Model):
     max_position_embeddings: int = Field(default=2048, ge=1)
     initializer_range: float = 0.02
     rms_norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
-    rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False), WrapValidator(_keep_whole)] = (
-        10000.0
-    )
+    rope_theta: Annotated[
+        float,
+        Field(gt=0, allow_inf_nan=False),
+        WrapValidator(_keep_whole),
+        PlainSerializer(lambda base: base, return_type=Any),
+    ] = 10000.0
     """Written as it was read: 1000000 stays that."""
     rope_scaling: dict[str, Any] | None = None
     """As in transformers before version 5; the draft's own, never the verifier's."""
