@@ -102,7 +102,7 @@ def _served(it: ServingFinding) -> str:
 
 
 def _not_served(it: RefusalFinding) -> str:
-    return str(Refusal(it.engine, it.export, it.why, it.without or ""))
+    return str(Refusal(it.engine, it.export, it.why, it.note or ""))
 
 
 def _mtp(finding: Finding, mtp: MtpFinding) -> list[str]:

@@ -5,6 +5,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from speculators.families.family import Depth, Family, Target
 from speculators.families.signature import ENGINES, Serving
@@ -38,24 +39,24 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why an engine does not serve a draft, or does not without more.
+    """Why an engine does not serve a draft, or does not in one of its ways.
 
     Attributes:
         engine: one of ``ENGINES``.
         export: the target of an export that it would read; ``None`` if there is none.
         why: a clause.
-        without: what it would need, such as a plugin, as it follows the engine's name.
+        note: which way is meant, as it follows the engine's name; empty for the only one.
 
     """
 
     engine: str
     export: str | None
     why: str
-    without: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         """The engine, and why."""
-        return f"{' '.join(filter(None, (self.engine, self.without)))}: {self.why}"
+        return f"{' '.join(filter(None, (self.engine, self.note)))}: {self.why}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ def judge(
     """
     ways: list[Way] = []
     refusals: list[Refusal] = []
+    depth = cache(depth)
     for engine in ENGINES:
         readers = _readers(family, engine)
         found = [(name, it, obstacle(family, config, features, it, depth)) for name, it in readers]

@@ -5,6 +5,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,7 +233,7 @@ def _told(it: Serving, export: str | None = None) -> ServingFinding:
 
 def _not_serving(judgement: Judgement | None) -> list[RefusalFinding]:
     return [
-        RefusalFinding(engine=it.engine, without=it.without or None, export=it.export, why=it.why)
+        RefusalFinding(engine=it.engine, note=it.note or None, export=it.export, why=it.why)
         for it in (judgement.refusals if judgement else ())
     ]
 
@@ -385,7 +386,7 @@ def _depth(converted: Converted) -> Depth:
     named = converted.config.speculators_config.verifier.name_or_path
     if named is None or not Path(named).is_dir():
         return lambda: None
-    return converted.verifier_layers
+    return cache(converted.verifier_layers)
 
 
 def _why_not(checkpoint: Checkpoint) -> str:

@@ -91,11 +91,11 @@ class ServingFinding(_Part):
 
 
 class RefusalFinding(_Part):
-    """An engine that does not serve the draft, or does so only in another way."""
+    """An engine that does not serve the draft, or not in one of its ways."""
 
     engine: str
-    without: str | None
-    """What it would need to serve the draft, such as the plugin; null if it never does."""
+    note: str | None
+    """Which of its ways is meant, such as that without the plugin; null for the only one."""
     export: str | None
     """The target of `speculators export` that is refused; null if the engine has none."""
     why: str
