@@ -135,7 +135,7 @@ def test_nothing_is_decoded_with_it(
     verifier: Path, prompts: Path, speculators: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is said before a verifier is loaded, which may be large."""
-    monkeypatch.delattr("speculators.evaluate.subject.load_subject")
+    monkeypatch.delattr("speculators.evaluate.subject.loading.load_subject")
     only = "--acceptance-only"
     for more in ([], [only, "--temperature=1"], [only, "--proposal=sampling"]):
         run = speculators(*arguments(verifier, prompts=prompts), *more)

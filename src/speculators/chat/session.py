@@ -8,7 +8,7 @@ import torch
 from speculators.chat.answer import Answer, Drafted, Piece, Spelling, Step
 from speculators.decode import VerifiedStep
 from speculators.evaluate.prompts import Message, Prompt
-from speculators.evaluate.subject import Subject
+from speculators.evaluate.subject.loading import Subject
 from speculators.format.config import ProposalMethod
 
 __all__ = ["Session"]

@@ -45,6 +45,7 @@ def diff(
 
     speculators diff ./converted my-organization/eagle-llama-3.1-8b --compute
     """
+    from speculators.checkpoint.hub.access import HubAccess
     from speculators.cli.diff_result import DiffResult
     from speculators.cli.progress import progress_bar
     from speculators.cli.results import printed
@@ -52,7 +53,7 @@ def diff(
     from speculators.comparison.side import open_sides
 
     with printed(DiffResult(), as_json) as result:
-        sides = open_sides((one, other), cache_dir=cache_dir)
+        sides = open_sides((one, other), HubAccess(cache_dir))
         with progress_bar() as progress:
             found = compare(*sides, progress=progress)
         if compute:

@@ -9,6 +9,7 @@ from typing import Any
 
 from loguru import logger
 
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.output.writer import copy_file, write_safetensors_file
@@ -22,8 +23,8 @@ from speculators.convert.imports import import_ahead
 from speculators.convert.plan import (
     ConversionPlan,
     family_of,
-    head_left_out,
     plan_conversion,
+    unchecked_head,
 )
 from speculators.convert.provenance import (
     check_files,
@@ -37,6 +38,7 @@ from speculators.errors import ConversionError, OutputError, VerifierError
 from speculators.families.card import model_card
 from speculators.families.converted import open_converted
 from speculators.families.family import Family
+from speculators.families.recognition import recognise
 from speculators.format.conversion import CONVERSION_FILE, ConversionRecord
 
 __all__ = ["convert", "plan", "validate"]
@@ -129,7 +131,8 @@ def convert(
             )
             hashes[weights] = digest.hexdigest()
         else:
-            unchecked = [head_left_out(head) for head in planned.heads]
+            head = planned.replaced_head
+            unchecked = [] if head is None else [unchecked_head(head)]
             for sentence in unchecked:
                 logger.warning(sentence)
         record = record_conversion(
@@ -202,11 +205,10 @@ def validate(
 
     """
     logger.info(f"Checking converted checkpoint: {directory}")
-    written = open_converted(directory, cache_dir=cache_dir)
+    hub = HubAccess(cache_dir)
+    written = open_converted(directory, hub)
     import_ahead(written.family)
-    if commit := written.checkpoint.commit:  # on the Hub, where it is not fetched with the draft
-        repository = open_repository(str(directory), revision=commit, cache_dir=cache_dir)
-        repository.file(CONVERSION_FILE)
+    written.repository.file(CONVERSION_FILE)  # which on the Hub is not fetched with the draft
     record = read_record(written.directory)
     if record is None:
         logger.warning(f"{directory} has no {CONVERSION_FILE}: what was written is not known")
@@ -223,7 +225,7 @@ def validate(
         validate_model(plan_of_itself(written, verifier), written)
     else:
         planned = _plan(
-            *_read(written.family, source, revision, cache_dir),
+            *_read(source, hub, revision, written.family),
             verifier,
             dtype=record.dtype if record else None,
             options=record.options if record else None,
@@ -246,9 +248,10 @@ def plan(
     dtype: str | None = None,
 ) -> ConversionPlan:
     """Plan what ``convert`` would do, without writing anything; see there for the arguments."""
+    hub = HubAccess(cache_dir)
     planned = _plan(
-        *_read(family, source, revision, cache_dir),
-        open_verifier(base_model, cache_dir=cache_dir),
+        *_read(source, hub, revision, family),
+        open_verifier(base_model, hub),
         asked=asked,
         options=options,
         dtype=dtype,
@@ -258,16 +261,13 @@ def plan(
 
 
 def _read(
-    family: Family | None,
-    source: str | Path,
-    revision: str | None,
-    cache_dir: str | Path | None,
+    source: str | Path, hub: HubAccess, revision: str | None, family: Family | None
 ) -> tuple[Family, Checkpoint]:
     """Read a source, and the files beside its weights that its family may have."""
-    repository = open_repository(source, revision=revision, cache_dir=cache_dir, one_file=True)
+    repository = open_repository(source, hub, revision=revision, one_file=True)
     checkpoint = read_checkpoint(repository)
     logger.info(f"Loaded {len(checkpoint.tensors)} weights")
-    family = family or family_of(checkpoint)
+    family = family_of(checkpoint, recognise(checkpoint.config, checkpoint.tensors), family)
     companions = find_companions(repository, family.companions)
     return family, replace(checkpoint, companions=companions)
 

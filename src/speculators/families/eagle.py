@@ -21,7 +21,7 @@ from speculators.families.family import (
     Target,
     servings,
 )
-from speculators.families.layer import REFERENCE_ROPE_BASE, derive_layer
+from speculators.families.research.layer import REFERENCE_ROPE_BASE, derive_layer
 from speculators.families.signature import Serving, Signature, vllm
 from speculators.format.config import LayerConfig, SpeculatorConfig, SpeculatorsConfig
 from speculators.format.tensors import TensorSpec, required_tensors

@@ -7,7 +7,8 @@ from typing import Any
 from loguru import logger
 
 from speculators.checkpoint.files.json_file import read_json
-from speculators.checkpoint.hub.headers import headers_only
+from speculators.checkpoint.headers import headers_only
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.paths import local_path
@@ -15,7 +16,7 @@ from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_names, read_tensors
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
-from speculators.errors import CheckpointError, OutputError
+from speculators.errors import CheckpointError, OutputError, listed
 from speculators.mtp.config import promising, write_json
 from speculators.mtp.find import Mtp, find_mtp, why_unknown
 from speculators.mtp.quantization import (
@@ -25,9 +26,7 @@ from speculators.mtp.quantization import (
     with_exclusions,
 )
 
-__all__ = ["check_mtp", "cut", "listed", "read_mtp", "tensors_of"]
-
-MOST_LISTED = 4
+__all__ = ["check_mtp", "cut", "read_mtp", "tensors_of"]
 
 
 def cut(
@@ -63,7 +62,7 @@ def cut(
     """
     directory = local_path(output, OutputError)
     check_output(directory, overwrite=False, marker=None)
-    repository = open_repository(verifier, revision=revision, cache_dir=cache_dir, one_file=True)
+    repository = open_repository(verifier, HubAccess(cache_dir), revision=revision, one_file=True)
     config, _ = read_config(repository)
     if config.get("speculators_model_type") == "mtp":
         raise CheckpointError(
@@ -139,12 +138,6 @@ def tensors_of(mtp: Mtp, repository: Repository) -> dict[str, TensorInfo]:
             f"{listed(lacking)}; fetch the complete checkpoint."
         )
     return tensors
-
-
-def listed(names: tuple[str, ...] | list[str]) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - MOST_LISTED
-    return ", ".join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _elsewhere(repository: Repository) -> str:

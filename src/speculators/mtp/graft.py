@@ -7,15 +7,16 @@ from typing import Any
 from loguru import logger
 
 from speculators.checkpoint.files.json_file import read_json
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.output.staging import check_output
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory, open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo, describe_shape
-from speculators.errors import CheckpointError, ConversionError, OutputError
+from speculators.errors import CheckpointError, ConversionError, OutputError, listed
 from speculators.mtp.config import promising
-from speculators.mtp.cut import check_mtp, listed, read_mtp, tensors_of
+from speculators.mtp.cut import check_mtp, read_mtp, tensors_of
 from speculators.mtp.experts import layout_of, restacked
 from speculators.mtp.find import EXPERTS, Mtp, blocks_of, body_layers, find_mtp, nearest_layer
 from speculators.mtp.numbers import check_numbers
@@ -100,7 +101,7 @@ def graft(
     else:
         _check_place(place, directory)
     receiver = _read_receiver(directory)
-    plan = _plan(receiver, mtp, revision, cache_dir)
+    plan = _plan(receiver, mtp, revision, HubAccess(cache_dir))
     pieces = [piece for tensor in plan.shard.values() for piece in tensor.sources]
     check_numbers(pieces, progress("Checking", sum(it.nbytes for it in pieces)))
     if output is None:
@@ -161,10 +162,8 @@ def _read_receiver(directory: Path) -> Receiver:
     return Receiver(directory, config, tensors, index)
 
 
-def _plan(
-    receiver: Receiver, given: str | Path, revision: str | None, cache_dir: str | Path | None
-) -> Plan:
-    repository = open_repository(given, revision=revision, cache_dir=cache_dir, one_file=True)
+def _plan(receiver: Receiver, given: str | Path, revision: str | None, hub: HubAccess) -> Plan:
+    repository = open_repository(given, hub, revision=revision, one_file=True)
     if isinstance(repository, LocalDirectory) and repository.path.samefile(receiver.directory):
         raise ConversionError(
             f"{given} is given as the verifier and as the MTP; give what holds the MTP to graft."

@@ -17,7 +17,7 @@ from speculators.convert.checks.verifier import (
     refuse_draft_as_verifier,
     refuse_incomplete,
 )
-from speculators.convert.plan import ConversionPlan, head_left_out
+from speculators.convert.plan import ConversionPlan, unchecked_head
 from speculators.errors import IncompleteVerifierError, SpeculatorsError, ValidationError
 from speculators.families.family import imported
 from speculators.models.output import DraftOutput
@@ -128,7 +128,7 @@ class ForwardCheck(ABC):
         self.unchecked.append(sentence)
 
     def _check_logits(self, reference: Any, drafted: Tensor, found: Tensor | None) -> None:
-        head = None
+        head, own = None, self.plan.replaced_head
         if "head" in self.plan.family.borrows and "head" not in self.plan.features:
             try:
                 info = self.plan.verifier.head()
@@ -140,11 +140,11 @@ class ForwardCheck(ABC):
                     "Logits were not validated, since the verifier's head is not available: "
                     f"{error}"
                 )
-                for own in self.plan.heads:
-                    self._leave_unchecked(head_left_out(own))
+                if own is not None:
+                    self._leave_unchecked(unchecked_head(own))
                 return
             head = planned_matrix(PlannedTensor.copy_of(info))
-            for own in self.plan.heads:
+            if own is not None:
                 check_head_of_source(own, info)
         if found is None:
             found = self._computed().logits  # which says why there are none

@@ -12,8 +12,9 @@ from torch import Tensor
 from speculators import __version__
 from speculators.checkpoint.output.staging import staged_directory
 from speculators.errors import EvaluationError
+from speculators.evaluate.defaults import BATCH
 from speculators.evaluate.prompts import Prompt
-from speculators.evaluate.recording import (
+from speculators.evaluate.recording.manifest import (
     RECORDING,
     RECORDING_FILE,
     Identity,
@@ -25,15 +26,12 @@ from speculators.evaluate.recording import (
     open_recording,
     text_file,
 )
+from speculators.evaluate.recording.shards import read_tokens
+from speculators.evaluate.recording.texts import decode_texts, layer_states
 from speculators.evaluate.report import Settings
-from speculators.evaluate.shards import read_tokens
-from speculators.evaluate.subject import LoadedVerifier
-from speculators.evaluate.texts import decode_texts, layer_states
+from speculators.evaluate.subject.loading import LoadedVerifier
 
-__all__ = ["BATCH", "add_layers", "record"]
-
-BATCH = 16
-"""The number of prompts that are decoded at the same time, if not told otherwise."""
+__all__ = ["add_layers", "record"]
 
 
 def record(

@@ -73,30 +73,31 @@ def headers_only(repository: Repository) -> Iterator[Repository]:
 class _HeadersOnly:
     """See ``headers_only``; implements ``Repository``."""
 
-    def __init__(self, hub: HubRepository, folder: Path) -> None:
-        self.name = hub.name
-        self.weights = hub.weights
-        self.hub = hub
+    def __init__(self, original: HubRepository, folder: Path) -> None:
+        self.name = original.name
+        self.weights = original.weights
+        self.hub = original.hub
+        self.original = original
         self.folder = folder
 
     @property
     def commit(self) -> str | None:
         """See ``Repository``."""
-        return self.hub.commit
+        return self.original.commit
 
     def file(self, filename: str) -> Path | None:
         """See ``Repository``."""
         if not WEIGHTS.fullmatch(filename):
-            return self.hub.file(filename)
-        cached = self.hub.location(filename)
+            return self.original.file(filename)
+        cached = self.original.location(filename)
         if cached is None:
             return None
         if cached.is_file():
-            return cached if _is_readable(cached) else self.hub.file(filename)
+            return cached if _is_readable(cached) else self.original.file(filename)
         path = self.folder / filename
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w+b") as file:
-            _StandIn(self.hub, filename, file).fill()
+            _StandIn(self.original, filename, file).fill()
         return path
 
     def part(self, filename: str, tensors: Collection[str]) -> Path | None:  # noqa: ARG002
@@ -105,15 +106,15 @@ class _HeadersOnly:
 
     def holds(self, filename: str) -> bool:
         """See ``Repository``."""
-        return self.hub.holds(filename)
+        return self.original.holds(filename)
 
     def names(self) -> list[str]:
         """See ``Repository``."""
-        return self.hub.names()
+        return self.original.names()
 
     def unseen(self) -> str | None:
         """See ``Repository``."""
-        return self.hub.unseen()
+        return self.original.unseen()
 
 
 def _is_readable(file: Path) -> bool:
