@@ -11,6 +11,7 @@ from hypothesis import settings
 from loguru import logger
 from transformers.utils import logging as transformers_logging
 
+from all_drafts import Pair, convert_all
 from eagle3 import NAMES, convert_golden3
 from helpers import (
     GOLDEN,
@@ -69,6 +70,12 @@ def eagle3_drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every golden EAGLE-3 draft, converted with validation; tests must not change these."""
     root = tmp_path_factory.mktemp("eagle3")
     return {name: convert_golden3(name, root / name) for name in NAMES}
+
+
+@pytest.fixture(scope="session")
+def all_drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    """Every golden and example draft, converted without validation; tests must not change these."""
+    return convert_all(tmp_path_factory.mktemp("all"))
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,8 @@ class Session:
         proposal: how to propose.
         system: the system message, if any.
         max_new_tokens: the longest answer, in tokens.
-        temperature: for sampling; 0 means greedy decoding.
+        temperature: for sampling from the verifier's whole distribution, as an evaluation does;
+            0 means greedy decoding.
 
     Attributes:
         answers: those given so far; the last one may have been interrupted.
@@ -74,7 +75,13 @@ class Session:
             for piece in noted.pieces:
                 show(piece)
 
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
+        # Otherwise the verifier's generation_config would cut the distribution.
+        sampling = {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_k": 0,
+            "top_p": 1.0,
+        }
         subject.draft.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),

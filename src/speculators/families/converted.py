@@ -18,7 +18,7 @@ from speculators.checkpoint.reader import (
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.checkpoint.tensor import TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.errors import FormatError, VerifierError
+from speculators.errors import FormatError, SpeculatorsError, VerifierError
 from speculators.families.family import Family
 from speculators.families.registry import families, family_named
 from speculators.format.config import SpeculatorConfig
@@ -77,6 +77,13 @@ class Converted:
         vocabulary, hidden = self.config.verifier_sizes
         verifier.check_fits(hidden, vocabulary)
         return verifier
+
+    def verifier_layers(self) -> int | None:
+        """The number of its verifier's layers; ``None`` if that is not known."""
+        try:
+            return self.open_verifier().layers
+        except SpeculatorsError:
+            return None
 
 
 def open_converted(

@@ -3,7 +3,7 @@
 A language model with its MTP inside is a language model.
 """
 
-from speculators.families.signature import Serving, Signature
+from speculators.families.signature import Serving, Signature, vllm
 
 __all__ = ["MTP", "MTP_OF_UPSTREAM"]
 
@@ -16,7 +16,7 @@ FORMAT = (
     "takes it out"
 )
 
-VLLM = Serving("vLLM", 'method "mtp"')
+VLLM = vllm("mtp")
 SGLANG = Serving("SGLang", "NEXTN")
 LLAMA_CPP = Serving("llama.cpp", "draft-mtp")
 TENSORRT = Serving("TensorRT-LLM", "MTP")
@@ -60,7 +60,7 @@ MTP = (
         never=BODY,
         advice=FORMAT,
         serving=(
-            Serving("vLLM", 'method "mtp"', note="the first of several layers only"),
+            vllm("mtp", "the first of several layers only"),
             SGLANG,
         ),
     ),
@@ -112,13 +112,23 @@ MTP = (
         serving=(SGLANG,),
     ),
     Signature(
+        "mtp-iquest-q1",
+        "an MTP head of IQuest Q1, a checkpoint of its own",
+        marks=r"target_final_norm\.weight",
+        needs=(r"mtp\..*",),
+        advice=(
+            "it belongs beside its verifier's checkpoint, as it was published, and is not converted"
+        ),
+        serving=(SGLANG,),
+    ),
+    Signature(
         "mtp",
         "an MTP head of a layout of its own",
         marks=r"mtp[._].*",
         never=BODY,
         advice=FORMAT,
         serving=(
-            Serving("vLLM", 'method "mtp"', note="if it knows the verifier"),
+            vllm("mtp", "if it knows the verifier"),
             Serving("SGLang", "NEXTN", note="likewise"),
         ),
     ),

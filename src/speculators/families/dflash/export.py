@@ -13,12 +13,18 @@ from typing import Any
 from speculators.families.advice import limit_context
 from speculators.families.dflash.attention import is_usual
 from speculators.families.dflash.config import SCALES, DFlash2Config, DFlashConfig, DSparkConfig
-from speculators.families.family import Target
+from speculators.families.family import Limit, Target, limit
+from speculators.families.signature import Serving, vllm
 
-__all__ = ["DFLASH2_TARGETS", "DFLASH_TARGETS", "DSPARK_TARGETS", "export_config"]
-
-Limit = Callable[[DFlashConfig], str | None]
-"""What a draft has that a reader cannot compute, as it follows "it"; ``None`` if nothing."""
+__all__ = [
+    "DFLASH2_AS_CONVERTED",
+    "DFLASH2_TARGETS",
+    "DFLASH_AS_CONVERTED",
+    "DFLASH_TARGETS",
+    "DSPARK_AS_CONVERTED",
+    "DSPARK_TARGETS",
+    "export_config",
+]
 
 SELECTOR = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 HEADS = (
@@ -105,45 +111,53 @@ def _dflash_for_vllm(config: DFlashConfig) -> dict[str, Any]:
     }
 
 
+@limit("a first token that is drafted at the anchor's position")
 def samples_anchor(config: DFlashConfig) -> str | None:
     """A first token that is drafted at the anchor's position."""
     return "samples from the anchor" if config.sample_from_anchor else None
 
 
+@limit("states of another width than the draft's")
 def other_width(config: DFlashConfig) -> str | None:
     """States of another width than the draft's."""
     return "reads states of another width than its own" if config.target_hidden_size else None
 
 
+@limit("the state that enters layer 0")
 def embeddings_read(config: DFlashConfig) -> str | None:
     """The state that enters layer 0, which leaves none."""
     reads = 0 in config.aux_hidden_state_layer_ids
     return "reads the verifier's embeddings (layer -1)" if reads else None
 
 
+@limit("a mask token with an embedding of its own")
 def own_mask(config: DFlashConfig) -> str | None:
     """A mask token with an embedding of its own."""
     return "has a mask embedding of its own (mask_embedding.pt)" if config.mask_embedding else None
 
 
+@limit("such a mask token of a draft that samples from the anchor")
 def anchored_mask(config: DFlashConfig) -> str | None:
     """Both: vLLM serves what samples from the anchor as DSpark, which reads no mask embedding."""
     both = config.sample_from_anchor and config.mask_embedding
     return "samples from the anchor and has a mask embedding of its own" if both else None
 
 
+@limit("RoPE that pairs neighbouring channels")
 def paired_rope(config: DFlashConfig) -> str | None:
     """RoPE that pairs neighbouring channels."""
     paired = not config.transformer_layer_config.is_neox_style
     return "has RoPE that pairs neighbouring channels (is_neox_style false)" if paired else None
 
 
+@limit("a verifier of an unknown number of layers")
 def depth_unknown(config: DFlashConfig) -> str | None:
     """No number of the verifier's layers, which the reference always reads."""
     unknown = config.num_target_layers is None
     return "does not say how many layers its verifier has" if unknown else None
 
 
+@limit("Markov heads other than vanilla ones")
 def other_markov(config: DFlashConfig) -> str | None:
     """A Markov head that depends on more than the token before."""
     kind = getattr(config, "markov_head_type", "vanilla")
@@ -151,34 +165,25 @@ def other_markov(config: DFlashConfig) -> str | None:
     return f"has a {called} Markov head" if kind != "vanilla" else None
 
 
+@limit("layers that are causal, or not, unlike others of their type")
 def causal_full(config: DFlashConfig) -> str | None:
     """Layers whose causality is not that of their type."""
     usual = is_usual(config.transformer_layer_config.layer_types, config.causal)
     return None if usual else "has layers that are causal, or not, unlike others of their type"
 
 
+@limit("layers that slide")
 def sliding(config: DFlashConfig) -> str | None:
     """A window."""
     slides = config.transformer_layer_config.use_sliding_window
     return "has layers that slide" if slides else None
 
 
+@limit("DFlash 2's scales")
 def scaled(config: DFlashConfig) -> str | None:
     """DFlash 2's scales."""
     given = [key for key in SCALES if getattr(config, key, None) is not None]
     return f"has {given[0]}" if given else None
-
-
-def refusal(
-    reader: str, *limits: Limit
-) -> Callable[[DFlashConfig, Callable[[], int | None]], str | None]:
-    """Why a reader cannot compute a draft: by the first of the limits that it exceeds."""
-
-    def refuses(config: DFlashConfig, depth: Callable[[], int | None]) -> str | None:  # noqa: ARG001
-        exceeded = next(filter(None, (limit(config) for limit in limits)), None)
-        return exceeded and f"{exceeded}, which {reader} cannot compute"
-
-    return refuses
 
 
 def _called(architecture: str) -> dict[str, dict[str, Any]]:
@@ -220,37 +225,42 @@ def _reference(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFla
         reader="z-lab's dflash",
         layers=_called(architecture),
         lacks=OWN,
-        refuses=refusal(
-            "z-lab's dflash", samples_anchor, other_width, own_mask, paired_rope, depth_unknown
-        ),
+        limits=(samples_anchor, other_width, own_mask, paired_rope, depth_unknown),
         keys=keys,
     )
 
 
 def _vllm(
+    method: str,
     architecture: str,
     keys: Callable[[Any], dict[str, Any]],
     *limits: Limit,
-    advice: Callable[[DFlashConfig], str | None] = lambda config: None,  # noqa: ARG005
+    **settings: Any,
 ) -> DFlashTarget:
     return DFlashTarget(
         reader="vLLM",
         layers=_called(architecture),
-        refuses=refusal("vLLM", *limits),
+        serving=vllm(method),
+        limits=limits,
         keys=keys,
         activation="silu",
-        advice=advice,
+        **settings,
     )
 
 
+def _as_converted(method: str, *limits: Limit) -> Target:
+    return Target("vLLM", serving=vllm(method), limits=limits, activation="silu")
+
+
 def _sglang(
-    architecture: str, keys: Callable[[Any], dict[str, Any]], *limits: Limit
+    algorithm: str, architecture: str, keys: Callable[[Any], dict[str, Any]], *limits: Limit
 ) -> DFlashTarget:
     return DFlashTarget(
         reader="SGLang",
         layers=_called(architecture),
+        serving=Serving("SGLang", algorithm),
         lacks=frozenset({"draft_vocabulary"}),
-        refuses=refusal("SGLang", other_width, embeddings_read, *limits),
+        limits=(other_width, embeddings_read, *limits),
         keys=keys,
         activation="silu",
         remarks=_ignores_own("SGLang"),
@@ -259,6 +269,7 @@ def _sglang(
 
 
 def _llamacpp(
+    spec_type: str,
     architecture: str,
     keys: Callable[[Any], dict[str, Any]],
     *limits: Limit,
@@ -268,9 +279,9 @@ def _llamacpp(
     return DFlashTarget(
         reader="llama.cpp's convert_hf_to_gguf.py",
         layers=_called(architecture),
+        serving=Serving("llama.cpp", spec_type),
         lacks=frozenset({*(OWN - ignores.keys()), "attention_bias"}),
-        refuses=refusal(
-            "llama.cpp",
+        limits=(
             other_width,
             embeddings_read,
             own_mask,
@@ -291,9 +302,9 @@ def _trtllm(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFlashT
     return DFlashTarget(
         reader="TensorRT-LLM",
         layers=_called(architecture),
+        serving=Serving("TensorRT-LLM", "DFlash"),
         lacks=frozenset({"draft_vocabulary"}),
-        refuses=refusal(
-            "TensorRT-LLM",
+        limits=(
             samples_anchor,
             other_width,
             embeddings_read,
@@ -308,23 +319,42 @@ def _trtllm(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFlashT
     )
 
 
+DFLASH_AS_CONVERTED = _as_converted("dflash", samples_anchor)
 DFLASH_TARGETS = {
     "dflash": _reference("DFlashDraftModel", _nested),
-    "vllm": _vllm("DFlashDraftModel", _dflash_for_vllm, anchored_mask, advice=_served_as_dspark),
-    "sglang": _sglang("DFlashDraftModel", _nested, samples_anchor),
-    "llamacpp": _llamacpp("DFlashDraftModel", _nested, samples_anchor),
+    "vllm": _vllm(
+        "dflash",
+        "DFlashDraftModel",
+        _dflash_for_vllm,
+        anchored_mask,
+        variants=(
+            (
+                lambda config: config.sample_from_anchor,
+                vllm("dspark", "without tensor parallelism"),
+            ),
+        ),
+        advice=_served_as_dspark,
+    ),
+    "sglang": _sglang("DFLASH", "DFlashDraftModel", _nested, samples_anchor),
+    "llamacpp": _llamacpp("draft-dflash", "DFlashDraftModel", _nested, samples_anchor),
     "trtllm": _trtllm("DFlashDraftModel", _nested),
 }
+DFLASH2_AS_CONVERTED = _as_converted("dflash", samples_anchor, scaled)
 DFLASH2_TARGETS = {
     "dflash": _reference("DFlash2DraftModel", _dflash2),
-    "vllm": _vllm("DFlash2DraftModel", _dflash2, samples_anchor),
-    "sglang": _sglang("DFlash2DraftModel", _dflash2, samples_anchor),
-    "llamacpp": _llamacpp("DFlash2DraftModel", _dflash2, samples_anchor, scaled),
+    "vllm": _vllm("dflash", "DFlash2DraftModel", _dflash2, samples_anchor),
+    "sglang": _sglang("DFLASH", "DFlash2DraftModel", _dflash2, samples_anchor),
+    "llamacpp": _llamacpp("draft-dflash", "DFlash2DraftModel", _dflash2, samples_anchor, scaled),
 }
+DSPARK_AS_CONVERTED = _as_converted("dspark", other_markov)
 DSPARK_TARGETS = {
-    "vllm": _vllm("Qwen3DSparkModel", _dspark, other_markov),
-    "sglang": _sglang("Qwen3DSparkModel", _dspark),
+    "vllm": _vllm("dspark", "Qwen3DSparkModel", _dspark, other_markov),
+    "sglang": _sglang("DSPARK", "Qwen3DSparkModel", _dspark),
     "llamacpp": _llamacpp(
-        "Qwen3DSparkModel", _dspark, other_markov, ignores=_ignores_own("llama.cpp")
+        "draft-dspark",
+        "Qwen3DSparkModel",
+        _dspark,
+        other_markov,
+        ignores=_ignores_own("llama.cpp"),
     ),
 }

@@ -14,39 +14,11 @@ from typing import Any
 from speculators.checkpoint.tensor import Constant, PlannedTensor
 from speculators.families.advice import limit_context
 from speculators.families.eagle3.config import USUAL_STATES, Eagle3Config
-from speculators.families.family import Target
+from speculators.families.eagle3.publishers import EXPORTED
+from speculators.families.family import Limit, Target, limit, limit_of_layers
+from speculators.families.signature import Serving, vllm
 
-__all__ = ["TARGETS", "Eagle3Target", "export_config"]
-
-Depth = Callable[[], int | None]
-"""Gives the number of the verifier's layers, if it is known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """What a reader cannot compute, beside features.
-
-    Attributes:
-        what: it, as the documentation calls it.
-        found: what a draft has of it, as a clause that follows the draft's name; ``None`` if it
-            has nothing of it.
-
-    """
-
-    what: str
-    found: Callable[[Eagle3Config, Depth], str | None]
-
-
-def limit(what: str) -> Callable[[Callable[[Eagle3Config], str | None]], Limit]:
-    """Make a limit of a function of the config."""
-    return lambda found: Limit(what, lambda config, _: found(config))
-
-
-def limit_of_layers(
-    what: str,
-) -> Callable[[Callable[[Eagle3Config, int | None], str | None]], Limit]:
-    """Make a limit of a function of the config and the number of the verifier's layers."""
-    return lambda found: Limit(what, lambda config, depth: found(config, depth()))
+__all__ = ["AS_CONVERTED", "TARGETS", "Eagle3Target", "export_config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +27,9 @@ class Eagle3Target(Target):
 
     Attributes:
         keys: what config.json has beside the sizes of the draft.
-        limits: what its reader cannot compute, beside features.
 
     """
 
-    limits: tuple[Limit, ...] = ()
     keys: Callable[[Eagle3Config], dict[str, Any]] = lambda config: {}  # noqa: ARG005
 
 
@@ -78,7 +48,7 @@ def export_config(config: Eagle3Config, target: Eagle3Target) -> dict[str, Any]:
         values["target_hidden_size"] = config.target_hidden_size
     if config.embed_requires_grad and not config.parallel:
         values["embed_requires_grad"] = True
-    return values | dict(target.layers[layer.model_type]) | target.keys(config)
+    return values | dict(target.layers[layer.model_type]) | target.keys(config) | EXPORTED
 
 
 def outputs(config: Eagle3Config) -> list[int]:
@@ -120,7 +90,24 @@ def other_number(config: Eagle3Config) -> str | None:
     return f"reads {config.states} states" if config.states != USUAL_STATES else None
 
 
-@limit_of_layers("other layers than 2, n/2 and n-3")
+def of_gpt_oss(config: Eagle3Config) -> bool:
+    """Whether the verifier is a gpt-oss, of which SGLang also captures what leaves a layer."""
+    return any("GptOss" in name for name in config.speculators_config.verifier.architectures)
+
+
+def if_usual(config: Eagle3Config) -> str:
+    """The only number of layers with which a draft can read the reference's."""
+    return f"if its verifier has {config.eagle_aux_hidden_state_layer_ids[-1] + 3} layers"
+
+
+def unless_last(config: Eagle3Config) -> str | None:
+    """The number of layers with which the last state that is read is that of the last layer."""
+    if of_gpt_oss(config):
+        return None
+    return f"unless its verifier has {config.eagle_aux_hidden_state_layer_ids[-1]} layers"
+
+
+@limit_of_layers("other layers than 2, n/2 and n-3", if_usual)
 def other_layers(config: Eagle3Config, depth: int | None) -> str | None:
     """Others than the reference's 2, n//2 and n-3 of n; if n is not known, of what n could be."""
     layers = config.eagle_aux_hidden_state_layer_ids
@@ -131,12 +118,11 @@ def other_layers(config: Eagle3Config, depth: int | None) -> str | None:
     return f"reads the states that enter the layers {layers}, and not {usual}"
 
 
-@limit_of_layers("the state that leaves the last layer, except of gpt-oss")
+@limit_of_layers("the state that leaves the last layer, except of gpt-oss", unless_last)
 def last_state(config: Eagle3Config, depth: int | None) -> str | None:
     """What leaves the last layer: SGLang captures what enters a layer, except for gpt-oss."""
     layers = config.eagle_aux_hidden_state_layer_ids
-    verifiers = config.speculators_config.verifier.architectures
-    if layers[-1] != depth or any("GptOss" in name for name in verifiers):
+    if layers[-1] != depth or of_gpt_oss(config):
         return None
     return f"reads the state that leaves the verifier's last layer (layer {depth})"
 
@@ -221,13 +207,7 @@ def unless_parallel(it: Limit) -> Limit:
 
 
 def _target(reader: str, *limits: Limit, **settings: Any) -> Eagle3Target:
-    """A target whose reader refuses a draft by the first of the limits that it exceeds."""
-
-    def refuses(config: Eagle3Config, depth: Depth) -> str | None:
-        exceeded = next(filter(None, (it.found(config, depth) for it in limits)), None)
-        return exceeded and f"{exceeded}, which {reader} cannot compute"
-
-    return Eagle3Target(reader, limits=limits, refuses=refuses, **settings)
+    return Eagle3Target(reader, limits=limits, **settings)
 
 
 def _nested(config: Eagle3Config, **keys: Any) -> dict[str, Any]:
@@ -357,6 +337,21 @@ def _llama(architecture: str) -> dict[str, dict[str, Any]]:
     return {"llama": {"model_type": "llama", "architectures": [architecture]}}
 
 
+VLLM: dict[str, Any] = {
+    "serving": vllm("eagle3"),
+    "variants": ((lambda config: config.parallel, vllm("eagle3", parallel_drafting=True)),),
+    "lacks": frozenset({"fc_bias"}),
+    "activation": "silu",
+}
+"""What vLLM (0.29 to 0.33) takes in either layout."""
+
+AS_CONVERTED = Target(
+    "vLLM",
+    # Its reader of P-EAGLE drafts in this format passes neither fc_norm nor norm_output on.
+    limits=(qwen3_biases, norms_in_parallel),
+    **VLLM,
+)
+
 BIASES_AND_NORMS = frozenset({"attention_bias", "mlp_bias", "qk_norm"})
 
 TARGETS: dict[str, Eagle3Target] = {
@@ -378,14 +373,13 @@ TARGETS: dict[str, Eagle3Target] = {
         qwen3_biases,
         layers=_llama("LlamaForCausalLMEagle3")
         | {"qwen3": {"model_type": "qwen3", "architectures": ["Eagle3Qwen3ForCausalLM"]}},
-        lacks=frozenset({"fc_bias"}),
         keys=_keys_of_vllm,
-        activation="silu",
         remarks={
             "mask_hidden": (
                 "vLLM drafts in parallel with the method eagle3 and parallel_drafting true"
             )
         },
+        **VLLM,
     ),
     "sglang": _target(
         "SGLang",
@@ -395,6 +389,7 @@ TARGETS: dict[str, Eagle3Target] = {
         embeddings_read,
         other_numbering,
         last_state,
+        serving=Serving("SGLang", "EAGLE3"),
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"mask_hidden"},
         prefixes=_midlayer,
@@ -448,6 +443,7 @@ TARGETS: dict[str, Eagle3Target] = {
         feedback_norm,
         other_number,
         other_layers,
+        serving=Serving("llama.cpp", "draft-eagle3"),
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"fc_bias", "fc_norm", "input_norm", "mask_hidden"},
         prefixes=_midlayer,
@@ -461,6 +457,7 @@ TARGETS: dict[str, Eagle3Target] = {
         residual_norm,
         embeddings_read,
         one_state,
+        serving=Serving("TensorRT-LLM", "Eagle3"),
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"mask_hidden"},
         prefixes=_midlayer,

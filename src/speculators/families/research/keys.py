@@ -252,6 +252,7 @@ WITHOUT_EFFECT = {
     **_because("the tensors decide", "model_type num_hidden_layers draft_num_hidden_layers"),
     **_because("a hint: the tensors decide", " ".join(["bias", *HINTS])),
     **_because("that of the tensors is written", "dtype torch_dtype"),
+    **_because("it is about an export that speculators wrote", "exported_by exported_zeros"),
     "architectures": "the draft's own are written",
 }
 """Key → why it has no effect. A closed list: a key that is not in it is reported."""
