@@ -103,7 +103,7 @@ def test_what_depends_on_a_verifier_elsewhere_is_said(
     assert notes == {
         "vLLM": None,
         "SGLang": "unless its verifier has 5 layers",
-        "llama.cpp": "if its verifier has 8 layers",
+        "llama.cpp": "unless its verifier has 5 layers",
         "TensorRT-LLM": None,
     }
     here = inspect_checkpoint(all_drafts["sailab_llama"].converted)

@@ -1,8 +1,9 @@
 """What DFlash, DFlash 2 and DSpark drafts can be exported to.
 
 What each reader takes is by the sources of z-lab's ``dflash`` 0.1.0, vLLM 0.32 and 0.33
-(``model_executor/models/qwen3_dflash.py``, ``qwen3_dflash2.py``, ``qwen3_dspark.py``) and SGLang
-0.5.23 (``srt/models/dflash.py``, ``dspark.py``, ``srt/speculative/dflash_utils.py``). All of them
+(``model_executor/models/qwen3_dflash.py``, ``qwen3_dflash2.py``, ``qwen3_dspark.py``), SGLang
+0.5.23 (``srt/models/dflash.py``, ``dspark.py``, ``srt/speculative/dflash_utils.py``) and llama.cpp
+b11434 (``conversion/qwen.py``, ``src/models/dflash.cpp``, ``common/speculative.cpp``). All of them
 read one native layout, which is flat and nests what is DFlash's own in ``dflash_config``.
 """
 
@@ -14,6 +15,7 @@ from speculators.families.advice import limit_context
 from speculators.families.dflash.attention import is_usual
 from speculators.families.dflash.config import SCALES, DFlash2Config, DFlashConfig, DSparkConfig
 from speculators.families.family import Limit, Target, limit
+from speculators.families.rope_in_gguf import keys_of_rope, misread_rope
 from speculators.families.signature import Serving, vllm
 
 __all__ = [
@@ -172,6 +174,48 @@ def causal_full(config: DFlashConfig) -> str | None:
     return None if usual else "has layers that are causal, or not, unlike others of their type"
 
 
+@limit("layers that are causal beside layers that are not")
+def mixed_causality(config: DFlashConfig) -> str | None:
+    """Layers of which some are causal and some are not."""
+    return (
+        "has layers that are causal, and others that are not"
+        if len(set(config.causal)) > 1
+        else None
+    )
+
+
+@limit("windows shorter than a block that is not causal")
+def short_window(config: DFlashConfig) -> str | None:
+    """A window that ends inside a block that is not causal: llama.cpp ends it backwards only."""
+    window = config.transformer_layer_config.sliding_window
+    short = window is not None and window < config.block_size and not all(config.causal)
+    return "has windows that are shorter than its blocks, and not causal" if short else None
+
+
+@limit("dynamic and Llama 3's RoPE scaling, and YaRN with more than a factor")
+def misread_by_llamacpp(config: DFlashConfig) -> str | None:
+    """RoPE scaling that llama.cpp's converter drops, or reads otherwise."""
+    return misread_rope(config.transformer_layer_config, llama3=False)
+
+
+@limit("the state that leaves the verifier's last layer")
+def last_state(config: DFlashConfig) -> str | None:
+    """What leaves the verifier's last layer, of which llama.cpp keeps only what enters layers."""
+    last = config.aux_hidden_state_layer_ids[-1]
+    known = last == config.num_target_layers
+    return (
+        f"reads the state that leaves the verifier's last layer (layer {last})" if known else None
+    )
+
+
+@limit("a confidence head without the Markov embedding")
+def lone_confidence(config: DFlashConfig) -> str | None:
+    """A confidence head that does not take the Markov embedding."""
+    without = getattr(config, "confidence_head_with_markov", True) is False
+    lone = without and getattr(config, "enable_confidence_head", False)
+    return "has a confidence head without the Markov embedding" if lone else None
+
+
 @limit("layers that slide")
 def sliding(config: DFlashConfig) -> str | None:
     """A window."""
@@ -268,29 +312,57 @@ def _sglang(
     )
 
 
+def _for_llamacpp(keys: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """The keys of a native layout as llama.cpp's converter takes them.
+
+    To it, layers that slide are not causal either unless ``is_causal`` says so.
+    """
+
+    def named(config: DFlashConfig) -> dict[str, Any]:
+        layer = config.transformer_layer_config
+        return {
+            **keys(config),
+            **keys_of_rope(layer),
+            **({"is_causal": all(config.causal)} if layer.use_sliding_window else {}),
+            **({} if layer.is_neox_style else {"rope_is_neox_style": False}),
+        }
+
+    return named
+
+
+def _dspark_for_llamacpp(config: DSparkConfig) -> dict[str, Any]:
+    """DSpark's keys, and that the converter is to leave out the draft's own embedding.
+
+    It leaves out a head of the whole vocabulary anyway, and llama.cpp then takes an embedding, if
+    there is one, as the head, too.
+    """
+    return _dspark(config) | {"has_embed_tokens": False}
+
+
 def _llamacpp(
     spec_type: str,
     architecture: str,
     keys: Callable[[Any], dict[str, Any]],
     *limits: Limit,
+    lacks: frozenset[str] = OWN,
     ignores: Mapping[str | None, str] = EMPTY,
 ) -> DFlashTarget:
-    """What llama.cpp's converter takes; which windows and masks it writes is not documented."""
+    """What llama.cpp's converter takes, and llama.cpp then computes."""
     return DFlashTarget(
         reader="llama.cpp's convert_hf_to_gguf.py",
         layers=_called(architecture),
         serving=Serving("llama.cpp", spec_type),
-        lacks=frozenset({*(OWN - ignores.keys()), "attention_bias"}),
+        lacks=lacks | {"attention_bias"},
         limits=(
             other_width,
-            embeddings_read,
+            last_state,
             own_mask,
-            paired_rope,
-            causal_full,
-            sliding,
+            mixed_causality,
+            short_window,
+            misread_by_llamacpp,
             *limits,
         ),
-        keys=keys,
+        keys=_for_llamacpp(keys),
         activation="silu",
         remarks=ignores,
         advice=_advice_on_llamacpp,
@@ -344,7 +416,7 @@ DFLASH2_TARGETS = {
     "dflash": _reference("DFlash2DraftModel", _dflash2),
     "vllm": _vllm("dflash", "DFlash2DraftModel", _dflash2, samples_anchor),
     "sglang": _sglang("DFLASH", "DFlash2DraftModel", _dflash2, samples_anchor),
-    "llamacpp": _llamacpp("draft-dflash", "DFlash2DraftModel", _dflash2, samples_anchor, scaled),
+    "llamacpp": _llamacpp("draft-dflash", "DFlash2DraftModel", _dflash2, samples_anchor),
 }
 DSPARK_AS_CONVERTED = _as_converted("dspark", other_markov)
 DSPARK_TARGETS = {
@@ -353,8 +425,16 @@ DSPARK_TARGETS = {
     "llamacpp": _llamacpp(
         "draft-dspark",
         "Qwen3DSparkModel",
-        _dspark,
+        _dspark_for_llamacpp,
         other_markov,
-        ignores=_ignores_own("llama.cpp"),
+        lone_confidence,
+        lacks=frozenset(),
+        ignores={
+            "embedding": IGNORES_OWN["embedding"].format(reader="llama.cpp"),
+            "head": (
+                "llama.cpp uses the verifier's head, whatever the draft's own holds, unless the "
+                "draft has a vocabulary of its own"
+            ),
+        },
     ),
 }

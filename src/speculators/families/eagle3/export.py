@@ -3,7 +3,7 @@
 What each can express is by the sources of SafeAILab/EAGLE (``eagle/model/cnets.py``), vLLM 0.32
 (``model_executor/models/llama_eagle3.py``), SGLang 0.5.23 (``srt/models/llama_eagle3.py``),
 SpecForge 0.2.0, ModelOpt 0.47, TensorRT-LLM (``_torch/models/modeling_speculative.py``) and
-llama.cpp (``conversion/llama.py``).
+llama.cpp b11434 (``conversion/llama.py``, ``src/models/eagle3.cpp``).
 """
 
 from array import array
@@ -16,6 +16,7 @@ from speculators.families.advice import limit_context
 from speculators.families.eagle3.config import USUAL_STATES, Eagle3Config
 from speculators.families.eagle3.publishers import EXPORTED
 from speculators.families.family import Limit, Target, limit, limit_of_layers
+from speculators.families.rope_in_gguf import keys_of_rope, misread_rope
 from speculators.families.signature import Serving, vllm
 
 __all__ = ["AS_CONVERTED", "TARGETS", "Eagle3Target", "export_config"]
@@ -120,7 +121,10 @@ def other_layers(config: Eagle3Config, depth: int | None) -> str | None:
 
 @limit_of_layers("the state that leaves the last layer, except of gpt-oss", unless_last)
 def last_state(config: Eagle3Config, depth: int | None) -> str | None:
-    """What leaves the last layer: SGLang captures what enters a layer, except for gpt-oss."""
+    """What leaves the last layer: SGLang captures what enters a layer, except for gpt-oss.
+
+    So does llama.cpp, except for gpt-oss and verifiers with an MTP of their own.
+    """
     layers = config.eagle_aux_hidden_state_layer_ids
     if layers[-1] != depth or of_gpt_oss(config):
         return None
@@ -157,6 +161,12 @@ def newer_rope(config: Eagle3Config) -> str | None:
     ):
         return None
     return f"has {layer.rope_type} RoPE scaling with the base {layer.rope_theta:g}"
+
+
+@limit("dynamic RoPE scaling, and YaRN with more than a factor")
+def misread_by_llamacpp(config: Eagle3Config) -> str | None:
+    """RoPE scaling that llama.cpp's converter drops, or reads otherwise."""
+    return misread_rope(config.transformer_layer_config, llama3=True)
 
 
 @limit("RoPE scaling of a P-EAGLE draft")
@@ -280,12 +290,11 @@ def _keys_of_sglang(config: Eagle3Config) -> dict[str, Any]:
 
 
 def _keys_of_llamacpp(config: Eagle3Config) -> dict[str, Any]:
-    scaling = config.transformer_layer_config.rope_scaling or {}
-    trained = scaling.get("original_max_position_embeddings")
     return {
+        "eagle_aux_hidden_state_layer_ids": config.eagle_aux_hidden_state_layer_ids,
         "norm_before_residual": config.norm_before_residual,
-        # Its converter reads it here, and takes 8192 otherwise.
-        **({"original_max_position_embeddings": trained} if trained else {}),
+        **({"norm_before_fc": True} if config.norm_before_fc else {}),
+        **keys_of_rope(config.transformer_layer_config),
     }
 
 
@@ -314,7 +323,8 @@ def _advice_on_llamacpp(config: Eagle3Config) -> str:
     verifier = config.speculators_config.verifier.name_or_path
     return (
         "give convert_hf_to_gguf.py the option --target-model-dir with the directory of "
-        f"{verifier}: it takes the tokenizer and the layers to read (2, n/2 and n-3) from there"
+        f"{verifier}, where it finds the tokenizer; converters from before July 2026 do not read "
+        "which states the draft takes, and write those of the layers 2, n/2 and n-3"
     )
 
 
@@ -442,10 +452,11 @@ TARGETS: dict[str, Eagle3Target] = {
         several_layers,
         feedback_norm,
         other_number,
-        other_layers,
+        last_state,
+        misread_by_llamacpp,
         serving=Serving("llama.cpp", "draft-eagle3"),
         layers=_llama("LlamaForCausalLMEagle3"),
-        lacks=BIASES_AND_NORMS | {"fc_bias", "fc_norm", "input_norm", "mask_hidden"},
+        lacks=BIASES_AND_NORMS | {"fc_bias", "fc_norm", "mask_hidden"},
         prefixes=_midlayer,
         keys=_keys_of_llamacpp,
         activation="silu",
