@@ -1,5 +1,6 @@
 """Fixtures for the tests of the conversion and the model."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -30,10 +31,22 @@ transformers_logging.disable_progress_bar()
 # The matrices are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+# Only a power failure needs it, and a disk takes milliseconds for each of some ten thousand calls.
+# The processes that tests start do call it.
+os.fsync = lambda _: None  # type: ignore[assignment]
+
+gc.disable()  # until all tests are collected
+gc.set_threshold(20_000, 20, 20)  # tests make much garbage that needs no search
 
 # The same examples every time, however slow the machine is; random ones are up to the fuzzer.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going through all that was imported, again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The real drafts in examples/, converted and evaluated: their acceptance must not change."""
 
 import importlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,10 +120,15 @@ def continued(verifier: Any) -> Continue:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "compared", "tokens"),
-    [(1, 1, 16), pytest.param(4, 2, 24, marks=pytest.mark.exhaustive)],
+    ("name", "prompts", "compared", "tokens"),
+    [
+        ("layernorms", 1, 1, 16),
+        *(
+            pytest.param(name, 4, 2, 24, marks=pytest.mark.exhaustive)
+            for name in ("eagle1", "hass", "layernorms")
+        ),
+    ],
 )
-@pytest.mark.parametrize("name", ["eagle1", "hass", "layernorms"])
 def test_a_trained_draft_is_accepted_as_often_as_before_conversion(
     tmp_path: Path,
     speculators: CommandLine,
@@ -134,7 +140,10 @@ def test_a_trained_draft_is_accepted_as_often_as_before_conversion(
     compared: int,
     tokens: int,
 ) -> None:
-    """One prompt, which is compared; exhaustive: four, of which two are compared, and longer."""
+    """The draft with most features, and one prompt, which is compared.
+
+    Exhaustive: every trained one, and four longer prompts, of which two are compared.
+    """
     monkeypatch.setattr(evaluation, "WARM_UP_TOKENS", 1)  # no time is measured here
     published = ROOT / "examples" / f"smollm2-135m-{name}"
     draft, report = tmp_path / "draft", tmp_path / "report"
@@ -179,7 +188,7 @@ def test_the_eagle3_draft_is_accepted_as_often_as_by_its_training_code(
     converting = ("convert", "eagle3", published, draft, VERIFIER, "--no-validate")
     assert speculators(*converting).status == 0
     run = speculators(
-        "evaluate", draft, "--limit=1", "--max-new-tokens=24", "--acceptance-only",
+        "evaluate", draft, "--limit=1", "--max-new-tokens=16", "--acceptance-only",
         f"--num-draft-tokens={DRAFT_TOKENS}", "--output", report,
     )  # fmt: skip
     assert run.status == 0, run.stderr
@@ -194,19 +203,20 @@ def test_the_eagle3_draft_is_accepted_as_often_as_by_its_training_code(
         return_dict=True,
     )["input_ids"]
     accepted = measure_drafts.accepted_by_step(
-        measure_drafts.load(published), verifier, ids, 24, DRAFT_TOKENS, tokenizer.eos_token_id
+        measure_drafts.load(published), verifier, ids, 16, DRAFT_TOKENS, tokenizer.eos_token_id
     )
     assert (acceptance.steps, sum(acceptance.accepted)) == (len(accepted), sum(accepted))
     assert sum(accepted) > len(accepted) / 2
 
 
 NAMES = ("eagle1", "hass", "layernorms", "eagle3")
-METHODS = [
-    ProposalMethod(speculative_tokens=1),
-    ProposalMethod(speculative_tokens=4),
-    ProposalMethod(proposal_type="static_tree"),
-    ProposalMethod(proposal_type="dynamic_tree"),
-]
+METHODS = {
+    "one token": ProposalMethod(speculative_tokens=1),
+    "chain": ProposalMethod(speculative_tokens=4),
+    "static tree": ProposalMethod(proposal_type="static_tree"),
+    "dynamic tree": ProposalMethod(proposal_type="dynamic_tree"),
+}
+SOME = {*zip(NAMES, ("static tree", "one token", "dynamic tree", "chain"), strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +254,31 @@ def recording(
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(
+            name,
+            METHODS[method],
+            id=f"{name}-{method}",
+            marks=() if (name, method) in SOME else pytest.mark.exhaustive,
+        )
+        for name, method in itertools.product(NAMES, METHODS)
+    ],
+)
 def test_a_score_is_what_decoding_counts(
-    converted: dict[str, Path], recording: Recording, verifier: Any, name: str
+    converted: dict[str, Path],
+    recording: Recording,
+    verifier: Any,
+    name: str,
+    method: ProposalMethod,
 ) -> None:
+    """Each draft with a method, and each method with a draft; exhaustive: each with all.
+
+    ``test_drafting`` has more of them, with tiny models.
+    """
     opened = open_draft(converted[name])
-    scoring = Scoring(opened, load_scored(opened, recording, "cpu"), recording, METHODS)
+    scoring = Scoring(opened, load_scored(opened, recording, "cpu"), recording, [method])
     scored = [[run.acceptance for run in prompt.speculative] for prompt in scoring.run()]
 
     draft = load_draft(converted[name], verifier=verifier, dtype=torch.float32)
@@ -262,14 +291,13 @@ def test_a_score_is_what_decoding_counts(
             return_dict=True,
             return_tensors="pt",
         )["input_ids"]
-        for method, counts in zip(METHODS, found, strict=True):
-            generation = draft.generate(
-                ids,
-                proposal=method,
-                max_new_tokens=settings.max_new_tokens,
-                do_sample=False,
-                return_dict_in_generate=True,
-            )
-            assert isinstance(generation, Generation)
-            assert counts == count_steps(generation.accepted[0], generation.offered[0])
+        generation = draft.generate(
+            ids,
+            proposal=method,
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        assert isinstance(generation, Generation)
+        assert found == [count_steps(generation.accepted[0], generation.offered[0])]
     assert len(scored) == settings.prompts_total
