@@ -138,8 +138,8 @@ def test_it_accepts_what_a_plain_evaluation_accepts(
     for seed in range(2):
         ids = prompt(6, seed)
         with torch.no_grad():
-            expected = plain_speculation(draft, ids[0].tolist(), 24, propose)
-        result = speculated(draft, ids, max_new_tokens=24, proposal=method)
+            expected = plain_speculation(draft, ids[0].tolist(), 20, propose)
+        result = speculated(draft, ids, max_new_tokens=20, proposal=method)
         found = result.sequences[0].tolist(), result.accepted[0], result.offered[0]
         assert found == expected
         assert make is random_draft or sum(result.accepted[0]) > 2
@@ -170,7 +170,7 @@ def test_every_length_is_kept_to(
 ) -> None:
     ids = prompt(6, seed=0)
     expected = plain(verifier, ids, max_new_tokens=20)
-    for length in range(1, 20):
+    for length in (1, 2, 3, 5, 8, 13, 19):
         result = speculated(draft, ids, max_new_tokens=length, proposal=proposal)
         assert torch.equal(result.sequences, expected[:, : 6 + length])
     assert speculated(draft, ids, max_new_tokens=1, proposal=proposal).accepted == [[]]
