@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pytest
 import torch
@@ -243,7 +243,7 @@ def run_here(command: str, rest: str) -> tuple[int, str]:
         # By which help tells `speculators` from `python -m pytest`.
         patch.setattr(sys.modules["__main__"], "__package__", None)
         fork_processes(patch)
-        with streams_into(stdout, stderr if passed_on else stdout):
+        with streams_into(stdout.fileno(), (stderr if passed_on else stdout).fileno()):
             try:
                 main()
             except SystemExit as stop:
@@ -262,12 +262,15 @@ def run_here(command: str, rest: str) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def streams_into(stdout_file: TextIO, stderr_file: TextIO) -> Iterator[None]:
-    """Redirect the streams of this process and of those that it starts, buffered as in a pipe."""
+def streams_into(out: int, error: int) -> Iterator[None]:
+    """Redirect the streams of this process, and of those that it starts, to two descriptors.
+
+    They are buffered as in a pipe.
+    """
     saved = [os.dup(descriptor) for descriptor in (1, 2)]
     try:
-        os.dup2(stdout_file.fileno(), 1)
-        os.dup2(stderr_file.fileno(), 2)
+        os.dup2(out, 1)
+        os.dup2(error, 2)
         with (
             open(2, "w", buffering=1, encoding="utf-8", closefd=False) as stderr,
             open(1, "w", encoding="utf-8", closefd=False) as stdout,
