@@ -29,7 +29,7 @@ from speculators.cli.shared import CacheDir
 if TYPE_CHECKING:
     from speculators.evaluate.mtp import OpenedMtp
     from speculators.evaluate.opening import Opened
-    from speculators.evaluate.report import Report, Settings
+    from speculators.evaluate.report import Report
     from speculators.format.config import ProposalMethod
 
 __all__ = ["evaluate"]
@@ -212,9 +212,7 @@ def evaluate(
         return
 
     settings = settings.model_copy(update={"acceptance_only": acceptance_only})
-    opened, proposals = _open(
-        directories[0], proposal, lengths, settings, verifier=verifier, **place
-    )
+    opened, proposals = _open(directories[0], proposal, lengths, verifier=verifier, **place)
 
     from speculators.evaluate.evaluation import Evaluation
     from speculators.evaluate.subject import load_subject
@@ -229,7 +227,6 @@ def _open(
     directory: str,
     proposal: str | None,
     lengths: list[int] | list[None],
-    settings: "Settings",
     **where: Any,
 ) -> "tuple[Opened | OpenedMtp, list[ProposalMethod]]":
     """Open a draft or an MTP; returns it, and the proposal methods to measure."""
@@ -237,7 +234,7 @@ def _open(
     from speculators.evaluate.opening import open_draft, proposals_of
 
     if mtp := open_mtp(directory, **where):
-        return mtp, mtp_proposals(proposal, lengths, settings)
+        return mtp, mtp_proposals(proposal, lengths)
     draft = open_draft(directory, **where)
     return draft, proposals_of(draft.converted, proposal, lengths)
 

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from speculators.checkpoint.hub.headers import headers_only
-from speculators.checkpoint.reader import read_config, read_names
+from speculators.checkpoint.reader import read_config, read_names, read_tensors
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.errors import CheckpointError, EvaluationError, VerifierError
-from speculators.evaluate.report import Settings
+from speculators.errors import CheckpointError, GenerationError, VerifierError
 from speculators.format.config import ProposalMethod
-from speculators.format.proposals import check_sizes, resized
+from speculators.format.proposals import CHAINS, check_sizes, resized
+from speculators.mtp.computed import computed_as
 from speculators.mtp.find import Mtp, body_layers, find_mtp
 
 __all__ = ["OpenedMtp", "mtp_proposals", "mtp_repository", "open_mtp"]
@@ -53,13 +54,22 @@ def open_mtp(
         revision: a branch, tag or commit of the MTP on the Hub.
 
     Raises:
+        FormatError: if there is an MTP, but of a kind that is not computed here.
         VerifierError: if there is an MTP, but no verifier.
 
     """
     found = _find(directory, revision, cache_dir)
     if found is None:
         return None
-    repository, mtp, names = found
+    repository, config, mtp, names = found
+    with headers_only(repository) as light:
+        tensors = read_tensors(light, only=mtp.names)
+    computed_as(
+        repository.name,
+        config,
+        mtp,
+        {name: it for name, it in tensors.items() if name in mtp.slots},
+    )
     if verifier is None and not body_layers(mtp, names):
         raise VerifierError(
             f"{repository.name} is an MTP without its verifier; give that with --verifier."
@@ -82,8 +92,8 @@ def mtp_repository(
 
 def _find(
     directory: str | Path, revision: str | None, cache_dir: Path | None
-) -> tuple[Repository, Mtp, set[str]] | None:
-    """The checkpoint, its MTP, and the names of its tensors; ``None`` if it has no MTP."""
+) -> tuple[Repository, dict[str, Any], Mtp, set[str]] | None:
+    """The checkpoint, its config, its MTP, and the names of all tensors; ``None`` without one."""
     try:
         repository = open_repository(directory, revision=revision, cache_dir=cache_dir)
         config, _ = read_config(repository)
@@ -94,25 +104,20 @@ def _find(
     except CheckpointError:
         return None  # what is wrong is told where a converted draft is looked for
     mtp = find_mtp(config, names)
-    return (repository, mtp, names) if mtp is not None and mtp.slots else None
+    return (repository, config, mtp, names) if mtp is not None and mtp.slots else None
 
 
-def mtp_proposals(
-    proposal: str | None, lengths: list[int] | list[None], settings: Settings
-) -> list[ProposalMethod]:
+def mtp_proposals(proposal: str | None, lengths: list[int] | list[None]) -> list[ProposalMethod]:
     """The proposal methods to measure, one for each length; ``None`` is the type's own.
 
     Raises:
-        GenerationError: if there are no such proposals.
-        EvaluationError: if more is asked for than can be measured along the verifier's own output.
+        GenerationError: if there are no such proposals, or they are trees.
 
     """
-    if settings.temperature > 0 or not settings.acceptance_only or proposal == "sampling":
-        raise EvaluationError(
-            "The verifier of such an MTP has linear attention, whose state cannot be rolled back "
-            "when drafted tokens are rejected, so nothing is decoded with it here; "
-            "--acceptance-only measures what would be accepted of greedy chains and trees along "
-            "its own greedy output (temperature 0)."
+    if proposal not in {None, *CHAINS}:
+        raise GenerationError(
+            "The verifier of such an MTP has linear attention, which runs along a single path, so "
+            f"it cannot verify {proposal!r}; choose {' or '.join(CHAINS)}."
         )
     default = ProposalMethod(proposal_type=proposal or "greedy")
     methods = [default if length is None else resized(default, length) for length in lengths]

@@ -81,9 +81,9 @@ def open_draft(
         if mtp_repository(directory, revision=revision, cache_dir=cache_dir) is None:
             raise
         raise EvaluationError(
-            f"{directory} has an MTP, which is no converted draft: nothing is decoded with it "
-            "here, nor is it scored on a recording; 'speculators evaluate' with --acceptance-only "
-            "measures those of Qwen3-Next and Qwen3.5."
+            f"{directory} has an MTP, which is no converted draft, so there is no chat with it, "
+            "and it is not scored on a recording; `speculators evaluate` measures those of "
+            "Qwen3-Next and Qwen3.5."
         ) from error
     opened = _open_verifier(converted, verifier)
     name = opened.name if verifier is None else str(verifier)

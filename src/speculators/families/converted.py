@@ -8,17 +8,19 @@ from typing import Any
 
 from pydantic import ValidationError as PydanticValidationError
 
+from speculators.checkpoint.hub.headers import headers_only
 from speculators.checkpoint.reader import (
     Checkpoint,
     find_companions,
     read_config,
     read_tensors,
 )
-from speculators.checkpoint.repository import open_repository
+from speculators.checkpoint.repository import Repository, open_repository
 from speculators.checkpoint.tensor import TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.errors import FormatError, VerifierError
+from speculators.errors import CheckpointError, FormatError, VerifierError
 from speculators.families.family import Family
+from speculators.families.recognition import recognise
 from speculators.families.registry import families, family_named
 from speculators.format.config import SpeculatorConfig
 from speculators.format.problems import first_problem
@@ -110,6 +112,8 @@ def open_converted(
         token=token,
     )
     config, config_file = read_config(repository)
+    if "speculators_model_type" not in config:
+        _refuse_what_is_not_converted(repository, config)
     parsed = parse_config(config, repository.name)  # before the weights are fetched
     tensors = read_tensors(repository)
     checkpoint = Checkpoint(
@@ -121,6 +125,25 @@ def open_converted(
         companions=find_companions(repository, parsed[0].companions),
     )
     return replace(_checked(checkpoint, *parsed, cache_dir), token=token)
+
+
+def _refuse_what_is_not_converted(repository: Repository, config: dict[str, Any]) -> None:
+    """Refuse a draft that cannot be converted either, and say what to do with it.
+
+    Raises:
+        FormatError: if it is one.
+
+    """
+    try:
+        with headers_only(repository) as light:
+            signature = recognise(config, read_tensors(light)).signature
+    except CheckpointError:
+        return  # so it is not known what it is
+    if signature is not None and signature.advice and signature.serving is not None:
+        raise FormatError(
+            f"{repository.name} holds {signature.title}, which is not converted: "
+            f"{signature.advice}."
+        )
 
 
 def check_converted(checkpoint: Checkpoint) -> Converted:

@@ -13,7 +13,7 @@ from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_names, read_tensors
-from speculators.checkpoint.repository import Repository, open_repository
+from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.errors import CheckpointError, OutputError
 from speculators.mtp.config import promising, write_json
@@ -25,7 +25,7 @@ from speculators.mtp.quantization import (
     with_exclusions,
 )
 
-__all__ = ["check_mtp", "cut", "listed", "read_mtp", "tensors_of"]
+__all__ = ["check_mtp", "check_outside", "cut", "listed", "read_mtp", "tensors_of"]
 
 MOST_LISTED = 4
 
@@ -64,6 +64,8 @@ def cut(
     directory = local_path(output, OutputError)
     check_output(directory, overwrite=False, marker=None)
     repository = open_repository(verifier, revision=revision, cache_dir=cache_dir, one_file=True)
+    if isinstance(repository, LocalDirectory):
+        check_outside(directory, repository.path, "the verifier")
     config, _ = read_config(repository)
     if config.get("speculators_model_type") == "mtp":
         raise CheckpointError(
@@ -87,6 +89,22 @@ def cut(
         f"{directory}"
     )
     return directory
+
+
+def check_outside(output: Path, source: Path, what: str) -> None:
+    """Check that an output is not a part of what is read.
+
+    Args:
+        output: the directory to create.
+        source: a directory that is read.
+        what: what that is, for the message.
+
+    Raises:
+        OutputError: if it is.
+
+    """
+    if source.resolve() in output.resolve().parents:
+        raise OutputError(f"{output} is within {what} {source}; choose another output.")
 
 
 def read_mtp(repository: Repository, config: Mapping[str, Any]) -> Mtp:

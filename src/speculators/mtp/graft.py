@@ -11,11 +11,11 @@ from speculators.checkpoint.output.staging import check_output
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_tensors
-from speculators.checkpoint.repository import LocalDirectory, open_repository
+from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo, describe_shape
 from speculators.errors import CheckpointError, ConversionError, OutputError
 from speculators.mtp.config import promising
-from speculators.mtp.cut import check_mtp, listed, read_mtp, tensors_of
+from speculators.mtp.cut import check_mtp, check_outside, listed, read_mtp, tensors_of
 from speculators.mtp.experts import layout_of, restacked
 from speculators.mtp.find import EXPERTS, Mtp, blocks_of, body_layers, find_mtp, nearest_layer
 from speculators.mtp.numbers import check_numbers
@@ -100,7 +100,10 @@ def graft(
     else:
         _check_place(place, directory)
     receiver = _read_receiver(directory)
-    plan = _plan(receiver, mtp, revision, cache_dir)
+    repository = open_repository(mtp, revision=revision, cache_dir=cache_dir, one_file=True)
+    if output is not None and isinstance(repository, LocalDirectory):
+        check_outside(place, repository.path, "the MTP")
+    plan = _plan(receiver, repository)
     pieces = [piece for tensor in plan.shard.values() for piece in tensor.sources]
     check_numbers(pieces, progress("Checking", sum(it.nbytes for it in pieces)))
     if output is None:
@@ -141,8 +144,7 @@ def _check_place(place: Path, directory: Path) -> None:
         raise OutputError(
             f"{place} is the verifier itself; change it with --in-place, or choose another output."
         )
-    if directory.resolve() in place.resolve().parents:
-        raise OutputError(f"{place} is within the verifier {directory}; choose another output.")
+    check_outside(place, directory, "the verifier")
     check_output(place, overwrite=False, marker=None)
 
 
@@ -161,13 +163,11 @@ def _read_receiver(directory: Path) -> Receiver:
     return Receiver(directory, config, tensors, index)
 
 
-def _plan(
-    receiver: Receiver, given: str | Path, revision: str | None, cache_dir: str | Path | None
-) -> Plan:
-    repository = open_repository(given, revision=revision, cache_dir=cache_dir, one_file=True)
+def _plan(receiver: Receiver, repository: Repository) -> Plan:
     if isinstance(repository, LocalDirectory) and repository.path.samefile(receiver.directory):
         raise ConversionError(
-            f"{given} is given as the verifier and as the MTP; give what holds the MTP to graft."
+            f"{repository.name} is given as the verifier and as the MTP; give what holds the MTP "
+            "to graft."
         )
     config, _ = read_config(repository)
     names = (repository.name, str(receiver.directory))
