@@ -124,7 +124,7 @@ def main() -> None:
     """Measure, print, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--without-upstream", action="store_true")
     parser.add_argument("--folder", type=Path, default=CACHE, help="where to write gigabytes")
     parser.add_argument("--results", type=Path, default=RESULTS)

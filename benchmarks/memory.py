@@ -12,7 +12,7 @@ POLL_S = 0.005
 
 @contextmanager
 def watched_memory(pid: int, peaks: dict[str, int]) -> Iterator[None]:
-    """Poll the anonymous memory of a process; the largest, in kB, is ``peaks["RssAnon"]`` at the end.
+    """Poll the anonymous memory of a process, in kB; the largest is ``peaks["RssAnon"]`` at last.
 
     The resident set also counts the files that are mapped, which the system can drop at any time.
     """

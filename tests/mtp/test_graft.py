@@ -235,7 +235,7 @@ def refuse(verifier: Path, mtp: Path, match: str, error: type = SpeculatorsError
     assert not [it for it in entries(verifier.parent) if "speculators-" in it]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

@@ -18,7 +18,6 @@ from speculators.mtp.config import promising
 from speculators.mtp.cut import check_mtp, check_outside, listed, read_mtp, tensors_of
 from speculators.mtp.experts import layout_of, restacked
 from speculators.mtp.find import EXPERTS, Mtp, blocks_of, body_layers, find_mtp, nearest_layer
-from speculators.mtp.numbers import check_numbers
 from speculators.mtp.parameters import module_of
 from speculators.mtp.quantization import (
     MODELOPT_FILE,
@@ -79,7 +78,7 @@ def graft(
         in_place: change the verifier's own directory instead.
         revision: a branch, tag or commit of ``mtp`` on the Hub.
         cache_dir: where downloads are kept.
-        progress: reports the bytes checked and written.
+        progress: reports the bytes written.
 
     Returns:
         The path of the directory.
@@ -104,8 +103,6 @@ def graft(
     if output is not None and isinstance(repository, LocalDirectory):
         check_outside(place, repository.path, "the MTP")
     plan = _plan(receiver, repository)
-    pieces = [piece for tensor in plan.shard.values() for piece in tensor.sources]
-    check_numbers(pieces, progress("Checking", sum(it.nbytes for it in pieces)))
     if output is None:
         write_in_place(receiver, plan, progress)
     else:
