@@ -28,8 +28,8 @@ def cut(
     to: Annotated[
         Literal["llamacpp"] | None,
         typer.Option(
-            help="llamacpp: with the verifier's embedding, norm, head and tokenizer, as "
-            "llama.cpp's convert_hf_to_gguf.py takes it with --mtp.",
+            help="For whom: llama.cpp's convert_hf_to_gguf.py --mtp also takes the verifier's "
+            "embedding, norm, head and tokenizer from OUT.",
             show_default=False,
         ),
     ] = None,
