@@ -88,10 +88,11 @@ def test_what_llama_cpp_does_not_take_is_refused(tmp_path: Path, name: str) -> N
 def test_an_mtp_that_was_cut_lacks_the_rest(tmp_path: Path, speculators: CommandLine) -> None:
     mtp = cut(write_verifier(tmp_path / "verifier"), tmp_path / "mtp")
     run = speculators("mtp", "cut", mtp, tmp_path / "out", "--to", "llamacpp")
-    assert run.errors == [
+    (error,) = run.errors
+    assert error == (
         f"{mtp} lacks the verifier's embedding, which llama.cpp's draft holds beside the MTP; give "
         "the verifier."
-    ]
+    )
 
 
 def test_of_the_hub_nothing_else_is_fetched(

@@ -1,9 +1,9 @@
 """What llama.cpp's converter takes to make a GGUF of an MTP alone: ``convert_hf_to_gguf.py --mtp``.
 
-Of a verifier's directory it keeps the MTP, the embedding, the final norm and the head, and reads the
-tokenizer. A directory with these alone is enough, and far smaller. What it knows was read off
-llama.cpp's build 11434 (``conversion/*.py``, classes with ``supports_mtp_export``; the two
-``src/models/qwen*.cpp`` for what runs); it was run on Qwen's types.
+Of a verifier's directory it keeps the MTP, the embedding, the final norm and the head, and reads
+the tokenizer. A directory with these alone is enough, and far smaller. What it knows was read off
+llama.cpp's build 11434 (``conversion/*.py``, classes with ``supports_mtp_export``; ``src/models``
+for what runs), and it was run on Qwen3-Next, Qwen3.5 and GLM-4-MoE.
 """
 
 import re
@@ -82,8 +82,8 @@ def taken_along(
     architecture = said[0] if isinstance(said, list) and said else None
     if architecture not in ARCHITECTURES:
         raise ConversionError(
-            f"{name} is of the architecture {architecture}, of which llama.cpp's converter takes no "
-            "MTP alone; of the types that it knows, docs/mtp.md has a list."
+            f"{name} is of the architecture {architecture}, of which llama.cpp's converter takes "
+            "no MTP alone; docs/mtp.md has a list of those that it knows."
         )
     if mtp.type.name in {"qwen", "qwen3_next"}:
         if mtp.layers > 1:
@@ -106,7 +106,7 @@ def taken_along(
         there = any(re.fullmatch(pattern, it) for it in found)
         if not there and not (what == "head" and tied):
             raise ConversionError(
-                f"{name} lacks the verifier's {what}, which llama.cpp's draft holds beside the MTP; "
-                "give the verifier."
+                f"{name} lacks the verifier's {what}, which llama.cpp's draft holds beside the "
+                "MTP; give the verifier."
             )
     return found
