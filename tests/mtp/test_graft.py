@@ -445,6 +445,15 @@ def test_other_dtypes_are_kept_and_told(tmp_path: Path, log: list[str]) -> None:
     assert any("matrices in F32, the verifier in BF16" in line for line in log)
 
 
+def test_an_output_within_either_input_is_refused(tmp_path: Path) -> None:
+    verifier = write_verifier(tmp_path / "verifier", mtp={})
+    mtp = write_mtp(tmp_path / "mtp")
+    for place, what in ((verifier, "the verifier"), (mtp, "the MTP")):
+        with pytest.raises(OutputError, match=f"inner is within {what} "):
+            graft(verifier, mtp, place / "inner")
+        assert not (place / "inner").exists()
+
+
 # What speculators 0.9 trains
 
 
