@@ -1,9 +1,9 @@
 """Runs of a conversion beside those of `cp`, and of the PyPI project speculators 0.9.0.
 
-`cp` copies what the conversion wrote. Both follow each other, in either order in turns. New pages
-of a virtual machine's memory are slow the first time, so either may take twice as long as the run
-before: of three runs of each, the ones that took the least CPU time make a pair. Ratios are taken
-within pairs, and their median is reported.
+`cp` copies what the conversion wrote. Both follow each other, in either order in turns. Either may
+take twice as long as the run before, as the kernel finds free pages of memory: of three runs of
+each, the ones that took the least CPU time make a pair. Ratios are taken within pairs, and their
+median is reported.
 """
 
 import os
