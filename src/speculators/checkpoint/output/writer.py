@@ -47,8 +47,8 @@ Look = Callable[[memoryview], None]
 """Is called with some bytes of a tensor after another, in row-major order and of whole elements."""
 
 LOOKED_AT_BYTES = 1 << 18
-"""They are looked at and written while they are in the processor's cache. Writing twice as many at a
-time took up to four times as long now and then, while the kernel sought larger runs of free pages."""
+"""They are looked at and written while they are in the processor's cache. Writing twice as many at
+a time took up to four times as long now and then: the kernel sought larger runs of free pages."""
 
 MOST_GROWTH = 8
 SMALL_BYTES = 64 << 20
