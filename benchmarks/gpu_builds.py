@@ -70,7 +70,7 @@ def main() -> int:
         sources = {"before": options.before, "now": ROOT / "src"}
         builds = {name: Build(source, job, logs / name) for name, source in sources.items()}
         for build in builds.values():
-            build.wait()
+            build.told()
         results: dict[str, Any] = {"conditions": conditions(), "new_tokens": NEW_TOKENS}
 
         def save() -> None:
@@ -88,7 +88,7 @@ def main() -> int:
             build.stop()
         # What Triton has compiled is on disk now.
         again = Build(ROOT / "src", job, logs / "again")
-        again.wait()
+        again.told()
         task: dict[str, Any] = {"do": "generate", "new_tokens": NEW_TOKENS, "numbers": [0]}
         results["again"] = [again.run(**task)["seconds"] for _ in range(3)]
         print("the first generations of another process:", results["again"])

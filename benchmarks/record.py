@@ -29,14 +29,16 @@ import torch
 from loguru import logger
 from machine import cpu_name
 
+from speculators.evaluate.defaults import LONGEST_DRAFT
 from speculators.evaluate.evaluation import Evaluation
-from speculators.evaluate.opening import open_draft, open_scored
 from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
-from speculators.evaluate.recorder import record
-from speculators.evaluate.recording import LONGEST_DRAFT, identify
+from speculators.evaluate.recording.manifest import identify
+from speculators.evaluate.recording.opening import open_scored
+from speculators.evaluate.recording.recorder import record
+from speculators.evaluate.recording.scoring import Scoring, load_scored
 from speculators.evaluate.report import Settings
-from speculators.evaluate.scoring import Scoring, load_scored
-from speculators.evaluate.subject import load_subject
+from speculators.evaluate.subject.loading import load_subject
+from speculators.evaluate.subject.opening import open_draft
 from speculators.format.config import ProposalMethod
 
 ROOT = Path(__file__).resolve().parent.parent

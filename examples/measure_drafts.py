@@ -2,7 +2,7 @@
 
     measure_drafts.py VERIFIER PROMPTS.jsonl DRAFT... [--output acceptance.json]
 
-The published tensors are loaded into the network that they were trained in (train_draft.py), and a
+The published tensors are loaded into the network that they were trained in (training/), and a
 chain is drafted and verified greedily in the plainest way: everything is computed afresh in each
 step, in float32, without a cache. It imports nothing of speculators, so that a converted draft that
 is accepted as often by `speculators evaluate` shows that nothing was lost on the way.
@@ -16,11 +16,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from train_draft import Draft, Eagle3Draft, Recipe, layers_read
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from training.dflash import DFlashDraft
+from training.draft import Draft
+from training.eagle1 import Eagle1Draft
+from training.eagle3 import Eagle3Draft, layers_read
+from training.recipes import Recipe
 
-def load(directory: Path) -> Draft | Eagle3Draft:
+
+def load(directory: Path, verifier: Any) -> Draft:
     """Load the published tensors, in float32, into the draft's training code."""
     weights = directory / "pytorch_model.bin"
     tensors = (
@@ -29,21 +34,22 @@ def load(directory: Path) -> Draft | Eagle3Draft:
         else load_file(directory / "model.safetensors")
     )
     config = json.loads((directory / "config.json").read_text())
-    config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    family = "dflash" if "dflash_config" in config else "eagle3" if "d2t" in tensors else "eagle1"
     recipe = Recipe(
-        steps=1,
-        dtype=torch.float32,
-        file="",
+        family,
+        torch.float32,
         bias="fc.bias" in tensors,
         layernorms="embed_layernorm.weight" in tensors,
-        eagle3="d2t" in tensors,
         eagle31="fc_norm.0.weight" in tensors,
     )
-    if recipe.eagle3:
-        known, (width, read) = tensors["t2d"].nonzero()[:, 0], tensors["fc.weight"].shape
-        draft: Draft | Eagle3Draft = Eagle3Draft(config, recipe, known, read // width)
+    if family == "dflash":
+        left = config["dflash_config"]["target_layer_ids"]
+        draft: Draft = DFlashDraft(config, tuple(layer + 1 for layer in left))
+    elif family == "eagle3":
+        reads, known = layers_read(verifier), tensors["t2d"].nonzero()[:, 0]
+        draft = Eagle3Draft(config, recipe, reads, known)
     else:
-        draft = Draft(config, recipe)
+        draft = Eagle1Draft(config, recipe)
     draft.load_state_dict(
         {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     )
@@ -51,13 +57,17 @@ def load(directory: Path) -> Draft | Eagle3Draft:
 
 
 def drafted_chain(
-    draft: Draft | Eagle3Draft, verifier: Any, tokens: list[int], states: Tensor, chain: int
+    draft: Draft, verifier: Any, tokens: list[int], states: Tensor, chain: int
 ) -> list[int]:
     """The tokens that a draft drafts after ``tokens``, from the verifier's states before the last.
 
-    All is computed afresh for each of them.
+    All is computed afresh for each of them; DFlash drafts them at once.
     """
     embed, drafted = verifier.get_input_embeddings(), list[int]()
+    if isinstance(draft, DFlashDraft):
+        anchor, place = torch.tensor([[tokens[-1]]]), torch.tensor([[len(tokens) - 1]])
+        block = draft(embed, states, anchor, place, chain + 1)[0, 0, 1:]
+        return [int(token) for token in verifier.lm_head(block).argmax(-1)]
     fed = draft.read(states) if isinstance(draft, Eagle3Draft) else states
     for _ in range(chain):
         embeddings = embed(torch.tensor([[*tokens[1:], *drafted]]))
@@ -67,6 +77,7 @@ def drafted_chain(
             drafted.append(best + int(draft.d2t[best]))
             own = draft.fed_back(x)
         else:
+            assert isinstance(draft, Eagle1Draft)
             own = draft(embeddings, fed, [])[:, -1:]
             drafted.append(int(verifier.lm_head(draft.lm_head_layernorm(own[0, -1])).argmax()))
         fed = torch.cat((fed, own), 1)
@@ -75,18 +86,17 @@ def drafted_chain(
 
 @torch.inference_mode()
 def accepted_by_step(
-    draft: Draft | Eagle3Draft, verifier: Any, prompt: list[int], new: int, chain: int, end: int
+    draft: Draft, verifier: Any, prompt: list[int], new: int, chain: int, end: int
 ) -> list[int]:
     """By step, how many of ``chain`` drafted tokens the verifier accepted.
 
     Stops once there are ``new`` new tokens, or ``end`` is among them.
     """
-    read = layers_read(verifier) if isinstance(draft, Eagle3Draft) else (-1,)
 
     def run(tokens: list[int]) -> tuple[Tensor, list[int]]:
         """The states that the draft reads, and the verifier's next token after each token."""
         output = verifier.model(torch.tensor([tokens]), output_hidden_states=True)
-        states = torch.cat([output.hidden_states[layer] for layer in read], -1)
+        states = torch.cat([output.hidden_states[layer] for layer in draft.reads], -1)
         return states, verifier.lm_head(output.last_hidden_state[0]).argmax(-1).tolist()
 
     states, chosen = run(prompt)
@@ -128,7 +138,7 @@ def main() -> None:
         "drafts": {},
     }
     for directory in options.drafts:
-        draft, steps = load(directory), list[list[int]]()
+        draft, steps = load(directory, verifier), list[list[int]]()
         for question in questions:
             prompt: Any = tokenizer.apply_chat_template(
                 [{"role": "user", "content": question["turns"][0]}],

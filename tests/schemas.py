@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from speculators.cli.diff_result import DiffResult
 from speculators.cli.results import BatchResult, ConvertResult, ValidateResult
-from speculators.evaluate.recording import Manifest
+from speculators.evaluate.recording.manifest import Manifest
 from speculators.evaluate.report import Comparison, Report
 from speculators.families.dflash import DFlash2Config, DFlashConfig, DSparkConfig
 from speculators.families.eagle import EagleConfig

@@ -1,6 +1,7 @@
 """Dependencies point one way, between packages and between modules."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def module_name(file: Path) -> str:
 FILES = {module_name(file): file for file in sorted(ROOT.rglob("*.py"))}
 
 
+@cache
 def imports(module: str, *, top_level: bool = False) -> set[str]:
     """The modules of speculators that a module imports, also in functions unless ``top_level``."""
     tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
@@ -100,13 +102,36 @@ def test_the_package_itself_imports_nothing() -> None:
     assert imports("speculators") == set()
 
 
+def check_no_cycle(needs: dict[str, set[str]]) -> None:
+    """Check that the graph, of each module or folder with those that it imports, has no cycle."""
+    while needs:
+        free = {it for it in needs if not needs[it] & needs.keys() - {it}}
+        assert free, f"a cycle among {sorted(needs)}"
+        needs = {it: needs[it] for it in needs.keys() - free}
+
+
 def test_there_are_no_cycles() -> None:
     """There are no cycles between modules either, imports within functions included."""
-    left = {module: imports(module) & FILES.keys() - {module} for module in FILES}
-    while left:
-        free = {module for module, needs in left.items() if not needs & left.keys()}
-        assert free, f"a cycle among {sorted(left)}"
-        left = {module: needs for module, needs in left.items() if module not in free}
+    check_no_cycle({module: imports(module) for module in FILES})
+
+
+FOLDERS = [module for module, file in FILES.items() if file.name == "__init__.py"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_there_are_no_cycles_between_the_parts_of_a_package(folder: str) -> None:
+    """The folders and single modules of a package import each other one way, too."""
+
+    def part(module: str) -> str:
+        """``report`` for ``speculators.evaluate.report`` in ``speculators.evaluate``."""
+        inside, _, rest = module.partition(f"{folder}.")
+        return "" if inside else rest.partition(".")[0]
+
+    needs: dict[str, set[str]] = {}
+    for module in FILES:
+        needs.setdefault(part(module), set()).update(map(part, imports(module)))
+    needs.pop("")  # what is elsewhere, and the package itself
+    check_no_cycle(needs)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from helpers import CommandLine
 from speculators.convert.conversion import convert
 from speculators.models import load_draft
+from speculators.models.dflash import DFlashSpeculator
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -74,16 +75,31 @@ def draft(
 
 def agreement(draft: Any, answers: Answers, shift: int) -> float:
     """The share of the last 60 tokens that the draft guesses, with tokens shifted by ``shift``."""
+    guess = guessed_in_blocks if isinstance(draft, DFlashSpeculator) else guessed
     right = []
     for ids, states in answers:
-        length = ids.shape[1] - 2
         read = torch.cat([states[layer] for layer in draft.verifier_layers or (-1,)], -1)
-        logits = draft(
-            input_ids=ids[:, shift : shift + length], hidden_states=read[:, :length]
-        ).logits
-        guesses = draft.to_verifier(logits.argmax(-1))
-        right.append((guesses == ids[:, 2:])[0, -60:])
+        right.append(guess(draft, ids, read, shift))
     return torch.cat(right).float().mean().item()
+
+
+def guessed(draft: Any, ids: Tensor, read: Tensor, shift: int) -> Tensor:
+    """Whether the last 60 tokens are guessed, each from all before it."""
+    length = ids.shape[1] - 2
+    logits = draft(input_ids=ids[:, shift : shift + length], hidden_states=read[:, :length]).logits
+    guesses: Tensor = draft.to_verifier(logits.argmax(-1))
+    return (guesses == ids[:, 2:])[0, -60:]
+
+
+def guessed_in_blocks(draft: Any, ids: Tensor, read: Tensor, shift: int) -> Tensor:
+    """Whether the first two tokens of blocks are guessed, for the last 60 tokens."""
+    right = []
+    for anchor in range(ids.shape[1] - 61, ids.shape[1] - 2, 2):
+        block = torch.full((1, draft.block_size), draft.mask_token_id)
+        block[0, 0] = ids[0, anchor - 1 + shift]
+        logits = draft(input_ids=block, hidden_states=read[:, :anchor]).logits
+        right.append(logits[0, :2].argmax(-1) == ids[0, anchor + 1 : anchor + 3])
+    return torch.cat(right)
 
 
 def test_there_are_drafts_of_several_families() -> None:

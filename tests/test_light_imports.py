@@ -18,7 +18,7 @@ from mtp_verifiers import write_verifier
 HEAVY = ("torch", "transformers", "numpy")
 OF_VLLM = {"speculators.integrations.vllm.draft", "speculators.integrations.vllm.plain"}
 """Models made of vLLM's classes, which only vLLM imports."""
-OF_TRITON = {"speculators.decode.kernels"}
+OF_TRITON = {"speculators.decode.gpu.kernels"}
 """Kernels, which are only imported where Triton is installed."""
 MODULES = sorted(
     module.name
@@ -186,8 +186,8 @@ def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
 
 def test_a_report_is_read_and_shown_without_torch(tmp_path: Path) -> None:
     modules = (
-        *("evaluate.files", "evaluate.opening", "evaluate.plots", "evaluate.prompts"),
-        *("evaluate.recording", "evaluate.serving", "cli.report_view"),
+        *("evaluate.files", "evaluate.subject.opening", "evaluate.plots", "evaluate.prompts"),
+        *("evaluate.recording.manifest", "evaluate.server.evaluation", "cli.report_view"),
     )
     code = "import " + ", ".join(f"speculators.{module}" for module in modules)
     assert loaded_after(code) == (0, set())

@@ -21,10 +21,10 @@ from processes import LENGTH, MAX_TOKENS, WITHOUT_PLUGINS, Outcomes, run
 from speculators.convert.conversion import convert
 from speculators.convert.export import export
 from speculators.evaluate.evaluation import Evaluation
-from speculators.evaluate.opening import open_draft
 from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
 from speculators.evaluate.report import Settings
-from speculators.evaluate.subject import load_subject
+from speculators.evaluate.subject.loading import load_subject
+from speculators.evaluate.subject.opening import open_draft
 from speculators.models import load_draft
 
 GOLDEN = Path(__file__).parent / "golden-eagle3"

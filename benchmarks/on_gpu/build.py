@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+from on_gpu.process import Process, kernel_times, tell_by_stdout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Build"]
 
 
-class Build:
+class Build(Process):
     """A process with one build, seen from outside.
 
     Args:
@@ -36,46 +37,13 @@ class Build:
     """
 
     def __init__(self, source: Path, job: Mapping[str, Any], log: Path) -> None:
-        here = Path(__file__).resolve().parents[1]
-        paths = [str(source), str(here), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                env=dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths)},
-            )
-        self._tell(job)
-
-    def wait(self) -> dict[str, Any]:
-        """What it says once it is ready: the version of the package, and how it was loaded."""
-        return self._told()
+        paths = [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        super().__init__(__file__, job, environment, log)
 
     def run(self, **task: Any) -> dict[str, Any]:
         """Do a task, see ``Worker``."""
-        self._tell(task)
-        return self._told()
-
-    def stop(self) -> None:
-        """End the process."""
-        self.process.terminate()
-        self.process.wait()
-
-    def _tell(self, what: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(what) + "\n")
-        self.process.stdin.flush()
-
-    def _told(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"A build stopped; its log, {self.log}, says why.")
-        told: dict[str, Any] = json.loads(line)
-        return told
+        return self.ask(task)
 
 
 class Worker:
@@ -181,13 +149,11 @@ class Worker:
 
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
             told = self.generate(numbers, new_tokens)
-        kernels: dict[str, list[float]] = {}
-        for event in record.events():
-            if event.device_time_total:
-                one = kernels.setdefault(event.name, [0.0, 0])
-                one[0] += event.device_time_total / 1000
-                one[1] += 1
-        return {"kernels": kernels, "steps": told["passes"], "seconds": told["seconds"]}
+        return {
+            "kernels": kernel_times(record),
+            "steps": told["passes"],
+            "seconds": told["seconds"],
+        }
 
     def graphs(self) -> dict[str, Any]:
         """Milliseconds of each recorded graph on the GPU, replayed alone."""
@@ -215,13 +181,7 @@ def cut(tokens: list[int], ends: set[int]) -> list[int]:
 
 def main(stdin: IO[str]) -> None:
     """Be such a process."""
-    output = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def tell(measured: dict[str, Any]) -> None:
-        output.write(json.dumps(measured) + "\n")
-        output.flush()
-
+    tell = tell_by_stdout()
     with tempfile.TemporaryDirectory() as work:
         worker = Worker(json.loads(stdin.readline()), Path(work))
         tell({"ready": True})

@@ -11,13 +11,13 @@ measured is printed as a line of JSON for each task; the first line says when th
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+from on_gpu.process import Process, kernel_times, tell_by_stdout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +27,7 @@ __all__ = ["Engine"]
 PROFILED_TOKENS = 32
 
 
-class Engine:
+class Engine(Process):
     """A process with a vLLM engine, seen from outside.
 
     Args:
@@ -47,23 +47,14 @@ class Engine:
         environment: Mapping[str, str],
         log: Path,
     ) -> None:
-        self.log = log
         self.started = time.perf_counter()
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                env=environment,
-            )
-        self._tell({"arguments": arguments, "chats": chats, "max_tokens": max_tokens})
+        job = {"arguments": arguments, "chats": chats, "max_tokens": max_tokens}
+        super().__init__(__file__, job, environment, log)
 
     def wait(self) -> float:
         """Wait until it is ready; returns the seconds from the start of the process."""
         # On Linux, all processes read the same clock.
-        return float(self._measured()["ready"]) - self.started
+        return float(self.told()["ready"]) - self.started
 
     def answer(self, groups: list[list[int]], *, profiled: bool = False) -> dict[str, Any]:
         """Have it answer groups of conversations, and measure that.
@@ -73,38 +64,13 @@ class Engine:
             profiled: answer with few tokens, and measure the kernels on the GPU.
 
         """
-        self._tell({"groups": groups, "profiled": profiled})
-        return self._measured()
-
-    def stop(self) -> None:
-        """End the process."""
-        self.process.terminate()
-        self.process.wait()
-
-    def _tell(self, what: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(what) + "\n")
-        self.process.stdin.flush()
-
-    def _measured(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"An engine stopped; its log, {self.log}, says why.")
-        measured: dict[str, Any] = json.loads(line)
-        return measured
+        return self.ask({"groups": groups, "profiled": profiled})
 
 
 def main(stdin: IO[str]) -> None:
     """Be such a process."""
-    # vLLM logs to standard output, and so may what it starts: all of that goes to the log.
-    output = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    tell = tell_by_stdout()
     from vllm import LLM, SamplingParams
-
-    def tell(measured: dict[str, Any]) -> None:
-        output.write(json.dumps(measured) + "\n")
-        output.flush()
 
     job = json.loads(stdin.readline())
     llm = LLM(**job["arguments"])
@@ -150,13 +116,7 @@ def profile(llm: Any, groups: list[list[Any]], sampling: Any) -> dict[str, Any]:
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
         answers = answered(llm, groups, sampling)
-    kernels: dict[str, list[float]] = {}
-    for event in record.events():
-        if event.device_time_total:
-            told = kernels.setdefault(event.name, [0.0, 0])
-            told[0] += event.device_time_total / 1000
-            told[1] += 1
-    return {"tokens": sum(map(len, answers)), "kernels": kernels}
+    return {"tokens": sum(map(len, answers)), "kernels": kernel_times(record)}
 
 
 def answered(llm: Any, groups: list[list[Any]], sampling: Any) -> list[Any]:

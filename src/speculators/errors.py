@@ -4,7 +4,8 @@ Each message is one sentence that says what is wrong, where (file or tensor), an
 what to do. The command line prints it and exits with status 1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import islice
 
 __all__ = [
     "CheckpointError",
@@ -105,6 +106,12 @@ def visible(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(it if it.isprintable() else ascii(it)[1:-1] for it in text)
+
+
+def listed(names: Collection[str], at_most: int = 4) -> str:
+    """The first names, in their order, and how many more there are."""
+    more = len(names) - at_most
+    return ", ".join(islice(names, at_most)) + (f" and {more} more" if more > 0 else "")
 
 
 def nearest(word: str, known: Iterable[str], *, likeness: float = 0.6) -> str | None:

@@ -13,6 +13,7 @@ from helpers import GOLDEN, PLAIN, write_checkpoint
 from hub_server import HubServer, patch_hub
 from speculators.batch.manifest import Conversion
 from speculators.batch.state import is_done
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.convert.eagle import EagleConverter
 from speculators.errors import OutputError
 
@@ -220,6 +221,6 @@ def test_a_hub_that_does_not_answer(
     convert(conversion)
     server.fail("config.json", "HEAD", status=403)
     assert is_done(conversion)  # by the commit that the cache has for the branch
-    assert is_done(conversion, cache_dir=tmp_path / "empty")
+    assert is_done(conversion, HubAccess(tmp_path / "empty"))
     assert log[-1].startswith("WARNING ")
     assert log[-1].endswith(f" {conversion.output} is taken for up to date.")

@@ -16,6 +16,7 @@ from huggingface_hub import constants, file_download
 
 from hub_server import MEMBER, STRANGER, HubServer, hub_environment, patch_hub, skip_waits
 from speculators.checkpoint.hub import repository as hub
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.hub.repository import HubRepository
 from speculators.checkpoint.repository import Repository
 from speculators.errors import HubError
@@ -135,7 +136,7 @@ def test_the_second_time_comes_from_the_cache(server: HubServer) -> None:
 
 
 def test_the_cache_is_where_it_was_asked_for(cache: Path, tmp_path: Path) -> None:
-    path = HubRepository("org/draft", cache_dir=tmp_path / "other").file("config.json")
+    path = HubRepository("org/draft", HubAccess(tmp_path / "other")).file("config.json")
     assert path is not None
     assert path.is_relative_to(tmp_path / "other")
     assert not cache.exists()
@@ -529,14 +530,14 @@ def test_a_disk_that_does_not_take_the_file(
         raise OSError(code, os.strerror(code), "model")
 
     monkeypatch.setattr(file_download, "http_get", fails)
-    text = sentence(HubRepository("org/draft", cache_dir=tmp_path / "disk"))
+    text = sentence(HubRepository("org/draft", HubAccess(tmp_path / "disk")))
     assert expected.format(cache=tmp_path / "disk") in text
     assert "--cache-dir or HF_HOME" in text
 
 
 def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    text = sentence(HubRepository("org/draft", cache_dir=tmp_path / "file"))
+    text = sentence(HubRepository("org/draft", HubAccess(tmp_path / "file")))
     assert f"cannot be kept in the cache {tmp_path / 'file'} (Not a directory" in text
 
 

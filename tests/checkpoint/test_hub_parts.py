@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hub_server import MEMBER, HubServer, patch_hub, skip_waits
 from speculators.checkpoint.hub import repository as hub
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.hub.repository import HubRepository
 from speculators.checkpoint.reader import read_tensors
 from speculators.errors import CheckpointError, HubError
@@ -56,8 +57,8 @@ def _patched(
     server.add_repo("org/verifier", directory)
 
 
-def fetch(*names: str, **options: str | Path | None) -> Path:
-    part = HubRepository("org/verifier", **options).part(FILE, names)  # type: ignore[arg-type]
+def fetch(*names: str, revision: str | None = None, cache_dir: Path | None = None) -> Path:
+    part = HubRepository("org/verifier", HubAccess(cache_dir), revision=revision).part(FILE, names)
     assert part is not None
     return part
 
@@ -94,8 +95,8 @@ def test_a_token_that_is_given(server: HubServer, directory: Path, tmp_path: Pat
     """It is sent with every request, whatever the environment has."""
     server.add_repo("org/private", directory, private=True)
     with pytest.raises(HubError, match="set HF_TOKEN if the repository is private"):
-        HubRepository("org/private", cache_dir=tmp_path / "none").part(FILE, [HEAD])
-    part = HubRepository("org/private", token=MEMBER).part(FILE, [HEAD])
+        HubRepository("org/private", HubAccess(tmp_path / "none")).part(FILE, [HEAD])
+    part = HubRepository("org/private", HubAccess(token=MEMBER)).part(FILE, [HEAD])
     assert part is not None
     assert_holds(part, HEAD)
     assert ranges(server)[-1] == 320 * 64 * 4
@@ -309,6 +310,6 @@ def test_a_disk_that_is_full(monkeypatch: pytest.MonkeyPatch, cache: Path) -> No
 def test_the_clients_own_tools_do_not_mind(cache: Path) -> None:
     """The client can still scan the Hub's cache, with our parts in the assets cache beside it."""
     fetch(HEAD, cache_dir=cache / "mine")
-    HubRepository("org/verifier", cache_dir=cache / "mine").file("config.json")
+    HubRepository("org/verifier", HubAccess(cache / "mine")).file("config.json")
     info = huggingface_hub.scan_cache_dir(cache / "mine")
     assert [repo.repo_id for repo in info.repos] == ["org/verifier"]

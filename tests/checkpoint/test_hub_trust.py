@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from hub_server import HubServer, patch_hub, skip_waits
 from speculators.checkpoint.files.safetensors_file import read_safetensors_file
+from speculators.checkpoint.headers import headers_only
 from speculators.checkpoint.hub import cache as hub_cache
 from speculators.checkpoint.hub.errors import hide_secrets
-from speculators.checkpoint.hub.headers import headers_only
 from speculators.checkpoint.hub.repository import HubRepository
 from speculators.checkpoint.reader import read_tensors
 from speculators.errors import HubError

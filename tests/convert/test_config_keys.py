@@ -18,8 +18,9 @@ from helpers import GOLDEN, CommandLine, Tensors, config_of, write_checkpoint
 from speculators.checkpoint.reader import read_checkpoint
 from speculators.checkpoint.repository import open_repository
 from speculators.convert.eagle import EagleConverter
-from speculators.convert.plan import family_of, plan_draft
+from speculators.convert.plan import plan_draft
 from speculators.errors import ConversionError
+from speculators.families.eagle3 import EAGLE3 as FAMILY
 
 convert = EagleConverter().convert
 
@@ -355,7 +356,7 @@ EAGLE3 = GOLDEN.parent / "golden-eagle3"
 )
 def test_what_a_family_reads_itself_is_not_told_as_unknown(draft: str) -> None:
     checkpoint = read_checkpoint(open_repository(EAGLE3 / draft))
-    plan = plan_draft(family_of(checkpoint), checkpoint)
+    plan = plan_draft(FAMILY, checkpoint)
     assert not [clause for clause in plan.derived.discrepancies if "is not known" in clause]
 
 

@@ -23,8 +23,8 @@ from block_drafts import knowing_dflash
 from distributions import SETTINGS, TOKENS, analytic, chi_square_is_likely, small_verifier
 from eagle3 import knowing_eagle3
 from speculators.decode import Generation, Workspace, speculate
-from speculators.decode import cuda_graphs as graphs
 from speculators.decode.cache import BlockCache
+from speculators.decode.gpu import cuda_graphs as graphs
 from speculators.decode.verification import VerifierPass
 from speculators.format.config import ProposalMethod
 from speculators.models.eagle import EagleSpeculator

@@ -14,13 +14,13 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from speculators.decode import fusion
 from speculators.decode.cache import BlockCache
+from speculators.decode.gpu import fusion
 from tiny_models import prompt, tiny_verifier
 
 triton = pytest.importorskip("triton")
 
-from speculators.decode import kernels  # noqa: E402
+from speculators.decode.gpu import kernels  # noqa: E402
 
 DEVICE = torch.device("cpu" if kernels.INTERPRETED else "cuda")
 pytestmark = pytest.mark.skipif(

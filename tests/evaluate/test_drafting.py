@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from eagle3 import knowing_eagle3
 from speculators.decode import Generation
 from speculators.decode.tree import EAGLE1_TREE, chain
-from speculators.evaluate.drafting import DraftedTexts
 from speculators.evaluate.metrics import (
     Acceptance,
     acceptance_rates,
@@ -20,10 +19,11 @@ from speculators.evaluate.metrics import (
     expect_steps,
     total,
 )
+from speculators.evaluate.recording.drafting import DraftedTexts
+from speculators.evaluate.recording.texts import Text, decode_texts, layer_states
+from speculators.evaluate.recording.warping import recorded_warp
 from speculators.evaluate.report import Settings
-from speculators.evaluate.subject import generation_config
-from speculators.evaluate.texts import Text, decode_texts, layer_states
-from speculators.evaluate.warping import recorded_warp
+from speculators.evaluate.subject.loading import generation_config
 from speculators.format.config import ProposalMethod
 from speculators.models.speculator import Speculator
 from tiny_models import knowing_draft, prompt, random_draft, tiny_verifier
@@ -174,8 +174,8 @@ def test_many_roots_are_drafted_from_in_portions(
     texts = recorded(verifier, draft, PROMPTS, settings())
     with torch.inference_mode():
         whole = DraftedTexts(draft, texts).survival([chain(3)])
-        monkeypatch.setattr("speculators.evaluate.drafting.ROOTS", 7)
-        monkeypatch.setattr("speculators.evaluate.drafting.LOGITS", 500)
+        monkeypatch.setattr("speculators.evaluate.recording.drafting.ROOTS", 7)
+        monkeypatch.setattr("speculators.evaluate.recording.drafting.LOGITS", 500)
         assert DraftedTexts(draft, texts).survival([chain(3)]) == whole
 
 

@@ -21,14 +21,14 @@ from helpers import VOCABULARY, CommandLine, entries, save_quietly, tiny_llama
 from hub_server import HubServer, patch_hub
 from pair import NEW_TOKENS, PROMPTS, Pair, make_pair, tiny_tokenizer
 from speculators.cli import report_view
-from speculators.decode import cuda_graphs
+from speculators.decode.gpu import cuda_graphs
 from speculators.errors import EvaluationError
 from speculators.evaluate.evaluation import Evaluation
 from speculators.evaluate.metrics import count_steps, total
-from speculators.evaluate.opening import open_draft
 from speculators.evaluate.prompts import read_prompts
 from speculators.evaluate.report import Environment, PromptResult, Report, Settings
-from speculators.evaluate.subject import load_subject
+from speculators.evaluate.subject.loading import load_subject
+from speculators.evaluate.subject.opening import open_draft
 from speculators.format.config import PROPOSALS, ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 

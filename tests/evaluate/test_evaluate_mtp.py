@@ -137,7 +137,7 @@ def test_what_cannot_be_measured_is_told_before_a_verifier_is_loaded(
     speculators: CommandLine,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delattr("speculators.evaluate.subject.load_subject")
+    monkeypatch.delattr("speculators.evaluate.subject.loading.load_subject")
     run = speculators(*arguments(verifier, prompts=prompts), "--proposal", "static_tree")
     assert run.status == 1
     assert "cannot verify 'static_tree'; choose greedy or sampling" in run.errors[0]

@@ -1,6 +1,5 @@
 """The real drafts in examples/, converted and evaluated: their acceptance must not change."""
 
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,19 +13,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import measure_drafts
 from helpers import CommandLine
 from plain_draft import plain_draft, plain_norm
 from speculators.convert.conversion import convert
 from speculators.decode import Generation
 from speculators.evaluate import evaluation
+from speculators.evaluate.defaults import LONGEST_DRAFT
 from speculators.evaluate.metrics import count_steps
-from speculators.evaluate.opening import open_draft
 from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
-from speculators.evaluate.recorder import record
-from speculators.evaluate.recording import LONGEST_DRAFT, Recording, identify
+from speculators.evaluate.recording.manifest import Recording, identify
+from speculators.evaluate.recording.recorder import record
+from speculators.evaluate.recording.scoring import Scoring, load_scored
 from speculators.evaluate.report import Report, Settings
-from speculators.evaluate.scoring import Scoring, load_scored
-from speculators.evaluate.subject import LoadedVerifier
+from speculators.evaluate.subject.loading import LoadedVerifier
+from speculators.evaluate.subject.opening import open_draft
 from speculators.format.config import ProposalMethod
 from speculators.models.loading import load_draft
 
@@ -35,6 +36,10 @@ VERIFIER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 """``make test`` creates this before the tests run."""
 
 DRAFT_TOKENS = 3
+
+OF_OTHER_FAMILIES = [
+    name for name in ("eagle3", "dflash") if (ROOT / "examples" / f"smollm2-135m-{name}").is_dir()
+]
 
 
 def published_tensors(directory: Path) -> dict[str, Tensor]:
@@ -168,15 +173,14 @@ def test_a_trained_draft_is_accepted_as_often_as_before_conversion(
         assert (acceptance.steps, sum(acceptance.accepted)) == (len(expected), sum(expected))
 
 
-def test_the_eagle3_draft_is_accepted_as_often_as_by_its_training_code(
-    tmp_path: Path, speculators: CommandLine, verifier: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", OF_OTHER_FAMILIES)
+def test_a_draft_is_accepted_as_often_as_by_its_training_code(
+    tmp_path: Path, speculators: CommandLine, verifier: Any, name: str
 ) -> None:
     """``examples/measure_drafts.py`` drafts with the published tensors, without a cache."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    measure_drafts = importlib.import_module("measure_drafts")
-    published = ROOT / "examples" / "smollm2-135m-eagle3"
+    published = ROOT / "examples" / f"smollm2-135m-{name}"
     draft, report = tmp_path / "draft", tmp_path / "report"
-    converting = ("convert", "eagle3", published, draft, VERIFIER, "--no-validate")
+    converting = ("convert", name, published, draft, VERIFIER, "--no-validate")
     assert speculators(*converting).status == 0
     run = speculators(
         "evaluate", draft, "--limit=1", "--max-new-tokens=24", "--acceptance-only",
@@ -194,7 +198,12 @@ def test_the_eagle3_draft_is_accepted_as_often_as_by_its_training_code(
         return_dict=True,
     )["input_ids"]
     accepted = measure_drafts.accepted_by_step(
-        measure_drafts.load(published), verifier, ids, 24, DRAFT_TOKENS, tokenizer.eos_token_id
+        measure_drafts.load(published, verifier),
+        verifier,
+        ids,
+        24,
+        DRAFT_TOKENS,
+        tokenizer.eos_token_id,
     )
     assert (acceptance.steps, sum(acceptance.accepted)) == (len(accepted), sum(accepted))
     assert sum(accepted) > len(accepted) / 2

@@ -14,7 +14,7 @@ from helpers import CommandLine, entries
 from hub_server import HubServer, patch_hub
 from mtp_verifiers import GOLDEN_MTP
 from pair import NEW_TOKENS, PROMPTS, Pair, make_pair, tiny_tokenizer
-from speculators.evaluate.recording import Manifest
+from speculators.evaluate.recording.manifest import Manifest
 from speculators.evaluate.report import Comparison, Report
 from tiny_models import tiny_verifier
 
@@ -193,7 +193,7 @@ def test_a_verifier_on_the_hub(
 def test_a_draft_that_drafts_in_a_way_of_its_own(
     pair: Pair, recording: Path, speculators: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("speculators.evaluate.scoring.drafter_of", lambda *_: object())
+    monkeypatch.setattr("speculators.evaluate.recording.scoring.drafter_of", lambda *_: object())
     run = speculators("evaluate", pair.draft, "--recording", recording)
     assert run.status == 1
     assert f"{pair.draft}: a draft of the kind EagleSpeculator cannot be scored" in run.errors[0]

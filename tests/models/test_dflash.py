@@ -27,7 +27,7 @@ from helpers import TOLERANCE, config_of, largest_difference, stored_tensors
 from speculators.checkpoint.hub.upload import SAVED
 from speculators.convert.conversion import convert
 from speculators.errors import FormatError, GenerationError, ValidationError, VerifierError
-from speculators.evaluate.opening import proposals_of
+from speculators.evaluate.subject.opening import proposals_of
 from speculators.families.converted import open_converted
 from speculators.families.registry import families
 from speculators.format.config import ProposalMethod

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from helpers import config_of, stored_tensors
 from hub_server import HubServer, Request, patch_hub
 from mtp_verifiers import bytes_of, load_all, mtp_of, write_verifier
-from speculators.checkpoint.hub import headers, repository
+from speculators.checkpoint import headers
+from speculators.checkpoint.hub import repository
 from speculators.mtp.cut import cut
 from speculators.mtp.graft import graft
 

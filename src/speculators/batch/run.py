@@ -27,6 +27,7 @@ from loguru import logger
 
 from speculators.batch.manifest import Conversion
 from speculators.batch.state import is_done
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.convert.conversion import convert
 from speculators.convert.provenance import check_files, read_record
 from speculators.errors import sentence
@@ -136,7 +137,7 @@ class Batch:
             try:
                 if conversion.push_to_hub:
                     check_publishing(conversion.push_to_hub, conversion.report)
-                if is_done(conversion, cache_dir=self.cache_dir):
+                if is_done(conversion, HubAccess(self.cache_dir)):
                     outcome.state = State.DONE_BEFORE
             except Exception as error:
                 outcome.state, outcome.error = State.FAILED, sentence(error)

@@ -9,6 +9,7 @@ from loguru import logger
 from speculators.batch.manifest import Conversion
 from speculators.checkpoint.digest import sha256_of_file
 from speculators.checkpoint.files.json_file import read_json
+from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.output.staging import check_output
 from speculators.checkpoint.repository import open_repository
 from speculators.convert.provenance import read_record
@@ -26,7 +27,7 @@ __all__ = ["is_done"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def is_done(conversion: Conversion, *, cache_dir: Path | None = None) -> bool:
+def is_done(conversion: Conversion, hub: HubAccess = DEFAULT_ACCESS) -> bool:
     """Whether the output is what the conversion would make.
 
     It is if its conversion.json records the same input, verifier and dtype, it satisfies the flags,
@@ -42,7 +43,7 @@ def is_done(conversion: Conversion, *, cache_dir: Path | None = None) -> bool:
     if not output.is_dir() or not any(output.iterdir()):
         check_output(output, overwrite=False)
         return False
-    difference = next(_differences(conversion, cache_dir), None)
+    difference = next(_differences(conversion, hub), None)
     if difference is None:
         return True
     try:
@@ -56,7 +57,7 @@ def is_done(conversion: Conversion, *, cache_dir: Path | None = None) -> bool:
     return False
 
 
-def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str]:
+def _differences(conversion: Conversion, hub: HubAccess) -> Iterator[str]:
     """Say how the output differs from what the conversion would make, as clauses."""
     output = conversion.output
     if not (output / "config.json").is_file():
@@ -93,7 +94,7 @@ def _differences(conversion: Conversion, cache_dir: Path | None) -> Iterator[str
     if record.source.revision is None:
         yield from _changes_here(record, output)
     else:
-        yield from _changes_on_hub(conversion, record.source, cache_dir)
+        yield from _changes_on_hub(conversion, record.source, hub)
 
 
 def _changes_here(record: ConversionRecord, output: Path) -> Iterator[str]:
@@ -110,14 +111,12 @@ def _changes_here(record: ConversionRecord, output: Path) -> Iterator[str]:
 
 
 def _changes_on_hub(
-    conversion: Conversion, source: RepositoryRecord, cache_dir: Path | None
+    conversion: Conversion, source: RepositoryRecord, hub: HubAccess
 ) -> Iterator[str]:
     """Say if the revision of an input on the Hub is another commit now."""
     commit = conversion.revision or ""
     if not COMMIT.fullmatch(commit):
-        repository = open_repository(
-            conversion.input, revision=conversion.revision, cache_dir=cache_dir
-        )
+        repository = open_repository(conversion.input, hub, revision=conversion.revision)
         try:
             repository.holds("config.json")
         except HubError as error:

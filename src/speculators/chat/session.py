@@ -8,7 +8,7 @@ import torch
 from speculators.chat.answer import Answer, Drafted, Piece, Spelling, Step
 from speculators.decode import VerifiedStep
 from speculators.evaluate.prompts import Message, Prompt
-from speculators.evaluate.subject import Subject
+from speculators.evaluate.subject.loading import Subject
 from speculators.format.config import ProposalMethod
 
 __all__ = ["Session"]
@@ -92,13 +92,13 @@ class Session:
     def _step(self, step: VerifiedStep, spelling: Spelling) -> Step:
         accepted = set(step.accepted)
         drafted = tuple(
-            Drafted(self._alone(token), parent, index in accepted)
+            Drafted(self._text_of(token), parent, index in accepted)
             for index, (token, parent) in enumerate(zip(step.drafted, step.parents, strict=True))
         )
         known = len(step.accepted)
         pieces = spelling.pieces((token, place < known) for place, token in enumerate(step.added))
-        own = self._alone(step.added[known]) if len(step.added) > known else None
+        own = self._text_of(step.added[known]) if len(step.added) > known else None
         return Step(drafted, len(step.added), tuple(pieces), own)
 
-    def _alone(self, token: int) -> str:
+    def _text_of(self, token: int) -> str:
         return str(self.subject.verifier.tokenizer.decode([token]))

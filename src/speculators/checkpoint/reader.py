@@ -83,21 +83,28 @@ ELSEWHERE = re.compile("|".join(map(re.escape, PARTS)))
 class Checkpoint:
     """A config and a table of tensors, as they were read."""
 
-    name: str
-    """What the user called it: a path or a Hub id."""
+    repository: Repository
+    """Where the files are."""
 
     config: dict[str, Any]
     config_file: Path
     tensors: dict[str, TensorInfo]
-
-    commit: str | None = None
-    """The commit that the files come from, if they come from the Hub."""
 
     config_identity: FileIdentity | None = None
     """What ``config_file`` was when it was read."""
 
     companions: Mapping[str, "Companion"] = field(default_factory=dict)
     """Name of a file beside the weights that belongs to the draft, too → the file."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it: a path or a Hub id."""
+        return self.repository.name
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that the files come from, if they come from the Hub."""
+        return self.repository.commit
 
     @property
     def files(self) -> dict[Path, FileIdentity | None]:
@@ -138,7 +145,7 @@ def read_checkpoint(repository: Repository) -> Checkpoint:
     _weights_of(repository)
     config, config_file, identity = _read_config(repository)
     tensors = read_tensors(repository)
-    return Checkpoint(repository.name, config, config_file, tensors, repository.commit, identity)
+    return Checkpoint(repository, config, config_file, tensors, identity)
 
 
 def read_config(repository: Repository) -> tuple[dict[str, Any], Path]:

@@ -4,6 +4,7 @@ Both answer one question, "where is the file of this name?". Readers ask only fo
 need, so a Hub repository is never downloaded whole.
 """
 
+import os
 import re
 from collections.abc import Collection
 from itertools import islice
@@ -12,12 +13,14 @@ from typing import Protocol
 
 from loguru import logger
 
+from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.paths import local_path, meant_path
 from speculators.errors import CheckpointError, printable
 
 __all__ = ["LocalDirectory", "Repository", "looks_like_a_path", "open_repository"]
 
 MAX_NAMES = 2000
+
 
 CREDENTIALS = re.compile(r"(?<=//)[^/\s]*(?=@)")
 
@@ -37,6 +40,9 @@ class Repository(Protocol):
 
     name: str
     """What the user called it: a path or a Hub id."""
+
+    hub: HubAccess
+    """How to open what its files name."""
 
     weights: str | None
     """The weight file, or index of several, that the user named; else ``None``."""
@@ -67,9 +73,12 @@ class Repository(Protocol):
 class LocalDirectory:
     """A local directory, or one weight file with the files beside it."""
 
-    def __init__(self, path: Path, weights: str | None = None) -> None:
+    def __init__(
+        self, path: Path, weights: str | None = None, hub: HubAccess = DEFAULT_ACCESS
+    ) -> None:
         self.path = path
         self.weights = weights
+        self.hub = hub
         self.name = str(path / (weights or ""))
         self.commit: str | None = None
 
@@ -101,38 +110,37 @@ class LocalDirectory:
 
 
 def open_repository(
-    source: str | Path,
+    source: str | os.PathLike[str],
+    hub: HubAccess = DEFAULT_ACCESS,
     *,
     revision: str | None = None,
-    cache_dir: str | Path | None = None,
     one_file: bool = False,
-    token: str | bool | None = None,
 ) -> Repository:
     """Open ``source``, which is a local directory or a Hub id.
 
-    A ``revision`` of a local directory is ignored, with a warning. What could be a Hub id, but is
-    nearly the name of something here, is told before the Hub is asked: every model there has an
-    organization today, so a name without one is then an error.
+    A ``revision`` of a local directory is ignored, with a warning. So is it logged if a name that
+    could be a Hub id is nearly that of something here; without an organization, which every model
+    on the Hub has today, it is an error.
 
     Args:
         source: a path, or a Hub id.
+        hub: the cache and the token, for it and what is opened after it.
         revision: a branch, tag or commit, on the Hub.
-        cache_dir: where downloads are kept; the Hub client's default cache if not given.
         one_file: whether ``source`` may also be a weight file, read with the files beside it.
-        token: an access token for the Hub; the one that its client finds if not given.
 
     Raises:
         CheckpointError: if it looks like a path but does not exist, or is a file but has to be a
             directory.
 
     """
+    source = source if isinstance(source, str) else Path(source)
     path = local_path(source)
     if path.exists() and revision is not None:
         logger.warning(f"{path} is on this machine, so the revision {revision} is ignored")
     if path.is_dir():
-        return LocalDirectory(path)
+        return LocalDirectory(path, hub=hub)
     if path.is_file() and one_file:
-        return LocalDirectory(path.parent, path.name)
+        return LocalDirectory(path.parent, path.name, hub)
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json.")
     if isinstance(source, str) and (advice := _say_what_is_meant(source)):
@@ -151,7 +159,7 @@ def open_repository(
 
     from speculators.checkpoint.hub.repository import HubRepository
 
-    return HubRepository(source, revision=revision, cache_dir=cache_dir, token=token)
+    return HubRepository(source, hub, revision=revision)
 
 
 def _say_what_is_meant(source: str) -> str | None:

@@ -1,10 +1,11 @@
 """The verifier's side of a draft, without torch: its sizes, its head, its embedding."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.reader import read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
 from speculators.checkpoint.tensor import FLOATS, TensorInfo, describe_shape
@@ -176,18 +177,12 @@ class Verifier:
         return info
 
 
-def open_verifier(
-    base_model: str | Path,
-    *,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-) -> Verifier:
+def open_verifier(base_model: str | os.PathLike[str], hub: HubAccess = DEFAULT_ACCESS) -> Verifier:
     """Read a verifier's config.json; its weights are not touched.
 
     Args:
         base_model: a directory or a Hub id.
-        cache_dir: where downloads are kept; the Hub client's default cache if not given.
-        token: an access token for the Hub; the one that its client finds if not given.
+        hub: the cache and the token.
 
     Raises:
         VerifierError: if there is no config, or it is not that of a language model.
@@ -195,7 +190,7 @@ def open_verifier(
 
     """
     try:
-        repository = open_repository(base_model, cache_dir=cache_dir, token=token)
+        repository = open_repository(base_model, hub)
         config, config_file = read_config(repository)
     except CheckpointError as error:
         raise VerifierError(f"The verifier cannot be read: {error}") from error

@@ -99,16 +99,17 @@ def chat(
     from rich.console import Console
     from rich.text import Text
 
-    from speculators.evaluate.opening import check_device, open_draft, proposals_of
+    from speculators.checkpoint.hub.access import HubAccess
+    from speculators.evaluate.subject.opening import check_device, open_draft, proposals_of
 
     check_device(device)
-    opened = open_draft(directory, verifier=verifier, cache_dir=cache_dir, revision=revision)
+    opened = open_draft(directory, HubAccess(cache_dir), revision=revision, verifier=verifier)
     [method] = proposals_of(opened.converted, proposal, [num_draft_tokens])
 
     from speculators.chat.session import Session
-    from speculators.evaluate.subject import load_subject
+    from speculators.evaluate.subject.loading import load_subject
 
-    subject = load_subject(opened, dtype=dtype_name(dtype), device=device, cache_dir=cache_dir)
+    subject = load_subject(opened, dtype=dtype_name(dtype), device=device)
     session = Session(
         subject, method, system=system, max_new_tokens=max_new_tokens, temperature=temperature
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from speculators.cli.shared import DType
+from speculators.evaluate.defaults import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from speculators.evaluate.prompts import Prompt
@@ -28,8 +29,6 @@ __all__ = [
     "read_selected",
     "settings_of",
 ]
-
-MAX_NEW_TOKENS = 256
 
 RunDType = Annotated[
     Literal["auto", DType],

@@ -45,6 +45,7 @@ def diff(
 
     speculators diff ./converted my-organization/eagle-llama-3.1-8b --compute
     """
+    from speculators.checkpoint.hub.access import HubAccess
     from speculators.cli.diff_result import DiffResult
     from speculators.cli.progress import progress_bar
     from speculators.cli.results import printed
@@ -52,7 +53,7 @@ def diff(
     from speculators.comparison.side import open_sides
 
     with printed(DiffResult(), as_json) as result:
-        sides = open_sides((one, other), cache_dir=cache_dir)
+        sides = open_sides((one, other), HubAccess(cache_dir))
         with progress_bar() as progress:
             found = compare(*sides, progress=progress)
         if compute:
@@ -124,7 +125,7 @@ def _how_much(tensor: "TensorDifference") -> str:
     if not tensor.differing:
         return "all zeros" if tensor.largest_value == 0 else ""
     if tensor.largest_difference is None or not tensor.largest_value:
-        return f"{tensor.differing} values, some of which are no numbers"
+        return f"{tensor.differing} values, some of which are not numbers"
     relative = tensor.largest_difference / tensor.largest_value
     return (
         f"{tensor.differing} values, by up to {tensor.largest_difference:.2g} "

@@ -27,10 +27,7 @@ from speculators.cli.decoding import (
 from speculators.cli.shared import CacheDir
 
 if TYPE_CHECKING:
-    from speculators.evaluate.mtp import OpenedMtp
-    from speculators.evaluate.opening import Opened
     from speculators.evaluate.report import Report
-    from speculators.format.config import ProposalMethod
 
 __all__ = ["evaluate"]
 
@@ -151,16 +148,25 @@ def evaluate(
         },
     )
 
+    from speculators.checkpoint.hub.access import HubAccess
     from speculators.checkpoint.output.staging import check_output
     from speculators.evaluate.files import COMPARISON, REPORT
-    from speculators.evaluate.opening import check_device, open_scored, proposals_of
-    from speculators.evaluate.recording import open_recording
+    from speculators.evaluate.recording.manifest import open_recording
+    from speculators.evaluate.recording.opening import open_scored
+    from speculators.evaluate.subject.mtp import mtp_proposals
+    from speculators.evaluate.subject.opening import (
+        Opened,
+        check_device,
+        find_draft,
+        open_subject,
+        proposals_of,
+    )
 
     if output is not None:
         check_output(output, overwrite=overwrite, marker=COMPARISON if several else REPORT)
     check_device(device)
     wanted_dtype = dtype_name(dtype)
-    place: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision}
+    hub = HubAccess(cache_dir)
     reports: list[Report] = []
     reporting = _reporting(reports, several, as_json, output, overwrite)
 
@@ -176,10 +182,13 @@ def evaluate(
             seed=seed,
             dtype=None if wanted_dtype == "auto" else wanted_dtype,
         )
-        drafts = [open_scored(it, found, verifier=verifier, **place) for it in directories]
+        drafts = [
+            open_scored(it, found, hub=hub, revision=revision, verifier=verifier)
+            for it in directories
+        ]
         methods = [proposals_of(draft.converted, proposal, lengths) for draft in drafts]
 
-        from speculators.evaluate.scoring import Scoring, load_scored
+        from speculators.evaluate.recording.scoring import Scoring, load_scored
 
         with reporting:
             for draft, its_methods in zip(drafts, methods, strict=True):
@@ -191,16 +200,12 @@ def evaluate(
     settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
 
     if server is not None:
-        from speculators.evaluate.mtp import mtp_repository
-        from speculators.evaluate.server import Server
-        from speculators.evaluate.serving import ServedEvaluation
-        from speculators.families.converted import open_converted
+        from speculators.evaluate.server.client import Server
+        from speculators.evaluate.server.evaluation import ServedEvaluation
 
-        mtp = mtp_repository(directories[0], **place)
-        served_draft = mtp or open_converted(directories[0], **place).checkpoint
         served = ServedEvaluation(
             directories[0],
-            served_draft.commit,
+            find_draft(directories[0], hub, revision=revision).repository.commit,
             Server(server),
             None if acceptance_only or baseline_server is None else Server(baseline_server),
             selected,
@@ -212,31 +217,20 @@ def evaluate(
         return
 
     settings = settings.model_copy(update={"acceptance_only": acceptance_only})
-    opened, proposals = _open(directories[0], proposal, lengths, verifier=verifier, **place)
+    opened = open_subject(directories[0], hub, revision=revision, verifier=verifier)
+    proposals = (
+        proposals_of(opened.converted, proposal, lengths)
+        if isinstance(opened, Opened)
+        else mtp_proposals(proposal, lengths)
+    )
 
     from speculators.evaluate.evaluation import Evaluation
-    from speculators.evaluate.subject import load_subject
+    from speculators.evaluate.subject.loading import load_subject
 
-    subject = load_subject(opened, dtype=wanted_dtype, device=device, cache_dir=cache_dir)
+    subject = load_subject(opened, dtype=wanted_dtype, device=device)
     evaluation = Evaluation(subject, selected, proposals, settings)
     with reporting:
         _measure(evaluation, len(selected), reports)
-
-
-def _open(
-    directory: str,
-    proposal: str | None,
-    lengths: list[int] | list[None],
-    **where: Any,
-) -> "tuple[Opened | OpenedMtp, list[ProposalMethod]]":
-    """Open a draft or an MTP; returns it, and the proposal methods to measure."""
-    from speculators.evaluate.mtp import mtp_proposals, open_mtp
-    from speculators.evaluate.opening import open_draft, proposals_of
-
-    if mtp := open_mtp(directory, **where):
-        return mtp, mtp_proposals(proposal, lengths)
-    draft = open_draft(directory, **where)
-    return draft, proposals_of(draft.converted, proposal, lengths)
 
 
 def _check_server_options(

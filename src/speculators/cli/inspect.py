@@ -37,12 +37,13 @@ def inspect(
 
     speculators inspect yuhuili/EAGLE-LLaMA3.1-Instruct-8B --json
     """
+    from speculators.checkpoint.hub.access import HubAccess
     from speculators.cli.inspect_view import print_finding
     from speculators.errors import CheckpointError, SpeculatorsError
     from speculators.inspection.checkpoint import inspect_checkpoint, unreadable
 
     try:
-        finding = inspect_checkpoint(source, revision=revision, cache_dir=cache_dir)
+        finding = inspect_checkpoint(source, HubAccess(cache_dir), revision=revision)
     except SpeculatorsError as error:
         if as_json:
             print(unreadable(source, error).model_dump_json(indent=2))

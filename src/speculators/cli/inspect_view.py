@@ -7,8 +7,8 @@ from rich.filesize import decimal
 
 from speculators.checkpoint.tensor import describe_shape
 from speculators.cli.output import Listing, labelled, show
+from speculators.errors import listed
 from speculators.families.readers import READERS
-from speculators.families.recognition import listed
 from speculators.families.registry import family_named
 from speculators.families.signature import Serving
 from speculators.inspection.findings import (
@@ -112,13 +112,13 @@ def _mtp(finding: Finding, mtp: MtpFinding) -> list[str]:
     )
     lines = [f"{mtp.title}: {mtp.state}, {size}; {promise}"]
     if mtp.missing:
-        lines.append(f"missing: {listed(mtp.missing)}")
+        lines.append(f"missing: {listed(sorted(mtp.missing))}")
     stored = "; ".join(f"{count} in {how}" for how, count in mtp.stored.items())
     lines.append(f"{'quantized' if mtp.quantized else 'not quantized'}; its matrices: {stored}")
     if mtp.not_excluded:
         lines.append(
             "the quantization_config does not except these, which are not quantized: "
-            + listed(mtp.not_excluded)
+            + listed(sorted(mtp.not_excluded))
         )
     if mtp.state == "complete" and finding.kind == "language-model":
         lines.append(f"speculators mtp cut {given} OUT makes a draft of it")

@@ -20,9 +20,14 @@ from speculators.cli.decoding import (
     settings_of,
 )
 from speculators.cli.shared import CacheDir
+from speculators.evaluate.defaults import BATCH, LONGEST_DRAFT
 
 if TYPE_CHECKING:
-    from speculators.evaluate.recording import Recording
+    from collections.abc import Sequence
+
+    from speculators.evaluate.prompts import Prompt
+    from speculators.evaluate.recording.manifest import Recording
+    from speculators.evaluate.report import Settings
 
 __all__ = ["record"]
 
@@ -58,10 +63,10 @@ def record(
             min=1,
             help="The longest chains, or depth of the deepest trees, that can be scored.",
         ),
-    ] = 16,
+    ] = LONGEST_DRAFT,
     batch_size: Annotated[
         int, typer.Option(min=1, help="How many prompts are decoded at the same time.")
-    ] = 16,
+    ] = BATCH,
     dtype: RunDType = "auto",
     device: Device = None,
     cache_dir: CacheDir = None,
@@ -82,22 +87,23 @@ def record(
     """
     wanted = _layers(layers)
 
+    from speculators.checkpoint.hub.access import HubAccess
     from speculators.checkpoint.output.staging import check_output
     from speculators.checkpoint.verifier import open_verifier
     from speculators.errors import EvaluationError
-    from speculators.evaluate.opening import check_device
-    from speculators.evaluate.recording import (
+    from speculators.evaluate.recording.manifest import (
         RECORDING,
         RECORDING_FILE,
         identify,
         open_recording,
     )
+    from speculators.evaluate.subject.opening import check_device
 
     check_device(device)
     selected = read_selected(prompts, limit)
     settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
     wanted_dtype = dtype_name(dtype)
-    opened = open_verifier(base_model, cache_dir=cache_dir)
+    opened = open_verifier(base_model, HubAccess(cache_dir))
     if wanted and opened.layers is not None and max(wanted) > opened.layers:
         raise EvaluationError(
             f"{base_model} has {opened.layers} layers, so --layers takes 0 to {opened.layers}, "
@@ -108,16 +114,7 @@ def record(
     if (output / RECORDING_FILE).is_file() and not overwrite:
         existing = open_recording(output)
         existing.check_verifier(identity, "this call")
-        existing.check_settings(
-            selected,
-            limit=len(selected),
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
-            longest_draft=longest_draft,
-            dtype=None if wanted_dtype == "auto" else wanted_dtype,
-        )
+        _check_same_settings(existing, selected, settings, longest_draft, wanted_dtype)
         wanted_dtype = existing.manifest.dtype
         if not wanted - {*existing.manifest.layers}:
             from loguru import logger
@@ -130,13 +127,11 @@ def record(
     from loguru import logger
 
     from speculators.cli.report_view import recording_bar
-    from speculators.evaluate.recorder import add_layers
-    from speculators.evaluate.recorder import record as record_texts
-    from speculators.evaluate.subject import load_verifier
+    from speculators.evaluate.recording.recorder import add_layers
+    from speculators.evaluate.recording.recorder import record as record_texts
+    from speculators.evaluate.subject.loading import load_verifier
 
-    verifier = load_verifier(
-        opened, base_model, dtype=wanted_dtype, device=device, cache_dir=cache_dir
-    )
+    verifier = load_verifier(opened, base_model, dtype=wanted_dtype, device=device)
     with recording_bar(len(selected)) as (moved, done):
         if existing is not None:
             add_layers(
@@ -157,6 +152,26 @@ def record(
                 done=done,
             )
     logger.success(f"Saved to: {output}")
+
+
+def _check_same_settings(
+    existing: "Recording",
+    selected: "Sequence[Prompt]",
+    settings: "Settings",
+    longest_draft: int,
+    dtype: str,
+) -> None:
+    """Refuse to add to a recording that was made otherwise than is asked for now."""
+    existing.check_settings(
+        selected,
+        limit=len(selected),
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed,
+        longest_draft=longest_draft,
+        dtype=None if dtype == "auto" else dtype,
+    )
 
 
 def _layers(text: str | None) -> set[int]:

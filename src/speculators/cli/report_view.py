@@ -19,7 +19,7 @@ from speculators.cli.output import bordered, show
 from speculators.cli.shared import is_quiet
 from speculators.errors import visible
 from speculators.evaluate.metrics import acceptance_length, total
-from speculators.evaluate.recording import RecordedPrompt
+from speculators.evaluate.recording.manifest import RecordedPrompt
 from speculators.evaluate.report import (
     Comparison,
     PromptResult,

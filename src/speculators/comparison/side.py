@@ -11,11 +11,12 @@ from typing import Any
 
 from speculators import __version__
 from speculators.checkpoint.files.torch_file import read_torch_entries
+from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.reader import Checkpoint, find_companions, read_checkpoint
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.checkpoint.verifier import Verifier
-from speculators.convert.plan import DraftPlan, plan_draft
+from speculators.convert.plan import DraftPlan, family_of, plan_draft
 from speculators.convert.provenance import read_record
 from speculators.convert.replan import unavailable, verifier_of
 from speculators.errors import CheckpointError, ConversionError, FormatError, VerifierError
@@ -73,22 +74,22 @@ class Side:
 
 
 def open_sides(
-    sources: tuple[str | Path, str | Path], *, cache_dir: Path | None = None
+    sources: tuple[str | Path, str | Path], hub: HubAccess = DEFAULT_ACCESS
 ) -> tuple[Side, Side]:
     """Open two checkpoints; what one of them tells about the draft is known for the other.
 
     Args:
         sources: directories, files of weights in them, or Hub ids.
-        cache_dir: where downloads are kept; the Hub client's default cache if not given.
+        hub: the cache and the token.
 
     Raises:
         CheckpointError, HubError: if one cannot be read or fetched.
         FormatError: if one is said to be in the format, and is not.
 
     """
-    found = [_read(source, cache_dir) for source in sources]
+    found = [_read(source, hub) for source in sources]
     known = [
-        _converted(checkpoint, cache_dir)
+        _converted(checkpoint)
         if recognised.signature is CONVERTED and _family_of(checkpoint, recognised)
         else None
         for checkpoint, recognised in found
@@ -99,13 +100,13 @@ def open_sides(
         for side, (checkpoint, recognised) in zip(known, found, strict=True)
     )
     for side in (one, other):
-        side.tensors |= _beside(side.checkpoint)
+        side.tensors |= _companion_tensors(side.checkpoint)
     return one, other
 
 
-def _read(source: str | Path, cache_dir: Path | None) -> tuple[Checkpoint, Recognition]:
+def _read(source: str | Path, hub: HubAccess) -> tuple[Checkpoint, Recognition]:
     """Read a checkpoint, with the files beside its weights, and say what it is."""
-    repository = open_repository(source, cache_dir=cache_dir, one_file=True)
+    repository = open_repository(source, hub, one_file=True)
     checkpoint = read_checkpoint(repository)
     found = recognise(checkpoint.config, checkpoint.tensors)
     family = _family_of(checkpoint, found)
@@ -117,7 +118,7 @@ def _family_of(checkpoint: Checkpoint, found: Recognition) -> Family | None:
     return found.family or family_named(checkpoint.config.get("speculators_model_type"))
 
 
-def _beside(checkpoint: Checkpoint) -> dict[str, PlannedTensor]:
+def _companion_tensors(checkpoint: Checkpoint) -> dict[str, PlannedTensor]:
     """The tensors of the files beside the weights."""
     return {
         f"{name} {key}".rstrip(): PlannedTensor.copy_of(info)
@@ -127,8 +128,8 @@ def _beside(checkpoint: Checkpoint) -> dict[str, PlannedTensor]:
     }
 
 
-def _converted(checkpoint: Checkpoint, cache_dir: Path | None) -> Side:
-    converted = replace(check_converted(checkpoint), cache_dir=cache_dir)
+def _converted(checkpoint: Checkpoint) -> Side:
+    converted = check_converted(checkpoint)
     notes = []
     try:
         record = read_record(converted.directory)
@@ -157,7 +158,7 @@ def _research(checkpoint: Checkpoint, found: Recognition, told: Side | None) -> 
     if found.family is None:
         return side
     try:
-        side.plan = _choose_plan(side, found.family, told)
+        side.plan = _choose_plan(side, family_of(checkpoint, found), told)
     except ConversionError as error:
         side.notes.append(f"{checkpoint.name} could not be converted: {str(error).rstrip('.')}")
         short = short_names(checkpoint.tensors).short

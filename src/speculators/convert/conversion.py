@@ -9,6 +9,7 @@ from typing import Any
 
 from loguru import logger
 
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.output.writer import copy_file, write_safetensors_file
@@ -22,21 +23,22 @@ from speculators.convert.imports import import_ahead
 from speculators.convert.plan import (
     ConversionPlan,
     family_of,
-    head_left_out,
     plan_conversion,
+    unchecked_head,
 )
 from speculators.convert.provenance import (
     check_files,
     check_record,
     read_record,
     record_conversion,
-    tell_of_another_source,
+    warn_of_another_source,
 )
 from speculators.convert.replan import plan_of_itself, verifier_of
 from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
 from speculators.families.card import model_card
 from speculators.families.converted import open_converted
 from speculators.families.family import Family
+from speculators.families.recognition import recognise
 from speculators.format.conversion import CONVERSION_FILE, ConversionRecord
 
 __all__ = ["convert", "plan", "validate"]
@@ -129,7 +131,8 @@ def convert(
             )
             hashes[weights] = digest.hexdigest()
         else:
-            unchecked = [head_left_out(head) for head in planned.heads]
+            head = planned.replaced_head
+            unchecked = [] if head is None else [unchecked_head(head)]
             for sentence in unchecked:
                 logger.warning(sentence)
         record = record_conversion(
@@ -208,7 +211,8 @@ def validate(
         raise CheckpointError(
             f"{directory} is not a directory{meant}; give a converted checkpoint."
         )
-    written = open_converted(directory, cache_dir=cache_dir)
+    hub = HubAccess(cache_dir)
+    written = open_converted(directory, hub)
     import_ahead(written.family)
     record = read_record(directory)
     if record is None:
@@ -226,14 +230,14 @@ def validate(
         validate_model(plan_of_itself(written, verifier), written)
     else:
         planned = _plan(
-            *_read(written.family, source, revision, cache_dir),
+            *_read(source, hub, revision, written.family),
             verifier,
             dtype=record.dtype if record else None,
             options=record.options if record else None,
         )
         validate_conversion(planned, written, progress=progress)
         if record is not None:
-            tell_of_another_source(record, planned, progress)
+            warn_of_another_source(record, planned, progress)
     logger.success(f"Valid: {directory}")
 
 
@@ -249,9 +253,10 @@ def plan(
     dtype: str | None = None,
 ) -> ConversionPlan:
     """Plan what ``convert`` would do, without writing anything; see there for the arguments."""
+    hub = HubAccess(cache_dir)
     planned = _plan(
-        *_read(family, source, revision, cache_dir),
-        open_verifier(base_model, cache_dir=cache_dir),
+        *_read(source, hub, revision, family),
+        open_verifier(base_model, hub),
         asked=asked,
         options=options,
         dtype=dtype,
@@ -261,16 +266,13 @@ def plan(
 
 
 def _read(
-    family: Family | None,
-    source: str | Path,
-    revision: str | None,
-    cache_dir: str | Path | None,
+    source: str | Path, hub: HubAccess, revision: str | None, family: Family | None
 ) -> tuple[Family, Checkpoint]:
     """Read a source, and the files beside its weights that its family may have."""
-    repository = open_repository(source, revision=revision, cache_dir=cache_dir, one_file=True)
+    repository = open_repository(source, hub, revision=revision, one_file=True)
     checkpoint = read_checkpoint(repository)
     logger.info(f"Loaded {len(checkpoint.tensors)} weights")
-    family = family or family_of(checkpoint)
+    family = family_of(checkpoint, recognise(checkpoint.config, checkpoint.tensors), family)
     companions = find_companions(repository, family.companions)
     return family, replace(checkpoint, companions=companions)
 

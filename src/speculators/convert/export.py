@@ -11,6 +11,7 @@ from typing import Any
 
 from loguru import logger
 
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.output.staging import Marker, check_output, staged_directory
 from speculators.checkpoint.output.writer import copy_file, write_safetensors_file
 from speculators.checkpoint.paths import local_path
@@ -76,7 +77,7 @@ def export(
     """
     directory = local_path(output, OutputError)
     check_output(directory, overwrite=overwrite, marker=EXPORTED)
-    converted = open_converted(source, revision=revision, cache_dir=cache_dir)
+    converted = open_converted(source, HubAccess(cache_dir), revision=revision)
     target = converted.family.targets.get(to)
     if target is None:
         raise ConversionError(

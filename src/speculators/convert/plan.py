@@ -20,12 +20,12 @@ from speculators.checkpoint.tensor import (
 )
 from speculators.checkpoint.verifier import Verifier
 from speculators.convert.rope_tables import check_rope_table
-from speculators.errors import ConversionError
+from speculators.errors import ConversionError, listed
 from speculators.families.family import Derived, Family, Source, read_options
-from speculators.families.fused import split
-from speculators.families.keys import SourceKeys
-from speculators.families.recognition import listed, recognise, short_names
-from speculators.families.rope_names import is_rope_table
+from speculators.families.recognition import Recognition, short_names
+from speculators.families.research.fused import split
+from speculators.families.research.keys import SourceKeys
+from speculators.families.research.rope_names import is_rope_table
 from speculators.families.signature import Signature
 from speculators.format.config import ProposalMethod, SpeculatorConfig
 from speculators.format.problems import first_problem
@@ -35,9 +35,9 @@ __all__ = [
     "ConversionPlan",
     "DraftPlan",
     "family_of",
-    "head_left_out",
     "plan_conversion",
     "plan_draft",
+    "unchecked_head",
 ]
 
 
@@ -114,12 +114,11 @@ class ConversionPlan:
         return {name: self.source.companions[name] for name in sorted(self.config.companions)}
 
     @property
-    def heads(self) -> list[TensorInfo]:
-        """The source's own heads that are left out, since the verifier's take their place."""
+    def replaced_head(self) -> TensorInfo | None:
+        """The source's own head, if it is left out because the verifier's takes its place."""
         short = short_names(self.source.tensors).short
-        return [
-            self.source.tensors[name] for name in self.left_out if short[name] == "lm_head.weight"
-        ]
+        names = (name for name in self.left_out if short[name] == "lm_head.weight")
+        return next((self.source.tensors[name] for name in names), None)
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +126,7 @@ class ConversionPlan:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def head_left_out(head: TensorInfo) -> str:
+def unchecked_head(head: TensorInfo) -> str:
     """What to say of a source's own head that cannot be compared with the verifier's."""
     return (
         f"{head.name} of the draft was left out unchecked: whether it is the verifier's head, "
@@ -234,7 +233,6 @@ def plan_draft(
             config; the message names them.
 
     """
-    _refuse_others(family, checkpoint)
     names = short_names(checkpoint.tensors)
     stored = _by_short_name(checkpoint, names.short)
     _check_head(family, checkpoint, stored)
@@ -284,27 +282,23 @@ def plan_draft(
     )
 
 
-def family_of(checkpoint: Checkpoint) -> Family:
-    """The family that a checkpoint belongs to.
+def family_of(checkpoint: Checkpoint, found: Recognition, wanted: Family | None = None) -> Family:
+    """The family that a checkpoint belongs to, of which it can be converted.
+
+    Args:
+        checkpoint: its config and table of tensors.
+        found: what it was recognised as.
+        wanted: the family that it has to belong to; any if not given.
 
     Raises:
-        ConversionError: if it belongs to none; the message says what it is.
+        ConversionError: if it belongs to another or to none, or is quantized; the message says
+            what it is.
 
     """
-    family = recognise(checkpoint.config, checkpoint.tensors).family
-    if family is None:
-        _refuse_others(None, checkpoint)
-    assert family is not None
-    return family
-
-
-def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
-    """Refuse what is not of a family, or of any if none is given, and what is quantized."""
-    found = recognise(checkpoint.config, checkpoint.tensors)
     if found.signature and found.signature.advice:
         raise ConversionError(
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]})"
-            f"{f', not {family.noun}' if family else ''}; {found.signature.advice}."
+            f"{f', not {wanted.noun}' if wanted else ''}; {found.signature.advice}."
             + _served(found.signature)
         )
     if not checkpoint.tensors:
@@ -317,21 +311,22 @@ def _refuse_others(family: Family | None, checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} holds quantized weights ({found.quantized[0]}), which are not "
             "converted; give the original, unquantized checkpoint." + _served(found.signature)
         )
-    if found.signature is None:
+    if found.signature is None or found.family is None:
         near = "; ".join(map(str, found.near)) or "it resembles none that is"
         raise ConversionError(
             f"{checkpoint.name} is not a checkpoint of a known kind: it has "
-            f"{listed(checkpoint.tensors)}; {near}."
+            f"{listed(sorted(checkpoint.tensors))}; {near}."
         )
-    if found.family and family and found.family is not family:
+    if wanted and found.family is not wanted:
         raise ConversionError(
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]}); convert it "
             f"with: speculators convert {found.family.name}."
         )
+    return found.family
 
 
 def _served(signature: Signature | None) -> str:
-    """A sentence, after a space, on which engines serve a kind; empty for what is no draft."""
+    """A sentence, after a space, on which engines serve a kind; empty for what is not a draft."""
     served = signature.served if signature else None
     return f" {served[0].upper()}{served[1:]}." if served else ""
 
@@ -405,8 +400,8 @@ def _check_names(
         problems = [
             text
             for names, text in (
-                (missing, f"it lacks {listed(missing, len(missing))}"),
-                (unknown, f"it has unknown {listed(unknown, len(unknown))}"),
+                (missing, f"it lacks {', '.join(sorted(missing))}"),
+                (unknown, f"it has unknown {', '.join(sorted(unknown))}"),
             )
             if names
         ]

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.tensor import PlannedTensor
 from speculators.checkpoint.verifier import Verifier
 from speculators.convert.plan import ConversionPlan
@@ -19,6 +20,7 @@ class Unavailable:
 
     name: str
     error: SpeculatorsError
+    hub: HubAccess = DEFAULT_ACCESS
     weights: str | None = None
     commit: str | None = None
 

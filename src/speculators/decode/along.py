@@ -6,8 +6,6 @@ the verifier generates alone, one more pass over the whole output gives its hidd
 draft proposes at every place where speculation would have asked it to.
 """
 
-from collections.abc import Callable, Iterable
-from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -21,13 +19,11 @@ from speculators.decode.loop import Generation
 from speculators.decode.proposals import drafter_of
 from speculators.decode.refusals import check_proposal
 from speculators.decode.sampling import warp_of
-from speculators.decode.verification import children_of, depth_of, walk
+from speculators.decode.verification import children_of, depth_of, known_choice, walk
 from speculators.errors import GenerationError
 from speculators.format.config import ProposalMethod
 
 __all__ = ["draft_along"]
-
-NO_TOKEN = -1
 
 
 @torch.no_grad()
@@ -82,14 +78,8 @@ def draft_along(
         )
         parents = tree.parents[0].tolist()
         children = children_of(tree.tokens[0].tolist(), parents)
-        path, _ = walk(children, _chooser(tokens[last + 1 :]))
+        path, _ = walk(children, known_choice(tokens[last + 1 :]))
         accepted.append(len(path) - 1)
         offered.append(depth_of(parents))
         last, new = last + len(path), len(path)
     return Generation(sequences, [accepted], [offered])
-
-
-def _chooser(tokens: Iterable[int]) -> Callable[[int], int]:
-    """A function that gives these tokens one after another, whatever node it is asked for."""
-    following = chain(tokens, repeat(NO_TOKEN))
-    return lambda _node: next(following)

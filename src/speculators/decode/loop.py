@@ -20,8 +20,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from speculators.decode.cache import BlockCache
-from speculators.decode.cuda_graphs import ReplayedSteps, Workspace
 from speculators.decode.drafter import Draft
+from speculators.decode.gpu.cuda_graphs import ReplayedSteps, Workspace
 from speculators.decode.linear import linear_layers
 from speculators.decode.proposals import drafter_of
 from speculators.decode.refusals import (

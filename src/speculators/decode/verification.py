@@ -1,7 +1,8 @@
 """Running the verifier on a tree of proposed tokens, and following the tree while it agrees."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, repeat
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,8 @@ from speculators.errors import GenerationError
 __all__ = ["MASKABLE", "VerifierPass", "children_of", "depth_of", "padded", "walk"]
 
 MASKABLE = ("sdpa", "eager")
+
+NO_TOKEN = -1
 """Attention implementations that take a 4D mask."""
 
 
@@ -281,6 +284,15 @@ def depth_of(parents: Sequence[int]) -> int:
     for node in range(1, len(parents)):
         depths[node] = 1 + depths[parents[node]]
     return max(depths)
+
+
+def known_choice(tokens: Iterable[int]) -> Callable[[int], int]:
+    """The ``choose`` of ``walk`` where the verifier's tokens are known, in their order.
+
+    After the last one comes a token that is never drafted.
+    """
+    following = chain(tokens, repeat(NO_TOKEN))
+    return lambda _node: next(following)
 
 
 def walk(

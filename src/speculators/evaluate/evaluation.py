@@ -13,10 +13,9 @@ from transformers import GenerationConfig
 from speculators import __version__
 from speculators.decode import Generation
 from speculators.decode.along import draft_along
-from speculators.decode.cuda_graphs import RECORDERS, power_of_two
+from speculators.decode.gpu.cuda_graphs import RECORDERS, power_of_two
 from speculators.decode.verification import is_stateful
 from speculators.errors import EvaluationError
-from speculators.evaluate.comparing import first_difference
 from speculators.evaluate.metrics import Acceptance, count_steps
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import (
@@ -26,10 +25,11 @@ from speculators.evaluate.report import (
     Report,
     Settings,
     SpeculativeMeasurement,
+    first_difference,
     recommend,
     results_by_proposal,
 )
-from speculators.evaluate.subject import Subject, generation_config
+from speculators.evaluate.subject.loading import Subject, generation_config
 from speculators.format.config import ProposalMethod
 from speculators.models.mtp import QwenMtp
 from speculators.models.speculator import Speculator

@@ -5,10 +5,12 @@ docs/evaluation.schema.json is made from these models.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from speculators.evaluate.defaults import MAX_NEW_TOKENS
 from speculators.evaluate.metrics import (
     Acceptance,
     acceptance_length,
@@ -34,6 +36,7 @@ __all__ = [
     "Settings",
     "SpeculativeMeasurement",
     "Summary",
+    "first_difference",
     "recommend",
     "results_by_proposal",
     "summarize",
@@ -146,7 +149,7 @@ class Settings(Model):
     """``null`` for the prompts that come with speculators."""
     prompts_total: int = Field(ge=1)
     """How many were to be measured."""
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, ge=1)
     """The longest output, in tokens."""
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 is greedy decoding."""
@@ -315,6 +318,14 @@ def results_by_proposal(
         )
         for index, proposal in enumerate(proposals)
     ]
+
+
+def first_difference(plain: Sequence[int], speculative: Sequence[int]) -> Difference | None:
+    """Where two outputs first differ, if they do; both are new tokens only."""
+    for position, (one, other) in enumerate(zip_longest(plain, speculative)):
+        if one != other:
+            return Difference(position=position, plain=one, speculative=other)
+    return None
 
 
 def recommend(results: Sequence[ProposalResult]) -> Recommendation | None:

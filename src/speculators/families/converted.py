@@ -2,13 +2,14 @@
 
 import os
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError as PydanticValidationError
 
-from speculators.checkpoint.hub.headers import headers_only
+from speculators.checkpoint.headers import headers_only
+from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.reader import (
     Checkpoint,
     find_companions,
@@ -26,7 +27,7 @@ from speculators.format.config import SpeculatorConfig
 from speculators.format.problems import first_problem
 from speculators.format.tensors import compare, required_tensors
 
-__all__ = ["Converted", "check_converted", "open_converted", "parse_config"]
+__all__ = ["Converted", "check_converted", "open_converted", "parse_config", "read_converted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,6 @@ class Converted:
         config: the checked config.
         tensors: its tensors by their current names, whichever version wrote them.
         features: the features that they show.
-        cache_dir: where downloads are kept, those of the verifier too; the Hub client's default
-            cache if ``None``.
-        token: an access token for the Hub; the one that its client finds if ``None``.
 
     """
 
@@ -50,8 +48,11 @@ class Converted:
     config: SpeculatorConfig
     tensors: dict[str, TensorInfo]
     features: frozenset[str]
-    cache_dir: Path | None = None
-    token: str | bool | None = field(default=None, repr=False)
+
+    @property
+    def repository(self) -> Repository:
+        """Where its files are."""
+        return self.checkpoint.repository
 
     @property
     def directory(self) -> Path:
@@ -74,11 +75,7 @@ class Converted:
         named = other if other is not None else self.config.speculators_config.verifier.name_or_path
         if named is None:
             raise VerifierError(f"The config.json of {self.checkpoint.name} names no verifier.")
-        verifier = open_verifier(
-            Path(named) if isinstance(named, os.PathLike) else named,
-            cache_dir=self.cache_dir,
-            token=self.token,
-        )
+        verifier = open_verifier(named, self.repository.hub)
         vocabulary, hidden = self.config.verifier_sizes
         verifier.check_fits(hidden, vocabulary)
         return verifier
@@ -86,45 +83,35 @@ class Converted:
 
 def open_converted(
     source: str | os.PathLike[str],
+    hub: HubAccess = DEFAULT_ACCESS,
     *,
     revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
 ) -> Converted:
     """Find a converted draft, and check its tensors' names, shapes and dtypes.
 
     Args:
         source: a directory or a Hub id.
+        hub: the cache and the token, for the draft and its verifier.
         revision: a branch, tag or commit on the Hub.
-        cache_dir: where downloads are kept.
-        token: an access token for the Hub; the one that its client finds if not given.
 
     Raises:
         FormatError: if it is not in the format, or its tensors are not those of its config.
         CheckpointError, HubError: if it cannot be read or downloaded.
 
     """
-    cache_dir = None if cache_dir is None else Path(cache_dir)
-    repository = open_repository(
-        Path(source) if isinstance(source, os.PathLike) else source,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-    )
-    config, config_file = read_config(repository)
+    repository = open_repository(source, hub, revision=revision)
+    return read_converted(repository, *read_config(repository))
+
+
+def read_converted(repository: Repository, config: dict[str, Any], config_file: Path) -> Converted:
+    """Check a draft of which only the config.json was read; see ``open_converted``."""
     if "speculators_model_type" not in config:
         _refuse_what_is_not_converted(repository, config)
     parsed = parse_config(config, repository.name)  # before the weights are fetched
     tensors = read_tensors(repository)
-    checkpoint = Checkpoint(
-        repository.name,
-        config,
-        config_file,
-        tensors,
-        repository.commit,
-        companions=find_companions(repository, parsed[0].companions),
-    )
-    return replace(_checked(checkpoint, *parsed, cache_dir), token=token)
+    companions = find_companions(repository, parsed[0].companions)
+    checkpoint = Checkpoint(repository, config, config_file, tensors, companions=companions)
+    return _checked(checkpoint, *parsed)
 
 
 def _refuse_what_is_not_converted(repository: Repository, config: dict[str, Any]) -> None:
@@ -153,12 +140,10 @@ def check_converted(checkpoint: Checkpoint) -> Converted:
         FormatError: if it is not in the format, or its tensors are not those of its config.
 
     """
-    return _checked(checkpoint, *parse_config(checkpoint.config, checkpoint.name), None)
+    return _checked(checkpoint, *parse_config(checkpoint.config, checkpoint.name))
 
 
-def _checked(
-    checkpoint: Checkpoint, family: Family, config: SpeculatorConfig, cache_dir: Path | None
-) -> Converted:
+def _checked(checkpoint: Checkpoint, family: Family, config: SpeculatorConfig) -> Converted:
     """Check the names, shapes and dtypes of a draft's tensors against its config."""
     tensors = {family.names.current(name): info for name, info in checkpoint.tensors.items()}
     features = family.features_of(tensors)
@@ -193,7 +178,7 @@ def _checked(
             else f"has {', '.join(has)}, which its config.json does not name"
         )
         raise FormatError(f"{checkpoint.name} {problem}; convert it again.")
-    return Converted(family, checkpoint, config, tensors, config.features | own, cache_dir)
+    return Converted(family, checkpoint, config, tensors, config.features | own)
 
 
 def parse_config(config: dict[str, Any], where: str) -> tuple[Family, SpeculatorConfig]:

@@ -10,11 +10,12 @@ from itertools import takewhile
 from typing import Any
 
 from speculators.checkpoint.tensor import FLOATS, TensorInfo, describe_shape
+from speculators.errors import listed
 from speculators.families.family import Family
 from speculators.families.foreign import CONVERTED, DRAFT_IN_MODEL
-from speculators.families.fused import unfused
 from speculators.families.registry import families, family_named, signatures
-from speculators.families.rope_names import is_rope_table
+from speculators.families.research.fused import unfused
+from speculators.families.research.rope_names import is_rope_table
 from speculators.families.signature import Signature
 
 __all__ = ["Names", "Near", "Recognition", "listed", "recognise", "short_names"]
@@ -67,7 +68,7 @@ class Near:
         clauses = [
             f"of {signature.title} it has {len(self.found)} of {len(signature.parts)} tensors",
             f"with {' or '.join(before)} before their names" if before else "",
-            f"but lacks {listed(self.missing)}" if self.missing else "",
+            f"but lacks {listed(sorted(self.missing))}" if self.missing else "",
             f"but also has {self.excluded}, which that never has" if self.excluded else "",
         ]
         return ", ".join(filter(None, clauses))
@@ -104,7 +105,7 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> R
     names = short_names(tensors)
     stored = {short: tensors[name] for name, short in names.short.items()}
     quantized = [info.name for name, info in stored.items() if QUANTIZED.fullmatch(name)]
-    quantization = [f"it has {listed(quantized)}"] if quantized else []
+    quantization = [f"it has {listed(sorted(quantized))}"] if quantized else []
     if config.get("quantization_config") and not (tensors and _are_plain(stored)):
         quantization.append("config.json has a quantization_config")
     # Judge a quantized module by the name that its weight had before.
@@ -220,7 +221,8 @@ def _draft_inside(tensors: Mapping[str, TensorInfo]) -> str | None:
             _is_exact(family, [name.removeprefix(start) for name in inside])
             for family in families()
         ):
-            return f"{tensors[start + FUSION].name} is a draft's, and {listed(others, 1)} are not"
+            fusion = tensors[start + FUSION].name
+            return f"{fusion} is a draft's, and {listed(sorted(others), 1)} are not"
     return None
 
 
@@ -232,13 +234,6 @@ def _are_plain(tensors: Mapping[str, TensorInfo]) -> bool:
     ) and not any(QUANTIZED.fullmatch(name) for name in tensors)
 
 
-def listed(names: Collection[str], at_most: int = 4) -> str:
-    """The first names in sorted order, and how many more there are."""
-    shown = sorted(names)[:at_most]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
-
-
 def _evidence(
     signature: Signature, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> list[str]:
@@ -248,7 +243,7 @@ def _evidence(
         return hints if len(hints) == len(signature.hints) > 0 else []
     is_mark = re.compile(signature.marks).fullmatch
     marks = [info.name for name, info in tensors.items() if is_mark(name)]
-    shown = [f"it has {listed(marks)}"] if marks else []
+    shown = [f"it has {listed(sorted(marks))}"] if marks else []
     if signature.alone and len(marks) != len(tensors):
         return []
     fc, query = tensors.get(FUSION), tensors.get("layers.0.self_attn.q_proj.weight")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from speculators.checkpoint.files.json_file import read_json
-from speculators.checkpoint.hub.headers import headers_only
+from speculators.checkpoint.headers import headers_only
+from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.reader import Checkpoint, Companion, read_config, read_tensors
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.convert.export import obstacle
@@ -25,9 +26,9 @@ from speculators.errors import (
 from speculators.families.converted import check_converted
 from speculators.families.family import Family
 from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
-from speculators.families.fused import unfused
-from speculators.families.recognition import recognise, short_names
+from speculators.families.recognition import Recognition, recognise, short_names
 from speculators.families.registry import family_named
+from speculators.families.research.fused import unfused
 from speculators.families.signature import Signature
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
 from speculators.format.tensors import counts_shown, features_shown
@@ -59,9 +60,9 @@ SIZES = (
 
 def inspect_checkpoint(
     source: str | Path,
+    hub: HubAccess = DEFAULT_ACCESS,
     *,
     revision: str | None = None,
-    cache_dir: str | Path | None = None,
 ) -> Finding:
     """Say what a checkpoint is, on what evidence, and what can be done with it.
 
@@ -70,15 +71,15 @@ def inspect_checkpoint(
 
     Args:
         source: a directory, a file of weights in one, or a Hugging Face id.
+        hub: the cache and the token.
         revision: a branch, tag or commit on the Hub.
-        cache_dir: where downloads are kept; the Hub client's default cache if not given.
 
     Raises:
         CheckpointError: if config.json or a header is damaged, or there is no config.json.
         HubError: if a file cannot be fetched from the Hub.
 
     """
-    repository = open_repository(source, revision=revision, cache_dir=cache_dir, one_file=True)
+    repository = open_repository(source, hub, revision=revision, one_file=True)
     with headers_only(repository) as light:
         return _inspect(light)
 
@@ -99,7 +100,7 @@ def _inspect(repository: Repository) -> Finding:
     is_converted = found.signature is CONVERTED
     family = family_named(config.get("speculators_model_type")) if is_converted else found.family
     checkpoint = Checkpoint(
-        repository.name,
+        repository,
         config,
         config_file,
         tensors,
@@ -110,11 +111,11 @@ def _inspect(repository: Repository) -> Finding:
         },
     )
     if family is None:
-        details = _details(checkpoint)
+        details = _details(checkpoint, found)
     elif is_converted:
-        details = _details_of_converted(checkpoint, family)
+        details = _details_of_converted(checkpoint, family, found)
     else:
-        details = _details_of_draft(checkpoint, family)
+        details = _details_of_draft(checkpoint, family, found)
     record = repository.file(CONVERSION_FILE) if is_converted else None
     if family is not None and repository.commit is None:
         notes += [
@@ -137,16 +138,7 @@ def _inspect(repository: Repository) -> Finding:
         title=title + (f" with {' and '.join(unusual)}" if unusual else ""),
         evidence=list(found.evidence),
         quantized=list(found.quantized),
-        near=[
-            NearFinding(
-                kind=near.signature.kind,
-                difference=str(near),
-                found=near.found,
-                missing=list(near.missing),
-                excluded=near.excluded,
-            )
-            for near in found.near
-        ],
+        near=_near(found),
         converted_from=_source_of(record, notes) if record else None,
         notes=notes + details.notes,
         layout=details.layout,
@@ -158,24 +150,27 @@ def _inspect(repository: Repository) -> Finding:
         parameters=sum(info.elements for info in tensors.values()),
         bytes=sum(info.nbytes for info in tensors.values()),
         dtypes=dict(Counter(info.dtype for info in tensors.values())),
-        tensors=[
-            TensorFinding(
-                name=name,
-                dtype=info.dtype,
-                shape=list(info.shape),
-                bytes=info.nbytes,
-                file=info.file.name,
-                target=details.targets.get(name),
-                left_out=details.left_out.get(name),
-            )
-            for name, info in tensors.items()
-        ],
+        tensors=_tensors(checkpoint, details),
         verifier=_verifier(sizes, details)
         if family is not None or found.signature is LANGUAGE_MODEL or is_converted
         else None,
         mtp=None if family else mtp_finding(config, tensors),
         conversion=details.conversion,
     )
+
+
+def _near(found: Recognition) -> list[NearFinding]:
+    """The kinds that an unknown checkpoint resembles."""
+    return [
+        NearFinding(
+            kind=near.signature.kind,
+            difference=str(near),
+            found=near.found,
+            missing=list(near.missing),
+            excluded=near.excluded,
+        )
+        for near in found.near
+    ]
 
 
 def unreadable(source: str, error: SpeculatorsError) -> Finding:
@@ -242,7 +237,7 @@ class Details:
     notes: list[str] = field(default_factory=list)
 
 
-def _details(checkpoint: Checkpoint) -> Details:
+def _details(checkpoint: Checkpoint, found: Recognition) -> Details:
     """Details of a checkpoint of no family."""
     model_type = checkpoint.config.get("speculators_model_type")
     if model_type is not None:
@@ -257,10 +252,10 @@ def _details(checkpoint: Checkpoint) -> Details:
         )
     nested = checkpoint.config.get("text_config")
     sizes = nested if isinstance(nested, dict) and nested else checkpoint.config
-    return Details(sizes, ConversionFinding(possible=False, why_not=_why_not(checkpoint)))
+    return Details(sizes, ConversionFinding(possible=False, why_not=_why_not(checkpoint, found)))
 
 
-def _details_of_draft(checkpoint: Checkpoint, family: Family) -> Details:
+def _details_of_draft(checkpoint: Checkpoint, family: Family, found: Recognition) -> Details:
     notes = [family.ambiguity(checkpoint.name)] if family.ambiguity else []
     if not checkpoint.tensors:
         why_not = f"{checkpoint.name} has no weights that could be read, and they decide."
@@ -277,7 +272,7 @@ def _details_of_draft(checkpoint: Checkpoint, family: Family) -> Details:
         },
     )
     try:
-        plan = plan_draft(family, checkpoint)
+        plan = plan_draft(family_of(checkpoint, found), checkpoint)
     except ConversionError as error:
         conversion = ConversionFinding(possible=False, why_not=str(error))
         return Details(checkpoint.config, conversion, features, notes=notes)
@@ -307,7 +302,7 @@ def _details_of_draft(checkpoint: Checkpoint, family: Family) -> Details:
     )
 
 
-def _details_of_converted(checkpoint: Checkpoint, family: Family) -> Details:
+def _details_of_converted(checkpoint: Checkpoint, family: Family, found: Recognition) -> Details:
     layer = checkpoint.config.get("transformer_layer_config")
     sizes = layer if isinstance(layer, dict) else {}
     targets = {name: family.names.current(name) for name in checkpoint.tensors}
@@ -330,7 +325,7 @@ def _details_of_converted(checkpoint: Checkpoint, family: Family) -> Details:
         ]
     return Details(
         sizes,
-        ConversionFinding(possible=False, why_not=_why_not(checkpoint)),
+        ConversionFinding(possible=False, why_not=_why_not(checkpoint, found)),
         _features(family, {target: name for name, target in targets.items()}) if targets else None,
         targets,
         layout=_layout(targets) if targets else None,
@@ -342,10 +337,10 @@ def _details_of_converted(checkpoint: Checkpoint, family: Family) -> Details:
     )
 
 
-def _why_not(checkpoint: Checkpoint) -> str:
+def _why_not(checkpoint: Checkpoint, found: Recognition) -> str:
     """Why a checkpoint cannot be converted."""
     try:
-        family_of(checkpoint)
+        family_of(checkpoint, found)
     except ConversionError as error:
         return str(error)
     raise AssertionError(f"{checkpoint.name} can be converted")
@@ -359,6 +354,22 @@ def _source_of(record: Path, notes: list[str]) -> RepositoryRecord | None:
         notes.append(f"Where it comes from is not known: {error}")
         return None
     return RepositoryRecord(name=source.name, revision=source.revision)
+
+
+def _tensors(checkpoint: Checkpoint, details: Details) -> list[TensorFinding]:
+    """What is known of each tensor."""
+    return [
+        TensorFinding(
+            name=name,
+            dtype=info.dtype,
+            shape=list(info.shape),
+            bytes=info.nbytes,
+            file=info.file.name,
+            target=details.targets.get(name),
+            left_out=details.left_out.get(name),
+        )
+        for name, info in checkpoint.tensors.items()
+    ]
 
 
 def _layout(targets: Mapping[str, str]) -> Literal["current", "0.1.0 to 0.3.0"]:

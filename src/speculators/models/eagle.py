@@ -15,7 +15,6 @@ from speculators.families.eagle import EAGLE
 from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.layers import LAYER_CLASSES
 from speculators.models.output import DraftOutput
-from speculators.models.placement import device_of
 from speculators.models.speculator import Speculator
 
 __all__ = ["EagleOutput", "EagleSpeculator", "EagleSpeculatorConfig"]
@@ -142,7 +141,4 @@ class EagleSpeculator(Speculator):
             VerifierError: as ``forward``.
 
         """
-        head = self._head()
-        kept = self.pre_lm_head_layernorm(hidden_states)
-        logits: Tensor = head(kept.to(device=device_of(head), dtype=head.weight.dtype))
-        return logits
+        return super().logits(self.pre_lm_head_layernorm(hidden_states))

@@ -22,7 +22,7 @@ from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.inputs import check_states
 from speculators.models.layers import LAYER_CLASSES, LayerClasses
 from speculators.models.output import DraftOutput
-from speculators.models.placement import device_of, value_of
+from speculators.models.placement import value_of
 from speculators.models.speculator import Speculator
 
 __all__ = ["Eagle3Speculator", "Eagle3SpeculatorConfig", "PEagleSpeculator"]
@@ -204,10 +204,6 @@ class Eagle3Speculator(Speculator):
         """Which of the verifier's states the draft reads."""
         return tuple(self.config.eagle_aux_hidden_state_layer_ids or ())
 
-    def to_verifier(self, tokens: Tensor) -> Tensor:
-        """The verifier's ids of the draft's tokens, of any shape."""
-        return tokens if self.d2t is None else tokens + self.d2t[tokens]
-
     def project(self, hidden_states: Tensor) -> Tensor:
         """What the draft's first input is made of, from the verifier's states.
 
@@ -267,10 +263,8 @@ class Eagle3Speculator(Speculator):
             (batch, sequence, draft vocabulary), in the head's dtype and on its device.
 
         """
-        head = self._head()
         normed = hidden_states if self.config.norm_output else self.norm(hidden_states)
-        logits: Tensor = head(normed.to(device=device_of(head), dtype=head.weight.dtype))
-        return logits
+        return super().logits(normed)
 
 
 class PEagleSpeculator(Eagle3Speculator):

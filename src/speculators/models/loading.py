@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.families.converted import Converted, open_converted
 from speculators.families.family import imported
 from speculators.models.speculator import Speculator
@@ -37,7 +38,7 @@ def load_draft(
         VerifierError: if the verifier does not fit.
 
     """
-    converted = open_converted(source, revision=revision, cache_dir=cache_dir, token=token)
+    converted = open_converted(source, HubAccess(cache_dir, token), revision=revision)
     return load_converted(converted, **kwargs)
 
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.reader import read_config
-from speculators.checkpoint.repository import open_repository
+from speculators.checkpoint.repository import Repository, open_repository
 from speculators.checkpoint.verifier import open_verifier
 from speculators.decode.loop import Generation, speculate
 from speculators.errors import FormatError, VerifierError
@@ -132,10 +132,19 @@ class QwenMtp(nn.Module):
             VerifierError: if the verifier does not fit.
 
         """
-        source = Path(directory) if isinstance(directory, os.PathLike) else directory
-        cache = None if cache_dir is None else Path(cache_dir)
-        repository = open_repository(source, revision=revision, cache_dir=cache, one_file=True)
-        config, _ = read_config(repository)
+        hub = HubAccess(cache_dir)
+        repository = open_repository(directory, hub, revision=revision, one_file=True)
+        return cls.read(repository, read_config(repository)[0], verifier=verifier)
+
+    @classmethod
+    def read(
+        cls,
+        repository: Repository,
+        config: dict[str, Any],
+        *,
+        verifier: PreTrainedModel | str | os.PathLike[str],
+    ) -> "QwenMtp":
+        """Load an MTP of which the config.json was read already; see ``load``."""
         mtp = read_mtp(repository, config)
         tensors = tensors_of(mtp, repository)
         kind = computed_as(repository.name, config, mtp, tensors)
@@ -154,14 +163,14 @@ class QwenMtp(nn.Module):
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise FormatError(f"{repository.name} does not hold its MTP: {reason}") from error
-        draft.attach_verifier(verifier, cache_dir=cache)
+        draft.attach_verifier(verifier, cache_dir=repository.hub.cache_dir)
         return draft.eval()
 
     def attach_verifier(
         self,
         verifier: PreTrainedModel | str | os.PathLike[str],
         *,
-        cache_dir: Path | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         """Take embedding and head from a verifier; see ``load``.
 
@@ -179,9 +188,7 @@ class QwenMtp(nn.Module):
                 )
             self._borrowed, self._verifier = (embedding, head), (verifier,)
             return
-        opened = open_verifier(
-            Path(verifier) if isinstance(verifier, os.PathLike) else verifier, cache_dir=cache_dir
-        )
+        opened = open_verifier(verifier, HubAccess(cache_dir))
         opened.check_fits(sizes[1], sizes[0])
         to: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         rows = nn.Embedding.from_pretrained(read_tensor(opened.embedding()).to(**to))

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from typing_extensions import Self
 
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.hub.client import watched_client
 from speculators.checkpoint.hub.upload import SAVED, check_upload, upload
 from speculators.checkpoint.output.stamp import README, write_stamped
@@ -94,6 +95,7 @@ class Speculator(PreTrainedModel, ABC):
     fc: nn.Linear
     rotary_emb: nn.Module
     embed_tokens: nn.Embedding | None
+    d2t: Tensor | None
 
     def __init__(self, config: SpeculatorPretrainedConfig, own_embedding: bool = True) -> None:
         super().__init__(config)
@@ -105,6 +107,8 @@ class Speculator(PreTrainedModel, ABC):
         )
         # The draft's own head, if it has one.
         self.lm_head: nn.Linear | None = None
+        # Added to the draft's token ids, they give the verifier's; the same without it.
+        self.register_buffer("d2t", None)
         # Single matrices that are read from the verifier's files, and never saved with the draft.
         self.borrowed_head: nn.Linear | None = None
         self.borrowed_embedding: nn.Embedding | None = None
@@ -171,7 +175,7 @@ class Speculator(PreTrainedModel, ABC):
             if kwargs.pop(option, None):
                 logger.warning(f"The argument {option} has no effect here: use {instead}")
         converted = open_converted(
-            pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir, token=token
+            pretrained_model_name_or_path, HubAccess(cache_dir, token), revision=revision
         )
         return cls.from_converted(converted, verifier=verifier, **kwargs)
 
@@ -215,10 +219,8 @@ class Speculator(PreTrainedModel, ABC):
         model._weight_conversions = []  # type: ignore[assignment]
         if upcasting:
             upcast_parameters(model, converted.tensors)
-        if verifier is None:
-            model._borrow(converted.open_verifier, upcasting)
-        elif isinstance(verifier, Verifier):
-            model._borrow(lambda: verifier, upcasting)
+        if verifier is None or isinstance(verifier, Verifier):
+            model._borrow(converted, verifier, upcasting)
         else:
             named = converted.config.speculators_config.verifier.name_or_path
             attached = named if verifier == AUTO else verifier
@@ -227,7 +229,8 @@ class Speculator(PreTrainedModel, ABC):
                     f"The config.json of {converted.checkpoint.name} names no verifier: give the "
                     "model that the draft was trained for, as verifier=..."
                 )
-            model.attach_verifier(attached, cache_dir=converted.cache_dir, token=converted.token)
+            hub = converted.repository.hub
+            model.attach_verifier(attached, cache_dir=hub.cache_dir, token=hub.token)
         return model
 
     def save_pretrained(  # type: ignore[override]
@@ -369,13 +372,7 @@ class Speculator(PreTrainedModel, ABC):
 
         """
         if not isinstance(verifier, PreTrainedModel):
-            self._check_fits(
-                open_verifier(
-                    Path(verifier) if isinstance(verifier, os.PathLike) else verifier,
-                    cache_dir=None if cache_dir is None else Path(cache_dir),
-                    token=token,
-                )
-            )
+            self._check_fits(open_verifier(verifier, HubAccess(cache_dir, token)))
             # Not by device_map, which needs another package.
             with watched_client():  # so that no password in an endpoint's URL is logged
                 loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -441,8 +438,8 @@ class Speculator(PreTrainedModel, ABC):
         return hidden_states
 
     def to_verifier(self, tokens: Tensor) -> Tensor:
-        """The verifier's ids of the draft's tokens, of any shape: here, the same."""
-        return tokens
+        """The verifier's ids of the draft's tokens, of any shape."""
+        return tokens if self.d2t is None else tokens + self.d2t[tokens]
 
     @abstractmethod
     def draft(self, input_ids: Tensor, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -451,9 +448,22 @@ class Speculator(PreTrainedModel, ABC):
         ``hidden_states`` are projected, or an earlier output's ``last_hidden_state``.
         """
 
-    @abstractmethod
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Apply the head, as ``forward`` does after the layer."""
+        """Apply the head, as ``forward`` does after the layers.
+
+        Args:
+            hidden_states: (batch, sequence, hidden), ``last_hidden_state`` or a part of it.
+
+        Returns:
+            (batch, sequence, draft vocabulary), in the head's dtype and on its device.
+
+        Raises:
+            VerifierError: as ``forward``.
+
+        """
+        head = self._head()
+        logits: Tensor = head(hidden_states.to(device=device_of(head), dtype=head.weight.dtype))
+        return logits
 
     def forward(
         self,
@@ -705,15 +715,18 @@ class Speculator(PreTrainedModel, ABC):
         vocabulary, hidden = self.config.checked().verifier_sizes
         verifier.check_fits(hidden, vocabulary)
 
-    def _borrow(self, open_verifier: Callable[[], Verifier], upcasting: bool) -> None:
-        """Take what the draft needs from its verifier's files, or warn that it is not available."""
+    def _borrow(self, converted: Converted, verifier: Verifier | None, upcasting: bool) -> None:
+        """Read the matrices that the draft lacks from its verifier's files, or warn without them.
+
+        The verifier is the one that the config names, if none is given.
+        """
         borrows = self.config_class.family.borrows
         borrows_head = "head" in borrows and self.lm_head is None
         borrows_embedding = "embedding" in borrows and self.embed_tokens is None
         if not borrows_head and not borrows_embedding:
             return
         try:
-            verifier = open_verifier()
+            verifier = verifier or converted.open_verifier()
             self._check_fits(verifier)
             head = verifier.head() if borrows_head else None
             embedding = verifier.embedding() if borrows_embedding else None

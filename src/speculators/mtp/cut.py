@@ -7,7 +7,8 @@ from typing import Any, Literal
 from loguru import logger
 
 from speculators.checkpoint.files.json_file import read_json
-from speculators.checkpoint.hub.headers import headers_only
+from speculators.checkpoint.headers import headers_only
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.output.links import copy
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
@@ -16,7 +17,7 @@ from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_names, read_tensors
 from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
-from speculators.errors import CheckpointError, OutputError
+from speculators.errors import CheckpointError, OutputError, listed
 from speculators.mtp.config import promising, write_json
 from speculators.mtp.find import Mtp, find_mtp, why_unknown
 from speculators.mtp.llamacpp import TOKENIZER_FILES, taken_along
@@ -27,9 +28,7 @@ from speculators.mtp.quantization import (
     with_exclusions,
 )
 
-__all__ = ["check_mtp", "check_outside", "cut", "listed", "read_mtp", "tensors_of"]
-
-MOST_LISTED = 4
+__all__ = ["check_mtp", "check_outside", "cut", "read_mtp", "tensors_of"]
 
 
 def cut(
@@ -69,7 +68,7 @@ def cut(
     """
     directory = local_path(output, OutputError)
     check_output(directory, overwrite=False, marker=None)
-    repository = open_repository(verifier, revision=revision, cache_dir=cache_dir, one_file=True)
+    repository = open_repository(verifier, HubAccess(cache_dir), revision=revision, one_file=True)
     if isinstance(repository, LocalDirectory):
         check_outside(directory, repository.path, "the verifier")
     config, _ = read_config(repository)
@@ -179,12 +178,6 @@ def tensors_of(
             f"{listed(lacking)}; fetch the complete checkpoint."
         )
     return tensors
-
-
-def listed(names: tuple[str, ...] | list[str]) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - MOST_LISTED
-    return ", ".join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _elsewhere(repository: Repository) -> str:

@@ -7,15 +7,16 @@ from typing import Any
 from loguru import logger
 
 from speculators.checkpoint.files.json_file import read_json
+from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.output.staging import check_output
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo, describe_shape
-from speculators.errors import CheckpointError, ConversionError, OutputError
+from speculators.errors import CheckpointError, ConversionError, OutputError, listed
 from speculators.mtp.config import promising
-from speculators.mtp.cut import check_mtp, check_outside, listed, read_mtp, tensors_of
+from speculators.mtp.cut import check_mtp, check_outside, read_mtp, tensors_of
 from speculators.mtp.experts import layout_of, restacked
 from speculators.mtp.find import EXPERTS, Mtp, blocks_of, body_layers, find_mtp, nearest_layer
 from speculators.mtp.parameters import module_of
@@ -99,7 +100,7 @@ def graft(
     else:
         _check_place(place, directory)
     receiver = _read_receiver(directory)
-    repository = open_repository(mtp, revision=revision, cache_dir=cache_dir, one_file=True)
+    repository = open_repository(mtp, HubAccess(cache_dir), revision=revision, one_file=True)
     if output is not None and isinstance(repository, LocalDirectory):
         check_outside(place, repository.path, "the MTP")
     plan = _plan(receiver, repository)

@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: fetching files, reading headers from afar, uploading, its errors."""
+"""The Hugging Face Hub: fetching files, uploading, its errors."""

@@ -27,9 +27,10 @@ from speculators.checkpoint.files.safetensors_file import (
     parse_header,
     read_safetensors_file,
 )
+from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.hub.cache import check_place, delete_cached, find_damage
 from speculators.checkpoint.hub.client import WrongRangeError, watched_client
-from speculators.checkpoint.hub.errors import kinds_of, raise_told
+from speculators.checkpoint.hub.errors import kinds_of, raise_hub_error
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.errors import CheckpointError
@@ -158,11 +159,11 @@ class HubRepository:
     Args:
         repo_id: ``organization/name``, or ``name`` for one of the Hub's oldest.
         revision: a branch, a tag or a full commit hash; ``main`` if ``None``.
-        cache_dir: where downloads are kept; the Hub client's default cache if ``None``.
-        token: an access token; the one that the client finds if ``None``. No message has it.
+        hub: the cache and the token.
 
     Attributes:
         name: ``repo_id``, as given.
+        hub: as given.
         weights: see ``Repository``.
         commit: the hash of the commit that the files come from; ``None`` before the first file.
 
@@ -171,16 +172,15 @@ class HubRepository:
     def __init__(
         self,
         repo_id: str,
+        hub: HubAccess = DEFAULT_ACCESS,
         *,
         revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
     ) -> None:
         self.name = repo_id
-        self._token = token
+        self.hub = hub
         self.weights: str | None = None
         self.revision = revision
-        self.cache_dir = None if cache_dir is None else local_path(cache_dir)
+        self._cache_dir = None if hub.cache_dir is None else local_path(Path(hub.cache_dir))
         self.commit: str | None = None
 
     def file(self, filename: str) -> Path | None:
@@ -219,7 +219,7 @@ class HubRepository:
                 return self._cached_names()
             with watched_client():
                 files = list_repo_files(
-                    self.name, revision=self.commit or self.revision, token=self._token
+                    self.name, revision=self.commit or self.revision, token=self.hub.token
                 )
         except Exception:
             return self._cached_names()
@@ -266,9 +266,9 @@ class HubRepository:
         """
         from huggingface_hub import hf_hub_url
 
-        with self._told(filename):
+        with self._errors_explained(filename):
             url = hf_hub_url(self.name, filename, revision=self.commit)
-            return _read_range(url, start, size, self._token)
+            return _read_range(url, start, size, self.hub.token)
 
     def part(self, filename: str, tensors: Collection[str]) -> Path | None:
         """Return a safetensors file with those of ``tensors`` that ``filename`` holds.
@@ -323,9 +323,9 @@ class HubRepository:
             start, _ = self.read(filename, 0, data_start) or (b"", 0)
         header = parse_header(start[PREFIX_BYTES:data_start], size, remote)
         wanted = {name: info for name, info in header.items() if name in names}
-        with self._told(filename):
+        with self._errors_explained(filename):
             url = hf_hub_url(self.name, filename, revision=self.commit)
-            _write_part(part, wanted, url, self._token)
+            _write_part(part, wanted, url, self.hub.token)
         return True
 
     def _get(self, filename: str, *, dry_run: bool = False) -> Path | None:
@@ -336,12 +336,12 @@ class HubRepository:
             "repo_id": self.name,
             "filename": filename,
             "revision": self.commit or self.revision,
-            "cache_dir": self.cache_dir,
+            "cache_dir": self._cache_dir,
         }
         try:
             with watched_client():
                 if dry_run:
-                    found = hf_hub_download(**wanted, dry_run=True, token=self._token)
+                    found = hf_hub_download(**wanted, dry_run=True, token=self.hub.token)
                     path = Path(found.local_path)
                     check_place(path, self._cache(), self._folder())
                 else:
@@ -351,7 +351,7 @@ class HubRepository:
         except Exception as error:  # the client lets errors of many libraries through
             if "OfflineModeIsEnabled" in kinds_of(error) and self._is_cached():
                 return None
-            self._tell(error, filename)
+            self._explain(error, filename)
         # The cache's layout: snapshots/<commit>/<filename>.
         self.commit = path.parents[filename.count("/")].name
         return path
@@ -363,7 +363,9 @@ class HubRepository:
         cached = try_to_load_from_cache(**wanted)
 
         def download() -> Path:
-            return Path(_retried(lambda: hf_hub_download(**wanted, token=self._token), "GET 5xx"))
+            return Path(
+                _retried(lambda: hf_hub_download(**wanted, token=self.hub.token), "GET 5xx")
+            )
 
         path = download()
         wrong = self._find_damage(path)
@@ -385,17 +387,17 @@ class HubRepository:
         return find_damage(path, self._assets() / "checked")
 
     @contextmanager
-    def _told(self, filename: str) -> Iterator[None]:
+    def _errors_explained(self, filename: str) -> Iterator[None]:
         try:
             with watched_client():
                 yield
         except Exception as error:  # as above
-            self._tell(error, filename)
+            self._explain(error, filename)
 
-    def _tell(self, error: Exception, filename: str) -> NoReturn:
+    def _explain(self, error: Exception, filename: str) -> NoReturn:
         from huggingface_hub import constants
 
-        raise_told(
+        raise_hub_error(
             error,
             _SENTENCES,
             repo=self.name,
@@ -427,13 +429,13 @@ class HubRepository:
         """The client's folder for derived files, and in it our own."""
         from huggingface_hub import constants
 
-        assets = self.cache_dir / "assets" if self.cache_dir else Path(constants.HF_ASSETS_CACHE)
+        assets = self._cache_dir / "assets" if self._cache_dir else Path(constants.HF_ASSETS_CACHE)
         return assets / "speculators"
 
     def _cache(self) -> Path:
         from huggingface_hub import constants
 
-        return self.cache_dir or Path(constants.HF_HUB_CACHE)
+        return self._cache_dir or Path(constants.HF_HUB_CACHE)
 
 
 T = TypeVar("T")

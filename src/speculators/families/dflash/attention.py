@@ -12,7 +12,7 @@ from speculators.errors import ConversionError
 from speculators.families.dflash.config import FULL, SLIDING
 from speculators.families.dflash.native import Said
 from speculators.families.dflash.options import CAUSAL
-from speculators.families.options import ask
+from speculators.families.research.options import ask
 
 __all__ = ["Attention", "derive_attention", "is_usual"]
 

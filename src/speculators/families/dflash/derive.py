@@ -28,8 +28,8 @@ from speculators.families.dflash.native import (
 )
 from speculators.families.dflash.states import check_states, target_hidden_size, verifier_states
 from speculators.families.family import Completion, Derived, Source
-from speculators.families.layer import DerivedLayer, derive_layer
-from speculators.families.vocabulary import (
+from speculators.families.research.layer import DerivedLayer, derive_layer
+from speculators.families.research.vocabulary import (
     complete_vocabulary,
     drafted_tokens,
     vocabulary_size,

@@ -1,5 +1,7 @@
 """The families of DFlash, DFlash 2 and DSpark drafts (z-lab/dflash, deepseek-ai/DeepSpec)."""
 
+from dataclasses import replace
+
 from speculators.families.dflash.config import (
     MASK_FILE,
     DFlash2Config,
@@ -87,15 +89,15 @@ DFLASH = Family(
     unusual=("draft_vocabulary", "attention_bias"),
 )
 
-DFLASH2 = Family(
+DFLASH2 = replace(
+    DFLASH,
     name="dflash2",
     noun="a DFlash 2 draft",
-    signature=Signature(
-        "dflash2",
-        "a DFlash 2 draft",
+    signature=replace(
+        DFLASH.signature,
+        kind="dflash2",
+        title="a DFlash 2 draft",
         marks=r"candidate_selector\..*|layers\.\d+\.(attention|mlp)_conv\..*",
-        needs=BACKBONE,
-        never=OF_EAGLE3,
         hints={"architectures": r"DFlash2.*"},
         parts=(*PARTS, "candidate_selector.predecessor_codebook"),
         serving=(
@@ -114,34 +116,24 @@ DFLASH2 = Family(
             for name in ("predecessor", "successor")
         },
     ),
-    omissions=OMISSIONS,
     derive=derive_dflash2,
-    complete=complete,
     facts=DFlash2Config.facts,
-    converts_again=converts_again,
-    options=OPTIONS,
-    companions=(MASK_FILE,),
-    borrows=("embedding", "head"),
     model="speculators.models.dflash:DFlash2Speculator",
     reference="speculators.convert.references.dflash:DFlash2Reference",
-    check="speculators.convert.checks.block:BlockCheck",
     card=_card("A DFlash 2 draft", "dflash", "dflash2"),
-    export_config=export_config,
     targets=DFLASH2_TARGETS,
-    instead=INSTEAD,
     example=("z-lab/Qwen3.8-27B-DFlash2", "Qwen/Qwen3.8-27B"),
-    unusual=("draft_vocabulary", "attention_bias"),
 )
 
-DSPARK = Family(
+DSPARK = replace(
+    DFLASH,
     name="dspark",
     noun="a DSpark draft",
-    signature=Signature(
-        "dspark",
-        "a DSpark draft",
+    signature=replace(
+        DFLASH.signature,
+        kind="dspark",
+        title="a DSpark draft",
         marks=r"(logit_head\.)?markov_head\..*|markov_w[12]\.weight",
-        needs=BACKBONE,
-        never=OF_EAGLE3,
         hints={"architectures": r".*DSpark.*"},
         parts=(*PARTS, "markov_head.markov_w1.weight"),
         serving=(
@@ -153,22 +145,13 @@ DSPARK = Family(
     config=DSparkConfig,
     tensors=DSPARK_TENSORS,
     features=DSPARK_FEATURES,
-    names=Names(prefixes=OLDER_PREFIXES),
     omissions={r"verifier_(lm_head|norm)\.weight": OMISSIONS[r"verifier_(lm_head|norm)\.weight"]},
     derive=derive_dspark,
-    complete=complete,
     facts=DSparkConfig.facts,
-    converts_again=converts_again,
-    options=OPTIONS,
-    companions=(MASK_FILE,),
-    borrows=("embedding", "head"),
     model="speculators.models.dflash:DSparkSpeculator",
     reference="speculators.convert.references.dflash:DSparkReference",
-    check="speculators.convert.checks.block:BlockCheck",
     card=_card("A DSpark draft", "dspark", "dspark"),
-    export_config=export_config,
     targets=DSPARK_TARGETS,
-    instead=INSTEAD,
     example=("deepseek-ai/dspark_qwen3_8b_block7", "Qwen/Qwen3-8B"),
     unusual=(
         "gated_markov",

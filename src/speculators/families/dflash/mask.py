@@ -8,7 +8,7 @@ from speculators.checkpoint.tensor import FLOATS, TensorInfo, describe_shape
 from speculators.errors import ConversionError
 from speculators.families.dflash.config import MASK_FILE
 from speculators.families.dflash.native import Kind, Said
-from speculators.families.options import MASK_TOKEN_ID, ask
+from speculators.families.research.options import MASK_TOKEN_ID, ask
 
 __all__ = ["MASK_TOKEN_KEYS", "mask_token"]
 

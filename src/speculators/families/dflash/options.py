@@ -3,7 +3,7 @@
 from typing import Any
 
 from speculators.families.family import Option
-from speculators.families.options import AUX_LAYERS, MASK_TOKEN_ID
+from speculators.families.research.options import AUX_LAYERS, MASK_TOKEN_ID
 
 __all__ = ["CAUSAL", "OPTIONS"]
 

@@ -6,7 +6,7 @@ from typing import Any
 from speculators.checkpoint.tensor import describe_shape
 from speculators.errors import ConversionError
 from speculators.families.dflash.native import Said, matrix
-from speculators.families.options import AUX_LAYERS, ask
+from speculators.families.research.options import AUX_LAYERS, ask
 from speculators.families.states import state_width
 
 __all__ = ["check_states", "target_hidden_size", "verifier_states"]

@@ -20,14 +20,14 @@ from speculators.families.eagle3.publishers import (
 from speculators.families.eagle3.states import count_states, verifier_layers
 from speculators.families.eagle3.types import check_types
 from speculators.families.family import Completion, Derived, Source
-from speculators.families.layer import REFERENCE_ROPE_BASE, DerivedLayer, derive_layer
-from speculators.families.options import MASK_TOKEN_ID, ask
-from speculators.families.states import state_width
-from speculators.families.vocabulary import (
+from speculators.families.research.layer import REFERENCE_ROPE_BASE, DerivedLayer, derive_layer
+from speculators.families.research.options import MASK_TOKEN_ID, ask
+from speculators.families.research.vocabulary import (
     complete_vocabulary,
     drafted_tokens,
     vocabulary_size,
 )
+from speculators.families.states import state_width
 from speculators.format.config import LayerConfig
 
 __all__ = ["ARCHITECTURES", "complete", "converts_again", "derive"]
@@ -214,28 +214,9 @@ def _layer(source: Source) -> Mapping[str, Any]:
 
 def _derive_layer(source: Source) -> DerivedLayer:
     """Derive the config of the layers, with all sizes from the tensors."""
-    given, tensors = _layer(source), source.tensors
+    given = _layer(source)
     nested = given is not source.checkpoint.config
-    sizes = {}
-    for key, name, axis in (
-        ("hidden_size", "fc.weight", 0),
-        ("intermediate_size", "layers.0.mlp.gate_proj.weight", 0),
-    ):
-        info = tensors[name]
-        if len(info.shape) != 2:
-            raise ConversionError(
-                f"{info.file}: {info.name} has the shape {describe_shape(info.shape)}, but is "
-                "a matrix."
-            )
-        sizes[key] = info.shape[axis]
-        _check_said(source, given, key, sizes[key], name)
-    sizes["vocab_size"] = vocabulary_size(source, given.get("vocab_size"))
-    layers = 1 + max(int(found[1]) for it in tensors if (found := re.match(r"layers\.(\d+)\.", it)))
-    if given.get("num_hidden_layers", layers) != layers:
-        raise ConversionError(
-            f"{source.checkpoint.config_file} says num_hidden_layers {given['num_hidden_layers']}, "
-            f"but the tensors are those of {layers}; give the config that belongs to them."
-        )
+    sizes, layers = _sizes(source, given), _count_layers(source, given)
     _check_rope_bases(source, given)
     normed = "qk_norm" in source.features
     if normed and "mlp_bias" in source.features:
@@ -266,7 +247,7 @@ def _derive_layer(source: Source) -> DerivedLayer:
         READ,
     )
     if given.get("head_dim") not in {None, derived.config.head_dim}:
-        query = tensors["layers.0.self_attn.q_proj.weight"]
+        query = source.tensors["layers.0.self_attn.q_proj.weight"]
         raise ConversionError(
             f"{source.checkpoint.config_file} says head_dim {given['head_dim']} and "
             f"num_attention_heads {heads}, but {query.name} has the shape "
@@ -281,6 +262,37 @@ def _derive_layer(source: Source) -> DerivedLayer:
             if key not in {"transformer_layer_config", "tie_word_embeddings"}
         }
     return DerivedLayer(derived.config, derived.discrepancies, left_out)
+
+
+def _sizes(source: Source, given: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes that the tensors show, by their keys; a config that says others is refused."""
+    sizes = {}
+    for key, name, axis in (
+        ("hidden_size", "fc.weight", 0),
+        ("intermediate_size", "layers.0.mlp.gate_proj.weight", 0),
+    ):
+        info = source.tensors[name]
+        if len(info.shape) != 2:
+            raise ConversionError(
+                f"{info.file}: {info.name} has the shape {describe_shape(info.shape)}, but is "
+                "a matrix."
+            )
+        sizes[key] = info.shape[axis]
+        _check_said(source, given, key, sizes[key], name)
+    sizes["vocab_size"] = vocabulary_size(source, given.get("vocab_size"))
+    return sizes
+
+
+def _count_layers(source: Source, given: Mapping[str, Any]) -> int:
+    """The number of decoder layers that the tensors show; a config that says another is refused."""
+    numbered = (re.match(r"layers\.(\d+)\.", name) for name in source.tensors)
+    layers = 1 + max(int(found[1]) for found in numbered if found)
+    if given.get("num_hidden_layers", layers) != layers:
+        raise ConversionError(
+            f"{source.checkpoint.config_file} says num_hidden_layers {given['num_hidden_layers']}, "
+            f"but the tensors are those of {layers}; give the config that belongs to them."
+        )
+    return layers
 
 
 def _check_said(

@@ -1,7 +1,7 @@
 """What a user can say about an EAGLE-3 checkpoint where its files leave it open."""
 
 from speculators.families.family import Option
-from speculators.families.options import AUX_LAYERS, MASK_TOKEN_ID, one_of
+from speculators.families.research.options import AUX_LAYERS, MASK_TOKEN_ID, one_of
 
 __all__ = ["AUX_NUMBERING", "NORM_OUTPUT", "OPTIONS"]
 

@@ -10,7 +10,7 @@ from speculators.families.eagle3.config import USUAL_STATES
 from speculators.families.eagle3.options import AUX_NUMBERING
 from speculators.families.eagle3.publishers import Publisher, eagle_config
 from speculators.families.family import Source
-from speculators.families.options import AUX_LAYERS, ask
+from speculators.families.research.options import AUX_LAYERS, ask
 
 __all__ = ["count_states", "verifier_layers"]
 

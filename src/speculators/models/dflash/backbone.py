@@ -227,10 +227,6 @@ class DFlashSpeculator(Speculator):
         """Which of the verifier's states the draft reads."""
         return tuple(self.config.aux_hidden_state_layer_ids or ())
 
-    def to_verifier(self, tokens: Tensor) -> Tensor:
-        """The verifier's ids of the draft's tokens, of any shape."""
-        return tokens if self.d2t is None else tokens + self.d2t[tokens]
-
     def proposal_method(
         self, proposal: ProposalMethod | str | None = None, num_draft_tokens: int | None = None
     ) -> ProposalMethod:
@@ -353,20 +349,6 @@ class DFlashSpeculator(Speculator):
         return DraftOutput(
             last_hidden_state=self.run_block(input_ids, cache), cache=cache if keeps else None
         )
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Apply the head, as ``forward`` does after the final norm.
-
-        Args:
-            hidden_states: (batch, sequence, hidden), ``last_hidden_state`` or a part of it.
-
-        Returns:
-            (batch, sequence, draft vocabulary), in the head's dtype and on its device.
-
-        """
-        head = self._head()
-        logits: Tensor = head(hidden_states.to(device=device_of(head), dtype=head.weight.dtype))
-        return logits
 
     def forward(  # type: ignore[override]
         self,

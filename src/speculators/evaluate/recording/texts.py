@@ -27,9 +27,9 @@ from speculators.decode.stopping import Stopping
 from speculators.decode.tree import Tree
 from speculators.decode.verification import VerifierPass
 from speculators.errors import EvaluationError
+from speculators.evaluate.recording.warping import recorded_warp
 from speculators.evaluate.report import Settings
-from speculators.evaluate.subject import generation_config
-from speculators.evaluate.warping import recorded_warp
+from speculators.evaluate.subject.loading import generation_config
 
 __all__ = ["Text", "decode_texts", "layer_states"]
 

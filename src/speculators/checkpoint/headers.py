@@ -73,30 +73,31 @@ def headers_only(repository: Repository) -> Iterator[Repository]:
 class _HeadersOnly:
     """See ``headers_only``; implements ``Repository``."""
 
-    def __init__(self, hub: HubRepository, folder: Path) -> None:
-        self.name = hub.name
-        self.weights = hub.weights
-        self.hub = hub
+    def __init__(self, original: HubRepository, folder: Path) -> None:
+        self.name = original.name
+        self.weights = original.weights
+        self.hub = original.hub
+        self.original = original
         self.folder = folder
 
     @property
     def commit(self) -> str | None:
         """See ``Repository``."""
-        return self.hub.commit
+        return self.original.commit
 
     def file(self, filename: str) -> Path | None:
         """See ``Repository``."""
         if not WEIGHTS.fullmatch(filename):
-            return self.hub.file(filename)
-        cached = self.hub.location(filename)
+            return self.original.file(filename)
+        cached = self.original.location(filename)
         if cached is None:
             return None
         if cached.is_file():
-            return cached if _is_readable(cached) else self.hub.file(filename)
+            return cached if _is_readable(cached) else self.original.file(filename)
         path = self.folder / filename
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w+b") as file:
-            _StandIn(self.hub, filename, file).fill()
+            _StandIn(self.original, filename, file).fill()
         return path
 
     def part(self, filename: str, tensors: Collection[str]) -> Path | None:  # noqa: ARG002
@@ -105,15 +106,15 @@ class _HeadersOnly:
 
     def holds(self, filename: str) -> bool:
         """See ``Repository``."""
-        return self.hub.holds(filename)
+        return self.original.holds(filename)
 
     def names(self) -> list[str]:
         """See ``Repository``."""
-        return self.hub.names()
+        return self.original.names()
 
     def unseen(self) -> str | None:
         """See ``Repository``."""
-        return self.hub.unseen()
+        return self.original.unseen()
 
 
 def _is_readable(file: Path) -> bool:
@@ -138,7 +139,7 @@ class _StandIn:
         """Fetch what the reader of the file will read; damage is left for it to report."""
         found = self.hub.read(self.filename, 0, FIRST_BYTES)
         if found is None:
-            raise self._too_dear("its server sends whole files only")
+            raise self._needs_whole_file("its server sends whole files only")
         first, size = found
         self.file.truncate(size)
         self._put(0, first)
@@ -151,7 +152,9 @@ class _StandIn:
         elif first.startswith(b"PK"):
             self._fill_zip(size)
         else:
-            raise self._too_dear("PyTorch before 1.6 wrote it, or it is not a file of weights")
+            raise self._needs_whole_file(
+                "PyTorch before 1.6 wrote it, or it is not a file of weights"
+            )
 
     def _fill_zip(self, size: int) -> None:
         infos: list[zipfile.ZipInfo] = []
@@ -185,8 +188,8 @@ class _StandIn:
         self.file.seek(start)
         self.file.write(data)
 
-    def _too_dear(self, why: str) -> NoWeightsError:
+    def _needs_whole_file(self, why: str) -> NoWeightsError:
         return NoWeightsError(
-            f"{self.hub.name}/{self.filename} does not tell what is in it unless it is downloaded "
-            f"whole, since {why}; to have it read, download it, and give its directory."
+            f"{self.hub.name}/{self.filename} cannot be inspected without "
+            f"downloading all of it, since {why}; download it, and give its directory."
         )

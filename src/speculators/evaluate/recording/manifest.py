@@ -1,4 +1,6 @@
-"""Recordings: texts of a verifier with its hidden states; their manifest, without torch.
+"""The manifest of a recording: what was recorded, and whether it fits what is asked of it.
+
+Without torch.
 
 A recording is a directory. ``recording.json`` says what was recorded, and how. For each prompt a
 safetensors file holds its text and the verifier's last hidden states, and further ones hold the
@@ -24,7 +26,6 @@ from pydantic import ConfigDict, Field
 from pydantic import ValidationError as PydanticValidationError
 
 from speculators.checkpoint.output.staging import Marker
-from speculators.checkpoint.reader import read_config
 from speculators.checkpoint.verifier import Verifier
 from speculators.errors import EvaluationError
 from speculators.evaluate.prompts import Prompt
@@ -32,7 +33,6 @@ from speculators.evaluate.report import Model, Settings
 from speculators.format.problems import first_problem
 
 __all__ = [
-    "LONGEST_DRAFT",
     "RECORDING",
     "RECORDING_FILE",
     "Identity",
@@ -49,9 +49,6 @@ __all__ = [
 RECORDING_FILE = "recording.json"
 
 RECORDING = Marker("a recording of speculators", RECORDING_FILE, "speculators_recording")
-
-LONGEST_DRAFT = 16
-"""The depth of the deepest proposals that can be scored, if not told otherwise."""
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """How much of a file of weights is read to recognise it: so many pieces, evenly distributed."""
@@ -253,11 +250,12 @@ def identify(verifier: Verifier) -> Identity:
     """Tell which model a verifier is; nothing but its config is fetched from the Hub.
 
     Raises:
-        CheckpointError, HubError: if its config cannot be read.
+        HubError: if its config cannot be fetched.
         OSError: if a file of weights cannot be read.
 
     """
-    _, config = read_config(verifier.repository)
+    config = verifier.repository.file("config.json")
+    assert config is not None, "the verifier was opened"
     commit = verifier.repository.commit
     weights = [
         path for path in config.parent.iterdir() if path.suffix in {".safetensors", ".bin", ".pt"}

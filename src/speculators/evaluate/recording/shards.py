@@ -8,8 +8,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speculators.errors import EvaluationError
-from speculators.evaluate.recording import Recording, layer_file, text_file
-from speculators.evaluate.texts import Text
+from speculators.evaluate.recording.manifest import Recording, layer_file, text_file
+from speculators.evaluate.recording.texts import Text
 
 __all__ = ["read_text", "read_tokens"]
 

@@ -3,7 +3,7 @@
 A key is one of four: the layer computes with it (``SPELLINGS`` has its other names); it is known to
 change results in a way that a converted draft cannot say (``CHANGES``), which stops the conversion
 unless its value is a neutral one; it is known to be without effect (``WITHOUT_EFFECT``); or nothing
-is known of it, which is told.
+is known of it, which is reported.
 """
 
 import math
@@ -254,7 +254,7 @@ WITHOUT_EFFECT = {
     **_because("that of the tensors is written", "dtype torch_dtype"),
     "architectures": "the draft's own are written",
 }
-"""Key → why it has no effect. A closed list: a key that is not in it is told."""
+"""Key → why it has no effect. A closed list: a key that is not in it is reported."""
 
 
 @dataclass(frozen=True, slots=True)

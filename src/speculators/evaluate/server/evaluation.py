@@ -7,7 +7,6 @@ from loguru import logger
 
 from speculators import __version__
 from speculators.errors import EvaluationError
-from speculators.evaluate.comparing import first_difference
 from speculators.evaluate.metrics import Acceptance, total
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import (
@@ -18,10 +17,11 @@ from speculators.evaluate.report import (
     Served,
     Settings,
     SpeculativeMeasurement,
+    first_difference,
     recommend,
     summarize,
 )
-from speculators.evaluate.server import Answer, Server
+from speculators.evaluate.server.client import Answer, Server
 from speculators.format.config import ProposalMethod
 
 __all__ = ["ServedEvaluation"]

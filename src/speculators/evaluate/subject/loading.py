@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from speculators.checkpoint.hub.client import watched_client
 from speculators.checkpoint.verifier import Verifier
 from speculators.errors import EvaluationError, PromptsError, VerifierError
-from speculators.evaluate.mtp import OpenedMtp
-from speculators.evaluate.opening import SPREAD, Opened
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import Settings
+from speculators.evaluate.subject.mtp import OpenedMtp
+from speculators.evaluate.subject.opening import SPREAD, Opened
 from speculators.models.loading import load_converted, without_progress_bar
 from speculators.models.mtp import QwenMtp
 from speculators.models.placement import device_of
@@ -117,7 +116,6 @@ def load_subject(
     *,
     dtype: str = "auto",
     device: str | None = None,
-    cache_dir: Path | None = None,
 ) -> Subject:
     """Load a converted draft or an MTP, its verifier and the verifier's tokenizer.
 
@@ -125,28 +123,25 @@ def load_subject(
         opened: the draft and its verifier.
         dtype: of both models, as for ``load_verifier``.
         device: likewise.
-        cache_dir: likewise.
 
     Raises:
         FormatError, CheckpointError, HubError: if the draft cannot be read or downloaded.
         VerifierError, EvaluationError: as for ``load_verifier``.
 
     """
-    verifier = load_verifier(
-        opened.verifier, opened.verifier_name, dtype=dtype, device=device, cache_dir=cache_dir
-    )
+    verifier = load_verifier(opened.verifier, opened.verifier_name, dtype=dtype, device=device)
     model = verifier.model
     draft: Speculator | QwenMtp
     with without_progress_bar():
         if isinstance(opened, Opened):
             draft = load_converted(opened.converted, verifier=model, dtype=model.dtype)
+            repository = opened.converted.repository
         else:
-            draft = QwenMtp.load(
-                opened.name, verifier=model, revision=opened.revision, cache_dir=cache_dir
-            ).to(model.dtype)
+            repository = opened.mtp.repository
+            draft = QwenMtp.read(repository, opened.mtp.config, verifier=model).to(model.dtype)
     # On the head's device, since the head computes the logits of all drafted tokens.
     draft.to(device_of(model.get_output_embeddings())).eval()  # type: ignore[arg-type]
-    return Subject(opened.name, opened.commit, draft, verifier)
+    return Subject(opened.name, repository.commit, draft, verifier)
 
 
 def load_verifier(
@@ -155,7 +150,6 @@ def load_verifier(
     *,
     dtype: str = "auto",
     device: str | None = None,
-    cache_dir: Path | None = None,
 ) -> LoadedVerifier:
     """Load a verifier and its tokenizer.
 
@@ -165,7 +159,6 @@ def load_verifier(
         dtype: by torch's name; ``auto`` for the one that it is stored in.
         device: by torch's name; ``auto`` spreads it over all accelerators, and into CPU memory if
             necessary; if not given, one accelerator if there is any, else ``cpu``.
-        cache_dir: where downloads are kept.
 
     Raises:
         VerifierError: if it cannot be loaded, or has no tokenizer.
@@ -173,7 +166,8 @@ def load_verifier(
 
     """
     place = None if device == SPREAD else torch_device(device)
-    options: dict[str, Any] = {"cache_dir": cache_dir}
+    hub = opened.repository.hub
+    options: dict[str, Any] = {"cache_dir": hub.cache_dir, "token": hub.token}
     tokenizer = _load("tokenizer", AutoTokenizer, opened, options)
     options["dtype"] = dtype
     if place is None:

@@ -45,7 +45,7 @@ def kernels() -> Any:
     """The module ``kernels``; ``None`` where there is no Triton."""
     if find_spec("triton") is None:
         return None
-    from speculators.decode import kernels as module
+    from speculators.decode.gpu import kernels as module
 
     return module
 

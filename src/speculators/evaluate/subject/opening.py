@@ -5,23 +5,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loguru import logger
-
+from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
+from speculators.checkpoint.reader import read_config
+from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.verifier import Verifier
 from speculators.errors import (
     EvaluationError,
-    FormatError,
     GenerationError,
     SpeculatorsError,
     VerifierError,
 )
-from speculators.evaluate.mtp import mtp_repository
-from speculators.evaluate.recording import Recording, identify
-from speculators.families.converted import Converted, open_converted
+from speculators.evaluate.subject.mtp import FoundMtp, OpenedMtp, look_for_mtp, open_mtp
+from speculators.families.converted import Converted, read_converted
 from speculators.format.config import ProposalMethod
 from speculators.format.proposals import CHAINS, check_sizes, proposal_method
 
-__all__ = ["SPREAD", "Opened", "check_device", "open_draft", "open_scored", "proposals_of"]
+__all__ = [
+    "SPREAD",
+    "Opened",
+    "check_device",
+    "find_draft",
+    "open_draft",
+    "open_subject",
+    "proposals_of",
+]
 
 SPREAD = "auto"
 """The name of a device that stands for all of them."""
@@ -47,91 +54,81 @@ class Opened:
     verifier: Verifier
     verifier_name: str
 
-    @property
-    def commit(self) -> str | None:
-        """The draft's commit on the Hub; ``None`` for a directory."""
-        return self.converted.checkpoint.commit
 
-
-def open_draft(
-    directory: str | Path,
-    *,
-    verifier: str | Path | None = None,
-    cache_dir: Path | None = None,
-    revision: str | None = None,
-) -> Opened:
-    """Open a converted draft and its verifier; weights are not read.
+def find_draft(
+    source: str | Path, hub: HubAccess = DEFAULT_ACCESS, *, revision: str | None = None
+) -> Converted | FoundMtp:
+    """Find a converted draft, or an MTP in its verifier's own layout.
 
     Args:
-        directory: the directory or Hub id of a converted draft.
-        verifier: a directory or a Hub id; the one that the draft's config names if not given.
-        cache_dir: where downloads are kept.
-        revision: a branch, tag or commit of the draft on the Hub.
+        source: the directory or Hub id.
+        hub: the cache and the token.
+        revision: a branch, tag or commit on the Hub.
 
     Raises:
-        FormatError: if it is not a converted draft.
-        EvaluationError: if it is an MTP.
-        VerifierError: if there is no verifier, or it does not fit.
+        FormatError: if it is neither.
         CheckpointError, HubError: if something cannot be read or downloaded.
 
     """
-    try:
-        converted = open_converted(directory, revision=revision, cache_dir=cache_dir)
-    except FormatError as error:
-        if mtp_repository(directory, revision=revision, cache_dir=cache_dir) is None:
-            raise
-        raise EvaluationError(
-            f"{directory} has an MTP, which is no converted draft, so there is no chat with it, "
-            "and it is not scored on a recording; `speculators evaluate` measures those of "
-            "Qwen3-Next and Qwen3.5."
-        ) from error
-    opened = _open_verifier(converted, verifier)
-    name = opened.name if verifier is None else str(verifier)
-    return Opened(str(directory), converted, opened, name)
+    repository = open_repository(source, hub, revision=revision)
+    config, config_file = read_config(repository)
+    return look_for_mtp(repository, config) or read_converted(repository, config, config_file)
 
 
-def open_scored(
-    directory: str | Path,
-    recording: Recording,
+def open_subject(
+    source: str | Path,
+    hub: HubAccess = DEFAULT_ACCESS,
     *,
-    verifier: str | Path | None = None,
-    cache_dir: Path | None = None,
     revision: str | None = None,
-) -> Opened:
-    """Open a converted draft with the verifier of a recording; weights are not read.
+    verifier: str | Path | None = None,
+) -> Opened | OpenedMtp:
+    """Open a converted draft or an MTP, and its verifier; weights are not read.
 
     Args:
-        directory: as for ``open_draft``, like all that are not listed.
-        recording: the recording.
-        verifier: where the verifier is; if not given, where it was when it was recorded.
-        cache_dir: likewise.
+        source: as for ``find_draft``, like all that are not listed.
+        hub: likewise, for the verifier, too.
         revision: likewise.
+        verifier: a directory or a Hub id. If not given, the one that the draft's config names, or
+            the checkpoint that the MTP is in.
 
     Raises:
-        EvaluationError: if the recording is not of that verifier, or not of the one that the
-            draft's config names, or drafts of this kind cannot be scored.
-        FormatError, VerifierError, CheckpointError, HubError: as for ``open_draft``.
+        FormatError, CheckpointError, HubError: as for ``find_draft``.
+        VerifierError: if there is no verifier, or it does not fit.
 
     """
-    recorded = recording.manifest.verifier.name
-    opened = open_draft(
-        directory, verifier=verifier or recorded, cache_dir=cache_dir, revision=revision
-    )
-    if opened.converted.config.drafted_per_block is not None:
+    found = find_draft(source, hub, revision=revision)
+    if isinstance(found, FoundMtp):
+        return open_mtp(str(source), found, verifier)
+    return _open_converted(str(source), found, verifier)
+
+
+def open_draft(
+    source: str | Path,
+    hub: HubAccess = DEFAULT_ACCESS,
+    *,
+    revision: str | None = None,
+    verifier: str | Path | None = None,
+) -> Opened:
+    """Open a converted draft and its verifier, as ``open_subject`` does.
+
+    Raises:
+        EvaluationError: if it is an MTP.
+        FormatError, CheckpointError, HubError, VerifierError: as for ``open_subject``.
+
+    """
+    found = find_draft(source, hub, revision=revision)
+    if isinstance(found, FoundMtp):
         raise EvaluationError(
-            f"{directory} drafts in blocks, and such drafts cannot be scored on a recording; leave "
-            "out --recording."
+            f"{source} has an MTP, which is no converted draft, so there is no chat with it, and "
+            "it is not scored on a recording; `speculators evaluate` measures those of Qwen3-Next "
+            "and Qwen3.5."
         )
-    recording.check_verifier(identify(opened.verifier), str(directory))
-    named = opened.converted.config.speculators_config.verifier.name_or_path
-    if verifier is None and named not in {None, recorded}:
-        try:
-            own = opened.converted.open_verifier()
-        except SpeculatorsError as error:
-            logger.debug(f"The verifier that {directory} names is not here: {error}")
-        else:
-            recording.check_verifier(identify(own), str(directory))
-    return opened
+    return _open_converted(str(source), found, verifier)
+
+
+def _open_converted(name: str, converted: Converted, verifier: str | Path | None) -> Opened:
+    opened = _open_verifier(converted, verifier)
+    return Opened(name, converted, opened, opened.name if verifier is None else str(verifier))
 
 
 def _open_verifier(converted: Converted, given: str | Path | None) -> Verifier:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from speculators.decode.cache import BlockCache
 from speculators.decode.drafter import Draft, Drafter
-from speculators.decode.fusion import fused
+from speculators.decode.gpu.fusion import fused
 from speculators.decode.linear import linear_layers
 from speculators.decode.steps import Steps
 from speculators.decode.tree import Tree

@@ -16,11 +16,13 @@ from speculators.decode.recurrent import (
 )
 from speculators.decode.tree import EAGLE1_TREE, chain
 from speculators.errors import EvaluationError
-from speculators.evaluate.drafting import DraftedTexts
 from speculators.evaluate.evaluation import environment_of
 from speculators.evaluate.metrics import Acceptance, count_steps, expect_steps
-from speculators.evaluate.opening import SPREAD, Opened
-from speculators.evaluate.recording import Recording
+from speculators.evaluate.recording.drafting import DraftedTexts
+from speculators.evaluate.recording.manifest import Recording
+from speculators.evaluate.recording.shards import read_text
+from speculators.evaluate.recording.texts import Text
+from speculators.evaluate.recording.warping import recorded_warp
 from speculators.evaluate.report import (
     PromptResult,
     Report,
@@ -28,10 +30,8 @@ from speculators.evaluate.report import (
     SpeculativeMeasurement,
     results_by_proposal,
 )
-from speculators.evaluate.shards import read_text
-from speculators.evaluate.subject import torch_device
-from speculators.evaluate.texts import Text
-from speculators.evaluate.warping import recorded_warp
+from speculators.evaluate.subject.loading import torch_device
+from speculators.evaluate.subject.opening import SPREAD, Opened
 from speculators.format.config import ProposalMethod
 from speculators.models.loading import load_converted, without_progress_bar
 from speculators.models.speculator import Speculator
@@ -141,7 +141,7 @@ class Scoring:
             speculators_version=__version__,
             complete=len(self.measured) == len(manifest.prompts),
             draft=self.opened.name,
-            draft_commit=self.opened.converted.checkpoint.commit,
+            draft_commit=self.opened.converted.repository.commit,
             verifier=manifest.verifier.name,
             chat_template=manifest.chat_template,
             settings=scored_settings(manifest.settings, self.recording.directory),

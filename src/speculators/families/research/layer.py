@@ -10,7 +10,7 @@ from pydantic import ValidationError as PydanticValidationError
 from speculators.checkpoint.tensor import describe_shape
 from speculators.errors import ConversionError, printable
 from speculators.families.family import Source
-from speculators.families.keys import (
+from speculators.families.research.keys import (
     CHANGES,
     HINTS,
     LLAMA_LIKE,

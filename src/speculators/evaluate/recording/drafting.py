@@ -12,9 +12,8 @@ the text in the cache. Each drafted token sees the text up to its root, and thos
 were drafted from the same root.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,8 +29,8 @@ from speculators.decode.recurrent import (
 )
 from speculators.decode.sampling import Warp
 from speculators.decode.tree import Path, Tree
-from speculators.decode.verification import children_of, depth_of, walk
-from speculators.evaluate.texts import Text
+from speculators.decode.verification import children_of, depth_of, known_choice, walk
+from speculators.evaluate.recording.texts import Text
 
 __all__ = ["DraftedTexts"]
 
@@ -40,9 +39,6 @@ ROOTS = 128
 
 LOGITS = 1 << 24
 """How many logits are computed at a time."""
-
-NO_TOKEN = -1
-"""What follows the last token of a text: it is never drafted."""
 
 Survival = list[list[int | float]]
 """By root and position: the probability that the token there and all before it are accepted."""
@@ -299,8 +295,8 @@ class DraftedTexts:
             )
             packed = torch.stack((tree.tokens, tree.parents)).tolist()
             for row, drafted, parents in zip(rows, *packed, strict=True):
-                following = iter([*tokens[row][roots[row] + 1 :], NO_TOKEN])
-                path, _ = walk(children_of(drafted, parents), partial(_next_of, following))
+                following = tokens[row][roots[row] + 1 :]
+                path, _ = walk(children_of(drafted, parents), known_choice(following))
                 accepted[row].append(len(path) - 1)
                 offered[row].append(depth_of(parents))
                 roots[row] += len(path)
@@ -463,11 +459,6 @@ class DraftedTexts:
                     known.device
                 )
         return known
-
-
-def _next_of(following: Iterator[int], _node: int) -> int:
-    """The token of the text after a node, for nodes that are asked for in order."""
-    return next(following)
 
 
 class Trie:

@@ -1,0 +1,1 @@
+"""Fewer and larger kernels for the same computation, on GPUs."""

@@ -1,0 +1,1 @@
+"""Measuring a draft that a server has loaded."""
