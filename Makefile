@@ -126,6 +126,7 @@ docs: $(INSTALLED)  ## build the documentation as a site, in site/
 bench: $(VERIFIER) .venv-upstream/.installed  ## measure, and write benchmarks/results
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/convert_eagle3.py
+	$(BIN)/python benchmarks/convert_dflash.py
 	$(BIN)/python benchmarks/mtp.py
 	$(BIN)/python benchmarks/prove.py
 	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite
