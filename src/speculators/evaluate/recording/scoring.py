@@ -8,6 +8,7 @@ import torch
 from speculators import __version__
 from speculators.decode.block import BlockDrafter
 from speculators.decode.cache import BlockCache
+from speculators.decode.context import ContextDraft, ContextDrafter
 from speculators.decode.proposals import drafter_of
 from speculators.decode.recurrent import (
     DynamicTreeDrafter,
@@ -18,8 +19,10 @@ from speculators.decode.tree import EAGLE1_TREE, chain
 from speculators.errors import EvaluationError
 from speculators.evaluate.evaluation import environment_of
 from speculators.evaluate.metrics import Acceptance, count_steps, expect_steps
+from speculators.evaluate.recording.context import ContextTexts
 from speculators.evaluate.recording.drafting import DraftedTexts
 from speculators.evaluate.recording.manifest import Recording
+from speculators.evaluate.recording.recurrent import RecurrentTexts
 from speculators.evaluate.recording.shards import read_text
 from speculators.evaluate.recording.texts import Text
 from speculators.evaluate.recording.warping import recorded_warp
@@ -38,8 +41,8 @@ from speculators.models.speculator import Speculator
 
 __all__ = ["Scoring", "load_scored"]
 
-SCORED = (FixedTreeDrafter, DynamicTreeDrafter, BlockDrafter)
-"""The ways of drafting that ``DraftedTexts`` knows."""
+SCORED = (FixedTreeDrafter, DynamicTreeDrafter, BlockDrafter, ContextDrafter)
+"""The ways of drafting that a subclass of ``DraftedTexts`` knows."""
 
 TEXTS = 32
 """How many texts are drafted for at the same time, at most."""
@@ -172,8 +175,7 @@ class Scoring:
         return [next(counts) if text.new_tokens > 1 else nothing for text in texts]
 
     def _score_decoded(self, texts: Sequence[Text]) -> list[list[Acceptance]]:
-        assert isinstance(self.draft, RecurrentDraft)
-        drafted = DraftedTexts(self.draft, texts)
+        drafted = drafted_texts(self.draft, texts)
         by_proposal: dict[int, list[Acceptance]] = {}
         # One computation for all that is fixed, and one for all that is sampled.
         fixed = {
@@ -194,22 +196,30 @@ class Scoring:
             if it.proposal_type == "sampling"
         }
         if sampled:
-            longest = drafted.sampled_survival(max(sampled.values()), self._warp)
-            for index, length in sampled.items():
-                by_proposal[index] = [
-                    expect_steps([chances[:length] for chances in survival]) for survival in longest
-                ]
+            for index, texts_survival in zip(
+                sampled, drafted.sampled_survival([*sampled.values()], self._warp), strict=True
+            ):
+                by_proposal[index] = [expect_steps(survival) for survival in texts_survival]
         for index, it in enumerate(self.proposals):
             if it.proposal_type == "dynamic_tree":
                 assert it.tree_depth is not None
                 assert it.tree_top_k is not None
-                grown = DraftedTexts(self.draft, texts)
+                assert isinstance(self.draft, RecurrentDraft)
+                grown = RecurrentTexts(self.draft, texts)
                 steps = grown.grown(it.speculative_tokens, it.tree_depth, it.tree_top_k)
                 by_proposal[index] = [count_steps(*counted) for counted in steps]
         return [
             [by_proposal[index][text] for index in range(len(self.proposals))]
             for text in range(len(texts))
         ]
+
+
+def drafted_texts(draft: Speculator, texts: Sequence[Text]) -> DraftedTexts:
+    """What a draft makes of texts, however it drafts."""
+    if isinstance(draft, ContextDraft):
+        return ContextTexts(draft, texts)
+    assert isinstance(draft, RecurrentDraft)
+    return RecurrentTexts(draft, texts)
 
 
 def scored_settings(recorded: Settings, directory: Path) -> Settings:
