@@ -31,13 +31,14 @@ def open_scored(
 
     Raises:
         EvaluationError: if the recording is not of that verifier, or not of the one that the
-            draft's config names, or the draft is an MTP.
+            draft's config names, or lacks states that the draft reads; or the draft is an MTP.
         FormatError, VerifierError, CheckpointError, HubError: as for ``open_draft``.
 
     """
     recorded = recording.manifest.verifier.name
     opened = open_draft(source, hub, revision=revision, verifier=verifier or recorded)
     recording.check_verifier(identify(opened.verifier), str(source))
+    recording.check_layers(opened.converted.config.verifier_layers, str(source))
     named = opened.converted.config.speculators_config.verifier.name_or_path
     if verifier is None and named not in {None, recorded}:
         try:

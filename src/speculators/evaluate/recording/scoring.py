@@ -79,7 +79,7 @@ class Scoring:
     Args:
         opened: the draft.
         draft: its model.
-        recording: of its verifier, with the states that it reads.
+        recording: of its verifier, with the states that it reads, as ``open_scored`` checks.
         proposals: at least one.
 
     Attributes:
@@ -87,8 +87,8 @@ class Scoring:
 
     Raises:
         GenerationError: if the draft cannot propose that way.
-        EvaluationError: if the recording lacks something for it, or drafts of its kind cannot be
-            scored on one.
+        EvaluationError: if the recorded texts are too short for a proposal, or drafts of its kind
+            cannot be scored on them.
 
     """
 
@@ -105,7 +105,6 @@ class Scoring:
         self.proposals = list(proposals)
         self.measured: list[PromptResult] = []
         self._warp = recorded_warp(recording.manifest.settings)
-        recording.check_layers(draft.verifier_layers, opened.name)
         for proposal in proposals:
             drafter = drafter_of(draft, BlockCache([0]), proposal, self._warp)
             if not isinstance(drafter, SCORED):
