@@ -53,8 +53,8 @@ def record(
         typer.Option(
             metavar="I,J,...",
             help="Also keep the inputs of these decoder layers, counted from 0, for drafts that "
-            "read them: of EAGLE-3 and DFlash drafts, aux_hidden_state_layer_ids in config.json. "
-            "They can be added to a recording later.",
+            "read them, such as EAGLE-3's and DFlash's: 'evaluate --recording' says which. They "
+            "can be added to a recording later.",
             show_default=False,
         ),
     ] = None,
