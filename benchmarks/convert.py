@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from statistics import median
 from typing import Any
 
 from make_checkpoint import CONTAINERS, SIZES, write_verifier
+from memory import watched_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
@@ -73,6 +75,8 @@ class Run:
     """Part of the wall time; for `cp`, which does not sync, time spent after it."""
     fsync_cpu_s: float = 0.0
     """Part of the CPU time; not measured for `cp`."""
+    anonymous_mb: float = 0.0
+    """The most memory that it needed to itself, if that was watched."""
 
 
 @dataclass
@@ -117,8 +121,12 @@ class RunError(Exception):
     """A measured process failed; the message is the end of its output."""
 
 
-def run(*command: str | Path) -> Run:
+def run(*command: str | Path, watched: bool = False) -> Run:
     """Run a process, and measure its time and memory.
+
+    Args:
+        *command: what to run.
+        watched: whether to watch its anonymous memory.
 
     Raises:
         RunError: if it fails.
@@ -128,13 +136,16 @@ def run(*command: str | Path) -> Run:
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
+        peaks: dict[str, int] = {}
+        with watched_memory(process.pid, peaks) if watched else nullcontext():
+            _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             output.seek(0)
             raise RunError(output.read().decode(errors="replace")[-2000:])
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+    cpu, anonymous = usage.ru_utime + usage.ru_stime, peaks.get("RssAnon", 0)
+    return Run(wall, cpu, usage.ru_maxrss / 1000, anonymous_mb=anonymous / 1000)
 
 
 def copy(source: Path, target: Path) -> Run:

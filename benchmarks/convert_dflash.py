@@ -1,27 +1,30 @@
-"""Measure converting a DFlash draft against `cp` of the same bytes.
+"""Measure converting a DFlash draft beside `cp`, and beside speculators 0.9.0.
 
+    make .venv-upstream/.installed
     python benchmarks/convert_dflash.py              five layers of width 2048: 545 MB
-    python benchmarks/convert_dflash.py --layers 1 --repeats 1
+    python benchmarks/convert_dflash.py --layers 1 --repeats 1 --without-upstream
 
-A copy, a conversion without validation and a conversion of a tiny draft (the start-up time) run one
-after the other, with the source in the page cache. Ratios are taken within each such round, and
-their median is reported. The raw seconds go into benchmarks/results/convert-dflash.json.
+The draft has random weights in z-lab's layout. `convert dflash --no-validate` runs beside a `cp` of
+what it writes, and on a tiny draft (the start-up time); beside.py tells how. Then it and the
+converter of the PyPI project speculators 0.9.0, without its validation, run one after the other.
+That one reads the verifier's embedding, head and norm, so the verifier has weights here: 524 MB.
+The seconds go into benchmarks/results/convert-dflash.json.
 """
 
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from machine import cpu_name
+from beside import Compared, compare, measure, speculators, summarise, upstream
 
-from convert import RESULTS, TIMED_COMMAND, Run, copy, run
+from convert import CACHE, ROOT, Case, Run, conditions, run
+
+RESULTS = ROOT / "benchmarks" / "results" / "convert-dflash.json"
 
 HIDDEN, INTERMEDIATE, HEADS, KEYS, HEAD, VOCABULARY, STATES = 2048, 6144, 16, 8, 128, 64000, 5
 
@@ -70,12 +73,13 @@ def config(layers: int, shrink: int) -> dict[str, Any]:
     }
 
 
-def write_draft(directory: Path, layers: int, shrink: int = 1) -> None:
-    """Write a draft with random weights, and beside it a verifier's config.json."""
-    import torch
-    from safetensors.torch import save_file
+def verifier_of(draft: Path) -> Path:
+    """Where the verifier of a draft is."""
+    return draft.with_name(f"{draft.name}-verifier")
 
-    directory.mkdir()
+
+def write_draft(directory: Path, layers: int, shrink: int = 1) -> None:
+    """Write a draft with random weights, and beside it its verifier's embedding, head and norm."""
     ids = [1, 9, 17, 25, 33]
     own = {
         "architectures": ["DFlashDraftModel"],
@@ -83,87 +87,83 @@ def write_draft(directory: Path, layers: int, shrink: int = 1) -> None:
         "num_target_layers": 36,
         "dflash_config": {"mask_token_id": VOCABULARY - 1, "target_layer_ids": ids},
     }
-    (directory / "config.json").write_text(json.dumps(config(layers, shrink) | own))
-    random = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.randn(shape, generator=random).to(torch.bfloat16)
-        for name, shape in shapes(layers, shrink).items()
+    write_model(directory, config(layers, shrink) | own, shapes(layers, shrink))
+    hidden = HIDDEN // shrink
+    borrowed = {
+        "model.embed_tokens.weight": (VOCABULARY, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (VOCABULARY, hidden),
     }
-    save_file(tensors, directory / "model.safetensors")
-    verifier = directory.with_name(f"{directory.name}-verifier")
-    verifier.mkdir()
     keys = config(36, shrink) | {"architectures": ["Qwen3ForCausalLM"]}
-    (verifier / "config.json").write_text(json.dumps(keys))
+    write_model(verifier_of(directory), keys, borrowed)
 
 
-def convert(source: Path, target: Path) -> Run:
-    """Run `speculators convert dflash --no-validate`, with its fsync calls timed."""
-    report, verifier = target.with_name("fsync"), source.with_name(f"{source.name}-verifier")
+def write_model(directory: Path, keys: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> None:
+    """Write a config.json and random weights in bfloat16."""
+    import torch
+    from safetensors.torch import save_file
+
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(keys))
+    random = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.empty(shape, dtype=torch.bfloat16).normal_(generator=random)
+        for name, shape in tensors.items()
+    }
+    save_file(weights, directory / "model.safetensors")
+
+
+def convert(source: Path, target: Path, *, watched: bool = False) -> Run:
+    """Run `speculators convert dflash --no-validate`."""
+    report, verifier = target.with_name("fsync"), verifier_of(source)
     arguments = ("convert", "dflash", source, target, verifier, "--no-validate")
-    done = run(*TIMED_COMMAND, report, *arguments)
-    done.fsync_s, done.fsync_cpu_s = map(float, report.read_text().split())
-    return done
-
-
-def ratios(rounds: list[dict[str, Run]], kind: str) -> list[float]:
-    """Wall or CPU time of converting without start-up and fsync, over that of copying."""
-
-    def seconds(it: Run) -> float:
-        return it.wall_s - it.fsync_s if kind == "wall" else it.cpu_s - it.fsync_cpu_s
-
-    def of_copy(it: Run) -> float:
-        return it.wall_s if kind == "wall" else it.cpu_s
-
-    return [(seconds(it["convert"]) - seconds(it["tiny"])) / of_copy(it["cp"]) for it in rounds]
+    return speculators(report, *arguments, watched=watched)
 
 
 def main() -> None:
-    """Measure, print a summary, and write the raw seconds."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    """Measure, print, and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without-upstream", action="store_true")
+    parser.add_argument("--folder", type=Path, default=CACHE, help="where to write gigabytes")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.write:
         write_draft(arguments.write / "draft", arguments.layers)
         write_draft(arguments.write / "tiny", 1, shrink=32)
         return
-    rounds: list[dict[str, Run]] = []
-    with tempfile.TemporaryDirectory(dir=RESULTS.parents[1]) as temporary:
-        folder = Path(temporary)
+
+    arguments.folder.mkdir(exist_ok=True)
+    CACHE.mkdir(exist_ok=True)
+    about = conditions()
+    case, compared = Case("convert dflash"), Compared()
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-") as name:
+        folder = Path(name)
         # In a process of its own: what is measured would begin with this one's memory.
         run(sys.executable, __file__, "--layers", str(arguments.layers), "--write", folder)
-        megabytes = (folder / "draft" / "model.safetensors").stat().st_size / 1e6
-        for number in range(arguments.repeats + 1):
-            measured = {
-                "cp": copy(folder / "draft", folder / "copy"),
-                "convert": convert(folder / "draft", folder / "out"),
-                "tiny": convert(folder / "tiny", folder / "tiny-out"),
-            }
-            for name in ("copy", "out", "tiny-out"):
-                shutil.rmtree(folder / name)
-            if number:  # the first round warms the page cache up
-                rounds.append(measured)
-    for name in ("cp", "convert", "tiny"):
-        runs = [it[name] for it in rounds]
-        print(
-            f"{name:8} {median(it.wall_s for it in runs):6.2f} s wall, "
-            f"{median(it.cpu_s for it in runs):5.2f} s CPU, "
-            f"{max(it.peak_mb for it in runs):5.0f} MB"
+        draft, tiny = folder / "draft", folder / "tiny"
+        measure(
+            case,
+            arguments.repeats,
+            folder,
+            lambda out: convert(draft, out),
+            lambda out: convert(tiny, out),
         )
-    summary = {kind: median(ratios(rounds, kind)) for kind in ("wall", "CPU")}
-    print(
-        f"converting {megabytes:.0f} MB, without start-up and fsync: "
-        f"{summary['wall']:.2f} x cp by wall time, {summary['CPU']:.2f} x by CPU time"
-    )
-    result = {
-        "machine": {"cpu": cpu_name(), "load": os.getloadavg()[0]},
-        "megabytes": megabytes,
-        "ratios": summary,
-        "rounds": [{name: asdict(it) for name, it in one.items()} for one in rounds],
-    }
-    file = RESULTS.with_name("convert-dflash.json")
-    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        compare(
+            compared,
+            0 if arguments.without_upstream else min(arguments.repeats, 3),
+            folder,
+            lambda out: convert(draft, out, watched=True),
+            lambda out: upstream("dflash", draft, out, verifier_of(draft)),
+        )
+    about["load_average_at_end"] = os.getloadavg()
+    summary = summarise(case, compared)
+    print(json.dumps(summary, indent=2))
+    runs = {"ours": asdict(case), "compared": asdict(compared)}
+    written = {"conditions": about, "summary": summary, "runs": runs}
+    arguments.results.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

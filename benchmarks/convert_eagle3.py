@@ -21,13 +21,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from beside import UPSTREAM, UPSTREAM_VERSION
 from make_checkpoint import SIZES, write_verifier
 
 from convert import CACHE, COMMAND, ROOT, TIMED_COMMAND, Case, Run, conditions, copy, run
 
 RESULTS = ROOT / "benchmarks" / "results" / "convert-eagle3.json"
-UPSTREAM = ROOT / ".venv-upstream" / "bin" / "python"
-UPSTREAM_VERSION = "speculators==0.9.0"
 MAKE = "make"
 """The first argument of the process that writes a checkpoint, whose memory is not measured."""
 

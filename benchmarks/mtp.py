@@ -1,39 +1,32 @@
-"""Measure `speculators mtp cut` and `graft` against `cp` of the bytes that they write.
+"""Measure `speculators mtp cut` and `graft` beside `cp`, and beside speculators 0.9.0.
 
+    make .venv-upstream/.installed
     python benchmarks/mtp.py                    a verifier of 1.2 GB with 680 MB of MTP
-    python benchmarks/mtp.py --experts 4 --repeats 1
+    python benchmarks/mtp.py --experts 4 --repeats 1 --without-upstream
 
 The verifier is of Qwen3-Next's kind: an embedding, a head and the MTP, in bfloat16 and two shards.
-A run, a run on a tiny verifier (the start-up time) and a `cp` of what was written follow one
-another, as in convert.py, which tells how. The seconds go into benchmarks/results/mtp.json.
+`cut` and `graft` run beside a `cp` of what they write, and on a tiny verifier (the start-up time);
+beside.py tells how. Then `cut` and `convert --algorithm mtp` of the PyPI project speculators 0.9.0,
+which take the MTP out of the same verifier, run one after the other. The seconds go into
+benchmarks/results/mtp.json.
 """
 
 import argparse
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 
-from convert import CACHE, ROOT, TIMED_COMMAND, Run, conditions, copy, run
+from beside import Compared, compare, measure, speculators, summarise, upstream
+
+from convert import CACHE, ROOT, Case, conditions
 
 RESULTS = ROOT / "benchmarks" / "results" / "mtp.json"
 
-EXPERTS = 98
+EXPERTS = 97
 """They make the MTP 680 MB large."""
-
-
-@dataclass
-class Case:
-    """All runs of one command; runs at the same index of the lists belong to one round."""
-
-    megabytes: float = 0.0
-    cp: list[Run] = field(default_factory=list)
-    ours: list[Run] = field(default_factory=list)
-    startup: list[Run] = field(default_factory=list)
 
 
 def shapes(experts: int, hidden: int, vocabulary: int) -> tuple[dict[str, tuple[int, ...]], ...]:
@@ -51,6 +44,12 @@ def shapes(experts: int, hidden: int, vocabulary: int) -> tuple[dict[str, tuple[
         layer + "self_attn.k_proj.weight": (hidden // 4, hidden),
         layer + "self_attn.v_proj.weight": (hidden // 4, hidden),
         layer + "self_attn.o_proj.weight": (hidden, 2 * hidden),
+        layer + "self_attn.q_norm.weight": (hidden // 8,),
+        layer + "self_attn.k_norm.weight": (hidden // 8,),
+        layer + "mlp.shared_expert_gate.weight": (1, hidden),
+        layer + "mlp.shared_expert.down_proj.weight": (hidden, hidden // 4),
+        layer + "mlp.shared_expert.gate_proj.weight": (hidden // 4, hidden),
+        layer + "mlp.shared_expert.up_proj.weight": (hidden // 4, hidden),
     }
     for expert in range(experts):
         for matrix in ("down", "gate", "up"):
@@ -96,6 +95,11 @@ def write_verifier(directory: Path, experts: int, hidden: int, vocabulary: int) 
         "hidden_size": hidden,
         "vocab_size": vocabulary,
         "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 8,
+        "moe_intermediate_size": hidden // 4,
+        "shared_expert_intermediate_size": hidden // 4,
         "num_experts": experts,
         "num_nextn_predict_layers": 1,
     }
@@ -110,92 +114,52 @@ def write_verifier(directory: Path, experts: int, hidden: int, vocabulary: int) 
     return directory
 
 
-def timed(report: Path, *arguments: str | Path) -> Run:
-    """Run `speculators mtp` with its fsync calls timed."""
-    done = run(*TIMED_COMMAND, report, "mtp", *arguments)
-    done.fsync_s, done.fsync_cpu_s = map(float, report.read_text().split())
-    return done
-
-
-def measure(
-    case: Case, repeats: int, folder: Path, ours: Callable[[Path], Run], tiny: Callable[[Path], Run]
-) -> None:
-    """Run a command, the same command on a tiny verifier, and `cp` of what it wrote, in turns."""
-    target, written, copied = folder / "out", folder / "written", folder / "copied"
-    ours(written)
-    case.megabytes = sum(it.stat().st_size for it in written.iterdir()) / 1e6
-
-    def once(what: Callable[[], Run]) -> Run:
-        os.sync()
-        try:
-            return what()
-        finally:
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.rmtree(copied, ignore_errors=True)
-
-    for _ in range(repeats):
-        case.ours.append(once(lambda: ours(target)))
-        case.startup.append(once(lambda: tiny(target)))
-        case.cp.append(once(lambda: copy(written, copied)))
-        print(f"cp {case.cp[-1]}, ours {case.ours[-1]}", flush=True)
-    shutil.rmtree(written)
-
-
-def summarise(case: Case) -> dict[str, float]:
-    """Reduce the runs to the numbers that have targets."""
-    rounds = list(zip(case.ours, case.startup, case.cp, strict=True))
-    return {
-        "MB written": case.megabytes,
-        "over cp": median(
-            (ours.wall_s - ours.fsync_s - tiny.wall_s + tiny.fsync_s) / cp.wall_s
-            for ours, tiny, cp in rounds
-        ),
-        "of CPU": median(
-            (ours.cpu_s - ours.fsync_cpu_s - tiny.cpu_s + tiny.fsync_cpu_s) / cp.cpu_s
-            for ours, tiny, cp in rounds
-        ),
-        "CPU seconds": median(ours.cpu_s for ours, _, _ in rounds),
-        "start-up, wall seconds": median(tiny.wall_s for _, tiny, _ in rounds),
-        "peak MB": max(ours.peak_mb for ours, _, _ in rounds),
-    }
-
-
 def main() -> None:
     """Measure, print, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--experts", type=int, default=EXPERTS)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without-upstream", action="store_true")
+    parser.add_argument("--folder", type=Path, default=CACHE, help="where to write gigabytes")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
 
+    arguments.folder.mkdir(exist_ok=True)
     CACHE.mkdir(exist_ok=True)
     about = conditions()
-    cases = {"cut": Case(), "graft": Case()}
-    with tempfile.TemporaryDirectory(dir=CACHE, prefix="bench-") as name:
+    cut, graft, compared = Case("mtp cut"), Case("mtp graft"), Compared()
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-") as name:
         folder = Path(name)
         verifier = write_verifier(folder / "verifier", arguments.experts, 2048, 64000)
         tiny = write_verifier(folder / "tiny", 2, 64, 256)
-        report = folder / "fsync"
+        mtp, tiny_mtp, report = folder / "mtp", folder / "tiny-mtp", folder / "fsync"
         measure(
-            cases["cut"],
+            cut,
             arguments.repeats,
             folder,
-            lambda out: timed(report, "cut", verifier, out),
-            lambda out: timed(report, "cut", tiny, out),
+            lambda out: speculators(report, "mtp", "cut", verifier, out),
+            lambda out: speculators(report, "mtp", "cut", tiny, out),
         )
-        timed(report, "cut", verifier, folder / "mtp")
-        timed(report, "cut", tiny, folder / "tiny-mtp")
+        speculators(report, "mtp", "cut", verifier, mtp)
+        speculators(report, "mtp", "cut", tiny, tiny_mtp)
         measure(
-            cases["graft"],
+            graft,
             arguments.repeats,
             folder,
-            lambda out: timed(report, "graft", verifier, folder / "mtp", out),
-            lambda out: timed(report, "graft", tiny, folder / "tiny-mtp", out),
+            lambda out: speculators(report, "mtp", "graft", verifier, mtp, out),
+            lambda out: speculators(report, "mtp", "graft", tiny, tiny_mtp, out),
+        )
+        compare(
+            compared,
+            0 if arguments.without_upstream else min(arguments.repeats, 3),
+            folder,
+            lambda out: speculators(report, "mtp", "cut", verifier, out, watched=True),
+            lambda out: upstream("mtp", verifier, out, verifier),
         )
     about["load_average_at_end"] = os.getloadavg()
-    summary = {name: summarise(case) for name, case in cases.items()}
+    summary = {"cut": summarise(cut, compared), "graft": summarise(graft)}
     print(json.dumps(summary, indent=2))
-    runs = {name: asdict(case) for name, case in cases.items()}
+    runs = {"cut": asdict(cut), "graft": asdict(graft), "compared": asdict(compared)}
     written = {"conditions": about, "summary": summary, "runs": runs}
     arguments.results.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from statistics import median
 from typing import Any
 
 from make_checkpoint import SIZES
+from memory import watched_memory
 
 from convert import CACHE, MAKER, ROOT, RunError, conditions
 
@@ -36,8 +36,6 @@ BEFORE = "5b99fb5"
 
 TARGETS = {"cpu": 1 / 4, "anonymous": 1 / 6}
 """The largest ratios allowed, of CPU time and of peak anonymous memory."""
-
-POLL_S = 0.005
 
 
 @dataclass
@@ -73,7 +71,8 @@ def measured(code: Path, *arguments: str | Path) -> Proof:
             stderr=output,
             env=environment,
         )
-        with _watched(process.pid) as peaks:
+        peaks: dict[str, int] = {}
+        with watched_memory(process.pid, peaks):
             _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -86,31 +85,6 @@ def measured(code: Path, *arguments: str | Path) -> Proof:
         resident_mb=usage.ru_maxrss / 1000,
         load=load,
     )
-
-
-@contextmanager
-def _watched(pid: int) -> Iterator[dict[str, int]]:
-    """Poll the anonymous memory of a process; the largest, in kB, is there at the end."""
-    peaks, done = {"RssAnon": 0}, threading.Event()
-
-    def poll() -> None:
-        while not done.wait(POLL_S):
-            try:
-                status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-            except OSError:
-                return
-            for line in status.splitlines():
-                name, _, value = line.partition(":")
-                if name in peaks:
-                    peaks[name] = max(peaks[name], int(value.split()[0]))
-
-    thread = threading.Thread(target=poll)
-    thread.start()
-    try:
-        yield peaks
-    finally:
-        done.set()
-        thread.join()
 
 
 @contextmanager

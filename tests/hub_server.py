@@ -20,6 +20,7 @@ import json
 import math
 import re
 import shutil
+import ssl
 import sys
 import tempfile
 import threading
@@ -600,6 +601,9 @@ def hub_environment(server: HubServer, cache: Path, **changes: str) -> dict[str,
     }
 
 
+_shared_context = functools.cache(ssl.create_default_context)
+
+
 def patch_hub(
     monkeypatch: pytest.MonkeyPatch, server: HubServer, cache: Path, **changes: str
 ) -> None:
@@ -622,6 +626,8 @@ def patch_hub(
         if name.isupper() and value != getattr(constants, name):
             monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # read on import, too
+    # Each new client reads all certificates, which nothing here needs.
+    monkeypatch.setattr(ssl, "create_default_context", _shared_context)
     close_session()  # drop earlier connections and proxies
 
 

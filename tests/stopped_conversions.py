@@ -3,14 +3,18 @@
 This runs as a process of its own, without torch and pytest, so it can fork hundreds of conversions
 in seconds:
 
-    python stopped_conversions.py stop SIGNAL MOMENTS SCENARIO SOURCE VERIFIER DIRECTORY
-    python stopped_conversions.py meet ROUNDS SCENARIO SOURCE VERIFIER DIRECTORY
+    python stopped_conversions.py SOURCE VERIFIER DIRECTORY
+
+Each line of standard input is a job, as a JSON list:
+
+    ["stop", SIGNAL, MOMENTS, SCENARIO]
+    ["meet", ROUNDS, SCENARIO]
 
 SCENARIO is a key of ``SCENARIOS``. ``stop``: the conversion sends itself SIGNAL at a moment, in
 each run at a later one, and in the last run never. There is a moment before and after each call
 that changes files, and several in each copy, which is made in small steps here. MOMENTS is a key of
-``CHOICES``. For each run an ``Outcome`` is printed as a line of JSON. ``meet``: two conversions to
-one output start at the same time; for each round a ``Meeting`` is printed.
+``CHOICES``. The answer is a line of JSON: an ``Outcome`` for each run. ``meet``: two conversions to
+one output start at the same time; the answer is a ``Meeting`` for each round.
 """
 
 import contextlib
@@ -186,8 +190,8 @@ def run_here(arguments: list[str]) -> int:
 class Conversions:
     """Runs conversions of one source, and tells what they leave behind."""
 
-    def __init__(self, scenario: Scenario, source: str, verifier: str, directory: Path) -> None:
-        self.scenario, self.source, self.verifier = scenario, source, verifier
+    def __init__(self, source: str, verifier: str, directory: Path) -> None:
+        self.scenario, self.source, self.verifier = SCENARIOS["fresh"], source, verifier
         self.directory = directory
         self.old, first, second = (directory / name for name in ("old", "first", "second"))
         # Once in this process, so that all forks have what it imports.
@@ -195,9 +199,8 @@ class Conversions:
             assert run_here(self.command(output, *options)) == 0
         (self.old / "notes.txt").write_text("of the old one")
         self.states = {
-            "first": contents(first),
-            "second": contents(second),
-            "before": contents(self.old) if scenario.replaces else None,
+            name: contents(it)
+            for name, it in (("first", first), ("second", second), ("before", self.old))
         }
 
     def command(self, output: Path, *options: str) -> list[str]:
@@ -215,8 +218,13 @@ class Conversions:
 
     def state(self, output: Path) -> str:
         found = contents(output)
-        names = [name for name, content in self.states.items() if content == found]
-        return names[0] if names else "missing" if found is None else "mixed"
+        if found is None:
+            return "missing" if self.scenario.replaces else "before"
+        before = self.scenario.replaces
+        names = [
+            it for it in self.states if self.states[it] == found and (before or it != "before")
+        ]
+        return names[0] if names else "mixed"
 
 
 def contents(directory: Path) -> dict[str, bytes] | None:
@@ -310,9 +318,15 @@ def meet(conversions: Conversions, rounds: str) -> Iterator[Meeting]:
             )
 
 
+def perform(conversions: Conversions, what: str, *how: str) -> Iterator[Outcome | Meeting]:
+    *options, which = how
+    conversions.scenario = SCENARIOS[which]
+    yield from (stop if what == "stop" else meet)(conversions, *options)
+
+
 if __name__ == "__main__":
-    what, *how, which, source, verifier, directory = sys.argv[1:]
-    conversions = Conversions(SCENARIOS[which], source, verifier, Path(directory))
-    results = stop(conversions, *how) if what == "stop" else meet(conversions, *how)
-    for result in results:
-        print(json.dumps(asdict(result)), flush=True)
+    source, verifier, directory = sys.argv[1:]
+    conversions = Conversions(source, verifier, Path(directory))
+    for line in sys.stdin:
+        results = [asdict(it) for it in perform(conversions, *json.loads(line))]
+        print(json.dumps(results), flush=True)

@@ -1,9 +1,11 @@
 """What has to be fast needs no torch: help, a dry run, a conversion without validation."""
 
+import importlib
 import json
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from dflash import GOLDEN_FAMILIES, PLAIN, SELECTING
 from dflash import TARGET as DFLASH_TARGET
 from eagle3 import GOLDEN3, TARGET
 from helpers import entries, write_checkpoint
+from light_process import LightProcess
 from mtp_verifiers import write_verifier
 
 HEAVY = ("torch", "transformers", "numpy")
@@ -25,203 +28,6 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(speculators.__path__, "speculators.")
     if module.name not in OF_VLLM | OF_TRITON
 )
-
-
-def loaded_after(code: str, *arguments: str, cwd: Path | None = None) -> tuple[int, set[str]]:
-    """Run code in a new process; return its exit status, and which of ``HEAVY`` it loaded."""
-    return loaded_and_told(code, *arguments, cwd=cwd)[:2]
-
-
-def loaded_and_told(
-    code: str, *arguments: str, cwd: Path | None = None
-) -> tuple[int, set[str], str]:
-    """As ``loaded_after``, with what was written to standard error."""
-    script = (
-        "import atexit, json, sys\n"
-        f"atexit.register(lambda: print('\\n' + json.dumps([m for m in {HEAVY} "
-        "if m in sys.modules])))\n" + code
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-    )
-    return done.returncode, set(json.loads(done.stdout.splitlines()[-1])), done.stderr
-
-
-MAIN = "from speculators.cli import main; main()"
-
-
-def test_this_test_sees_what_is_loaded() -> None:
-    assert loaded_after("import torch, transformers")[1] >= {"torch", "transformers"}
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["--version"],
-        ["convert", "--help"],
-        ["convert", "eagle", "--help"],
-        ["convert", "eagle3", "--help"],
-        ["convert", "dflash", "--help"],
-        ["convert", "auto", "--help"],
-        ["evaluate", "--help"],
-        ["record", "--help"],
-        ["export", "--help"],
-        ["mtp", "cut", "--help"],
-        ["mtp", "graft", "--help"],
-        ["batch", "--help"],
-        ["diff", "--help"],
-        ["-h"],
-        ["validate", "--help"],
-    ],
-    ids=" ".join,
-)
-def test_the_command_line_answers_without_torch(arguments: list[str]) -> None:
-    assert loaded_after(MAIN, *arguments) == (0, set())
-
-
-def test_help_imports_little() -> None:
-    """It has at most 1.5 times the CPU time of importing typer, rich.console and loguru."""
-    heavy = ("loguru", "huggingface_hub", "speculators.families.registry", "safetensors")
-    script = (
-        "import atexit, sys\n"
-        f"atexit.register(lambda: print([m for m in {heavy} if m in sys.modules]))\n{MAIN}"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, "--help"], check=True, capture_output=True, text=True
-    )
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_an_unknown_command_is_refused_without_torch() -> None:
-    assert loaded_after(MAIN, "transmogrify") == (2, set())
-
-
-@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("option", ["--no-validate", "--dry-run"])
-def test_a_conversion_without_validation_needs_no_torch(
-    tmp_path: Path, verifier: Path, container: str, option: str
-) -> None:
-    source = write_checkpoint(tmp_path / "source", container=container)
-    arguments = ["convert", "eagle", str(source), "out", str(verifier), option]
-    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
-    assert ("out/model.safetensors" in entries(tmp_path)) == (option == "--no-validate")
-
-
-def test_an_eagle3_draft_needs_no_torch(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).symlink_to(GOLDEN3 / "modelopt_4aux" / name)  # t2d is derived
-    arguments = ["convert", "auto", str(tmp_path), "out", str(TARGET), "--no-validate"]
-    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
-    for command in (["inspect", "out"], ["export", "out", "modelopt", "--to", "modelopt"]):
-        assert loaded_after(MAIN, *command, cwd=tmp_path) == (0, set())
-
-
-@pytest.mark.parametrize("name", [PLAIN, SELECTING])
-def test_a_dflash_draft_needs_no_torch(tmp_path: Path, name: str) -> None:
-    source = GOLDEN_FAMILIES / name
-    arguments = ["convert", "auto", str(source), "out", str(DFLASH_TARGET), "--no-validate"]
-    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
-    for command in (["inspect", "out"], ["export", "out", "native", "--to", "dflash"]):
-        assert loaded_after(MAIN, *command, cwd=tmp_path) == (0, set())
-
-
-@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
-def test_inspecting_needs_no_torch(tmp_path: Path, container: str, options: list[str]) -> None:
-    source = write_checkpoint(tmp_path / "source", container=container)
-    assert loaded_after(MAIN, "inspect", str(source), *options) == (0, set())
-
-
-def test_inspecting_a_converted_draft_needs_no_torch(converted: dict[str, Path]) -> None:
-    for directory in converted.values():
-        assert loaded_after(MAIN, "inspect", str(directory)) == (0, set())
-
-
-def test_the_doctor_needs_no_torch() -> None:
-    status, loaded = loaded_after(MAIN, "doctor")
-    assert status in {0, 1}  # it may have found something
-    assert loaded == set()
-
-
-def test_rounding_needs_numpy_and_no_torch(tmp_path: Path, verifier: Path) -> None:
-    source = write_checkpoint(tmp_path / "source")
-    arguments = ["convert", "eagle", str(source), "out", str(verifier), "--no-validate", "--dtype"]
-    assert loaded_after(MAIN, *arguments, "bfloat16", cwd=tmp_path) == (0, {"numpy"})
-
-
-def test_an_export_needs_no_torch(tmp_path: Path, converted: dict[str, Path]) -> None:
-    arguments = ["export", str(converted["llama31_gqa_nobias"]), "out", "--to", "sglang"]
-    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
-    assert "out/model.safetensors" in entries(tmp_path)
-
-
-def test_cutting_and_grafting_need_no_torch(tmp_path: Path) -> None:
-    write_verifier(tmp_path / "verifier")
-    assert loaded_after(MAIN, "mtp", "cut", "verifier", "mtp", cwd=tmp_path) == (0, set())
-    assert loaded_after(MAIN, "inspect", "verifier", cwd=tmp_path) == (0, set())
-    # numpy finds numbers that are none.
-    arguments = ["mtp", "graft", "verifier", "mtp", "out"]
-    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, {"numpy"})
-
-
-def test_comparing_needs_no_torch(tmp_path: Path, converted: dict[str, Path]) -> None:
-    """Nor numpy, where all bytes are the same."""
-    draft = converted["llama31_gqa_nobias"]
-    source = write_checkpoint(tmp_path / "source", container="pytorch_model.bin")
-    assert loaded_after(MAIN, "diff", str(source), str(draft)) == (0, set())
-    other = write_checkpoint(tmp_path / "other", edit=lambda it: it["fc.weight"].fill_(1))
-    assert loaded_after(MAIN, "diff", str(other), str(draft)) == (1, {"numpy"})
-
-
-def test_an_error_needs_no_torch(tmp_path: Path, verifier: Path) -> None:
-    source = write_checkpoint(tmp_path / "source", edit=lambda tensors: tensors.pop("fc.weight"))
-    arguments = ["convert", "eagle", str(source), "out", str(verifier)]
-    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (1, set())
-
-
-def test_a_report_is_read_and_shown_without_torch(tmp_path: Path) -> None:
-    modules = (
-        *("evaluate.files", "evaluate.subject.opening", "evaluate.plots", "evaluate.prompts"),
-        *("evaluate.recording.manifest", "evaluate.server.evaluation", "cli.report_view"),
-    )
-    code = "import " + ", ".join(f"speculators.{module}" for module in modules)
-    assert loaded_after(code) == (0, set())
-    assert loaded_after(MAIN, "evaluate", "draft", "--prompts", "none.jsonl", cwd=tmp_path) == (
-        1,
-        set(),
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--device=abacus"], "torch has no such kind"),
-        (["--proposal=static_tree", "--num-draft-tokens=3"], "The static tree has 25 tokens"),
-        (["--verifier=none/such/verifier"], "does not exist"),
-        (["--num-draft-tokens=few"], "neither a number of tokens"),
-        (["--recording=none"], "recording.json cannot be read"),
-    ],
-)
-def test_a_wrong_argument_of_evaluate_is_told_without_torch(
-    converted: dict[str, Path], options: list[str], message: str
-) -> None:
-    draft = str(converted["llama31_gqa_nobias"])
-    status, loaded, errors = loaded_and_told(MAIN, "evaluate", draft, *options)
-    assert status in {1, 2}
-    assert loaded == set()
-    assert message in " ".join(errors.replace("│", " ").split())
-
-
-def test_an_unconverted_draft_is_told_without_torch(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "source")
-    status, loaded, errors = loaded_and_told(MAIN, "evaluate", str(source))
-    assert (status, loaded) == (1, set())
-    assert "Convert the checkpoint first" in errors
 
 
 LIGHT = [
@@ -251,6 +57,218 @@ LIGHT = [
         )
     )
 ]
+
+MAIN = "from speculators.cli import main; main()"
+
+
+LoadedAfter = Callable[..., tuple[int, set[str]]]
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[LightProcess]:
+    with LightProcess.start(HEAVY, LIGHT) as process:
+        yield process
+
+
+@pytest.fixture
+def loaded_after(process: LightProcess) -> LoadedAfter:
+    """Runs code; returns its exit status, and which of ``HEAVY`` it loaded."""
+
+    def run(code: str, *arguments: str, cwd: Path | None = None) -> tuple[int, set[str]]:
+        outcome = process.run(code, *arguments, cwd=cwd)
+        return outcome.status, {*outcome.loaded}
+
+    return run
+
+
+def test_importing_what_is_light_loads_nothing_else(process: LightProcess) -> None:
+    assert [(it.status, it.loaded) for it in process.imports] == [(0, [])] * 2
+
+
+def test_this_test_sees_what_is_loaded(loaded_after: LoadedAfter) -> None:
+    assert loaded_after("import numpy; raise SystemExit(3)") == (3, {"numpy"})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["convert", "--help"],
+        ["convert", "eagle", "--help"],
+        ["convert", "eagle3", "--help"],
+        ["convert", "dflash", "--help"],
+        ["convert", "auto", "--help"],
+        ["evaluate", "--help"],
+        ["record", "--help"],
+        ["export", "--help"],
+        ["mtp", "cut", "--help"],
+        ["mtp", "graft", "--help"],
+        ["batch", "--help"],
+        ["diff", "--help"],
+        ["-h"],
+        ["validate", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_the_command_line_answers_without_torch(
+    loaded_after: LoadedAfter, arguments: list[str]
+) -> None:
+    assert loaded_after(MAIN, *arguments) == (0, set())
+
+
+def test_help_imports_little() -> None:
+    """It has at most 1.5 times the CPU time of importing typer, rich.console and loguru."""
+    heavy = ("loguru", "huggingface_hub", "speculators.families.registry", "safetensors")
+    script = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print([m for m in {heavy} if m in sys.modules]))\n{MAIN}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--help"], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_unknown_command_is_refused_without_torch(loaded_after: LoadedAfter) -> None:
+    assert loaded_after(MAIN, "transmogrify") == (2, set())
+
+
+@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("option", ["--no-validate", "--dry-run"])
+def test_a_conversion_without_validation_needs_no_torch(
+    loaded_after: LoadedAfter, tmp_path: Path, verifier: Path, container: str, option: str
+) -> None:
+    source = write_checkpoint(tmp_path / "source", container=container)
+    arguments = ["convert", "eagle", str(source), "out", str(verifier), option]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
+    assert ("out/model.safetensors" in entries(tmp_path)) == (option == "--no-validate")
+
+
+def test_an_eagle3_draft_needs_no_torch(loaded_after: LoadedAfter, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(GOLDEN3 / "modelopt_4aux" / name)  # t2d is derived
+    arguments = ["convert", "auto", str(tmp_path), "out", str(TARGET), "--no-validate"]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
+    for command in (["inspect", "out"], ["export", "out", "modelopt", "--to", "modelopt"]):
+        assert loaded_after(MAIN, *command, cwd=tmp_path) == (0, set())
+
+
+@pytest.mark.parametrize("name", [PLAIN, SELECTING])
+def test_a_dflash_draft_needs_no_torch(
+    loaded_after: LoadedAfter, tmp_path: Path, name: str
+) -> None:
+    source = GOLDEN_FAMILIES / name
+    arguments = ["convert", "auto", str(source), "out", str(DFLASH_TARGET), "--no-validate"]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
+    for command in (["inspect", "out"], ["export", "out", "native", "--to", "dflash"]):
+        assert loaded_after(MAIN, *command, cwd=tmp_path) == (0, set())
+
+
+@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_inspecting_needs_no_torch(
+    loaded_after: LoadedAfter, tmp_path: Path, container: str, options: list[str]
+) -> None:
+    source = write_checkpoint(tmp_path / "source", container=container)
+    assert loaded_after(MAIN, "inspect", str(source), *options) == (0, set())
+
+
+def test_inspecting_a_converted_draft_needs_no_torch(
+    loaded_after: LoadedAfter, converted: dict[str, Path]
+) -> None:
+    for directory in converted.values():
+        assert loaded_after(MAIN, "inspect", str(directory)) == (0, set())
+
+
+def test_the_doctor_needs_no_torch(loaded_after: LoadedAfter) -> None:
+    status, loaded = loaded_after(MAIN, "doctor")
+    assert status in {0, 1}  # it may have found something
+    assert loaded == set()
+
+
+def test_rounding_needs_numpy_and_no_torch(
+    loaded_after: LoadedAfter, tmp_path: Path, verifier: Path
+) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    arguments = ["convert", "eagle", str(source), "out", str(verifier), "--no-validate", "--dtype"]
+    assert loaded_after(MAIN, *arguments, "bfloat16", cwd=tmp_path) == (0, {"numpy"})
+
+
+def test_an_export_needs_no_torch(
+    loaded_after: LoadedAfter, tmp_path: Path, converted: dict[str, Path]
+) -> None:
+    arguments = ["export", str(converted["llama31_gqa_nobias"]), "out", "--to", "sglang"]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, set())
+    assert "out/model.safetensors" in entries(tmp_path)
+
+
+def test_cutting_and_grafting_need_no_torch(loaded_after: LoadedAfter, tmp_path: Path) -> None:
+    write_verifier(tmp_path / "verifier")
+    assert loaded_after(MAIN, "mtp", "cut", "verifier", "mtp", cwd=tmp_path) == (0, set())
+    assert loaded_after(MAIN, "inspect", "verifier", cwd=tmp_path) == (0, set())
+    # numpy finds numbers that are none.
+    arguments = ["mtp", "graft", "verifier", "mtp", "out"]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (0, {"numpy"})
+
+
+def test_comparing_needs_no_torch(
+    loaded_after: LoadedAfter, tmp_path: Path, converted: dict[str, Path]
+) -> None:
+    """Nor numpy, where all bytes are the same."""
+    draft = converted["llama31_gqa_nobias"]
+    source = write_checkpoint(tmp_path / "source", container="pytorch_model.bin")
+    assert loaded_after(MAIN, "diff", str(source), str(draft)) == (0, set())
+    other = write_checkpoint(tmp_path / "other", edit=lambda it: it["fc.weight"].fill_(1))
+    assert loaded_after(MAIN, "diff", str(other), str(draft)) == (1, {"numpy"})
+
+
+def test_an_error_needs_no_torch(loaded_after: LoadedAfter, tmp_path: Path, verifier: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", edit=lambda tensors: tensors.pop("fc.weight"))
+    arguments = ["convert", "eagle", str(source), "out", str(verifier)]
+    assert loaded_after(MAIN, *arguments, cwd=tmp_path) == (1, set())
+
+
+def test_a_report_is_read_and_shown_without_torch(
+    loaded_after: LoadedAfter, tmp_path: Path
+) -> None:
+    modules = (
+        *("evaluate.files", "evaluate.subject.opening", "evaluate.plots", "evaluate.prompts"),
+        *("evaluate.recording.manifest", "evaluate.server.evaluation", "cli.report_view"),
+    )
+    code = "import " + ", ".join(f"speculators.{module}" for module in modules)
+    assert loaded_after(code) == (0, set())
+    assert loaded_after(MAIN, "evaluate", "draft", "--prompts", "none.jsonl", cwd=tmp_path) == (
+        1,
+        set(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device=abacus"], "torch has no such kind"),
+        (["--proposal=static_tree", "--num-draft-tokens=3"], "The static tree has 25 tokens"),
+        (["--verifier=none/such/verifier"], "does not exist"),
+        (["--num-draft-tokens=few"], "neither a number of tokens"),
+        (["--recording=none"], "recording.json cannot be read"),
+    ],
+)
+def test_a_wrong_argument_of_evaluate_is_told_without_torch(
+    process: LightProcess, converted: dict[str, Path], options: list[str], message: str
+) -> None:
+    draft = str(converted["llama31_gqa_nobias"])
+    outcome = process.run(MAIN, "evaluate", draft, *options)
+    assert outcome.status in {1, 2}
+    assert not outcome.loaded
+    assert message in " ".join(outcome.stderr.replace("│", " ").split())
+
+
+def test_an_unconverted_draft_is_told_without_torch(process: LightProcess, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    outcome = process.run(MAIN, "evaluate", str(source))
+    assert (outcome.status, outcome.loaded) == (1, [])
+    assert "Convert the checkpoint first" in outcome.stderr
 
 
 def imported_alone() -> dict[str, list[str]]:
@@ -292,7 +310,15 @@ report(others)
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
+def test_all_other_modules_can_be_imported() -> None:
+    """Here, where torch is; that no two import each other is up to ``test_architecture``."""
+    for module in set(MODULES) - set(LIGHT):
+        importlib.import_module(module)
+
+
+@pytest.mark.exhaustive
 def test_every_module_imports_on_its_own() -> None:
+    """Each in a process of its own."""
     found = imported_alone()
     assert found.keys() == {*MODULES}
     assert {module: found[module] for module in LIGHT if found[module]} == {}

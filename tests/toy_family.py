@@ -89,7 +89,7 @@ TOY = Family(
     borrows=("embedding",),
     model="toy_family:ToySpeculator",
     reference="toy_family:ToyReference",
-    card=Card(draft="A toy draft", method="toy", tags=("toy",)),
+    card=Card(draft="A toy draft", tags=("toy",)),
     export_config=lambda config, target: {"made_for": target.reader},
     targets={"vllm": Target(reader="vLLM", layers={}, zeros=frozenset({"bias"}))},
     flags=(Flag("bias", "Fail unless the draft has a bias on fc."),),

@@ -6,10 +6,10 @@ pass.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from speculators.models.eagle import EagleSpeculator
 
@@ -26,27 +26,44 @@ class Simulation:
         return 1 + sum(self.accepted) / self.drafts
 
 
+@dataclass(frozen=True)
+class Known:
+    """A conversation, the verifier's next tokens after it, and its states at all of them."""
+
+    prompt_tokens: int
+    end: int
+    tokens: Tensor
+    states: Tensor
+
+
 @torch.no_grad()
-def simulate(
-    draft: EagleSpeculator,
-    verifier: LlamaForCausalLM,
-    prompts: list[list[int]],
-    answers: list[list[int]],
-    length: int,
-) -> Simulation:
+def known(
+    verifier: Any, prompts: list[list[int]], answers: list[list[int]], length: int
+) -> list[Known]:
+    """What chains of ``length`` tokens are compared with: once for all drafts of a verifier."""
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt + answer])
+        longer = {"max_new_tokens": length, "eos_token_id": None, "pad_token_id": 0}
+        tokens = verifier.generate(ids, do_sample=False, **longer)
+        states = verifier.model(tokens).last_hidden_state
+        found.append(Known(len(prompt), ids.shape[1], tokens, states))
+    return found
+
+
+@torch.no_grad()
+def simulate(draft: EagleSpeculator, conversations: list[Known], length: int) -> Simulation:
     """Draft ``length`` tokens after every token that comes from the verifier itself.
 
     Those drafted and accepted beyond the end of an answer count, as they do in vLLM.
     """
     found = Simulation(0, [0] * length)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        end = len(prompt) + len(answer)
-        tokens = _continued(verifier, torch.tensor([prompt + answer]), length)
-        hidden = verifier.model(tokens).last_hidden_state
+    for conversation in conversations:
+        tokens, hidden = conversation.tokens, conversation.states
         # Attention is causal, so one pass gives the first token of every chain.
         first = draft(tokens[:, 1:], hidden[:, :-1])
-        settled = len(prompt) + 1  # the prompt's pass gives the first token
-        while settled < end:
+        settled = conversation.prompt_tokens + 1  # the prompt's pass gives the first token
+        while settled < conversation.end:
             right = 0
             chain, states = tokens[:, :settled], hidden[:, : settled - 1]
             guess, state = _at(first.logits, settled - 2), first.last_hidden_state
@@ -64,13 +81,6 @@ def simulate(
                 found.accepted[position] += 1
             settled += right + 1
     return found
-
-
-def _continued(verifier: LlamaForCausalLM, tokens: Tensor, more: int) -> Tensor:
-    for _ in range(more):
-        best = verifier(tokens, logits_to_keep=1).logits.argmax(-1)
-        tokens = torch.cat((tokens, best), 1)
-    return tokens
 
 
 def _at(logits: Tensor, position: int) -> Tensor:

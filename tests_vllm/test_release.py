@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 import drafts
 from processes import ENVIRONMENT, IN_ONE_PROCESS, LENGTH, Outcomes, engine, run
-from simulation import simulate
+from simulation import known, simulate
 from speculators.convert.eagle import EagleConverter
 from speculators.models.eagle import EagleSpeculator
 
@@ -77,7 +77,7 @@ def test_as_much_is_accepted_as_of_our_own_model(
     model = LlamaForCausalLM.from_pretrained(verifier, dtype=torch.float32)
     draft = EagleSpeculator.from_pretrained(converted[name], verifier=model, dtype=torch.float32)
     answers = served.answers[name]
-    ours = simulate(draft, model, PROMPTS, answers.tokens, LENGTH)
+    ours = simulate(draft, known(model, PROMPTS, answers.tokens, LENGTH), LENGTH)
     assert answers.acceptance_length == pytest.approx(ours.acceptance_length, abs=0.02)
 
 

@@ -1,16 +1,19 @@
 """Converted drafts, served by the real vLLM."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from loguru import logger
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -29,7 +32,8 @@ from processes import (
     run,
     serve,
 )
-from simulation import simulate
+from simulation import Known, known, simulate
+from speculators.cli import main
 from speculators.convert.eagle import EagleConverter
 from speculators.convert.export import export
 from speculators.evaluate.prompts import OWN_PROMPTS, read_prompts
@@ -39,7 +43,7 @@ from speculators.models.eagle import EagleSpeculator
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", params=[10, pytest.param(16, marks=pytest.mark.exhaustive)])
+@pytest.fixture(scope="session", params=[8, pytest.param(16, marks=pytest.mark.exhaustive)])
 def prompts(request: pytest.FixtureRequest) -> list[list[int]]:
     """The first prompts of `speculators evaluate`, as tokens; exhaustive: more of them."""
     tokenizer = AutoTokenizer.from_pretrained(VERIFIER)
@@ -139,17 +143,58 @@ def test_speculation_changes_nothing_that_is_said(
     assert answers.acceptance_length > 1.8  # the draft really drafted
 
 
+@pytest.fixture(scope="module")
+def verifier() -> Any:
+    return LlamaForCausalLM.from_pretrained(VERIFIER, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def conversations(verifier: Any, prompts: list[list[int]], outcomes: Outcomes) -> list[Known]:
+    """The prompts and the verifier's answers, which a test above finds to be those of all."""
+    return known(verifier, prompts, outcomes.answers["without"].tokens, LENGTH)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_as_much_is_accepted_as_of_our_own_model(
-    prompts: list[list[int]], converted: dict[str, Path], outcomes: Outcomes, variant: str
+    verifier: Any,
+    conversations: list[Known],
+    converted: dict[str, Path],
+    outcomes: Outcomes,
+    variant: str,
 ) -> None:
     answers = outcomes.answers[variant]
-    verifier = LlamaForCausalLM.from_pretrained(VERIFIER, dtype=torch.float32)
     draft = EagleSpeculator.from_pretrained(
         converted[variant], verifier=verifier, dtype=torch.float32
     )
-    ours = simulate(draft, verifier, prompts, answers.tokens, LENGTH)
+    ours = simulate(draft, conversations, LENGTH)
     assert answers.acceptance_length == pytest.approx(ours.acceptance_length, abs=0.05)
+
+
+def evaluated(draft: Path, prompts: list[list[int]], *options: str) -> Report:
+    """What `speculators evaluate` reports of the prompts, in this process, which has torch."""
+    size = (f"--limit={len(prompts)}", f"--max-new-tokens={MAX_TOKENS}", "--json")
+    with (
+        patch.object(sys, "argv", ["speculators", "evaluate", str(draft), *size, *options]),
+        redirect_stdout(StringIO()) as stdout,
+        redirect_stderr(StringIO()) as stderr,
+        pytest.raises(SystemExit) as done,
+    ):
+        main()
+    logger.remove()
+    assert not done.value.code, stderr.getvalue()
+    assert "is counted too" not in stderr.getvalue()
+    return Report.model_validate_json(stdout.getvalue())
+
+
+@pytest.fixture(scope="module")
+def evaluated_here(converted: dict[str, Path], prompts: list[list[int]]) -> Callable[[str], Report]:
+    """How well a variant drafts by decoding in this process, measured once."""
+    options = ("--acceptance-only", "--dtype=float32", "--device=cpu")
+    return cache(
+        lambda variant: evaluated(
+            converted[variant], prompts, f"--num-draft-tokens={LENGTH}", *options
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,32 +206,10 @@ def test_as_much_is_accepted_as_of_our_own_model(
     ],
 )
 def test_as_much_is_accepted_as_evaluate_says(
-    tmp_path: Path,
-    converted: dict[str, Path],
-    outcomes: Outcomes,
-    prompts: list[list[int]],
-    variant: str,
+    outcomes: Outcomes, evaluated_here: Callable[[str], Report], variant: str
 ) -> None:
     """One draft, since the test above has all of them; exhaustive: every trained one."""
-    options = {
-        "limit": len(prompts),
-        "max-new-tokens": MAX_TOKENS,
-        "num-draft-tokens": LENGTH,
-        "dtype": "float32",
-        "device": "cpu",
-        "output": tmp_path / "report",
-    }
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "speculators", "evaluate", converted[variant]),
-            *(f"--{name}={value}" for name, value in options.items()),
-            "--acceptance-only",
-        ],
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    report = Report.model_validate_json((tmp_path / "report/report.json").read_text())
-    expected = report.results[0].overall.acceptance_length
+    expected = evaluated_here(variant).results[0].overall.acceptance_length
     assert outcomes.answers[variant].acceptance_length == pytest.approx(expected, abs=0.05)
 
 
@@ -329,29 +352,19 @@ def test_the_server_answers_chats_in_a_stream(server: Server, outcomes: Outcomes
     assert len([text for text in texts if text]) > 1
 
 
-def test_a_served_draft_is_measured(server: Server, converted: dict[str, Path]) -> None:
+def test_a_served_draft_is_measured(
+    server: Server,
+    converted: dict[str, Path],
+    prompts: list[list[int]],
+    evaluated_here: Callable[[str], Report],
+) -> None:
     """By the server's counters, as by decoding here; at once, and one prompt at a time."""
-
-    def evaluated(*options: str) -> Report:
-        size = ("--limit=8", f"--max-new-tokens={MAX_TOKENS}", "--json")
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "speculators", "evaluate", converted["hass"]),
-                *(*size, *options),
-            ],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        assert "is counted too" not in done.stderr
-        return Report.model_validate_json(done.stdout)
-
-    local = evaluated(f"--num-draft-tokens={LENGTH}", "--acceptance-only", "--dtype=float32")
+    local = evaluated_here("hass")
     here = local.results[0].overall
     assert here.acceptance_length is not None
     alone = f"--baseline-server={server.address}"
     for options in (["--concurrency=4", alone], ["--concurrency=1"]):
-        report = evaluated(f"--server={server.address}", *options)
+        report = evaluated(converted["hass"], prompts, f"--server={server.address}", *options)
         there = report.results[0].overall
         assert there.acceptance_length == pytest.approx(here.acceptance_length, abs=0.05)
         assert there.acceptance_rates == pytest.approx(here.acceptance_rates, abs=0.05)
@@ -359,7 +372,7 @@ def test_a_served_draft_is_measured(server: Server, converted: dict[str, Path]) 
             it.prompt_tokens for it in local.prompts
         ]
         assert there.new_tokens == here.new_tokens
-        assert there.identical == (8 if alone in options else None)
+        assert there.identical == (len(prompts) if alone in options else None)
 
 
 @pytest.mark.exhaustive

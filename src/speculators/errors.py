@@ -17,6 +17,7 @@ __all__ = [
     "IncompleteVerifierError",
     "InputError",
     "ManifestError",
+    "NativeLayoutError",
     "NoWeightsError",
     "OutputError",
     "PromptsError",
@@ -50,6 +51,19 @@ class UnsafeCheckpointError(CheckpointError):
 
 class ConversionError(SpeculatorsError, ValueError):
     """A checkpoint cannot be converted or exported with these tensors, config and flags."""
+
+
+class NativeLayoutError(ConversionError):
+    """A draft that the speculators format cannot say, and some engines serve as it was published.
+
+    Attributes:
+        served_by: these engines.
+
+    """
+
+    def __init__(self, message: str, served_by: Iterable[str]) -> None:
+        super().__init__(message)
+        self.served_by = frozenset(served_by)
 
 
 class VerifierError(SpeculatorsError, ValueError):

@@ -80,8 +80,12 @@ def test_a_failure_does_not_stop_the_rest(
 
 
 def test_a_second_run_does_what_is_missing(
-    tmp_path: Path, write_manifest: Callable[..., Path], speculators: CommandLine
+    tmp_path: Path,
+    write_manifest: Callable[..., Path],
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    fork_processes(monkeypatch)
     manifest = write_manifest({"output": "one"})
     assert speculators("convert", "eagle", "--manifest", manifest).status == 0
     before = (tmp_path / "one" / "conversion.json").stat().st_mtime_ns
@@ -98,8 +102,12 @@ def test_a_second_run_does_what_is_missing(
 
 
 def test_another_conversion_at_the_output_is_replaced_only_if_asked(
-    tmp_path: Path, write_manifest: Callable[..., Path], speculators: CommandLine
+    tmp_path: Path,
+    write_manifest: Callable[..., Path],
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    fork_processes(monkeypatch)
     speculators("convert", "eagle", "--manifest", write_manifest({"output": "one"}))
     other = {"output": "one", "dtype": "float16"}
     refused = speculators("convert", "eagle", "--manifest", write_manifest(other))
@@ -225,8 +233,12 @@ sys.modules["speculators.convert.validation"] = stand_in
 """
 """Makes validation wait in every process that finds it as ``sitecustomize``."""
 
+IMPORTED = 'sys.modules["speculators.models.loading"] = stand_in\n'
+"""Keeps such a process from importing what validation needs."""
+
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
+@pytest.mark.parametrize("importing", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     ("number", "whom", "status"),
     [
@@ -240,11 +252,13 @@ def test_stopping_clears_up(
     number: signal.Signals,
     whom: Callable[[int, int], None],
     status: int,
+    importing: bool,
 ) -> None:
-    """Stop while one entry validates and one is waiting."""
+    """Stop while one entry validates and one is waiting; exhaustive: while torch is imported."""
     site, marker = tmp_path / "site", tmp_path / "validating"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(WAITING.format(marker=marker))
+    waiting = WAITING.format(marker=marker) + IMPORTED * (not importing)
+    (site / "sitecustomize.py").write_text(waiting)
     manifest = write_manifest(
         {"output": "out/one"}, {"output": "out/slow", "validate": True}, {"output": "out/last"}
     )

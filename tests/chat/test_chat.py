@@ -1,7 +1,9 @@
 """The command: what it answers, what it marks as drafted, and the page that shows it."""
 
 import io
+import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -164,6 +166,21 @@ def test_a_conversation_goes_on(
     assert first in run.stdout
     assert second in run.stdout
     assert run.stdout.count("8 tokens, ") == 2
+
+
+def test_sampling_is_from_the_whole_distribution(
+    pair: Pair, speculators: CommandLine, tmp_path: Path
+) -> None:
+    """As in an evaluation: with the top_p of the verifier's own config, this would be greedy."""
+    verifier = shutil.copytree(pair.verifier, tmp_path / "verifier")
+    settings = {"top_p": 1e-6, "top_k": 1, "temperature": 0.1}
+    (verifier / "generation_config.json").write_text(json.dumps(settings))
+    run = speculators(
+        *("chat", pair.draft, "--verifier", verifier, "--prompt", SAID),
+        *("--max-new-tokens", str(NEW_TOKENS), "--temperature", "5"),
+    )
+    assert run.status == 0, run.stderr
+    assert not run.stdout.startswith(plain_answer(pair, f"<user>{SAID}<assistant>"))
 
 
 def test_standard_input_is_one_prompt(

@@ -345,9 +345,9 @@ def test_a_path_that_exists_is_that_path(tmp_path: Path, monkeypatch: pytest.Mon
     ("path", "told_of"),
     [
         ("~nobody-of-this-name/draft", "begins with ~ and nobody's name"),
-        ("a\0b", r"The path a\x00b has bytes that are no text"),
-        ("./a\0b", r"The path ./a\x00b has bytes that are no text"),
-        ("caf\udce9", r"The path caf\udce9 has bytes that are no text"),
+        ("a\0b", r"The path a\x00b has bytes that are not text"),
+        ("./a\0b", r"The path ./a\x00b has bytes that are not text"),
+        ("caf\udce9", r"The path caf\udce9 has bytes that are not text"),
         ("./" + "x" * 5000, "xx... cannot be looked up: File name too long."),
     ],
 )

@@ -153,3 +153,21 @@ def test_a_batch_whose_parent_is_killed(tmp_path: Path, verifier: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert [it for it in entries(tmp_path) if it.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [("SIGTERM", 143, "Terminated."), ("SIGHUP", 129, "The terminal was closed.")],
+)
+def test_a_signal_before_there_is_a_log(number: str, status: int, said: str) -> None:
+    """The sentence alone is printed, not in the log's default format."""
+    early = f"""
+import os, signal
+import speculators.cli.app as starting
+starting.app = lambda: os.kill(os.getpid(), signal.{number})
+{MAIN}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", early], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said + "\n")

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from helpers import GOLDEN, PLAIN, CommandLine, Run, config_of, stored_tensors
+from helpers import (
+    GOLDEN,
+    PLAIN,
+    CommandLine,
+    Run,
+    config_of,
+    fork_processes,
+    stored_tensors,
+)
 from schemas import PRINTED
 
 SOURCE = GOLDEN / PLAIN
@@ -67,7 +75,10 @@ def test_warnings_are_told(tmp_path: Path, verifier: Path, speculators: CommandL
     assert "without validation" in printed(run, "validate")["warnings"][0]
 
 
-def test_a_batch(tmp_path: Path, verifier: Path, speculators: CommandLine) -> None:
+def test_a_batch(
+    tmp_path: Path, verifier: Path, speculators: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_processes(monkeypatch)
     entry = {"input": str(SOURCE), "base_model": str(verifier), "validate": False}
     manifest = tmp_path / "batch.json"
     manifest.write_text(
@@ -93,9 +104,14 @@ def test_a_batch(tmp_path: Path, verifier: Path, speculators: CommandLine) -> No
 
 @pytest.mark.parametrize("family", ["eagle", "eagle3"])
 def test_a_batch_of_one_family(
-    tmp_path: Path, verifier: Path, speculators: CommandLine, family: str
+    tmp_path: Path,
+    verifier: Path,
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
 ) -> None:
     """`convert eagle --manifest FILE` is `batch FILE --family eagle`."""
+    fork_processes(monkeypatch)
     entry = {"input": str(SOURCE), "base_model": str(verifier), "validate": False, "output": "out"}
     (tmp_path / "batch.json").write_text(json.dumps([entry]))
     run = speculators("batch", tmp_path / "batch.json", "--family", family, "--quiet")

@@ -140,7 +140,7 @@ def test_a_key_is_read_however_it_is_spelled(
     config, without, expected = SPELLED[case]
     layer = layer_of(tmp_path, verifier, config, without)
     assert {key: layer[key] for key in expected} == expected
-    assert warnings(log) == []
+    assert [it for it in warnings(log) if "vLLM does not serve it" not in it] == []
 
 
 STOPPED: dict[str, tuple[dict[str, Any], str]] = {

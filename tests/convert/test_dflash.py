@@ -1,5 +1,13 @@
 """Converting DFlash, DFlash 2 and DSpark: every publisher's layout, what upstream's converter gets
-wrong, and what the format cannot say."""
+wrong, and what the format cannot say.
+
+What readers' own code does with exports, by which limits are set:
+
+| reader | version | what was run | result |
+| --- | --- | --- | --- |
+| llama.cpp | b11434 | convert_hf_to_gguf.py and llama-server, on these drafts | the reference's tokens, as likely within 0.001 |
+| SGLang | 0.5.23 | srt/models/dflash.py: model and loader, over plain layers and attention | golden outputs, within 7e-6 |
+"""  # noqa: E501
 
 import json
 import re
@@ -38,6 +46,7 @@ from dflash import (
     write_draft,
 )
 from helpers import CommandLine, write_shards
+from llamacpp_reads import check_against_the_record
 from speculators.convert.conversion import convert, plan
 from speculators.convert.export import export
 from speculators.errors import ConversionError, FormatError, ValidationError, VerifierError
@@ -77,6 +86,18 @@ DRAFTS: dict[str, tuple[Config, Edit]] = {
     "biases": (native(attention_bias=True), with_biases),
     "paired RoPE": (native(is_neox_style=False), nothing),
     "scaled RoPE": (native(rope_scaling={"type": "linear", "factor": 2.0}), nothing),
+    "llama3's RoPE": (
+        native(
+            rope_scaling={
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        ),
+        nothing,
+    ),
     "transformers 5": (
         native(
             rope_theta=None,
@@ -110,6 +131,13 @@ DRAFTS: dict[str, tuple[Config, Edit]] = {
         deepspec(enable_confidence_head=False, confidence_head_with_markov=None),
         with_markov(confidence=False),
     ),
+    "DSpark, confidence by itself": (
+        deepspec(confidence_head_with_markov=False),
+        both(
+            with_markov(),
+            lambda tensors: tensors.update({"confidence_head.proj.weight": torch.ones(1, 64)}),
+        ),
+    ),
     "DSpark, own vocabulary": (
         deepspec(draft_vocab_size=DRAFTED),
         both(with_markov(drafted=DRAFTED), with_vocabulary),
@@ -117,6 +145,21 @@ DRAFTS: dict[str, tuple[Config, Edit]] = {
     "DSpark as DFlash": (deepspec(sample_from_anchor=False), with_markov()),
 }
 """Drafts in native layouts that the format can say."""
+
+FOR_LLAMACPP = (
+    "z-lab",
+    "JetSpec",
+    "all layers slide",
+    "paired RoPE",
+    "scaled RoPE",
+    "DFlash 2",
+    "DFlash 2 with scales",
+    "DSpark",
+    "DSpark without confidence",
+    "DSpark, own vocabulary",
+    "DSpark as DFlash",
+)
+"""Those of which a run of llama.cpp's converter is recorded."""
 
 
 @pytest.fixture(scope="module")
@@ -803,6 +846,14 @@ def test_a_causal_draft_is_causal_to_every_reader(
         assert "causal" not in config["dflash_config"]
 
 
+@pytest.mark.parametrize("name", FOR_LLAMACPP)
+def test_llamacpp_reads_what_it_read_when_it_was_run(
+    drafts: Mapping[str, tuple[Path, Path]], tmp_path: Path, name: str
+) -> None:
+    draft = drafts[name][1]
+    check_against_the_record(name, export(draft, tmp_path / "out", "llamacpp"), config_in(draft))
+
+
 def test_a_draft_that_samples_from_the_anchor_is_served_as_dspark(
     drafts: Mapping[str, tuple[Path, Path]], tmp_path: Path, log: list[str]
 ) -> None:
@@ -828,7 +879,15 @@ def test_a_draft_that_samples_from_the_anchor_is_served_as_dspark(
         ("own matrices", "dflash", "has an embedding of its own and a head of its own"),
         ("paired RoPE", "dflash", "RoPE that pairs neighbouring channels"),
         ("all layers slide", "trtllm", "has layers that slide"),
-        ("JetSpec", "llamacpp", "unlike others of their type"),
+        ("JetSpec", "trtllm", "unlike others of their type"),
+        ("DSpark, some layers slide", "llamacpp", "layers that are causal, and others that are"),
+        ("all slide and see both ways", "llamacpp", "windows that are shorter than its blocks"),
+        ("DSpark, confidence by itself", "llamacpp", "confidence head without the Markov"),
+        (
+            "llama3's RoPE",
+            "llamacpp",
+            "has llama3 RoPE scaling, which llama.cpp's convert_hf_to_gguf.py cannot compute",
+        ),
     ],
 )
 def test_what_a_target_cannot_say_is_named(

@@ -1,4 +1,6 @@
-"""Export of EAGLE-3 drafts: what a reader takes, there and back; what it would drop is refused.
+"""Export of EAGLE-3 drafts: what a reader takes; what it would drop is refused.
+
+``test_round_trips.py`` takes what is exported back.
 
 What the readers' own code does with the exports of the golden drafts, by which the limits are set:
 
@@ -8,7 +10,7 @@ What the readers' own code does with the exports of the golden drafts, by which 
 | SGLang | 0.5.23 | srt/models/llama_eagle3.py: model, loader and token map, over plain layers | golden chains, within 2e-6; srt/models/llama.py never captures what leaves the last layer |
 | SpecForge | 0.2.0 | AutoDraftModel, and its training's unrolling | golden chains, within 3e-6; P-EAGLE is loaded whole |
 | ModelOpt | 0.47.0 | EagleModule and EagleExporter's check of names (it reads no drafts) | loaded whole, valid |
-| llama.cpp | gguf 0.19.0 | its map of names; conversion/llama.py (a copy of 2026) was only read | every name is known |
+| llama.cpp | b11434 | convert_hf_to_gguf.py and llama-server: the drafted tokens, and how likely they are | golden drafts, within 0.001 |
 | TensorRT-LLM | a copy of 2026 | _torch/models/modeling_speculative.py was only read | no fc for a single state |
 """  # noqa: E501
 
@@ -21,8 +23,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eagle3 import GOLDEN3, NAMES, TARGET, narrow_verifier
-from helpers import CommandLine, config_of, save_quietly, stored_tensors
+from eagle3 import GOLDEN3, NAMES, TARGET
+from helpers import CommandLine, config_of, stored_tensors
+from llamacpp_reads import check_against_the_record
 from speculators.convert.conversion import convert
 from speculators.convert.export import export
 from speculators.errors import ConversionError
@@ -45,11 +48,13 @@ REFUSED: dict[tuple[str, str], str] = {
     ("modelopt_4aux", "specforge"): "reads 4 states",
     ("modelopt_4aux", "llamacpp"): "reads 4 states",
     **dict.fromkeys(
-        [("norm_before_fc", it) for it in ("eagle", "specforge", "llamacpp")],
+        [("norm_before_fc", it) for it in ("eagle", "specforge", "modelopt")],
         "a norm on all of the verifier's states",
     ),
-    ("norm_before_fc", "modelopt"): "a norm on all of the verifier's states",
-    ("norm_before_fc", "sglang"): "leaves the verifier's last layer",
+    **dict.fromkeys(
+        [("norm_before_fc", it) for it in ("sglang", "llamacpp")],
+        "leaves the verifier's last layer",
+    ),
     **dict.fromkeys(
         [(PARALLEL, it) for it in ("eagle", "sglang", "modelopt", "llamacpp", "trtllm")],
         "a hidden state for tokens that are not drafted yet",
@@ -72,37 +77,7 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 """A golden draft, and a reader that computes something else → the feature that the error names."""
 
-ASKED = {"vllm": {"aux_numbering": "input"}}
-"""What a reader's layout leaves open."""
-
-PAIRS = [(name, to) for name in NAMES for to in EAGLE3.targets]
-
-
-@pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_quietly(narrow_verifier(48), tmp_path_factory.mktemp("narrow") / "verifier")
-
-
-def without_methods(directory: Path) -> dict[str, Any]:
-    """The config, without how to speculate, which no other layout says."""
-    config = config_of(directory)
-    del config["speculators_config"]
-    return config
-
-
-@pytest.mark.parametrize(("name", "to"), [pair for pair in PAIRS if pair not in REFUSED])
-def test_there_and_back(
-    tmp_path: Path, eagle3_drafts: dict[str, Path], narrow: Path, name: str, to: str
-) -> None:
-    draft = eagle3_drafts[name]
-    out = export(draft, tmp_path / "out", to)
-    options: dict[str, Any] = ASKED.get(to, {})
-    if config_of(out).get("norm_output"):
-        options = {**options, "norm_output": "feedback"}
-    verifier = narrow if name == "target_hidden_48" else TARGET
-    back = convert(None, out, tmp_path / "back", verifier, options=options, validate=False)
-    assert without_methods(back) == without_methods(draft)
-    assert (back / "model.safetensors").read_bytes() == (draft / "model.safetensors").read_bytes()
+FOR_LLAMACPP = [name for name in NAMES if (name, "llamacpp") not in REFUSED]
 
 
 @pytest.mark.parametrize(("name", "to"), REFUSED)
@@ -167,37 +142,77 @@ def test_parallel_drafts_keep_their_numbers(tmp_path: Path, eagle3_drafts: dict[
     assert (served["pard_token"], served["architectures"]) == (317, ["LlamaForCausalLMEagle3"])
 
 
-def test_llamacpp_reads_rope_where_it_looks(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
+def with_rope(directory: Path, scaling: dict[str, Any]) -> Path:
+    """A golden draft with RoPE scaling, converted."""
+    source = directory / "source"
+    source.mkdir(parents=True)
     config = config_of(GOLDEN3 / "sailab_llama") | {"rope_scaling": scaling}
     (source / "config.json").write_text(json.dumps(config))
     (source / "model.safetensors").symlink_to(GOLDEN3 / "sailab_llama" / "model.safetensors")
-    draft = convert(EAGLE3, source, tmp_path / "draft", TARGET, validate=False)
+    return convert(EAGLE3, source, directory / "draft", TARGET, validate=False)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(("scaling", "trained"), [(LLAMA3, 64), (YARN, 256)])
+def test_llamacpp_reads_rope_where_it_looks(
+    tmp_path: Path, scaling: dict[str, Any], trained: int
+) -> None:
+    """With these, b11434 drafted what transformers' RoPE gives; it does not convert YaRN without
+    the length that the draft was trained for."""
+    draft = with_rope(tmp_path, scaling)
     exported = config_of(export(draft, tmp_path / "out", "llamacpp"))
-    assert exported["original_max_position_embeddings"] == 64
-    with pytest.raises(ConversionError, match="llama3 RoPE scaling"):
+    assert exported["original_max_position_embeddings"] == trained
+    with pytest.raises(ConversionError, match=f"{scaling['rope_type']} RoPE scaling"):
         export(draft, tmp_path / "none", "eagle")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"rope_type": "dynamic", "factor": 4.0}, "has dynamic RoPE scaling"),
+        (YARN | {"beta_fast": 16}, "has YaRN RoPE scaling with beta_fast 16"),
+        (YARN | {"attention_factor": 1.3}, "has YaRN RoPE scaling with attention_factor 1.3"),
+    ],
+)
+def test_rope_that_llamacpp_does_not_read_is_refused(
+    tmp_path: Path, scaling: dict[str, Any], expected: str
+) -> None:
+    """b11434 writes YaRN's parameters into the GGUF, and drafts as if they had their defaults."""
+    draft = with_rope(tmp_path, scaling)
+    with pytest.raises(ConversionError, match=expected):
+        export(draft, tmp_path / "out", "llamacpp")
+
+
+@pytest.mark.parametrize("name", FOR_LLAMACPP)
+def test_llamacpp_reads_what_it_read_when_it_was_run(
+    tmp_path: Path, eagle3_drafts: dict[str, Path], name: str
+) -> None:
+    """Against the record of a run of its converter, whose GGUF then drafted the golden chains."""
+    draft = eagle3_drafts[name]
+    check_against_the_record(name, export(draft, tmp_path / "out", "llamacpp"), config_of(draft))
 
 
 @pytest.mark.parametrize(
     ("layers", "to", "expected"),
     [
         ([2, 4, 6], "eagle", r"\[2, 4, 6\], and not \[2, 4, 5\]"),
-        ([2, 4, 6], "llamacpp", r"\[2, 4, 6\], and not \[2, 4, 5\]"),
         ([0, 4, 5], "sglang", r"the verifier's embeddings \(layer 0\)"),
         ([0, 4, 5], "trtllm", r"the verifier's embeddings \(layer 0\)"),
         # What SGLang 0.5.23 captures is what enters a layer (srt/models/llama.py), and SpecForge
         # 0.2.0 captures by SGLang (offline_capture/sglang_backend/capture.py).
         ([2, 4, 8], "sglang", r"leaves the verifier's last layer \(layer 8\)"),
         ([2, 4, 8], "specforge", r"leaves the verifier's last layer \(layer 8\)"),
+        # llama.cpp b11434, src/models/llama.cpp: only what enters a layer is kept.
+        ([2, 4, 8], "llamacpp", r"leaves the verifier's last layer \(layer 8\)"),
     ],
 )
 def test_layers_that_a_reader_cannot_be_told(
@@ -266,11 +281,7 @@ def test_what_to_tell_the_reader_is_printed(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inspect_says_who_can_take_it(eagle3_drafts: dict[str, Path], name: str) -> None:
-    """Without the verifier, whose number of layers only an export looks up."""
-    last_layer = ("norm_before_fc", "sglang")
-    possible = [
-        to for to in EAGLE3.targets if (name, to) not in REFUSED or (name, to) == last_layer
-    ]
+    possible = [to for to in EAGLE3.targets if (name, to) not in REFUSED]
     assert inspect_checkpoint(eagle3_drafts[name]).exports == possible
 
 

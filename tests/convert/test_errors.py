@@ -544,21 +544,35 @@ def test_usage_errors_have_status_2(
     assert contents(tmp_path) == before
 
 
-def validating(function: str) -> str:
-    """A program that is the command line, with a function that stands in for the validation."""
+IMPORTED = "sys.modules['speculators.models.loading'] = stand_in\n"
+
+
+def validating(function: str, *, importing: bool = False) -> str:
+    """A program that is the command line, with a function that stands in for the validation.
+
+    Unless ``importing``, it does not import meanwhile what a validation needs.
+    """
     return (
         "import os, signal, sys, time, types\n"
         f"{function}"
         "stand_in = types.SimpleNamespace(validate_conversion=validate_conversion)\n"
         "sys.modules['speculators.convert.validation'] = stand_in\n"
+        f"{'' if importing else IMPORTED}"
         "from speculators.cli import main; main()\n"
     )
 
 
-def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, setting: Setting) -> None:
-    """Press Ctrl-C during validation, where the process waits for it."""
+@pytest.mark.parametrize("importing", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_an_interrupt_leaves_nothing_behind(
+    tmp_path: Path, setting: Setting, importing: bool
+) -> None:
+    """Press Ctrl-C during validation, where the process waits for it.
+
+    Exhaustive: while a thread imports torch.
+    """
     script = validating(
-        "def validate_conversion(*_, **__):\n    print('here', flush=True)\n    time.sleep(60)\n"
+        "def validate_conversion(*_, **__):\n    print('here', flush=True)\n    time.sleep(60)\n",
+        importing=importing,
     )
     before = contents(tmp_path)
     output = tmp_path / "new" / "output"

@@ -293,3 +293,23 @@ def test_a_draft_with_a_file_beside_its_weights(
     assert (tmp_path / "out" / MASK_FILE).read_bytes() == (source / MASK_FILE).read_bytes()
     assert speculators("inspect", "org/dflash").stdout.count("an embedding of its own") == 2
     assert MASK_FILE in server.fetched
+
+
+def test_a_published_draft_is_validated_where_it_is(
+    tmp_path: Path, server: HubServer, speculators: CommandLine
+) -> None:
+    run = speculators("convert", "eagle", DRAFT, tmp_path / "out", VERIFIER)
+    assert run.status == 0, run.stderr
+    server.add_repo("org/converted", tmp_path / "out")
+    run = speculators("validate", "org/converted", "--source", DRAFT)
+    assert run.status == 0, run.stderr
+    assert not [message for message in run.messages if "what was written is not known" in message]
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(tmp_path / "out", spoilt)
+    record = json.loads((spoilt / "conversion.json").read_text())
+    record["files"]["model.safetensors"]["sha256"] = "0" * 64
+    (spoilt / "conversion.json").write_text(json.dumps(record))
+    server.add_repo("org/spoilt", spoilt)
+    run = speculators("validate", "org/spoilt")
+    assert run.status == 1
+    assert "is not the file that was written" in run.errors[0]

@@ -22,20 +22,31 @@ from speculators.errors import CheckpointError, OutputError
 
 convert = EagleConverter().convert
 FORKS = Path(__file__).parents[1] / "stopped_conversions.py"
+Forked = Callable[..., list[SimpleNamespace]]
 ALL = ["fresh", "overwrite", "overwrite without swap"]
 
 
-def forked(tmp_path: Path, verifier: Path, *arguments: str) -> list[SimpleNamespace]:
-    directory = tmp_path / "forks"
-    directory.mkdir()
-    paths = [str(path) for path in (GOLDEN / PLAIN, verifier, directory)]
-    done = subprocess.run(
-        [sys.executable, str(FORKS), *arguments, *paths],
-        check=True,
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory, verifier: Path) -> Iterator[Forked]:
+    """Asks a process of ``stopped_conversions`` for the outcomes of a job."""
+    paths = [str(path) for path in (GOLDEN / PLAIN, verifier, tmp_path_factory.mktemp("forks"))]
+    with subprocess.Popen(
+        [sys.executable, str(FORKS), *paths],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    )
-    return [SimpleNamespace(**json.loads(line)) for line in done.stdout.splitlines()]
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked, answers = process.stdin, process.stdout
+
+        def ask(*job: str) -> list[SimpleNamespace]:
+            asked.write(json.dumps(job) + "\n")
+            asked.flush()
+            return [SimpleNamespace(**outcome) for outcome in json.loads(answers.readline())]
+
+        yield ask
+        asked.close()
 
 
 # Stopped
@@ -61,11 +72,9 @@ def kinds(outcomes: list[SimpleNamespace]) -> set[str]:
 
 @pytest.mark.parametrize("scenario", ALL)
 @some_or_every_moment
-def test_killed_at_any_moment(
-    tmp_path: Path, verifier: Path, scenario: str, moments: str, least: int
-) -> None:
+def test_killed_at_any_moment(forked: Forked, scenario: str, moments: str, least: int) -> None:
     """At the first and the last call of each function, and every rename; exhaustive: every call."""
-    *killed, lived = forked(tmp_path, verifier, "stop", "SIGKILL", moments, scenario)
+    *killed, lived = forked("stop", "SIGKILL", moments, scenario)
     assert len(killed) >= least
     assert kinds(killed) >= KINDS
     assert {outcome.status for outcome in killed} == {-signal.SIGKILL}
@@ -95,19 +104,13 @@ def test_killed_at_any_moment(
 )
 @some_or_every_moment
 def test_told_to_stop_at_any_moment(
-    tmp_path: Path,
-    verifier: Path,
-    number: str,
-    status: int,
-    scenario: str,
-    moments: str,
-    least: int,
+    forked: Forked, number: str, status: int, scenario: str, moments: str, least: int
 ) -> None:
     """Nothing is left, unless it is stopped while the sibling is being locked or removed.
 
     The moments are those of the test above.
     """
-    *stopped, _ = forked(tmp_path, verifier, "stop", number, moments, scenario)
+    *stopped, _ = forked("stop", number, moments, scenario)
     assert len(stopped) >= least
     assert kinds(stopped) >= KINDS
     assert {outcome.status for outcome in stopped} == {status}
@@ -127,9 +130,11 @@ def test_told_to_stop_at_any_moment(
 # At once
 
 
+@pytest.mark.parametrize("rounds", [4, pytest.param(12, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("scenario", ALL)
-def test_two_conversions_to_one_output(tmp_path: Path, verifier: Path, scenario: str) -> None:
-    for meeting in forked(tmp_path, verifier, "meet", "12", scenario):
+def test_two_conversions_to_one_output(forked: Forked, scenario: str, rounds: int) -> None:
+    """Four times; exhaustive: twelve times."""
+    for meeting in forked("meet", str(rounds), scenario):
         assert meeting.siblings == 0
         winners = [
             name

@@ -203,9 +203,45 @@ def change_row_of_head(model: EagleSpeculator) -> None:
     weight.stored[-1] = weight.stored[0]
 
 
+def see_everything(model: EagleSpeculator) -> None:
+    layer: Any = model.layers[0]
+    layer.self_attn.is_causal = False
+
+
+def see_one_token_ahead(model: Any) -> None:
+    inputs = model._attention_inputs
+
+    def shifted(x: Tensor, *arguments: Any) -> Any:
+        cache, attention = inputs(x, *arguments)
+        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(1)
+        return cache, attention | {"attention_mask": seen[None, None]}
+
+    model._attention_inputs = shifted
+
+
+def turn_the_slowest_less(model: EagleSpeculator) -> None:
+    """As if RoPE's scaling for long contexts were left out, which the first tokens hardly show."""
+    model.rotary_emb.inv_freq[-1] /= 8  # type: ignore[index, operator]
+
+
+def mix_the_sequences(model: Any) -> None:
+    draft = model.draft
+
+    def mixed(*arguments: Any, **options: Any) -> Any:
+        output = draft(*arguments, **options)
+        output.last_hidden_state = output.last_hidden_state.mean(0, keepdim=True).expand(2, -1, -1)
+        return output
+
+    model.draft = mixed
+
+
 SPOILT: dict[str, tuple[Spoil, str]] = {
     "projections swapped": (swap_projections, "The output is not what the source's tensors"),
     "a row of the head": (change_row_of_head, "The logits are not those of the verifier's head"),
+    "a mask that hides nothing": (see_everything, "the attention is not causal"),
+    "a mask that hides too little": (see_one_token_ahead, "the attention is not causal"),
+    "RoPE's slowest channel": (turn_the_slowest_less, "The angles of RoPE are not those"),
+    "sequences of a batch mixed": (mix_the_sequences, "The output is not what the source's"),
 }
 
 

@@ -316,7 +316,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
         "incorrect speculators_model_type",
         "incorrect speculators_model_type",
     ),
-    "not there": (shutil.rmtree, "is not a directory", "is not a directory"),
+    "not there": (shutil.rmtree, "does not exist", "does not exist"),
 }
 
 

@@ -150,7 +150,7 @@ def inputs_of(draft: EagleSpeculator, lengths: tuple[int, ...] = (8,)) -> dict[s
 
 
 def generated(draft: EagleSpeculator, inputs: dict[str, Any], **settings: Any) -> Generation:
-    settings = {"do_sample": False, "max_new_tokens": 24} | settings
+    settings = {"do_sample": False, "max_new_tokens": 12} | settings
     result = draft.generate(**inputs, return_dict_in_generate=True, **settings)
     assert isinstance(result, Generation)
     assert result.sequences.device == inputs["input_ids"].device
@@ -161,7 +161,7 @@ def check(draft: EagleSpeculator, whole: EagleSpeculator, **settings: Any) -> No
     """A spread pair generates what its verifier does, in the steps of a pair on one device."""
     inputs = inputs_of(draft)
     result = generated(draft, inputs, **settings)
-    own = verifier_of(draft).generate(**inputs, do_sample=False, max_new_tokens=24)
+    own = verifier_of(draft).generate(**inputs, do_sample=False, max_new_tokens=12)
     assert result.sequences.tolist() == own.tolist()
     if settings.get("proposal") != "sampling":
         assert result.accepted == generated(whole, inputs_of(whole), **settings).accepted
@@ -213,7 +213,7 @@ def check_several_layers(models: Path, device_map: Map, where: str | int) -> Non
     draft = ToyDraft(whole, (2, 0, 1)).to(where)
     spread_pair = loaded(models, device_map)
     inputs = inputs_of(spread_pair)
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
     own = verifier_of(spread_pair).generate(**inputs, **settings)
     for name in ("greedy", "dynamic_tree"):
         proposal = ProposalMethod(proposal_type=name)

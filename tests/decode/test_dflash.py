@@ -155,7 +155,7 @@ def test_it_is_often_right(verifier: PreTrainedModel, draft: Any) -> None:
     assert isinstance(draft, ContextDraft)
     for proposal in PROPOSALS:
         results = []
-        for seed in range(3):
+        for seed in range(2):
             ids = prompt(8, seed=seed)
             results.append(generated(draft, ids, proposal=proposal))
             assert torch.equal(results[-1].sequences, own(verifier, ids))
@@ -185,7 +185,7 @@ def test_it_accepts_what_a_plain_evaluation_accepts(
 
 @pytest.mark.parametrize("kind", ["windows", "dflash2", "rnn"])
 def test_rows_of_a_batch_draft_as_if_alone(verifier: PreTrainedModel, kind: str) -> None:
-    draft, lengths = knowing_dflash(verifier, kind), [5, 1, 9, 4]
+    draft, lengths = knowing_dflash(verifier, kind), [5, 1, 9]
     inputs = batch(lengths)
     ends = own(verifier, **inputs)[[0, 2], [12, 18]].tolist()
     endings: list[dict[str, Any]] = [{}, {"eos_token_id": ends}]
@@ -215,7 +215,7 @@ def test_sequences_have_the_verifiers_distribution(kind: str, name: str) -> None
         num_draft_tokens=3,
         do_sample=True,
         max_new_tokens=TOKENS,
-        num_return_sequences=2500,
+        num_return_sequences=1500,
         **settings,
     )
     counts = Counter(map(tuple, result.sequences[:, 3:].tolist()))

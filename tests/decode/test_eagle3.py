@@ -180,17 +180,17 @@ def test_it_accepts_what_a_plain_evaluation_accepts(
 ) -> None:
     plain = [(CHAIN, plain_chain(4)), (TREE, plain_dynamic_tree(nodes=14, depth=3, top_k=4))]
     for proposal, propose in plain[: 1 if draft.config.parallel else 2]:
-        for seed in range(3):
+        for seed in range(2):
             ids = prompt(6, seed)
             with torch.no_grad():
                 expected = plain_steps(
                     verifier,
                     lambda tokens: plain_drafting(draft, verifier, tokens),
                     ids[0].tolist(),
-                    24,
+                    16,
                     propose,
                 )
-            result = generated(draft, ids, proposal=proposal)
+            result = generated(draft, ids, proposal=proposal, max_new_tokens=16)
             found = result.sequences[0].tolist(), result.accepted[0], result.offered[0]
             assert found == expected
 
@@ -198,21 +198,20 @@ def test_it_accepts_what_a_plain_evaluation_accepts(
 def test_rows_of_a_batch_draft_as_if_alone(
     verifier: PreTrainedModel, draft: Eagle3Speculator
 ) -> None:
-    lengths = [5, 1, 9, 4]
+    lengths = [5, 1, 9]
     inputs = batch(lengths, 48)
     ends = own(verifier, **inputs)[[0, 2], [12, 20]].tolist()
-    endings: list[dict[str, Any]] = [{}, {"eos_token_id": ends}]
     for proposal in methods(draft):
-        for more in endings:
-            result = generated(draft, proposal=proposal, **inputs, **more)
-            assert torch.equal(result.sequences, own(verifier, **inputs, **more))
-            if proposal is SAMPLED:
-                continue
-            for row, length in enumerate(lengths):
-                ids = inputs["ids"][row : row + 1, -length:]
-                alone = generated(draft, ids, proposal=proposal, **more)
-                assert result.accepted[row] == alone.accepted[0]
-                assert result.offered[row] == alone.offered[0]
+        more = {"eos_token_id": ends} if proposal in (CHAIN, TREE) else {"max_new_tokens": 14}
+        result = generated(draft, proposal=proposal, **inputs, **more)
+        assert torch.equal(result.sequences, own(verifier, **inputs, **more))
+        if proposal is SAMPLED:
+            continue
+        for row, length in enumerate(lengths):
+            ids = inputs["ids"][row : row + 1, -length:]
+            alone = generated(draft, ids, proposal=proposal, **more)
+            assert result.accepted[row] == alone.accepted[0]
+            assert result.offered[row] == alone.offered[0]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +235,7 @@ def test_sequences_have_the_verifiers_distribution(
         proposal=ProposalMethod(proposal_type=proposal, speculative_tokens=3),
         do_sample=True,
         max_new_tokens=TOKENS,
-        num_return_sequences=2500,
+        num_return_sequences=1500,
         **settings,
     )
     counts = Counter(map(tuple, result.sequences[:, 3:].tolist()))

@@ -138,8 +138,8 @@ def test_it_accepts_what_a_plain_evaluation_accepts(
     for seed in range(2):
         ids = prompt(6, seed)
         with torch.no_grad():
-            expected = plain_speculation(draft, ids[0].tolist(), 24, propose)
-        result = speculated(draft, ids, max_new_tokens=24, proposal=method)
+            expected = plain_speculation(draft, ids[0].tolist(), 20, propose)
+        result = speculated(draft, ids, max_new_tokens=20, proposal=method)
         found = result.sequences[0].tolist(), result.accepted[0], result.offered[0]
         assert found == expected
         assert make is random_draft or sum(result.accepted[0]) > 2
@@ -170,7 +170,7 @@ def test_every_length_is_kept_to(
 ) -> None:
     ids = prompt(6, seed=0)
     expected = plain(verifier, ids, max_new_tokens=20)
-    for length in range(1, 20):
+    for length in (1, 2, 3, 5, 8, 13, 19):
         result = speculated(draft, ids, max_new_tokens=length, proposal=proposal)
         assert torch.equal(result.sequences, expected[:, : 6 + length])
     assert speculated(draft, ids, max_new_tokens=1, proposal=proposal).accepted == [[]]
@@ -251,11 +251,11 @@ def test_prompts_of_different_lengths_that_end_at_different_times(
     draft = knowing_draft(verifier)
     inputs = batch([5, 1, 9, 4])
     ids = inputs.pop("input_ids")
-    tokens = plain(verifier, ids, max_new_tokens=30, **inputs)[:, ids.shape[1] :]
+    tokens = plain(verifier, ids, max_new_tokens=20, **inputs)[:, ids.shape[1] :]
     ends = [tokens[0, 3].item(), tokens[2, 11].item()]
     settings = {"eos_token_id": ends} if ending else {}
-    expected = plain(verifier, ids, max_new_tokens=30, **inputs, **settings)
-    result = speculated(draft, ids, max_new_tokens=30, proposal=proposal, **inputs, **settings)
+    expected = plain(verifier, ids, max_new_tokens=20, **inputs, **settings)
+    result = speculated(draft, ids, max_new_tokens=20, proposal=proposal, **inputs, **settings)
     assert torch.equal(result.sequences, expected)
     assert len(result.accepted) == len(result.offered) == 4
 
@@ -309,18 +309,29 @@ PROCESSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", PROCESSED.values(), ids=PROCESSED.keys())
-@every_proposal
+@pytest.mark.parametrize(
+    "proposal",
+    [
+        pytest.param(
+            proposal,
+            id=name,
+            marks=pytest.mark.exhaustive if name in {"one token", "dynamic_tree"} else (),
+        )
+        for name, proposal in PROPOSALS.items()
+    ],
+)
 def test_what_is_done_to_the_verifiers_logits(
     verifier: PreTrainedModel,
     draft: EagleSpeculator,
     settings: dict[str, Any],
     proposal: ProposalMethod | str,
 ) -> None:
+    """Chains, drawn ones too, and trees; exhaustive: a shorter chain and a larger tree as well."""
     inputs = batch([7, 3])
     ids = inputs.pop("input_ids")
-    expected = plain(verifier, ids, max_new_tokens=24, **inputs, **settings)
-    assert not torch.equal(expected, plain(verifier, ids, max_new_tokens=24, **inputs))
-    found = speculated(draft, ids, max_new_tokens=24, proposal=proposal, **inputs, **settings)
+    expected = plain(verifier, ids, max_new_tokens=18, **inputs, **settings)
+    assert not torch.equal(expected, plain(verifier, ids, max_new_tokens=18, **inputs))
+    found = speculated(draft, ids, max_new_tokens=18, proposal=proposal, **inputs, **settings)
     assert torch.equal(found.sequences, expected)
 
 

@@ -83,7 +83,7 @@ def test_sequences_have_the_verifiers_distribution(
 ) -> None:
     """Each proposal without settings, and each setting with one of them; exhaustive: with all."""
     prompt = [1, 3, 2]
-    counts, accepted = sampled(knowing_draft(verifier), prompt, proposal, 2500, settings)
+    counts, accepted = sampled(knowing_draft(verifier), prompt, proposal, 1500, settings)
     expected = analytic(verifier, prompt, settings)
     assert sum(expected.values()) == pytest.approx(1)
     assert chi_square_is_likely(counts, expected)
@@ -106,7 +106,7 @@ def test_a_proposal_that_is_drawn_from_some_tokens_only_changes_nothing(
     monkeypatch.setattr("speculators.decode.recurrent.CANDIDATES", 2)
     prompt = [1, 3, 2]
     draft = knowing_draft(verifier)
-    counts, accepted = sampled(draft, prompt, PROPOSALS["sampling"], 2500, settings)
+    counts, accepted = sampled(draft, prompt, PROPOSALS["sampling"], 1500, settings)
     assert chi_square_is_likely(counts, analytic(verifier, prompt, settings))
     assert sum(accepted) > len(accepted) / 5
 
@@ -115,7 +115,7 @@ def test_a_proposal_that_is_drawn_from_some_tokens_only_changes_nothing(
 def test_a_draft_that_is_wrong_changes_nothing(
     verifier: PreTrainedModel, proposal: ProposalMethod
 ) -> None:
-    counts, _ = sampled(random_draft(verifier), [4], proposal, 2000, SETTINGS["plain"])
+    counts, _ = sampled(random_draft(verifier), [4], proposal, 1500, SETTINGS["plain"])
     assert chi_square_is_likely(counts, analytic(verifier, [4], SETTINGS["plain"]))
 
 
@@ -131,7 +131,7 @@ def test_one_prompt_at_a_time_too(verifier: PreTrainedModel) -> None:
     torch.manual_seed(0)
     for name in ("sampling", "dynamic_tree"):
         counts: Counter[tuple[int, ...]] = Counter()
-        for _ in range(250):
+        for _ in range(120):
             ids = draft.generate(
                 torch.tensor([[1, 3, 2]]),
                 proposal=PROPOSALS[name],

@@ -12,11 +12,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pytest
 import torch
 import typer
+from huggingface_hub import constants
 from loguru import logger
 from typer.core import TyperGroup
 
@@ -44,8 +45,12 @@ FOUND_BY_HOME = ("HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PA
 """Removed from the environment: pages show what a user sees who sets at most HF_HOME."""
 
 OPERATORS = frozenset({";", "|", "||", "&&", ">"})
-SIMPLE = re.compile(r"(?:HF_TOKEN=(?P<token>\w*) )?(?P<call>speculators [^;&|<>()$*?~`]*)")
-"""Matches a call of `speculators` that needs no shell."""
+SIMPLE = re.compile(
+    r"(?:(?P<name>HF_TOKEN|HF_HUB_OFFLINE)=(?P<value>\w*) )?"
+    r"(?P<call>speculators [^;&|<>()$*?~`]*)(?P<rest>(?:;|\|(?!\|)|>).*)?",
+    re.DOTALL,
+)
+"""Matches a call of `speculators` that needs no shell, and what a shell does with its result."""
 
 ALL = [block for page in PAGES for block in blocks(page)]
 
@@ -199,9 +204,10 @@ def run_command(block: Block, command: str, shown: str, *, own_process: bool) ->
         if own_process or simple is None:
             status, output = run_shell(command)
         else:
-            if simple["token"] is not None:
-                patch.setenv("HF_TOKEN", simple["token"])
-            status, output = run_here(simple["call"])
+            if simple["name"] is not None:
+                patch.setenv(simple["name"], simple["value"])
+                patch.setattr(constants, "HF_HUB_OFFLINE", simple["name"] == "HF_HUB_OFFLINE")
+            status, output = run_here(simple["call"], simple["rest"] or "")
     where = f"{block.where}: {command}{output}"
     if not shown or block.remark == "not compared":
         assert status == 0, where
@@ -224,37 +230,47 @@ def run_shell(command: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def run_here(command: str) -> tuple[int, str]:
-    """The same for a call of `speculators`, made in this process."""
+def run_here(command: str, rest: str) -> tuple[int, str]:
+    """The same for a call of `speculators`, made in this process, and a shell for the rest."""
     status: object = 0
     with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as file,
+        tempfile.NamedTemporaryFile("w+", encoding="utf-8") as stdout,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as stderr,
         pytest.MonkeyPatch.context() as patch,
     ):
+        passed_on = rest.startswith(("|", ">"))
         patch.setattr(sys, "argv", words_of(command))
         # By which help tells `speculators` from `python -m pytest`.
         patch.setattr(sys.modules["__main__"], "__package__", None)
         fork_processes(patch)
-        with streams_into(file):
+        with streams_into(stdout.fileno(), (stderr if passed_on else stdout).fileno()):
             try:
                 main()
             except SystemExit as stop:
                 status = stop.code or 0
             finally:
                 logger.remove()
-        file.seek(0)
-        output = file.read()
-    assert isinstance(status, int)
+        stdout.seek(0)
+        stderr.seek(0)
+        output = stderr.read() if passed_on else stdout.read()
+        assert isinstance(status, int)
+        if rest:
+            before = f"cat {stdout.name} " if passed_on else f"(exit {status})"
+            status, more = run_shell(before + rest)
+            output += more
     return status, output
 
 
 @contextlib.contextmanager
-def streams_into(file: TextIO) -> Iterator[None]:
-    """Redirect the streams of this process and of those that it starts, buffered as in a pipe."""
+def streams_into(out: int, error: int) -> Iterator[None]:
+    """Redirect the streams of this process, and of those that it starts, to two descriptors.
+
+    They are buffered as in a pipe.
+    """
     saved = [os.dup(descriptor) for descriptor in (1, 2)]
     try:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
+        os.dup2(out, 1)
+        os.dup2(error, 2)
         with (
             open(2, "w", buffering=1, encoding="utf-8", closefd=False) as stderr,
             open(1, "w", encoding="utf-8", closefd=False) as stdout,

@@ -1,5 +1,6 @@
 """The real drafts in examples/, converted and evaluated: their acceptance must not change."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,10 +125,15 @@ def continued(verifier: Any) -> Continue:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "compared", "tokens"),
-    [(1, 1, 16), pytest.param(4, 2, 24, marks=pytest.mark.exhaustive)],
+    ("name", "prompts", "compared", "tokens"),
+    [
+        ("layernorms", 1, 1, 16),
+        *(
+            pytest.param(name, 4, 2, 24, marks=pytest.mark.exhaustive)
+            for name in ("eagle1", "hass", "layernorms")
+        ),
+    ],
 )
-@pytest.mark.parametrize("name", ["eagle1", "hass", "layernorms"])
 def test_a_trained_draft_is_accepted_as_often_as_before_conversion(
     tmp_path: Path,
     speculators: CommandLine,
@@ -139,7 +145,10 @@ def test_a_trained_draft_is_accepted_as_often_as_before_conversion(
     compared: int,
     tokens: int,
 ) -> None:
-    """One prompt, which is compared; exhaustive: four, of which two are compared, and longer."""
+    """The draft with most features, and one prompt, which is compared.
+
+    Exhaustive: every trained one, and four longer prompts, of which two are compared.
+    """
     monkeypatch.setattr(evaluation, "WARM_UP_TOKENS", 1)  # no time is measured here
     published = ROOT / "examples" / f"smollm2-135m-{name}"
     draft, report = tmp_path / "draft", tmp_path / "report"
@@ -183,7 +192,7 @@ def test_a_draft_is_accepted_as_often_as_by_its_training_code(
     converting = ("convert", name, published, draft, VERIFIER, "--no-validate")
     assert speculators(*converting).status == 0
     run = speculators(
-        "evaluate", draft, "--limit=1", "--max-new-tokens=24", "--acceptance-only",
+        "evaluate", draft, "--limit=1", "--max-new-tokens=16", "--acceptance-only",
         f"--num-draft-tokens={DRAFT_TOKENS}", "--output", report,
     )  # fmt: skip
     assert run.status == 0, run.stderr
@@ -201,7 +210,7 @@ def test_a_draft_is_accepted_as_often_as_by_its_training_code(
         measure_drafts.load(published, verifier),
         verifier,
         ids,
-        24,
+        16,
         DRAFT_TOKENS,
         tokenizer.eos_token_id,
     )
@@ -209,11 +218,21 @@ def test_a_draft_is_accepted_as_often_as_by_its_training_code(
     assert sum(accepted) > len(accepted) / 2
 
 
-NAMES = ("eagle1", "hass", "layernorms", "eagle3", "dflash")
-CHAINS = [ProposalMethod(speculative_tokens=length) for length in (1, 4)]
-TREES = [ProposalMethod(proposal_type=tree) for tree in ("static_tree", "dynamic_tree")]
-METHODS = dict.fromkeys(NAMES, CHAINS + TREES) | {
-    "dflash": [*CHAINS, ProposalMethod(speculative_tokens=7)]
+RECURRENT = ("eagle1", "hass", "layernorms", "eagle3")
+NAMES = (*RECURRENT, "dflash")
+CHAINS = {
+    "one token": ProposalMethod(speculative_tokens=1),
+    "chain": ProposalMethod(speculative_tokens=4),
+}
+METHODS = CHAINS | {
+    "static tree": ProposalMethod(proposal_type="static_tree"),
+    "dynamic tree": ProposalMethod(proposal_type="dynamic_tree"),
+}
+OF_BLOCKS = CHAINS | {"whole block": ProposalMethod(speculative_tokens=7)}
+SOME = {
+    *zip(RECURRENT, ("static tree", "one token", "dynamic tree", "chain"), strict=True),
+    ("dflash", "chain"),
+    ("dflash", "whole block"),
 }
 
 
@@ -253,14 +272,36 @@ def recording(
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(
+            name,
+            (METHODS | OF_BLOCKS)[method],
+            id=f"{name}-{method}",
+            marks=() if (name, method) in SOME else pytest.mark.exhaustive,
+        )
+        for name, method in (
+            *itertools.product(RECURRENT, METHODS),
+            *itertools.product(("dflash",), OF_BLOCKS),
+        )
+    ],
+)
 def test_a_score_is_what_decoding_counts(
-    converted: dict[str, Path], recording: Recording, verifier: Any, name: str
+    converted: dict[str, Path],
+    recording: Recording,
+    verifier: Any,
+    name: str,
+    method: ProposalMethod,
 ) -> None:
+    """Each draft with a method, and each method with a draft; exhaustive: each with all.
+
+    ``test_drafting`` has more of them, with tiny models.
+    """
     opened = open_draft(converted[name])
-    methods, settings = METHODS[name], recording.manifest.settings
-    scoring = Scoring(opened, load_scored(opened, recording, "cpu"), recording, methods)
+    scoring = Scoring(opened, load_scored(opened, recording, "cpu"), recording, [method])
     scored = [[run.acceptance for run in prompt.speculative] for prompt in scoring.run()]
+    settings = recording.manifest.settings
     assert len(scored) == settings.prompts_total
 
     draft = load_draft(converted[name], verifier=verifier, dtype=torch.float32)
@@ -275,13 +316,13 @@ def test_a_score_is_what_decoding_counts(
         return_dict=True,
         return_tensors="pt",
     )
-    for method, found in zip(methods, zip(*scored, strict=True), strict=True):
-        generation = draft.generate(
-            **together,
-            proposal=method,
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-        )
-        assert isinstance(generation, Generation)
-        assert [*found] == list(map(count_steps, generation.accepted, generation.offered))
+    generation = draft.generate(
+        **together,
+        proposal=method,
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    assert isinstance(generation, Generation)
+    expected = map(count_steps, generation.accepted, generation.offered)
+    assert scored == [[counts] for counts in expected]

@@ -174,6 +174,56 @@ CASES: dict[str, tuple[str, Shapes, dict[str, object]]] = {
         dflash() | {name.removeprefix("markov_head."): shape for name, shape in MARKOV.items()},
         {},
     ),
+    "DSpark of Gemma 4": (
+        "dspark-gemma4",
+        dflash() | MARKOV | {"layers.0.pre_feedforward_layernorm.weight": (H,)},
+        {"architectures": ["Gemma4DSparkModel"]},
+    ),
+    "DSpark of Kimi K3": (
+        "dspark-kimi-k3",
+        MARKOV
+        | {
+            "context_proj.weight": (H, 3 * H),
+            "context_norm.weight": (H,),
+            "layers.0.self_attn.kv_a_proj_with_mqa.weight": (K, H),
+            "layers.0.input_layernorm.weight": (H,),
+            "layers.1.input_layernorm.weight": (H,),
+            "final_norm.weight": (H,),
+        },
+        {"architectures": ["K3DSparkModel"]},
+    ),
+    "DSpark of Muse Spark": (
+        "dspark-muse-spark",
+        MARKOV
+        | {
+            "fc.weight": (H, 3 * H),
+            "hidden_norm.weight": (H,),
+            "norm.weight": (H,),
+            "layers.0.self_attn.pre_qkv_proj_norm.weight": (H,),
+            "layers.0.post_attn_norm.weight": (H,),
+            "layers.0.pre_ffn_norm.weight": (H,),
+            "lm_head.weight": (40, H),
+            "d2t": (40,),
+        },
+        {"architectures": ["MuseSparkDSparkModel"]},
+    ),
+    "DSpark of MiniMax": (
+        "dspark-minimax",
+        {
+            f"language_model.model.dspark.{name}": shape
+            for name, shape in (
+                MARKOV
+                | {
+                    "fc.weight": (H, 3 * H),
+                    "hidden_norm.weight": (H,),
+                    "final_norm.weight": (H,),
+                    "layers.0.decoder_layer.self_attn.q_proj.weight": (H, H),
+                    "layers.0.decoder_layer.input_layernorm.weight": (H,),
+                }
+            ).items()
+        },
+        {"architectures": ["DSparkMiniMaxDraftModel"]},
+    ),
     "DSpark of DeepSeek-V4, alone": ("dspark-deepseek", DEEPSEEK_DSPARK, {}),
     "DSpark of DeepSeek-V4, in its verifier": (
         "dspark-deepseek",
@@ -214,11 +264,62 @@ CASES: dict[str, tuple[str, Shapes, dict[str, object]]] = {
         eagle3("layers.0.") | {"mask_hidden": (1, 1, 3 * H)},
         {"ptd_token_id": 1},
     ),
+    "EAGLE-3 with latent attention": (
+        "eagle3-mla",
+        eagle3("layers.0.")
+        | {
+            "layers.0.self_attn.q_a_proj.weight": (K, 2 * H),
+            "layers.0.self_attn.kv_a_proj_with_mqa.weight": (K, 2 * H),
+            "layers.0.self_attn.kv_b_proj.weight": (H, K),
+        },
+        {"architectures": ["Eagle3DeepseekV2ForCausalLM"], "kv_lora_rank": K},
+    ),
+    "EAGLE-3 of TensorRT-LLM": (
+        "eagle3-eh-proj",
+        eagle3() | {"midlayer.eh_proj.weight": (H, 2 * H), "midlayer.enorm.weight": (H,)},
+        {"eagle_config": {"eh_proj_before_attn": True}},
+    ),
+    "EAGLE-3 with parallel heads": (
+        "eagle3-parallel-heads",
+        eagle3() | {"parallel_draft_heads.0.medusa_layers.0.linear.weight": (H, H)},
+        {},
+    ),
     "EAGLE-1": ("eagle", EAGLE, {}),
     "EAGLE-1 with norms": (
         "eagle-with-norms",
         EAGLE | {"layers.0.input_layernorm.weight": (H,), "norm.weight": (H,)},
         {},
+    ),
+    "EAGLE-1 of NeMo, with a bias": (
+        "eagle-with-norms",
+        EAGLE | {"fc.bias": (H,), "layers.0.input_layernorm.weight": (H,), "norm.weight": (H,)},
+        {},
+    ),
+    "EAGLE-1 of Cohere": (
+        "cohere-eagle",
+        {
+            f"model.{name}": shape
+            for name, shape in EAGLE.items()
+            if "post_attention_layernorm" not in name
+        }
+        | {
+            "model.fc.bias": (H,),
+            "model.layers.0.input_layernorm.weight": (H,),
+            "model.norm.weight": (H,),
+        },
+        {"architectures": ["CohereForCausalLM"]},
+    ),
+    "EAGLE-1 of DeepSeek": (
+        "deepseek-eagle",
+        EAGLE
+        | {
+            "enorm.weight": (H,),
+            "hnorm.weight": (H,),
+            "norm.weight": (H,),
+            "layers.0.input_layernorm.weight": (H,),
+            "layers.0.self_attn.kv_a_proj_with_mqa.weight": (K, H),
+        },
+        {"architectures": ["EagleDeepSeekMTPModel"]},
     ),
     "EAGLE-1 with norms on queries": ("eagle-qk-norms", EAGLE | layer(normed=True), {}),
     "MTP of Qwen": ("mtp-qwen", QWEN_MTP, {"model_type": "qwen3_next"}),
@@ -296,6 +397,20 @@ CASES: dict[str, tuple[str, Shapes, dict[str, object]]] = {
             "mtp.layers.0.eh_proj.weight": (H, 2 * H),
             "mtp.layers.0.enorm.weight": (H,),
             "mtp.layers.0.mixer.in_proj.weight": (H, H),
+        },
+        {},
+    ),
+    "MTP of IQuest Q1": (
+        "mtp-iquest-q1",
+        {"target_final_norm.weight": (H,), "mtp.0.eh_proj.weight": (H, 2 * H)},
+        {},
+    ),
+    "UNO": (
+        "uno",
+        {
+            f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{part}.weight": (8, H)
+            for layer in range(2)
+            for part in "AB"
         },
         {},
     ),

@@ -160,7 +160,7 @@ def test_what_only_a_download_would_tell_is_said_and_not_downloaded(
     assert found["kind"] == "eagle"
     assert found["evidence"] == ["config.json says num_hidden_layers 1"]
     assert found["tensors"] == []
-    assert "does not tell what is in it unless it is downloaded whole" in found["notes"][0]
+    assert "cannot be inspected without downloading all of it" in found["notes"][0]
     assert not list(cache.rglob("pytorch_model.bin"))
 
 

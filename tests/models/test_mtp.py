@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from helpers import TOLERANCE, Tensors, config_of, largest_difference
-from mtp_verifiers import GOLDEN_MTP, stacked, write_verifier
+from mtp_verifiers import GOLDEN_MTP, mtp_of, stacked, write_verifier
 from plain_mtp import plain_mtp
 from speculators.errors import FormatError, GenerationError, VerifierError
 from speculators.format.config import ProposalMethod
@@ -133,23 +135,38 @@ def test_decoding_with_it_is_lossless(tmp_path: Path, method: str) -> None:
     assert torch.equal(found.sequences, expected)
 
 
-def test_a_verifier_whose_state_cannot_be_rolled_back_is_told(tmp_path: Path) -> None:
-    from transformers.models.qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
-
-    config = {k: v for k, v in config_of(GOLDEN_MTP).items() if k not in {"model_type"}}
-    verifier = Qwen3NextForCausalLM(Qwen3NextConfig(**config)).eval()
+@pytest.mark.parametrize("method", ["greedy", "sampling"])
+def test_decoding_its_own_kind_of_verifier_is_lossless(tmp_path: Path, method: str) -> None:
+    """With linear attention, whose state is taken back when drafted tokens are rejected."""
+    config = {k: v for k, v in config_of(GOLDEN_MTP).items() if k != "model_type"}
+    torch.manual_seed(0)
+    verifier: Any = Qwen3NextForCausalLM(Qwen3NextConfig(**config)).eval()
+    verifier.generation_config.update(eos_token_id=None, pad_token_id=0)
     draft = QwenMtp.load(cut(GOLDEN_MTP, tmp_path / "cut"), verifier=verifier)
-    with pytest.raises(GenerationError, match="its state cannot be rolled back"):
-        draft.generate(torch.ones(1, 5, dtype=torch.long), max_new_tokens=2)
+    ids = torch.randint(1, 256, (1, 9), generator=torch.Generator().manual_seed(0))
+    expected = verifier.generate(ids, max_new_tokens=16, do_sample=False)
+    # With a top_k of 1, sampling has one outcome: the greedy one.
+    settings = {"do_sample": True, "top_k": 1} if method == "sampling" else {"do_sample": False}
+    proposal = ProposalMethod(proposal_type=method)
+    found = draft.generate(ids, proposal=proposal, max_new_tokens=16, **settings)
+    assert torch.equal(found.sequences, expected)
+    with pytest.raises(GenerationError, match=r"linear attention.*choose greedy or sampling"):
+        draft.generate(ids, proposal=ProposalMethod(proposal_type="static_tree"), max_new_tokens=2)
 
 
 def test_what_is_not_computed(tmp_path: Path) -> None:
     other = cut(write_verifier(tmp_path / "deepseek", "deepseek_v3"), tmp_path / "cut")
-    with pytest.raises(FormatError, match="the MTP of DeepSeek's type of 1 layer"):
+    with pytest.raises(FormatError, match=r"not computed here, since it is for deepseek_v3: those"):
         QwenMtp.load(other, verifier=GOLDEN_MTP)
     several = cut(write_verifier(tmp_path / "several", "qwen3_5_moe"), tmp_path / "two")
-    with pytest.raises(FormatError, match=r"of 2 layer\(s\)"):
+    with pytest.raises(FormatError, match=r"since it has 2 layers"):
         QwenMtp.load(several, verifier=GOLDEN_MTP)
+    mtp = mtp_of("qwen3_next")
+    name = "mtp.layers.0.self_attn.q_proj.weight"
+    mtp |= {name: mtp[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+    quantized = write_verifier(tmp_path / "fp8", mtp=mtp)
+    with pytest.raises(FormatError, match=rf"since it is quantized \({name} is F8_E4M3\)"):
+        QwenMtp.load(quantized, verifier=GOLDEN_MTP)
 
 
 def test_a_verifier_that_does_not_fit(draft: QwenMtp) -> None:

@@ -1,13 +1,19 @@
 """What a draft returns: by name, key and position, and its cache by either name."""
 
 import copy
+import logging
 import pickle
 import subprocess
 import sys
+import warnings
+from logging.handlers import QueueHandler
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers.cache_utils import DynamicCache
 
 from helpers import PLAIN, golden_vectors, largest_difference
@@ -109,12 +115,11 @@ def test_forward_takes_the_cache_by_either_name(model: EagleSpeculator, name: st
     assert largest_difference(rest.logits, g["logits"][:, 20:]) < 1e-4
 
 
-def test_no_notice_of_deprecation(converted: dict[str, Path], verifier: Path) -> None:
-    """Neither a warning nor a line of transformers' log, whichever name is used."""
-    script = """
+NOTICES = """
 import sys, warnings
 warnings.filterwarnings("error", message=".*deprecated")
 import torch
+import transformers
 from transformers.utils import logging
 from speculators.models.eagle import EagleSpeculator
 from speculators.models.output import DraftOutput
@@ -135,10 +140,34 @@ for proposal in ("greedy", "dynamic_tree"):
         )
 print("done")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, converted[PLAIN], verifier],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)
+
+
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_no_notice_of_deprecation(
+    converted: dict[str, Path], verifier: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    """Neither a warning nor a line of transformers' log, whichever name is used.
+
+    Exhaustive: in a process of its own, which says each of them for the first time.
+    """
+    if alone:
+        done = subprocess.run(
+            [sys.executable, "-c", NOTICES, converted[PLAIN], verifier],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)
+        return
+    told: SimpleQueue[Any] = SimpleQueue()
+    handler = QueueHandler(told)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    transformers.utils.logging.warning_once.cache_clear()
+    monkeypatch.setattr(sys, "argv", ["", str(converted[PLAIN]), str(verifier)])
+    try:
+        with warnings.catch_warnings():
+            exec(NOTICES, {"__name__": "__main__"})
+    finally:
+        logger.removeHandler(handler)
+    assert told.empty()

@@ -152,6 +152,11 @@ METHODS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         ["mtp"],
     ),
     "modelopt": ({"quant_method": "modelopt", "ignore": ["mtp*"]}, "ignore", ["mtp*"]),
+    "one that is no list": (
+        {"quant_method": "compressed-tensors", "ignore": "lm_head"},
+        "ignore",
+        ["lm_head", "mtp.fc"],
+    ),
     "an older key": (
         {"quant_method": "fp8", "ignored_layers": ["lm_head"]},
         "ignored_layers",
@@ -315,3 +320,14 @@ def test_one_shard_of_several(tmp_path: Path) -> None:
     verifier = write_verifier(tmp_path / "verifier", "qwen3_5", shards=2)
     with pytest.raises(CheckpointError, match=r"no tensor has .* give the directory\.$"):
         cut(verifier / "model-00001-of-00002.safetensors", tmp_path / "out")
+
+
+def test_an_output_within_the_input_is_refused(tmp_path: Path, speculators: CommandLine) -> None:
+    verifier = write_verifier(tmp_path / "verifier", shards=1)
+    for given in (verifier, verifier / "model.safetensors"):
+        run = speculators("mtp", "cut", given, verifier / "inner")
+        (error,) = run.errors
+        assert error == (
+            f"{verifier / 'inner'} is within the verifier {verifier}; choose another output."
+        )
+    assert not (verifier / "inner").exists()

@@ -235,7 +235,7 @@ def refuse(verifier: Path, mtp: Path, match: str, error: type = SpeculatorsError
     assert not [it for it in entries(verifier.parent) if "speculators-" in it]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -443,6 +443,15 @@ def test_other_dtypes_are_kept_and_told(tmp_path: Path, log: list[str]) -> None:
     out = graft(verifier, write_mtp(tmp_path / "mtp", mtp=floats), tmp_path / "out")
     assert bytes_of(only_mtp(out)) == bytes_of(floats)
     assert any("matrices in F32, the verifier in BF16" in line for line in log)
+
+
+def test_an_output_within_either_input_is_refused(tmp_path: Path) -> None:
+    verifier = write_verifier(tmp_path / "verifier", mtp={})
+    mtp = write_mtp(tmp_path / "mtp")
+    for place, what in ((verifier, "the verifier"), (mtp, "the MTP")):
+        with pytest.raises(OutputError, match=f"inner is within {what} "):
+            graft(verifier, mtp, place / "inner")
+        assert not (place / "inner").exists()
 
 
 # What speculators 0.9 trains

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -564,10 +566,18 @@ def test_save_pretrained_pushes_too(
 
 
 @pytest.mark.skipif(not REAL_VERIFIER.is_dir(), reason="make test makes the verifier")
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_the_code_of_the_card_runs(
-    tmp_path: Path, server: HubServer, speculators: CommandLine
+    tmp_path: Path,
+    server: HubServer,
+    speculators: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    alone: bool,
 ) -> None:
-    """Run it with a real draft and its verifier, in a process that has only the Hub."""
+    """Run it with a real draft and its verifier, where there is only the Hub.
+
+    Exhaustive: in a process of its own, which imports torch.
+    """
     server.add_repo("org/smollm2", REAL_VERIFIER)
     run = speculators(
         "convert", "eagle", ROOT / "examples" / "smollm2-135m-eagle1", tmp_path / "out",
@@ -575,15 +585,24 @@ def test_the_code_of_the_card_runs(
     )  # fmt: skip
     assert run.status == 0, run.stderr
     _, code = published(server).split("```python\n")
-    done = subprocess.run(
-        [sys.executable, "-c", code.split("```")[0]],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ
-        | hub_environment(server, tmp_path / "fresh")
-        | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "The capital of France is Paris" in done.stdout
+    code = code.split("```")[0]
+    if alone:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ
+            | hub_environment(server, tmp_path / "fresh")
+            | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:
+        patch_hub(monkeypatch, server, tmp_path / "fresh")
+        monkeypatch.chdir(tmp_path)
+        with redirect_stdout(StringIO()) as stdout:
+            exec(code, {"__name__": "__main__"})
+        printed = stdout.getvalue()
+    assert "The capital of France is Paris" in printed

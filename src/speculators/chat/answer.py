@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 __all__ = ["Answer", "Drafted", "Piece", "Spelling", "Step", "depths_of"]
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What tokenizers put for bytes that are no character yet."""
+"""What tokenizers put for bytes that do not make up a character yet."""
 
 
 @dataclass(frozen=True, slots=True)

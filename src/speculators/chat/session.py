@@ -22,7 +22,8 @@ class Session:
         proposal: how to propose.
         system: the system message, if any.
         max_new_tokens: the longest answer, in tokens.
-        temperature: for sampling; 0 means greedy decoding.
+        temperature: for sampling from the verifier's whole distribution, as an evaluation does;
+            0 means greedy decoding.
 
     Attributes:
         answers: those given so far; the last one may have been interrupted.
@@ -74,7 +75,13 @@ class Session:
             for piece in noted.pieces:
                 show(piece)
 
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
+        # Otherwise the verifier's generation_config would cut the distribution.
+        sampling = {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_k": 0,
+            "top_p": 1.0,
+        }
         subject.draft.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -92,13 +99,13 @@ class Session:
     def _step(self, step: VerifiedStep, spelling: Spelling) -> Step:
         accepted = set(step.accepted)
         drafted = tuple(
-            Drafted(self._alone(token), parent, index in accepted)
+            Drafted(self._text_of(token), parent, index in accepted)
             for index, (token, parent) in enumerate(zip(step.drafted, step.parents, strict=True))
         )
         known = len(step.accepted)
         pieces = spelling.pieces((token, place < known) for place, token in enumerate(step.added))
-        own = self._alone(step.added[known]) if len(step.added) > known else None
+        own = self._text_of(step.added[known]) if len(step.added) > known else None
         return Step(drafted, len(step.added), tuple(pieces), own)
 
-    def _alone(self, token: int) -> str:
+    def _text_of(self, token: int) -> str:
         return str(self.subject.verifier.tokenizer.decode([token]))

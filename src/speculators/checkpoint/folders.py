@@ -1,4 +1,4 @@
-"""Folders that hold no checkpoint as it is: what lies there, and what makes weights of it.
+"""Folders without a checkpoint that could be read: what they hold, and how to get weights from it.
 
 Judged by the names of files alone, so it works for a directory and for a repository on the Hub.
 """
@@ -142,8 +142,8 @@ def _adapter(folder: Folder) -> str | None:
     if not folder.first(r"adapter_(config\.json|model\.(safetensors|bin))"):
         return None
     return (
-        "it holds a LoRA adapter, which is no checkpoint by itself: merge it into the checkpoint "
-        "that it was trained on (merge_and_unload of PEFT), save that, and give it"
+        "it holds a LoRA adapter, which is not a checkpoint by itself: merge it into the "
+        "checkpoint that it was trained on (merge_and_unload of PEFT), save that, and give it"
     )
 
 
@@ -212,4 +212,4 @@ KINDS: tuple[Callable[[Folder], str | None], ...] = (
     _folder_within,
     _other_weights,
 )
-"""What a folder may be; the first that says something is told."""
+"""What a folder may be: the first that returns a sentence is used."""

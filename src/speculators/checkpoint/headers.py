@@ -139,7 +139,7 @@ class _StandIn:
         """Fetch what the reader of the file will read; damage is left for it to report."""
         found = self.hub.read(self.filename, 0, FIRST_BYTES)
         if found is None:
-            raise self._too_dear("its server sends whole files only")
+            raise self._needs_whole_file("its server sends whole files only")
         first, size = found
         self.file.truncate(size)
         self._put(0, first)
@@ -152,7 +152,9 @@ class _StandIn:
         elif first.startswith(b"PK"):
             self._fill_zip(size)
         else:
-            raise self._too_dear("PyTorch before 1.6 wrote it, or it is not a file of weights")
+            raise self._needs_whole_file(
+                "PyTorch before 1.6 wrote it, or it is not a file of weights"
+            )
 
     def _fill_zip(self, size: int) -> None:
         infos: list[zipfile.ZipInfo] = []
@@ -186,8 +188,8 @@ class _StandIn:
         self.file.seek(start)
         self.file.write(data)
 
-    def _too_dear(self, why: str) -> NoWeightsError:
+    def _needs_whole_file(self, why: str) -> NoWeightsError:
         return NoWeightsError(
-            f"{self.hub.name}/{self.filename} does not tell what is in it unless it is downloaded "
-            f"whole, since {why}; to have it read, download it, and give its directory."
+            f"{self.hub.name}/{self.filename} cannot be inspected without "
+            f"downloading all of it, since {why}; download it, and give its directory."
         )

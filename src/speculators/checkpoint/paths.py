@@ -28,7 +28,7 @@ def local_path(
     """
     text = str(given)
     if "\0" in text or not _is_text(text):
-        raise error(f"The path {printable(text)} has bytes that are no text; rename it.")
+        raise error(f"The path {printable(text)} has bytes that are not text; rename it.")
     try:
         path = Path(given).expanduser()
         path.exists()

@@ -118,9 +118,9 @@ def open_repository(
 ) -> Repository:
     """Open ``source``, which is a local directory or a Hub id.
 
-    A ``revision`` of a local directory is ignored, with a warning. What could be a Hub id, but is
-    nearly the name of something here, is told before the Hub is asked: every model there has an
-    organization today, so a name without one is then an error.
+    A ``revision`` of a local directory is ignored, with a warning. So is it logged if a name that
+    could be a Hub id is nearly that of something here; without an organization, which every model
+    on the Hub has today, it is an error.
 
     Args:
         source: a path, or a Hub id.

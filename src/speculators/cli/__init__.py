@@ -4,6 +4,7 @@ import atexit
 import gc
 import sys
 
+from speculators.cli.signals import StoppedError
 from speculators.cli.streams import open_missing_streams
 
 __all__ = ["main"]
@@ -18,6 +19,9 @@ def main() -> None:
         from speculators.cli.app import run
 
         run()
+    except StoppedError as stopped:  # before there is a log
+        print(stopped.message, file=sys.stderr)
+        raise SystemExit(stopped.code) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -68,7 +68,11 @@ def chat(
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="For sampling; 0 means greedy decoding.")
+        float,
+        typer.Option(
+            min=0.0,
+            help="For sampling from the verifier's whole distribution; 0 means greedy decoding.",
+        ),
     ] = 0.0,
     dtype: RunDType = "auto",
     device: Device = None,

@@ -125,7 +125,7 @@ def _how_much(tensor: "TensorDifference") -> str:
     if not tensor.differing:
         return "all zeros" if tensor.largest_value == 0 else ""
     if tensor.largest_difference is None or not tensor.largest_value:
-        return f"{tensor.differing} values, some of which are no numbers"
+        return f"{tensor.differing} values, some of which are not numbers"
     relative = tensor.largest_difference / tensor.largest_value
     return (
         f"{tensor.differing} values, by up to {tensor.largest_difference:.2g} "

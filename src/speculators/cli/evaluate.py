@@ -221,7 +221,7 @@ def evaluate(
     proposals = (
         proposals_of(opened.converted, proposal, lengths)
         if isinstance(opened, Opened)
-        else mtp_proposals(proposal, lengths, settings)
+        else mtp_proposals(proposal, lengths)
     )
 
     from speculators.evaluate.evaluation import Evaluation

@@ -10,10 +10,12 @@ from speculators.cli.output import Listing, labelled, show
 from speculators.errors import listed
 from speculators.families.readers import READERS
 from speculators.families.registry import family_named
+from speculators.families.serving import Refusal, Way
 from speculators.families.signature import Serving
 from speculators.inspection.findings import (
     Finding,
     MtpFinding,
+    RefusalFinding,
     ServingFinding,
     TensorFinding,
     VerifierFinding,
@@ -68,6 +70,7 @@ def _lines(finding: Finding) -> Iterator[tuple[str, list[str]]]:
         yield "fits", _fits(finding.kind, finding.verifier)
     if finding.serving is not None:
         yield "served by", [*map(_served, finding.serving)] or ["no engine"]
+    yield "not by", [*map(_not_served, finding.not_serving)]
     if finding.exports is not None:
         yield "exports", [", ".join(READERS[it] for it in finding.exports) or "none"]
     if finding.mtp:
@@ -95,7 +98,11 @@ def _fits(kind: str, verifier: VerifierFinding) -> list[str]:
 
 
 def _served(it: ServingFinding) -> str:
-    return str(Serving(it.engine, it.option, it.until or "", it.note or ""))
+    return str(Way(Serving(it.engine, it.option, it.until or "", it.note or ""), it.export))
+
+
+def _not_served(it: RefusalFinding) -> str:
+    return str(Refusal(it.engine, it.export, it.why, it.note or ""))
 
 
 def _mtp(finding: Finding, mtp: MtpFinding) -> list[str]:

@@ -1,7 +1,7 @@
 """`speculators mtp`: drafts that live inside a language model's own checkpoint."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,6 +25,14 @@ def cut(
         ),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to create.")],
+    to: Annotated[
+        Literal["llamacpp"] | None,
+        typer.Option(
+            help="For whom: llama.cpp's convert_hf_to_gguf.py --mtp also takes the verifier's "
+            "embedding, norm, head and tokenizer from OUT.",
+            show_default=False,
+        ),
+    ] = None,
     cache_dir: CacheDir = None,
     revision: Annotated[
         str | None,
@@ -45,7 +53,9 @@ def cut(
     from speculators.mtp import cut as cutting
 
     with progress_bar() as progress:
-        cutting.cut(verifier, output, revision=revision, cache_dir=cache_dir, progress=progress)
+        cutting.cut(
+            verifier, output, revision=revision, cache_dir=cache_dir, to=to, progress=progress
+        )
 
 
 @app.command()

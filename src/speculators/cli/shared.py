@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from speculators.cli.command import Command
+from speculators.cli.signals import StoppedError
 from speculators.errors import sentence, visible
 
 if TYPE_CHECKING:
@@ -103,6 +104,9 @@ def share(command: Callable[..., Any]) -> Callable[..., None]:
         except KeyboardInterrupt:
             logger.error("Interrupted.")
             raise typer.Exit(130) from None
+        except StoppedError as stopped:
+            logger.error(stopped.message)
+            raise typer.Exit(int(stopped.code or 0)) from None
         except LEFT_TO_TYPER:
             raise
         except Exception as error:

@@ -1,6 +1,5 @@
 """`speculators validate`: a converted checkpoint, checked again."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,10 @@ __all__ = ["validate"]
 
 def validate(
     output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="A directory that `convert` created.")
+        str,
+        typer.Argument(
+            metavar="OUTPUT", help="A converted draft: a directory or a Hugging Face id."
+        ),
     ],
     source: Annotated[
         str | None,
@@ -52,7 +54,7 @@ def validate(
     from speculators.cli.results import ValidateResult, printed
     from speculators.convert import conversion
 
-    result = ValidateResult(output=str(output), source=source)
+    result = ValidateResult(output=output, source=source)
     with printed(result, as_json), progress_bar() as progress:
         conversion.validate(
             output, source, cache_dir=cache_dir, revision=revision, progress=progress

@@ -60,7 +60,7 @@ def compare_numbers(one: PlannedTensor, other: PlannedTensor) -> Numbers:
 
 
 def largest_value(tensor: PlannedTensor) -> float | None:
-    """The largest absolute value of a tensor; ``None`` if one is no number, or of another kind.
+    """The largest absolute value of a tensor; ``None`` if one is not a number, or of another kind.
 
     Raises:
         CheckpointError: if its file cannot be read, or is not the one whose header was read.

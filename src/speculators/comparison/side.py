@@ -100,7 +100,7 @@ def open_sides(
         for side, (checkpoint, recognised) in zip(known, found, strict=True)
     )
     for side in (one, other):
-        side.tensors |= _beside(side.checkpoint)
+        side.tensors |= _companion_tensors(side.checkpoint)
     return one, other
 
 
@@ -118,7 +118,7 @@ def _family_of(checkpoint: Checkpoint, found: Recognition) -> Family | None:
     return found.family or family_named(checkpoint.config.get("speculators_model_type"))
 
 
-def _beside(checkpoint: Checkpoint) -> dict[str, PlannedTensor]:
+def _companion_tensors(checkpoint: Checkpoint) -> dict[str, PlannedTensor]:
     """The tensors of the files beside the weights."""
     return {
         f"{name} {key}".rstrip(): PlannedTensor.copy_of(info)

@@ -13,7 +13,7 @@ from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.output.writer import copy_file, write_safetensors_file
-from speculators.checkpoint.paths import local_path, meant_path
+from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint, find_companions, read_checkpoint
 from speculators.checkpoint.repository import open_repository
@@ -31,10 +31,10 @@ from speculators.convert.provenance import (
     check_record,
     read_record,
     record_conversion,
-    tell_of_another_source,
+    warn_of_another_source,
 )
 from speculators.convert.replan import plan_of_itself, verifier_of
-from speculators.errors import CheckpointError, ConversionError, OutputError, VerifierError
+from speculators.errors import ConversionError, OutputError, VerifierError
 from speculators.families.card import model_card
 from speculators.families.converted import open_converted
 from speculators.families.family import Family
@@ -188,7 +188,7 @@ def validate(
     checked because the verifier or conversion.json is missing.
 
     Args:
-        directory: the converted checkpoint.
+        directory: the converted checkpoint, or a Hugging Face id of one.
         source: what it was converted from, a directory or a Hugging Face id. The conversion
             is planned again, and everything that ``convert`` proves is proven again.
         cache_dir: where downloads are kept; the Hub client's default cache if not given.
@@ -204,21 +204,16 @@ def validate(
             source does.
 
     """
-    directory = local_path(directory)
     logger.info(f"Checking converted checkpoint: {directory}")
-    if not directory.is_dir():
-        meant = "" if directory.exists() else meant_path(directory)
-        raise CheckpointError(
-            f"{directory} is not a directory{meant}; give a converted checkpoint."
-        )
     hub = HubAccess(cache_dir)
     written = open_converted(directory, hub)
     import_ahead(written.family)
-    record = read_record(directory)
+    written.repository.file(CONVERSION_FILE)  # which on the Hub is not fetched with the draft
+    record = read_record(written.directory)
     if record is None:
         logger.warning(f"{directory} has no {CONVERSION_FILE}: what was written is not known")
     else:
-        check_files(record, directory, progress)
+        check_files(record, written.directory, progress)
         check_record(record, written)
     verifier = verifier_of(written)
 
@@ -237,7 +232,7 @@ def validate(
         )
         validate_conversion(planned, written, progress=progress)
         if record is not None:
-            tell_of_another_source(record, planned, progress)
+            warn_of_another_source(record, planned, progress)
     logger.success(f"Valid: {directory}")
 
 

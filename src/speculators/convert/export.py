@@ -4,7 +4,6 @@ What each target can express is in the family's table.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from speculators.checkpoint.output.staging import Marker, check_output, staged_d
 from speculators.checkpoint.output.writer import copy_file, write_safetensors_file
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.tensor import DTYPE_BITS, Constant, PlannedTensor
-from speculators.errors import ConversionError, OutputError, SpeculatorsError
+from speculators.convert.plan import EXPORTED_ZEROS
+from speculators.errors import ConversionError, OutputError
 from speculators.families.converted import Converted, open_converted
-from speculators.families.family import Family, Target, with_prefix
-from speculators.format.config import SpeculatorConfig
+from speculators.families.family import Target, with_prefix
+from speculators.families.serving import judge, obstacle
 from speculators.format.tensors import TensorSpec
 
-__all__ = ["ExportPlan", "export", "obstacle", "plan_export"]
+__all__ = ["ExportPlan", "export", "plan_export"]
 
 EXPORTED = Marker("an export that speculators wrote", "model.safetensors", "speculators_export")
 """Marked in the header of the weights, whose further keys no reader of exports looks at."""
@@ -111,8 +111,12 @@ def plan_export(converted: Converted, target: Target) -> ExportPlan:
 
     """
     family, config = converted.family, converted.config
-    if why := obstacle(family, config, converted.features, target, lambda: _depth(converted)):
-        raise ConversionError(f"{converted.checkpoint.name} {why}.")
+    depth = converted.verifier_layers
+    if why := obstacle(family, config, converted.features, target, depth):
+        raise ConversionError(
+            f"{converted.checkpoint.name} {why}, which {target.reader} cannot compute; "
+            f"{judge(family, config, converted.features, depth)}."
+        )
     prefixes = target.prefixes(config)
 
     def named(name: str) -> str:
@@ -123,58 +127,22 @@ def plan_export(converted: Converted, target: Target) -> ExportPlan:
         for name, info in converted.tensors.items()
         if name not in target.drops
     }
-    for spec in family.tensors:
-        if spec.feature in target.zeros - converted.features:
-            tensors[named(spec.name)] = _zeros(spec, converted)
+    zeros = {
+        named(spec.name): _zeros(spec, converted)
+        for spec in family.tensors
+        if spec.feature in target.zeros - converted.features
+    }
     remarks = [
         remark
         for feature, remark in target.remarks.items()
         if feature is None or feature in converted.features
     ]
     return ExportPlan(
-        config=family.export_config(config, target),
-        tensors=tensors | dict(target.adds(config)),
+        config=family.export_config(config, target)
+        | ({EXPORTED_ZEROS: sorted(zeros)} if zeros else {}),
+        tensors=tensors | zeros | dict(target.adds(config)),
         remarks=[*remarks, *filter(None, [target.advice(config)])],
     )
-
-
-def obstacle(
-    family: Family,
-    config: SpeculatorConfig,
-    features: frozenset[str],
-    target: Target,
-    depth: Callable[[], int | None] = lambda: None,
-) -> str | None:
-    """Why a draft cannot be exported to a target, as it follows its name; ``None`` if it can.
-
-    Args:
-        family: the family of the draft.
-        config: its config.
-        features: its features.
-        target: the layout to export to.
-        depth: gives the number of its verifier's layers, if that is known.
-
-    """
-    if lacking := features & target.lacks:
-        return (
-            f"has {' and '.join(family.features[it] for it in sorted(lacking))}, which "
-            f"{target.reader} cannot compute; {family.instead}"
-        )
-    activation = config.transformer_layer_config.hidden_act
-    if target.activation not in {None, activation}:
-        return (
-            f"has the activation {activation}, and {target.reader} computes only "
-            f"{target.activation}"
-        )
-    refused = target.refuses(config, depth)
-    return refused and f"{refused}; {family.instead}"
-
-
-def _depth(converted: Converted) -> int | None:
-    try:
-        return converted.open_verifier().layers
-    except SpeculatorsError:
-        return None
 
 
 def _zeros(spec: TensorSpec, converted: Converted) -> PlannedTensor:

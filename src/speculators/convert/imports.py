@@ -33,6 +33,9 @@ def _import(modules: tuple[str, ...]) -> None:
         with suppress(Exception):
             for module in modules:
                 import_module(module)
+        # All that was made is old from now on: otherwise it would be looked through twice more.
+        gc.freeze()
+        gc.unfreeze()
     finally:
         if enabled:
             gc.enable()

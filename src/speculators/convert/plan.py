@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError as PydanticValidationError
 
 from speculators import __version__
+from speculators.checkpoint.output.writer import contiguous_chunks
 from speculators.checkpoint.reader import Checkpoint, Companion
 from speculators.checkpoint.tensor import (
     FLOATS,
@@ -26,8 +27,14 @@ from speculators.families.recognition import Recognition, short_names
 from speculators.families.research.fused import split
 from speculators.families.research.keys import SourceKeys
 from speculators.families.research.rope_names import is_rope_table
+from speculators.families.serving import unserved
 from speculators.families.signature import Signature
-from speculators.format.config import ProposalMethod, SpeculatorConfig
+from speculators.format.config import (
+    ProposalMethod,
+    SpeculatorConfig,
+    SpeculatorsConfig,
+    VerifierReference,
+)
 from speculators.format.problems import first_problem
 from speculators.format.tensors import TensorSpec, compare, counts_shown, required_tensors
 
@@ -43,6 +50,9 @@ __all__ = [
 
 ROPE_TABLE = "it is computed from the config"
 
+EXPORTED_ZEROS = "exported_zeros"
+"""Key of an export's config.json: the tensors that its reader always wants, and the draft lacks."""
+
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
@@ -52,6 +62,7 @@ class DraftPlan:
         source: the checkpoint.
         family: the family that it belongs to.
         derived: the config of the converted draft, as far as it follows from the source.
+        config: the same as a config, unchecked, with no name of the verifier.
         features: the features that the tensors show.
         dtype: the dtype of the weights, by torch's name; ``float32`` if they differ.
         tensors: name in the format → the source's tensor.
@@ -65,6 +76,7 @@ class DraftPlan:
     source: Checkpoint
     family: Family
     derived: Derived
+    config: SpeculatorConfig
     features: frozenset[str]
     dtype: str
     tensors: dict[str, TensorInfo]
@@ -193,6 +205,8 @@ def plan_conversion(
     vocabulary, hidden = config.verifier_sizes
     verifier.check_fits(hidden, vocabulary)
     discrepancies = draft.derived.discrepancies + _check_rope_tables(draft)
+    if why := unserved(family, config, draft.features):
+        discrepancies.append(f"vLLM does not serve it as it is converted: {why}")
     return ConversionPlan(
         source=checkpoint,
         family=family,
@@ -242,6 +256,7 @@ def plan_draft(
         for name, info in stored.items()
         if (why := _reason_to_leave_out(family, name))
     }
+    left_out |= _exported_zeros(checkpoint, read=verifier is not None)
     kept = {name: info for name, info in stored.items() if info.name not in left_out}
     keys = SourceKeys(checkpoint.config, str(checkpoint.config_file))
     kept = split(kept, keys.get("num_attention_heads"), keys.get("num_key_value_heads"))
@@ -266,12 +281,19 @@ def plan_draft(
     derived = family.derive(replace(source, tensors=tensors, features=features))
     derived.discrepancies[:0] = completion.discrepancies
     _check_finite({**derived.layer.model_dump(), **derived.keys}, checkpoint.config_file)
-    config = family.config.model_construct(transformer_layer_config=derived.layer, **derived.keys)
+    architectures = list(verifier.architectures) if verifier else []
+    reference = VerifierReference.model_construct(architectures=architectures)
+    config = family.config.model_construct(
+        **derived.keys,
+        transformer_layer_config=derived.layer,
+        speculators_config=SpeculatorsConfig.model_construct(verifier=reference),
+    )
     _check_shapes(checkpoint, tensors, required, config.sizes)
     return DraftPlan(
         source=checkpoint,
         family=family,
         derived=derived,
+        config=config,
         features=features,
         dtype=_dtype_of(tensors.values()),
         tensors=tensors,
@@ -299,7 +321,7 @@ def family_of(checkpoint: Checkpoint, found: Recognition, wanted: Family | None 
         raise ConversionError(
             f"{checkpoint.name} holds {found.signature.title} ({found.evidence[0]})"
             f"{f', not {wanted.noun}' if wanted else ''}; {found.signature.advice}."
-            + _served(found.signature)
+            + _served(found.signature, checkpoint)
         )
     if not checkpoint.tensors:
         raise ConversionError(
@@ -309,7 +331,8 @@ def family_of(checkpoint: Checkpoint, found: Recognition, wanted: Family | None 
     if found.quantized:
         raise ConversionError(
             f"{checkpoint.name} holds quantized weights ({found.quantized[0]}), which are not "
-            "converted; give the original, unquantized checkpoint." + _served(found.signature)
+            "converted; give the original, unquantized checkpoint."
+            + _served(found.signature, checkpoint)
         )
     if found.signature is None or found.family is None:
         near = "; ".join(map(str, found.near)) or "it resembles none that is"
@@ -325,9 +348,9 @@ def family_of(checkpoint: Checkpoint, found: Recognition, wanted: Family | None 
     return found.family
 
 
-def _served(signature: Signature | None) -> str:
-    """A sentence, after a space, on which engines serve a kind; empty for what is no draft."""
-    served = signature.served if signature else None
+def _served(signature: Signature | None, checkpoint: Checkpoint) -> str:
+    """A sentence, after a space, on which engines serve it; empty for what is not a draft."""
+    served = signature.served(checkpoint.tensors) if signature else None
     return f" {served[0].upper()}{served[1:]}." if served else ""
 
 
@@ -341,6 +364,30 @@ def _by_short_name(checkpoint: Checkpoint, short: Mapping[str, str]) -> dict[str
             )
         stored[short[name]] = info
     return stored
+
+
+def _exported_zeros(checkpoint: Checkpoint, *, read: bool) -> dict[str, str]:
+    """The tensors that an export added → why they are left out.
+
+    Args:
+        checkpoint: perhaps an export.
+        read: whether to check that they are still zero.
+
+    Raises:
+        ConversionError: if one is not.
+
+    """
+    named = checkpoint.config.get(EXPORTED_ZEROS)
+    added = [it for it in named if it in checkpoint.tensors] if isinstance(named, list) else []
+    for name in added if read else ():
+        info = checkpoint.tensors[name]
+        if any(any(chunk) for chunk in contiguous_chunks(info)):
+            raise ConversionError(
+                f"{info.file}: {name} is not zero, but {checkpoint.config_file}, key "
+                f"{EXPORTED_ZEROS}, says that an export added it; if it was trained since, remove "
+                "that key."
+            )
+    return dict.fromkeys(added, "it is zero: an export added it for its reader")
 
 
 def _check_head(family: Family, checkpoint: Checkpoint, stored: Mapping[str, TensorInfo]) -> None:

@@ -33,7 +33,7 @@ __all__ = [
     "check_record",
     "read_record",
     "record_conversion",
-    "tell_of_another_source",
+    "warn_of_another_source",
 ]
 
 
@@ -175,10 +175,10 @@ def check_record(record: ConversionRecord, written: Converted) -> None:
             logger.warning(f"{directory / CONVERSION_FILE} lacks {lacks}: {consequence}")
 
 
-def tell_of_another_source(
+def warn_of_another_source(
     record: ConversionRecord, planned: ConversionPlan, progress: Progress = silent
 ) -> None:
-    """Tell where a source, or its verifier, is not the one that a record names."""
+    """Warn if a source, or its verifier, is not the one that a record names."""
     source = _source_name(planned.source)
     if (source, planned.source.commit) != (record.source.name, record.source.revision):
         logger.warning(

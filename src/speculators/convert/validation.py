@@ -53,11 +53,11 @@ def validate_conversion(
     compare_configs(plan, written)
     compare_tensors(plan, written, progress, digest)
 
-    from speculators.convert.checks.embedding import tell_of_untrained_embedding
+    from speculators.convert.checks.embedding import warn_of_untrained_embedding
     from speculators.models.blocks import single_threaded
 
     with single_threaded():
-        tell_of_untrained_embedding(plan)
+        warn_of_untrained_embedding(plan)
         return validate_model(plan, written)
 
 

@@ -3,7 +3,8 @@
 A verifier or draft runs on a *block* of positions, of which only some will be confirmed. The block
 is written after the confirmed slots of each row; slots that are not confirmed are overwritten by
 the next block. Rows of a batch may have different numbers of confirmed positions. The memory
-doubles when it is full, so a position is copied at most twice on average.
+doubles when it is full, so a position is copied at most twice on average. Layers of linear
+attention have no slots; ``linear.py`` takes their states back.
 
 While a step is recorded as a CUDA graph, tensors hold the numbers of confirmed slots and of slots
 with padding, and a mask covers all slots up to a limit, so that nothing recorded depends on values
@@ -11,13 +12,13 @@ on the host. There may be room for more rows than are in use.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 __all__ = ["BlockCache"]
 
@@ -30,6 +31,7 @@ class BlockCache(Cache):
 
     Args:
         padding: by row, the number of slots at the left that hold padding.
+        linear: the numbers of the layers that are of linear attention.
 
     Attributes:
         lengths: by row, the number of confirmed slots, padding included.
@@ -39,10 +41,14 @@ class BlockCache(Cache):
 
     """
 
-    def __init__(self, padding: Sequence[int]) -> None:
+    def __init__(self, padding: Sequence[int], linear: Collection[int] = ()) -> None:
         # A layer does not keep its cache alive, so memory is freed as soon as the cache is dropped.
         proxy = weakref.proxy(self)
         super().__init__(layer_class_to_replicate=lambda: BlockLayer(proxy))  # type: ignore[arg-type]
+        self.layers = [
+            LinearAttentionLayer() if number in linear else BlockLayer(proxy)
+            for number in range(1 + max(linear, default=-1))
+        ]
         self.padding = list(padding)
         self.lengths = [0] * len(self.padding)
         self.unconfirmed = 0
@@ -104,7 +110,7 @@ class BlockCache(Cache):
 
         """
         self.min_slots = max(self.min_slots, slots)
-        moved = [layer.reserve(self.min_slots, rows) for layer in self.layers]  # type: ignore[union-attr]
+        moved = [layer.reserve(self.min_slots, rows) for layer in self._blocks]
         return any(moved)
 
     @contextmanager
@@ -216,8 +222,8 @@ class BlockCache(Cache):
         """
         starts = self.starts(paths.device)
         to = starts + torch.arange(paths.shape[1], device=paths.device)
-        for layer in self.layers:
-            layer.move(starts + paths, to)  # type: ignore[union-attr]
+        for layer in self._blocks:
+            layer.move(starts + paths, to)
 
     @staticmethod
     def write(
@@ -242,7 +248,23 @@ class BlockCache(Cache):
         self.lengths = [self.lengths[row] for row in rows]
         self._slots.clear()
         for layer in self.layers:
-            layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))  # type: ignore[union-attr]
+            if isinstance(layer, BlockLayer):
+                layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
+            else:
+                layer.reorder_cache(torch.tensor(rows))  # type: ignore[arg-type]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """The first slot of the next block, the same in all layers."""
+        return self.start
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
+        """The number of slots that a block of this length attends to, and the first of them."""
+        return self.start + query_length, 0
+
+    @property
+    def _blocks(self) -> list["BlockLayer"]:
+        """The layers that have slots."""
+        return [layer for layer in self.layers if isinstance(layer, BlockLayer)]
 
 
 class BlockLayer(CacheLayerMixin):

@@ -22,11 +22,13 @@ from transformers.generation.streamers import BaseStreamer
 from speculators.decode.cache import BlockCache
 from speculators.decode.drafter import Draft
 from speculators.decode.gpu.cuda_graphs import ReplayedSteps, Workspace
+from speculators.decode.linear import linear_layers
 from speculators.decode.proposals import drafter_of
 from speculators.decode.refusals import (
     check_arguments,
     check_batch,
     check_generation,
+    check_linear,
     check_proposal,
     left_padding,
 )
@@ -229,6 +231,8 @@ def _decode(
     do_sample, device = bool(generation_config.do_sample), input_ids.device
     stopping = Stopping(stopping_criteria, input_ids.device)
     check_generation(generation_config, logits_processor)
+    if linear_layers(verifier):
+        check_linear(type(verifier).__name__, proposal)
     if len(input_ids) > 1:
         check_batch(logits_processor, stopping, streamer)
     attention_mask = inputs.get("attention_mask")
@@ -293,7 +297,8 @@ def steps_of(
             steps: Steps = ReplayedSteps(drafter, verifier_pass, workspace, proposal, max_length)
         else:
             drafter = drafter_of(draft, BlockCache(padding), proposal, warp)
-            cache, layers = BlockCache(padding), draft.verifier_layers
+            cache = BlockCache(padding, linear_layers(verifier))
+            layers = draft.verifier_layers
             steps = Steps(drafter, VerifierPass(verifier, cache, max_length, layers))
         with steps.verifier_pass:
             yield steps

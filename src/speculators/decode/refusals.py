@@ -18,11 +18,13 @@ from transformers.generation.streamers import BaseStreamer
 from speculators.decode.stopping import Stopping
 from speculators.errors import GenerationError
 from speculators.format.config import ProposalMethod
+from speculators.format.proposals import CHAINS
 
 __all__ = [
     "check_arguments",
     "check_batch",
     "check_generation",
+    "check_linear",
     "check_proposal",
     "left_padding",
 ]
@@ -73,6 +75,20 @@ def check_proposal(method: ProposalMethod) -> None:
                 f"With {name} {value} the output would not be the verifier's; "
                 f"set it to {exact} in the proposal method."
             )
+
+
+def check_linear(verifier: str, method: ProposalMethod) -> None:
+    """Refuse trees for a verifier with linear attention, whose state goes along one path.
+
+    Raises:
+        GenerationError: if the method proposes trees.
+
+    """
+    if method.proposal_type not in CHAINS:
+        raise GenerationError(
+            f"{verifier} has linear attention, which runs along a single path, so it cannot verify "
+            f"{method.proposal_type!r}; choose {' or '.join(CHAINS)}."
+        )
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:

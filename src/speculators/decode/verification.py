@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from speculators.decode.cache import BlockCache
 from speculators.decode.capture import StateCapture
+from speculators.decode.linear import LINEAR_ATTENTION, LinearStates, linear_layers
 from speculators.decode.tree import Tree
 from speculators.errors import GenerationError
 
@@ -66,9 +67,11 @@ class VerifierPass:
         # layers of a model are that is spread over several devices.
         self._device = model.device
         self._capture = StateCapture(model, layers)
+        self._linear = LinearStates(model, cache)
 
     def __enter__(self) -> "VerifierPass":
         self._capture.__enter__()
+        self._linear.__enter__()
         return self
 
     def __exit__(
@@ -77,6 +80,7 @@ class VerifierPass:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._linear.__exit__(kind, error, trace)
         self._capture.__exit__(kind, error, trace)
 
     def prefill(
@@ -91,7 +95,7 @@ class VerifierPass:
         """
         self._device = tokens.device
         logits, states = self._run(tokens, attention_mask, position_ids, **self.only_last)
-        self.cache.confirm([tokens.shape[1]] * len(tokens))
+        self._confirm([tokens.shape[1]] * len(tokens))
         return logits[:, -1], states
 
     def prefill_recorded(self, tokens: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +151,7 @@ class VerifierPass:
             states = self.states[:, : max(map(len, paths))]
         else:
             states = self.gather(self.states, padded(paths, self.states.device))
-        self.cache.confirm([len(path) for path in paths])
+        self._confirm([len(path) for path in paths])
         return states
 
     def gather(self, states: Tensor, nodes: Tensor) -> Tensor:
@@ -163,6 +167,10 @@ class VerifierPass:
         """
         self.cache.gather(nodes)
         return states.gather(1, nodes[:, :, None].expand(-1, -1, states.shape[2]))
+
+    def _confirm(self, counts: Sequence[int]) -> None:
+        self.cache.confirm(counts)
+        self._linear.keep(counts)
 
     def _run(
         self, tokens: Tensor, mask: Any, position_ids: Tensor | None, **settings: Any
@@ -203,8 +211,8 @@ class VerifierPass:
 
 
 def is_stateful(model: PreTrainedModel) -> bool:
-    """Whether a model keeps a state that cannot be rolled back, as linear attention does."""
-    return bool(getattr(model, "_is_stateful", False))
+    """Whether a model keeps a state that cannot be rolled back, as Mamba's layers do."""
+    return bool(getattr(model, "_is_stateful", False)) and not linear_layers(model)
 
 
 def windows_of(model: PreTrainedModel) -> dict[str | None, int | None]:
@@ -231,11 +239,13 @@ def windows_of(model: PreTrainedModel) -> dict[str | None, int | None]:
     config = model.config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)
     types = set(getattr(config, "layer_types", None) or ())
+    if linear_layers(model):
+        types.discard(LINEAR_ATTENTION)  # no token of a block is hidden from it
     windows = {"full_attention": None, "sliding_attention": window}
     if unknown := sorted(types - windows.keys()):
         raise GenerationError(
             f"Speculative decoding does not support {name}: it has layers of type {unknown[0]!r}, "
-            "and only full and sliding attention are known to be exact."
+            "which is not known to be exact."
         )
     if len({windows[one] for one in types}) > 1:
         return {one: windows[one] for one in sorted(types)}

@@ -8,6 +8,7 @@ from pathlib import PurePath
 
 from speculators import HOMEPAGE, INSTALL
 from speculators.families.family import Family
+from speculators.families.serving import unserved
 from speculators.format.config import SpeculatorConfig
 from speculators.format.conversion import CONVERSION_FILE, ConversionRecord, RepositoryRecord
 
@@ -144,19 +145,12 @@ def model_card(
         "library_name": "speculators",
         "tags": sorted({*family.card.tags, *tags}),
     }
-    proposal = config.speculators_config.proposal_methods[0]
-    speculative_config = {
-        "method": family.card.method,
-        "model": name or ANY_DRAFT,
-        "num_speculative_tokens": proposal.speculative_tokens,
-    }
     layer = config.transformer_layer_config
     model_module, _, model_class = family.model.partition(":")
     borrowed = [it for it in family.borrows if it not in features]
     draft = family.card.draft.removeprefix("An ").removeprefix("A ")
     title = f"{draft} for {PurePath(verifier).name}" if verifier else draft
     architecture = next(iter(reference.architectures), "language model")
-    with_named = WITH_NAMED.format(name_in_shell=shlex.quote(name or ANY_DRAFT))
     card = CARD.format(
         draft=family.card.draft,
         install=INSTALL,
@@ -169,13 +163,7 @@ def model_card(
         verifier=f"`{verifier}`" if verifier else f"a {architecture}",
         verifier_in_table=f"`{verifier}`, " if verifier else "",
         placeholders=_say_what_is_not_known(name, verifier),
-        serving=UNSERVED.format(why=config.unserved)
-        if config.unserved
-        else SERVING.format(
-            with_named=with_named if verifier else "",
-            verifier_in_shell=shlex.quote(verifier or ANY_VERIFIER),
-            speculative_config=shlex.quote(json.dumps(speculative_config)),
-        ),
+        serving=_serving(name, verifier, family, config, frozenset(features)),
         name_in_python=json.dumps(name or ANY_DRAFT),
         verifier_in_python=json.dumps(verifier or ANY_VERIFIER),
         verifier_architectures=", ".join(f"`{it}`" for it in reference.architectures)
@@ -195,6 +183,34 @@ def model_card(
     if record:
         card += _provenance(record)
     return card
+
+
+def _serving(
+    name: str | None,
+    verifier: str | None,
+    family: Family,
+    config: SpeculatorConfig,
+    features: frozenset[str],
+) -> str:
+    """The commands that serve it with vLLM, or why these do not work, and what does."""
+    if why := unserved(family, config, features):
+        return UNSERVED.format(why=why)
+    assert family.as_converted is not None
+    proposal = config.speculators_config.proposal_methods[0]
+    told = dict(family.as_converted.told(config).settings)
+    settings = {
+        "method": told.pop("method"),
+        "model": name or ANY_DRAFT,
+        "num_speculative_tokens": proposal.speculative_tokens,
+        **told,
+    }
+    return SERVING.format(
+        with_named=WITH_NAMED.format(name_in_shell=shlex.quote(name or ANY_DRAFT))
+        if verifier
+        else "",
+        verifier_in_shell=shlex.quote(verifier or ANY_VERIFIER),
+        speculative_config=shlex.quote(json.dumps(settings)),
+    )
 
 
 def _ties(borrowed: Collection[str]) -> str:

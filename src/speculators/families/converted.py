@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError as PydanticValidationError
 
+from speculators.checkpoint.headers import headers_only
 from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.reader import (
     Checkpoint,
@@ -18,8 +19,9 @@ from speculators.checkpoint.reader import (
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.checkpoint.tensor import TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.errors import FormatError, VerifierError
+from speculators.errors import CheckpointError, FormatError, SpeculatorsError, VerifierError
 from speculators.families.family import Family
+from speculators.families.recognition import recognise
 from speculators.families.registry import families, family_named
 from speculators.format.config import SpeculatorConfig
 from speculators.format.problems import first_problem
@@ -78,6 +80,13 @@ class Converted:
         verifier.check_fits(hidden, vocabulary)
         return verifier
 
+    def verifier_layers(self) -> int | None:
+        """The number of its verifier's layers; ``None`` if that is not known."""
+        try:
+            return self.open_verifier().layers
+        except SpeculatorsError:
+            return None
+
 
 def open_converted(
     source: str | os.PathLike[str],
@@ -103,11 +112,32 @@ def open_converted(
 
 def read_converted(repository: Repository, config: dict[str, Any], config_file: Path) -> Converted:
     """Check a draft of which only the config.json was read; see ``open_converted``."""
+    if "speculators_model_type" not in config:
+        _refuse_what_is_not_converted(repository, config)
     parsed = parse_config(config, repository.name)  # before the weights are fetched
     tensors = read_tensors(repository)
     companions = find_companions(repository, parsed[0].companions)
     checkpoint = Checkpoint(repository, config, config_file, tensors, companions=companions)
     return _checked(checkpoint, *parsed)
+
+
+def _refuse_what_is_not_converted(repository: Repository, config: dict[str, Any]) -> None:
+    """Refuse a draft that cannot be converted either, and say what to do with it.
+
+    Raises:
+        FormatError: if it is one.
+
+    """
+    try:
+        with headers_only(repository) as light:
+            signature = recognise(config, read_tensors(light)).signature
+    except CheckpointError:
+        return  # so it is not known what it is
+    if signature is not None and signature.advice and signature.serving is not None:
+        raise FormatError(
+            f"{repository.name} holds {signature.title}, which is not converted: "
+            f"{signature.advice}."
+        )
 
 
 def check_converted(checkpoint: Checkpoint) -> Converted:

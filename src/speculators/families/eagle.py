@@ -11,9 +11,18 @@ from typing import Any, Literal
 
 from speculators.errors import ConversionError
 from speculators.families.advice import give_each_its_compile_cache, limit_context
-from speculators.families.family import Card, Derived, Family, Flag, Names, Source, Target
+from speculators.families.family import (
+    Card,
+    Derived,
+    Family,
+    Flag,
+    Names,
+    Source,
+    Target,
+    servings,
+)
 from speculators.families.research.layer import REFERENCE_ROPE_BASE, derive_layer
-from speculators.families.signature import Serving, Signature
+from speculators.families.signature import Serving, Signature, vllm
 from speculators.format.config import LayerConfig, SpeculatorConfig, SpeculatorsConfig
 from speculators.format.tensors import TensorSpec, required_tensors
 
@@ -227,6 +236,7 @@ TARGETS = {
             "llama": _model("llama", "LlamaForCausalLM", bias=False),
             "qwen2": _model("llama", "LlamaForCausalLM", bias=False, qkv_bias=True),
         },
+        serving=vllm("eagle", "without the plugin"),
         lacks=frozenset({"fusion_bias", "layernorms"}),
         activation="silu",
         advice=give_each_its_compile_cache,
@@ -237,6 +247,7 @@ TARGETS = {
             "llama": _model("llama", "LlamaForCausalLMEagle", bias=False),
             "qwen2": _model("qwen2", "Qwen2ForCausalLMEagle", bias=False),
         },
+        serving=Serving("SGLang", "EAGLE"),
         lacks=frozenset({"layernorms"}),
         activation="silu",
         zeros=frozenset({"fusion_bias"}),
@@ -258,11 +269,7 @@ EAGLE = Family(
         lacks="layers.0.input_layernorm.weight",
         hints={"num_hidden_layers": r"1"},
         parts=tuple(required_tensors(TENSORS, ())),
-        serving=(
-            Serving("vLLM", 'method "eagle"', note="with the plugin, if it has fc.bias or norms"),
-            Serving("SGLang", "EAGLE"),
-            Serving("TensorRT-LLM", "convert_checkpoint.py", note="the TensorRT backend"),
-        ),
+        serving=servings(TARGETS),
     ),
     config=EagleConfig,
     tensors=TENSORS,
@@ -275,10 +282,12 @@ EAGLE = Family(
     reference="speculators.convert.references.eagle:EagleReference",
     card=Card(
         draft="An EAGLE draft",
-        method="eagle",
         tags=("eagle", "speculative-decoding", "speculators"),
     ),
     export_config=export_config,
+    as_converted=Target(
+        reader="vLLM with the plugin", serving=vllm("eagle", "with the plugin"), activation="silu"
+    ),
     targets=TARGETS,
     flags=(
         Flag("fusion_bias", "Fail unless the draft has fc.bias; it is detected in any case."),
@@ -291,8 +300,9 @@ EAGLE = Family(
     unusual=("fusion_bias", "attention_bias", "layernorms"),
     beside={
         r"freq_.*\.pt": (
-            "is a list of the tokens to draft (FR-Spec), which only SGLang reads: give it with "
-            "--speculative-token-map beside an export for it"
+            "is a list of the tokens to draft (FR-Spec), which only SGLang reads: after export "
+            "--to sglang, --speculative-algorithm EAGLE --speculative-draft-model-path EXPORT "
+            "--speculative-token-map FILE"
         )
     },
     ambiguity=ambiguity,

@@ -13,24 +13,32 @@ from speculators.checkpoint.reader import Checkpoint
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.checkpoint.verifier import Verifier
 from speculators.errors import ConversionError
-from speculators.families.signature import Signature
+from speculators.families.signature import Serving, Signature
 from speculators.format.config import LayerConfig, SpeculatorConfig
 from speculators.format.tensors import TensorSpec, counts_shown, features_shown
 
 __all__ = [
     "Card",
     "Completion",
+    "Depth",
     "Derived",
     "Family",
     "Flag",
+    "Limit",
     "Names",
     "Option",
     "Source",
     "Target",
     "imported",
+    "limit",
+    "limit_of_layers",
     "read_options",
+    "servings",
     "with_prefix",
 ]
+
+Depth = Callable[[], int | None]
+"""Gives the number of the verifier's layers, if it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,8 @@ class Derived:
         model_type: the ``speculators_model_type``; the family's name if not given.
         proposals: the proposal methods to write; the default one if not given.
         facts: what is worth telling about the draft: label → text, for ``inspect``.
+        supposed_depth: how many layers a verifier has that fits those of ``keys`` that only a
+            verifier could tell, where none is known; ``None`` if there are none of these.
 
     """
 
@@ -96,6 +106,7 @@ class Derived:
     model_type: str | None = None
     proposals: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
+    supposed_depth: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,18 +178,49 @@ def read_options(options: Collection[Option], given: Mapping[str, Any]) -> dict[
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """What a reader cannot compute, beside features.
+
+    Attributes:
+        what: it, as the documentation calls it.
+        found: what a draft with a config has of it, as a clause that follows "it"; ``None`` if it
+            has nothing of it.
+        condition: what the verifier must be like, as a clause, where ``found`` depends on a number
+            of layers that is not known; ``None`` if it does not.
+
+    """
+
+    what: str
+    found: Callable[[Any, Depth], str | None]
+    condition: Callable[[Any], str | None] = lambda config: None  # noqa: ARG005
+
+
+def limit(what: str) -> Callable[[Callable[[Any], str | None]], Limit]:
+    """Make a limit of a function of the config."""
+    return lambda found: Limit(what, lambda config, _: found(config))
+
+
+def limit_of_layers(
+    what: str, condition: Callable[[Any], str | None]
+) -> Callable[[Callable[[Any, int | None], str | None]], Limit]:
+    """Make a limit of a function of the config and the number of the verifier's layers."""
+    return lambda found: Limit(what, lambda config, depth: found(config, depth()), condition)
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
-    """A layout to export to.
+    """A layout, and who reads it: one to export to, or a family's own.
 
     Attributes:
         reader: who reads it, for messages.
         layers: ``model_type`` of the draft's layer → the keys of config.json that tell the reader
             which model to build.
+        serving: how an engine that reads it is told of it; ``None`` if the reader is none.
+        variants: drafts of which it is told in another way, by their configs, and that way; the
+            first one that applies counts.
         lacks: the features that it cannot express.
         activation: the only one that it computes; ``None`` if it computes any.
-        refuses: why it cannot compute a draft with this config for other reasons, as a clause that
-            follows the draft's name; ``None`` if it can. It may ask for the number of the
-            verifier's layers, which is ``None`` if that is not known.
+        limits: what else it cannot compute.
         prefixes: prefix of names in the format → prefix in this layout, for a config.
         drops: the tensors of the format that this layout has no place for.
         adds: the tensors that it wants beside the format's, for a config.
@@ -190,16 +232,28 @@ class Target:
     """
 
     reader: str
-    layers: Mapping[str, Mapping[str, Any]]
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    serving: Serving | None = None
+    variants: tuple[tuple[Callable[[Any], bool], Serving], ...] = ()
     lacks: frozenset[str] = frozenset()
     activation: str | None = None
-    refuses: Callable[[Any, Callable[[], int | None]], str | None] = lambda config, depth: None  # noqa: ARG005
+    limits: tuple[Limit, ...] = ()
     prefixes: Callable[[Any], Mapping[str, str]] = lambda config: {}  # noqa: ARG005
     drops: frozenset[str] = frozenset()
     adds: Callable[[Any], Mapping[str, PlannedTensor]] = lambda config: {}  # noqa: ARG005
     advice: Callable[[Any], str | None] = lambda config: None  # noqa: ARG005
     zeros: frozenset[str] = frozenset()
     remarks: Mapping[str | None, str] = field(default_factory=dict)
+
+    def told(self, config: Any) -> Serving:
+        """How the engine that reads it is told of a draft with this config."""
+        assert self.serving is not None
+        return next((it for applies, it in self.variants if applies(config)), self.serving)
+
+
+def servings(targets: Mapping[str, Target]) -> tuple[Serving, ...]:
+    """How the engines among the readers of these layouts are told of a draft."""
+    return tuple(it.serving for it in targets.values() if it.serving)
 
 
 class Names:
@@ -251,13 +305,11 @@ class Card:
 
     Attributes:
         draft: what a draft is called, with its article.
-        method: vLLM's name for this way of speculating.
         tags: for the Hub.
 
     """
 
     draft: str
-    method: str
     tags: tuple[str, ...]
 
 
@@ -286,6 +338,7 @@ class Family:
             sentences on what could not be checked.
         card: what the model card says about it.
         export_config: the config.json of a target's layout, from a draft's config.
+        as_converted: who serves a converted directory as it is; ``None`` if no engine does.
         targets: what it can be exported to, by the names on the command line.
         flags: the features that its conversion can be asked to require.
         options: what else a user can say about a checkpoint.
@@ -295,7 +348,6 @@ class Family:
             version writes, so that it is a source like any other.
         example: the Hub ids of a draft and its verifier, for the help of the command line.
         unusual: the features that are worth naming in a title.
-        instead: what to do with a draft that a target cannot compute.
         model_types: the values of ``speculators_model_type`` in the configs of its drafts, if there
             are others than its name.
         companions: the names of files that may lie beside the weights and belong to the draft; a
@@ -321,6 +373,7 @@ class Family:
     card: Card
     export_config: Callable[[Any, Any], dict[str, Any]]
     check: str = "speculators.convert.checks.recurrent:RecurrentCheck"
+    as_converted: Target | None = None
     targets: Mapping[str, Target] = field(default_factory=dict)
     flags: tuple[Flag, ...] = ()
     options: tuple[Option, ...] = ()
@@ -330,7 +383,6 @@ class Family:
     example: tuple[str, str] = ("ORG/DRAFT", "ORG/VERIFIER")
     unusual: tuple[str, ...] = ()
     ambiguity: Callable[[str], str] | None = None
-    instead: str = "serve it with vLLM and the plugin that comes with speculators"
     model_types: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
     beside: Mapping[str, str] = field(default_factory=dict)

@@ -1,17 +1,21 @@
 """Kinds of checkpoints that are recognised, but belong to no family: refused, each with advice."""
 
-from speculators.families.signature import Serving, Signature
+from speculators.families.signature import Serving, Signature, vllm
 
 __all__ = [
+    "COHERE",
     "CONVERTED",
+    "DEEPSEEK",
     "DRAFT_IN_MODEL",
+    "EAGLE3_EH_PROJ",
+    "EAGLE3_HEADS",
+    "EAGLE3_MLA",
     "GEMMA_ASSISTANT",
     "GRIFFIN",
     "GROUPED_HEADS",
     "HYDRA",
     "LANGUAGE_MODEL",
     "LLAMA4",
-    "MEDUSA",
     "MEDUSA_IN_MODEL",
     "MINICPM",
     "MISTRAL",
@@ -20,6 +24,7 @@ __all__ = [
     "PARD",
     "QK_NORMS",
     "SEVERAL_LAYERS",
+    "UNO",
     "WITH_NORMS",
 ]
 
@@ -44,30 +49,19 @@ LANGUAGE_MODEL = Signature(
     advice="give the draft as INPUT, and the language model as BASE_MODEL",
 )
 
+FURTHER_NORMS = {
+    r"(.*\.)?(norm|layers\.0\.input_layernorm)\.weight": "a norm before its layers or after them"
+}
+"""What no engine's EAGLE-1 model of Llama's layers has."""
+
 SEVERAL_LAYERS = Signature(
     "several-layers",
     "a draft of several layers",
     marks=r"layers\.[1-9]\d*\..*",
     advice="the drafts of this shape that are converted have one layer",
-    serving=(Serving("vLLM", 'method "eagle"'), Serving("SGLang", "EAGLE")),
-)
-
-MEDUSA = Signature(
-    "medusa",
-    "Medusa heads",
-    marks=(
-        r"(medusa_heads?\.)?\d+\.\d+\.(linear\.)?(weight|bias)"
-        r"|medusa_heads\.\d+\.(medusa_layers\.\d+\.linear|lm_head)\.(weight|bias)"
-        r"|blocks\.\d+\.layers\.\d+\.(weight|bias)"
-    ),
-    hints={"medusa_num_heads": r"\d+"},
-    parts=("0.0.linear.weight", "0.0.linear.bias", "0.1.weight"),
-    advice=(
-        "they are served as published, by the releases that still know them, and are not converted"
-    ),
     serving=(
-        Serving("vLLM", 'method "medusa"', until="0.32"),
-        Serving("TensorRT-LLM", "convert_checkpoint.py", note="the TensorRT backend"),
+        vllm("eagle", lacks={r"(.*\.)?fc\.bias": "a bias on fc", **FURTHER_NORMS}),
+        Serving("SGLang", "EAGLE", lacks=FURTHER_NORMS),
     ),
 )
 
@@ -80,6 +74,43 @@ MEDUSA_IN_MODEL = Signature(
         "the heads belong to this model, not to the one that it was made of, so they are not "
         "converted; serve the model without them, or train a draft for it"
     ),
+    serving=(),
+)
+
+EAGLE3_MLA = Signature(
+    "eagle3-mla",
+    "an EAGLE-3 draft with latent attention (MLA)",
+    marks=r"(midlayer|layers\.\d+)\.self_attn\.(q_a_proj|kv_a_proj_with_mqa|kv_b_proj)\..*",
+    needs=(r"(midlayer|layers\.0)\.hidden_norm\.weight",),
+    parts=("fc.weight", "midlayer.hidden_norm.weight", "midlayer.self_attn.kv_b_proj.weight"),
+    advice=(
+        "its attention, DeepSeek's and Kimi's, is another than the format's layers have, so it is "
+        "not converted; it is served as published"
+    ),
+    serving=(
+        vllm("eagle3"),
+        Serving("SGLang", "EAGLE3"),
+        Serving("TensorRT-LLM", "Eagle3"),
+    ),
+)
+
+EAGLE3_EH_PROJ = Signature(
+    "eagle3-eh-proj",
+    "an EAGLE-3 draft with an eh_proj before its attention",
+    marks=r"(midlayer|layers\.0)\.(eh_proj|enorm)\..*|(eh_proj|enorm)\..*",
+    needs=(r"(midlayer|layers\.0)\.hidden_norm\.weight",),
+    advice=(
+        "it computes something else than other EAGLE-3 drafts, so it is not converted; "
+        "TensorRT-LLM, whose variant it is, serves it as published"
+    ),
+    serving=(Serving("TensorRT-LLM", "Eagle3"),),
+)
+
+EAGLE3_HEADS = Signature(
+    "eagle3-parallel-heads",
+    "an EAGLE-3 draft with ModelOpt's parallel draft heads",
+    marks=r"parallel_draft_heads\..*",
+    advice="no engine computes these heads, so it is not converted",
     serving=(),
 )
 
@@ -102,7 +133,7 @@ PARD = Signature(
     hinted=True,
     advice="it needs nothing of its verifier, and nothing to be converted: serve it as published",
     serving=(
-        Serving("vLLM", 'method "draft_model"', note='with "parallel_drafting": true'),
+        vllm("draft_model", parallel_drafting=True),
         Serving("TensorRT-LLM", "PARD"),
     ),
 )
@@ -118,7 +149,7 @@ GEMMA_ASSISTANT = Signature(
         "it reads its verifier's cache and has no keys and values of its own; it is served as "
         "published, and is not converted"
     ),
-    serving=(Serving("vLLM", 'method "mtp"'), Serving("SGLang", "FROZEN_KV_MTP")),
+    serving=(vllm("mtp"), Serving("SGLang", "FROZEN_KV_MTP")),
 )
 
 MLP_SPECULATOR = Signature(
@@ -152,6 +183,18 @@ ONE_MATRIX = Signature(
     advice="give the file that holds the draft's tensors",
 )
 
+UNO = Signature(
+    "uno",
+    "a LoRA adapter, as UNO's drafts are",
+    marks=r".*\.lora_[AB]\..*",
+    alone=True,
+    advice=(
+        "UNO drafts with the verifier itself and this adapter, so there is nothing to convert; "
+        "another adapter is no draft"
+    ),
+    serving=(Serving("SGLang", "UNO", note="with --uno-lora-path, if it was trained as a draft"),),
+)
+
 GRIFFIN = Signature(
     "griffin",
     "a GRIFFIN draft",
@@ -168,15 +211,50 @@ MINICPM = Signature(
         "MiniCPM's draft has norms of its own and scales its embedding and residuals: it is "
         "another architecture, and is not converted; vLLM serves it as published"
     ),
-    serving=(Serving("vLLM", 'method "eagle"'),),
+    serving=(vllm("eagle"),),
 )
 
 MISTRAL = Signature(
     "mistral-eagle",
     "an EAGLE draft in Mistral's own names",
     marks=r"eagle_linear\..*",
-    advice="it is another architecture, and is not converted; vLLM serves it as published",
-    serving=(Serving("vLLM", 'method "eagle"'),),
+    advice="it is another architecture, and is not converted; it is served as published",
+    serving=(vllm("eagle"), Serving("SGLang", "EAGLE")),
+)
+
+COHERE = Signature(
+    "cohere-eagle",
+    "an EAGLE draft of Cohere's Command",
+    marks=r"norm\.weight",
+    needs=(r"fc\.bias", r"layers\.0\.input_layernorm\.weight"),
+    # Its attention and its MLP take the same norm's output.
+    never=r"layers\.\d+\.post_attention_layernorm\..*|.*hidden_norm\..*",
+    fc_inputs=2,
+    both=True,
+    hints={"architectures": r"(Eagle)?Cohere.*"},
+    advice=(
+        "Cohere's layer, which attends and computes its MLP side by side, and the norm after it "
+        "are another architecture, and are not converted; vLLM serves it as published, if its "
+        "config.json says architectures CohereForCausalLM or EagleCohereForCausalLM"
+    ),
+    serving=(vllm("eagle"),),
+)
+
+DEEPSEEK = Signature(
+    "deepseek-eagle",
+    "an EAGLE draft of DeepSeek",
+    marks=r"enorm\.weight",
+    needs=(r"hnorm\.weight", r"norm\.weight"),
+    never=r".*eh_proj\..*",
+    fc_inputs=2,
+    both=True,
+    hints={"architectures": r"EagleDeepSeek.*"},
+    advice=(
+        "its latent attention and its norms on embedding and state (enorm, hnorm) are another "
+        "architecture, and are not converted; vLLM serves it as published, if its config.json "
+        "says architectures EagleDeepSeekMTPModel"
+    ),
+    serving=(vllm("eagle"),),
 )
 
 LLAMA4 = Signature(
@@ -189,7 +267,7 @@ LLAMA4 = Signature(
         "Llama 4's layer is another architecture than Llama's, and is not converted; vLLM serves "
         "such drafts as published"
     ),
-    serving=(Serving("vLLM", 'method "eagle"'),),
+    serving=(vllm("eagle"),),
 )
 
 QK_NORMS = Signature(

@@ -1,6 +1,6 @@
 """Drafts of a block that are recognised, but belong to no family: refused, each with advice."""
 
-from speculators.families.signature import Serving, Signature
+from speculators.families.signature import Serving, Signature, vllm
 
 __all__ = [
     "DFLARE",
@@ -9,13 +9,14 @@ __all__ = [
     "LAGUNA",
     "LILICORR",
     "MUSE",
+    "OTHER_DSPARKS",
     "XPRESS",
     "XPRESS_OF_UPSTREAM",
 ]
 
 AS_PUBLISHED = "it is served as published, and is not converted"
 
-VLLM = Serving("vLLM", 'method "dflash"')
+VLLM = vllm("dflash")
 SGLANG = Serving("SGLang", "DFLASH")
 
 DSPARK_OF_DEEPSEEK = Signature(
@@ -28,7 +29,7 @@ DSPARK_OF_DEEPSEEK = Signature(
         "verifier's checkpoint as published, and is not converted"
     ),
     serving=(
-        Serving("vLLM", 'method "dspark"', note='without "model"'),
+        vllm("dspark", 'without "model"'),
         Serving("SGLang", "DSPARK"),
         Serving("TensorRT-LLM", "DSpark"),
     ),
@@ -79,7 +80,13 @@ XPRESS = Signature(
     hints={"architectures": r".*XPress.*"},
     parts=("fc.weight", "xpress_head.w1.weight", "xpress_head.w2.weight"),
     advice=f"its refiner is not DFlash's; {AS_PUBLISHED}",
-    serving=(Serving("vLLM", 'method "dflash"', note="with the names xpress_head.*"),),
+    serving=(
+        vllm(
+            "dflash",
+            "with the names xpress_head.*",
+            lacks={r"(.*\.)?refiner_head\..*": "the names refiner_head.* of its trainer"},
+        ),
+    ),
 )
 
 XPRESS_OF_UPSTREAM = Signature(
@@ -112,3 +119,49 @@ MUSE = Signature(
     advice=AS_PUBLISHED,
     serving=(VLLM, SGLANG),
 )
+
+
+def _dspark(kind: str, of: str, marks: str, layer: str, *serving: Serving) -> Signature:
+    """A DSpark draft whose layers are its verifier's, and not Qwen3's."""
+    return Signature(
+        kind,
+        f"a DSpark draft of {of}",
+        marks=marks,
+        needs=(r"(.*\.)?(markov_head\..*|markov_w[12]\.weight)",),
+        advice=f"its layers are {layer}, which the format's are not; {AS_PUBLISHED}",
+        serving=serving,
+    )
+
+
+OTHER_DSPARKS = (
+    _dspark(
+        "dspark-gemma4",
+        "Gemma 4",
+        r"layers\.\d+\.(pre|post)_feedforward_layernorm\.weight",
+        "Gemma 4's",
+        vllm("dspark"),
+    ),
+    _dspark(
+        "dspark-kimi-k3",
+        "Kimi K3",
+        r"context_(proj|norm)\.weight|layers\.\d+\.self_attn\.kv_a_proj_with_mqa\..*",
+        "Kimi K3's, with latent attention (MLA)",
+        vllm("dspark"),
+    ),
+    _dspark(
+        "dspark-muse-spark",
+        "Muse Spark",
+        r"layers\.\d+\.(post_attn_norm|pre_ffn_norm|post_ffn_norm)\.weight",
+        "Muse Spark's",
+        vllm("dspark", "from 0.33 on"),
+    ),
+    _dspark(
+        "dspark-minimax",
+        "MiniMax",
+        r"(.*\.)?layers\.\d+\.decoder_layer\..*",
+        "MiniMax's",
+        Serving("SGLang", "DSPARK"),
+    ),
+)
+"""By vLLM 0.33.0 (``Gemma4DSparkModel``, ``K3DSparkModel``, ``MuseSparkDSparkModel``) and SGLang
+0.5.23 (``DSparkMiniMaxDraftModel``)."""

@@ -3,7 +3,7 @@
 A language model with its MTP inside is a language model.
 """
 
-from speculators.families.signature import Serving, Signature
+from speculators.families.signature import Serving, Signature, vllm
 
 __all__ = ["MTP", "MTP_OF_UPSTREAM"]
 
@@ -12,14 +12,15 @@ BODY = r"(?!mtp\.)(.*\.)?(layers|h|blocks)\.\d+\..*"
 
 FORMAT = (
     "no engine reads it in the speculators format, so it stays in its native layout: "
-    "`speculators mtp graft` puts it into its verifier's checkpoint, and `speculators mtp cut` "
-    "takes it out"
+    "`speculators mtp graft` puts it into its verifier's checkpoint, `speculators mtp cut` takes "
+    "it out, and `speculators evaluate` measures it (other than "
+    "Qwen's, with --server)"
 )
 
-VLLM = Serving("vLLM", 'method "mtp"')
+VLLM = vllm("mtp")
 SGLANG = Serving("SGLang", "NEXTN")
 LLAMA_CPP = Serving("llama.cpp", "draft-mtp")
-TENSORRT = Serving("TensorRT-LLM", "MTP")
+TENSORRT = Serving("TensorRT-LLM", "MTP", note="in the verifier's directory")
 BOTH = (VLLM, SGLANG)
 
 MTP_OF_UPSTREAM = Signature(
@@ -42,7 +43,7 @@ MTP = (
         never=BODY,
         parts=("mtp.fc.weight", "mtp.pre_fc_norm_embedding.weight", "mtp.norm.weight"),
         advice=FORMAT,
-        serving=(*BOTH, LLAMA_CPP),
+        serving=(*BOTH, LLAMA_CPP, TENSORRT),
     ),
     Signature(
         "mtp-longcat",
@@ -60,8 +61,9 @@ MTP = (
         never=BODY,
         advice=FORMAT,
         serving=(
-            Serving("vLLM", 'method "mtp"', note="the first of several layers only"),
+            vllm("mtp", "the first of several layers only"),
             SGLANG,
+            LLAMA_CPP,
         ),
     ),
     Signature(
@@ -70,7 +72,7 @@ MTP = (
         marks=r"mtp\.layers\.\d+\.(eh_proj|enorm|hnorm|mixer)\..*",
         never=BODY,
         advice=FORMAT,
-        serving=BOTH,
+        serving=(*BOTH, LLAMA_CPP, TENSORRT),
     ),
     Signature(
         "mtp-mimo",
@@ -100,7 +102,11 @@ MTP = (
         never=r"(.*\.)?layers\.0\..*|fc\.weight|midlayer\..*",
         parts=("layers.61.eh_proj.weight", "layers.61.enorm.weight", "layers.61.hnorm.weight"),
         advice=FORMAT,
-        serving=(*BOTH, LLAMA_CPP, TENSORRT),
+        serving=(
+            *BOTH,
+            Serving("llama.cpp", "draft-mtp", note="but those of DeepSeek-V3 and GLM-OCR"),
+            TENSORRT,
+        ),
     ),
     Signature(
         "mtp-deepseek-layer-0",
@@ -112,13 +118,23 @@ MTP = (
         serving=(SGLANG,),
     ),
     Signature(
+        "mtp-iquest-q1",
+        "an MTP head of IQuest Q1, a checkpoint of its own",
+        marks=r"target_final_norm\.weight",
+        needs=(r"mtp\..*",),
+        advice=(
+            "it belongs beside its verifier's checkpoint, as it was published, and is not converted"
+        ),
+        serving=(SGLANG,),
+    ),
+    Signature(
         "mtp",
         "an MTP head of a layout of its own",
         marks=r"mtp[._].*",
         never=BODY,
         advice=FORMAT,
         serving=(
-            Serving("vLLM", 'method "mtp"', note="if it knows the verifier"),
+            vllm("mtp", "if it knows the verifier"),
             Serving("SGLang", "NEXTN", note="likewise"),
         ),
     ),

@@ -8,6 +8,7 @@ from speculators.families.dflash import DFLASH, DFLASH2, DSPARK
 from speculators.families.eagle import EAGLE
 from speculators.families.eagle3 import EAGLE3
 from speculators.families.family import Family, Flag, Option
+from speculators.families.medusa import MEDUSA
 from speculators.families.signature import Signature
 
 __all__ = [
@@ -24,6 +25,7 @@ KNOWN: tuple[Family | Signature, ...] = (
     foreign_mtp.MTP_OF_UPSTREAM,
     foreign_blocks.XPRESS_OF_UPSTREAM,
     foreign.DRAFT_IN_MODEL,
+    foreign.UNO,
     foreign.GRIFFIN,
     foreign.MINICPM,
     foreign_blocks.DSPARK_OF_DEEPSEEK,
@@ -34,22 +36,28 @@ KNOWN: tuple[Family | Signature, ...] = (
     foreign_blocks.XPRESS,
     foreign_blocks.LILICORR,
     foreign_blocks.MUSE,
+    *foreign_blocks.OTHER_DSPARKS,
     DSPARK,
     DFLASH2,
     DFLASH,
     foreign.GEMMA_ASSISTANT,
     *foreign_mtp.MTP,
+    foreign.EAGLE3_HEADS,
+    foreign.EAGLE3_EH_PROJ,
+    foreign.EAGLE3_MLA,
     EAGLE3,
     foreign.PARD,
     foreign.LANGUAGE_MODEL,
     foreign.SEVERAL_LAYERS,
-    foreign.MEDUSA,
+    MEDUSA,
     foreign.HYDRA,
     foreign.MLP_SPECULATOR,
     foreign.ONE_MATRIX,
     foreign.LLAMA4,
     foreign.GROUPED_HEADS,
     foreign.QK_NORMS,
+    foreign.COHERE,
+    foreign.DEEPSEEK,
     foreign.WITH_NORMS,
     foreign.MISTRAL,
     EAGLE,

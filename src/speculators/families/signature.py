@@ -1,9 +1,14 @@
 """How a kind of checkpoint is recognised: by its tensors, with the config as a hint."""
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["ENGINES", "Serving", "Signature"]
+from speculators.checkpoint.tensor import TensorInfo
+
+__all__ = ["ENGINES", "Serving", "Signature", "vllm"]
 
 ENGINES = ("vLLM", "SGLang", "llama.cpp", "TensorRT-LLM")
 """Those that are spoken of: vLLM 0.33.0, SGLang 0.5.23, and the other two of November 2026."""
@@ -17,10 +22,13 @@ class Serving:
 
     Attributes:
         engine: one of ``ENGINES``.
-        option: what to tell it: vLLM's method, SGLang's algorithm, and so on; empty if it does not
-            serve them any more.
+        option: what to tell it: vLLM's method, SGLang's algorithm, and so on.
         until: the last release that serves them; empty if the current one does.
         note: what else to know, as a clause.
+        lacks: pattern of tensor names → what they show a draft to have that the engine does not
+            compute, as it follows "it".
+        settings: what vLLM's ``--speculative-config`` has to say, beside the draft and the number
+            of tokens.
 
     """
 
@@ -28,11 +36,47 @@ class Serving:
     option: str
     until: str = ""
     note: str = ""
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def lacking(self, names: Collection[str]) -> str | None:
+        """What a draft with tensors of these names has that the engine does not compute.
+
+        As it follows "it"; ``None`` if there is nothing.
+        """
+        return next(
+            (
+                what
+                for pattern, what in self.lacks.items()
+                if any(re.fullmatch(pattern, name) for name in names)
+            ),
+            None,
+        )
 
     def __str__(self) -> str:
         """The engine, and in parentheses how it is told."""
         last = f" up to {self.until}" if self.until else ""
         return f"{self.engine}{last} ({'; '.join(filter(None, (self.option, self.note)))})"
+
+
+def vllm(
+    method: str,
+    note: str = "",
+    *,
+    until: str = "",
+    lacks: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> Serving:
+    """How vLLM serves drafts with a method, and with other settings of ``--speculative-config``."""
+    said = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in settings.items())
+    return Serving(
+        "vLLM",
+        f'method "{method}"',
+        until,
+        note or (f"with {said}" if said else ""),
+        lacks or {},
+        {"method": method, **settings},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +101,9 @@ class Signature:
         decisive: whether the hints alone decide, whatever the tensors are.
         parts: tensors that every such checkpoint has; an unknown checkpoint is compared with them.
         advice: what to do instead of converting it; ``None`` for a kind that is converted.
-        serving: which engines serve it, and how; ``None`` if it is no draft.
+        serving: which engines serve it, and how; ``None`` if it is no draft. Of a family, a single
+            draft may not be served by all of them; see ``serving.judge``.
+        remark: a sentence on what else to know, by its tensors and their stored names.
 
     """
 
@@ -77,12 +123,19 @@ class Signature:
     parts: tuple[str, ...] = ()
     advice: str | None = None
     serving: tuple[Serving, ...] | None = None
+    remark: Callable[[Mapping[str, TensorInfo]], str | None] = lambda tensors: None  # noqa: ARG005
 
-    @property
-    def served(self) -> str | None:
-        """A clause on which engines serve it; ``None`` if it is no draft."""
+    def served(self, names: Collection[str]) -> str | None:
+        """A clause on which engines serve a draft of this kind; ``None`` if it is none.
+
+        Args:
+            names: those of its tensors.
+
+        """
         if self.serving is None:
             return None
-        if not self.serving:
+        engines = ", ".join(str(it) for it in self.serving if not it.lacking(names))
+        if not engines:
             return "no engine serves it"
-        return f"it is served by {', '.join(map(str, self.serving))}"
+        # Of a family, it depends on the draft: see ``serving.judge``.
+        return f"{'it is' if self.advice else 'such drafts are'} served by {engines}"

@@ -5,9 +5,17 @@ them. ``transformer_layer_config`` is a transformers config as a dictionary: the
 computes with are typed here, and any other key is kept unchanged.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 __all__ = [
@@ -108,6 +116,12 @@ class SpeculatorsConfig(Model):
     verifier: VerifierReference
 
 
+def _keep_whole(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """A whole number as it is, and not as a float."""
+    checked = check(value)
+    return value if type(value) is int else checked
+
+
 class LayerConfig(Model):
     """The draft's decoder layers.
 
@@ -130,7 +144,13 @@ class LayerConfig(Model):
     max_position_embeddings: int = Field(default=2048, ge=1)
     initializer_range: float = 0.02
     rms_norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
-    rope_theta: float = Field(default=10000.0, gt=0, allow_inf_nan=False)
+    rope_theta: Annotated[
+        float,
+        Field(gt=0, allow_inf_nan=False),
+        WrapValidator(_keep_whole),
+        PlainSerializer(lambda base: base, return_type=Any),
+    ] = 10000.0
+    """Written as it was read: 1000000 stays that."""
     rope_scaling: dict[str, Any] | None = None
     """As in transformers before version 5; the draft's own, never the verifier's."""
     pad_token_id: int | None = None
@@ -182,11 +202,6 @@ class SpeculatorConfig(Model):
     def companions(self) -> frozenset[str]:
         """The names of the files beside the weights that belong to the draft."""
         return frozenset()
-
-    @property
-    def unserved(self) -> str | None:
-        """Why vLLM does not serve the draft in this format, as a clause; ``None`` if it does."""
-        return None
 
     @property
     def parallel(self) -> bool:

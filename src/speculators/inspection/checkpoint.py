@@ -5,6 +5,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,29 +14,31 @@ from speculators.checkpoint.headers import headers_only
 from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.reader import Checkpoint, Companion, read_config, read_tensors
 from speculators.checkpoint.repository import Repository, open_repository
-from speculators.convert.export import obstacle
 from speculators.convert.plan import family_of, plan_draft
 from speculators.errors import (
     CheckpointError,
     ConversionError,
     FormatError,
+    NativeLayoutError,
     NoWeightsError,
     SpeculatorsError,
     sentence,
 )
-from speculators.families.converted import check_converted
-from speculators.families.family import Family
+from speculators.families.converted import Converted, check_converted
+from speculators.families.family import Depth, Family
 from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
 from speculators.families.recognition import Recognition, recognise, short_names
 from speculators.families.registry import family_named
 from speculators.families.research.fused import unfused
-from speculators.families.signature import Signature
+from speculators.families.serving import Judgement, judge, judge_published, obstacle
+from speculators.families.signature import Serving, Signature
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
 from speculators.format.tensors import counts_shown, features_shown
 from speculators.inspection.findings import (
     ConversionFinding,
     Finding,
     NearFinding,
+    RefusalFinding,
     ServingFinding,
     TensorFinding,
     VerifierFinding,
@@ -56,6 +59,8 @@ SIZES = (
     "max_position_embeddings",
 )
 """The sizes that are reported, by their keys in config.json."""
+
+BY_KIND = "Which engines serve it is said by its kind alone, since more of it cannot be read."
 
 
 def inspect_checkpoint(
@@ -126,6 +131,8 @@ def _inspect(repository: Repository) -> Finding:
         ]
     if family is None and (why := why_unknown(config, tensors)):
         notes.append(f"It {why}.")
+    if found.signature and (remark := found.signature.remark(tensors)):
+        notes.append(remark)
 
     title = found.signature.title if found.signature else "a checkpoint of no known kind"
     features = details.features or {}
@@ -144,7 +151,8 @@ def _inspect(repository: Repository) -> Finding:
         layout=details.layout,
         features=details.features,
         facts=details.facts,
-        serving=_serving(family.signature if family else found.signature),
+        serving=_serving(found.signature, family, details.judgement, checkpoint),
+        not_serving=_not_serving(details.judgement),
         exports=details.exports,
         sizes=sizes,
         parameters=sum(info.elements for info in tensors.values()),
@@ -193,15 +201,35 @@ def unreadable(source: str, error: SpeculatorsError) -> Finding:
     )
 
 
-def _serving(signature: Signature | None) -> list[ServingFinding] | None:
-    """The engines that serve drafts of a kind."""
-    if signature is None or signature.serving is None:
+def _serving(
+    signature: Signature | None,
+    family: Family | None,
+    judgement: Judgement | None,
+    checkpoint: Checkpoint,
+) -> list[ServingFinding] | None:
+    """The engines that serve a draft, or at least drafts of its kind."""
+    if judgement is not None:
+        return [_told(it.serving, it.export) for it in judgement.ways]
+    kind = family.signature if family else signature
+    if kind is None or kind.serving is None:
         return None
+    return [_told(it) for it in kind.serving if not it.lacking(checkpoint.tensors)]
+
+
+def _told(it: Serving, export: str | None = None) -> ServingFinding:
+    return ServingFinding(
+        engine=it.engine,
+        option=it.option,
+        until=it.until or None,
+        note=it.note or None,
+        export=export,
+    )
+
+
+def _not_serving(judgement: Judgement | None) -> list[RefusalFinding]:
     return [
-        ServingFinding(
-            engine=it.engine, option=it.option, until=it.until or None, note=it.note or None
-        )
-        for it in signature.serving
+        RefusalFinding(engine=it.engine, note=it.note or None, export=it.export, why=it.why)
+        for it in (judgement.refusals if judgement else ())
     ]
 
 
@@ -218,6 +246,7 @@ class Details:
         layout: which version's names a converted draft's tensors have.
         facts: see ``Finding``.
         exports: likewise.
+        judgement: which engines serve a draft of a family; ``None`` if that cannot be found out.
         fits: the vocabulary and the hidden size of a draft's verifiers, if they are not its own.
         verifier: the verifier that a converted draft names.
         notes: what cannot be determined, and what is wrong.
@@ -232,6 +261,7 @@ class Details:
     layout: Literal["current", "0.1.0 to 0.3.0"] | None = None
     facts: dict[str, str] = field(default_factory=dict)
     exports: list[str] | None = None
+    judgement: Judgement | None = None
     fits: tuple[int, int] | None = None
     verifier: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -273,8 +303,13 @@ def _details_of_draft(checkpoint: Checkpoint, family: Family, found: Recognition
     )
     try:
         plan = plan_draft(family_of(checkpoint, found), checkpoint)
+    except NativeLayoutError as error:
+        conversion = ConversionFinding(possible=False, why_not=str(error))
+        judgement = judge_published(family, error.served_by)
+        return Details(checkpoint.config, conversion, features, judgement=judgement, notes=notes)
     except ConversionError as error:
         conversion = ConversionFinding(possible=False, why_not=str(error))
+        notes.append(BY_KIND)
         return Details(checkpoint.config, conversion, features, notes=notes)
     targets: dict[str, str] = {}
     for target, info in plan.tensors.items():  # a fused tensor becomes several
@@ -297,6 +332,7 @@ def _details_of_draft(checkpoint: Checkpoint, family: Family, found: Recognition
         targets=targets,
         left_out=plan.left_out,
         facts=plan.derived.facts,
+        judgement=judge(family, plan.config, plan.features, lambda: plan.derived.supposed_depth),
         fits=plan.fits,
         notes=notes,
     )
@@ -306,22 +342,24 @@ def _details_of_converted(checkpoint: Checkpoint, family: Family, found: Recogni
     layer = checkpoint.config.get("transformer_layer_config")
     sizes = layer if isinstance(layer, dict) else {}
     targets = {name: family.names.current(name) for name in checkpoint.tensors}
-    verifier, exports, notes = None, None, []
+    verifier, exports, judgement, notes = None, None, None, []
     facts: dict[str, str] = {}
     fits = None
     try:
         converted = check_converted(checkpoint)
         config = converted.config
     except FormatError as error:
-        notes.append(f"It cannot be used: {error}")
+        notes += [f"It cannot be used: {error}", BY_KIND]
     else:
         sizes = config.transformer_layer_config.model_dump()
         verifier = config.speculators_config.verifier.name_or_path
         facts, fits = family.facts(config), config.verifier_sizes
+        depth = _depth(converted)
+        judgement = judge(family, config, converted.features, depth)
         exports = [
             name
             for name, target in family.targets.items()
-            if obstacle(family, config, converted.features, target) is None
+            if obstacle(family, config, converted.features, target, depth) is None
         ]
     return Details(
         sizes,
@@ -331,10 +369,19 @@ def _details_of_converted(checkpoint: Checkpoint, family: Family, found: Recogni
         layout=_layout(targets) if targets else None,
         facts=facts,
         exports=exports,
+        judgement=judgement,
         fits=fits,
         verifier=verifier,
         notes=notes,
     )
+
+
+def _depth(converted: Converted) -> Depth:
+    """How to find the number of the verifier's layers, if it is on this machine."""
+    named = converted.config.speculators_config.verifier.name_or_path
+    if named is None or not Path(named).is_dir():
+        return lambda: None
+    return cache(converted.verifier_layers)
 
 
 def _why_not(checkpoint: Checkpoint, found: Recognition) -> str:

@@ -11,6 +11,7 @@ __all__ = [
     "Finding",
     "MtpFinding",
     "NearFinding",
+    "RefusalFinding",
     "ServingFinding",
     "TensorFinding",
     "VerifierFinding",
@@ -76,7 +77,7 @@ class ConversionFinding(_Part):
 
 
 class ServingFinding(_Part):
-    """An engine that serves drafts of the kind."""
+    """An engine that serves the draft; of what is not of a family, drafts of its kind."""
 
     engine: str
     option: str
@@ -84,6 +85,20 @@ class ServingFinding(_Part):
     until: str | None
     """The last release that serves them; null if the current one does."""
     note: str | None
+    export: str | None = None
+    """The target of `speculators export` that writes what it reads; null if it reads the draft as
+    converted, or as published where it is not converted."""
+
+
+class RefusalFinding(_Part):
+    """An engine that does not serve the draft, or not in one of its ways."""
+
+    engine: str
+    note: str | None
+    """Which of its ways is meant, such as that without the plugin; null for the only one."""
+    export: str | None
+    """The target of `speculators export` that is refused; null if the engine has none."""
+    why: str
 
 
 class MtpFinding(_Part):
@@ -140,7 +155,9 @@ class Finding(_Part):
     facts: dict[str, str] = Field(default_factory=dict)
     """For a draft of a family: what else is worth telling about it, such as who published it."""
     serving: list[ServingFinding] | None = None
-    """For a draft: the engines that serve its kind, if any; null for what is no draft."""
+    """For a draft: the engines that serve it, if any; null for what is no draft."""
+    not_serving: list[RefusalFinding] = Field(default_factory=list)
+    """For a draft of a family: the engines that do not serve it, and why."""
     exports: list[str] | None = None
     """For a converted draft: the targets of `speculators export` that can compute it."""
     sizes: dict[str, int]

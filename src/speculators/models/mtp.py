@@ -29,10 +29,11 @@ from speculators.format.config import ProposalMethod
 from speculators.format.proposals import resized
 from speculators.models.output import CACHE, DraftOutput, the_cache
 from speculators.models.placement import device_of
-from speculators.models.tensors import TORCH_DTYPES, read_planned, read_tensor
+from speculators.models.tensors import read_planned, read_tensor
+from speculators.mtp.computed import computed_as
 from speculators.mtp.cut import read_mtp, tensors_of
 from speculators.mtp.experts import restacked
-from speculators.mtp.types import language_config, model_types
+from speculators.mtp.types import language_config
 
 __all__ = ["QwenMtp"]
 
@@ -58,7 +59,7 @@ KINDS = {
     "qwen3_5": _Kind("qwen3_5", "Qwen3_5", "Qwen3_5TextConfig"),
     "qwen3_5_moe": _Kind("qwen3_5_moe", "Qwen3_5Moe", "Qwen3_5MoeTextConfig"),
 }
-"""By the ``model_type`` of the verifier, without ``_text``."""
+"""By what ``computed_as`` says."""
 
 MODULES = {
     "mtp.fc.": "fc.",
@@ -145,18 +146,9 @@ class QwenMtp(nn.Module):
     ) -> "QwenMtp":
         """Load an MTP of which the config.json was read already; see ``load``."""
         mtp = read_mtp(repository, config)
-        kind = next(iter(sorted(model_types(config) & KINDS.keys())), None)
-        if kind is None or mtp.layers != 1:
-            raise FormatError(
-                f"{repository.name} has {mtp.type.title} of {mtp.layers} layer(s); those of "
-                f"{', '.join(KINDS)} with one layer are computed."
-            )
-        planned = restacked(tensors_of(mtp, repository), "fused")
-        if odd := [name for name, it in planned.items() if it.dtype not in TORCH_DTYPES]:
-            raise FormatError(
-                f"{repository.name} has {odd[0]} in {planned[odd[0]].dtype}; an MTP that is not "
-                "quantized is computed."
-            )
+        tensors = tensors_of(mtp, repository)
+        kind = computed_as(repository.name, config, mtp, tensors)
+        planned = restacked(tensors, "fused")
         experts = any(".experts." in name for name in planned)
         draft = cls(kind, language_config(config), experts=experts)
         weights = {}
@@ -310,9 +302,8 @@ class QwenMtp(nn.Module):
 
         Raises:
             VerifierError: if only files of the verifier were given.
-            GenerationError: if the settings or the verifier do not allow it; so it is for verifiers
-                with linear attention, as Qwen3-Next and Qwen3.5 have it, whose state cannot be
-                rolled back when drafted tokens are rejected.
+            GenerationError: if the settings or the verifier do not allow it. Verifiers with linear
+                attention, as Qwen3-Next and Qwen3.5 have it, verify chains and no trees.
 
         """
         if not self._verifier:

@@ -2,23 +2,25 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loguru import logger
 
 from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.headers import headers_only
 from speculators.checkpoint.hub.access import HubAccess
+from speculators.checkpoint.output.links import copy
 from speculators.checkpoint.output.staging import check_output, staged_directory
 from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_names, read_tensors
-from speculators.checkpoint.repository import Repository, open_repository
+from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.errors import CheckpointError, OutputError, listed
 from speculators.mtp.config import promising, write_json
 from speculators.mtp.find import Mtp, find_mtp, why_unknown
+from speculators.mtp.llamacpp import TOKENIZER_FILES, taken_along
 from speculators.mtp.quantization import (
     MODELOPT_FILE,
     lacking_scales,
@@ -26,7 +28,7 @@ from speculators.mtp.quantization import (
     with_exclusions,
 )
 
-__all__ = ["check_mtp", "cut", "read_mtp", "tensors_of"]
+__all__ = ["check_mtp", "check_outside", "cut", "read_mtp", "tensors_of"]
 
 
 def cut(
@@ -35,6 +37,7 @@ def cut(
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    to: Literal["llamacpp"] | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Copy the MTP of a verifier into a directory that engines load as a draft.
@@ -49,6 +52,8 @@ def cut(
         output: the directory to create; it must not exist.
         revision: a branch, tag or commit of the verifier on the Hub.
         cache_dir: where downloads are kept.
+        to: ``"llamacpp"`` for what llama.cpp's converter takes with its ``--mtp``: the verifier's
+            embedding, final norm, head and tokenizer, too.
         progress: reports the bytes written.
 
     Returns:
@@ -57,35 +62,62 @@ def cut(
     Raises:
         CheckpointError, HubError: the verifier cannot be read or fetched, or has no complete MTP
             of a known type.
+        ConversionError: llama.cpp does not take it.
         OutputError: the output exists or cannot be written.
 
     """
     directory = local_path(output, OutputError)
     check_output(directory, overwrite=False, marker=None)
     repository = open_repository(verifier, HubAccess(cache_dir), revision=revision, one_file=True)
+    if isinstance(repository, LocalDirectory):
+        check_outside(directory, repository.path, "the verifier")
     config, _ = read_config(repository)
     if config.get("speculators_model_type") == "mtp":
         raise CheckpointError(
             f"{repository.name} is an MTP as speculators 0.9 writes it, under names that no engine "
             "reads; graft it into its verifier, and cut it out of that."
         )
-    mtp = read_mtp(repository, config)
-    modelopt = repository.file(MODELOPT_FILE)
+    with headers_only(repository) as light:
+        names = read_names(light)
+    mtp = check_mtp(find_mtp(config, names), repository, config, names)
+    beside = frozenset[str]()
+    files = {MODELOPT_FILE: repository.file(MODELOPT_FILE)}
+    if to == "llamacpp":
+        beside = taken_along(repository.name, config, mtp, names)
+        files |= {it: repository.file(it) for it in TOKENIZER_FILES}
     with staged_directory(directory, marker=None) as staging:
-        tensors = tensors_of(mtp, repository)
-        modules = modules_of(tensors)
+        tensors = tensors_of(mtp, repository, beside)
+        modules = modules_of({name: info for name, info in tensors.items() if name in mtp.slots})
         write_json(staging / "config.json", promising(with_exclusions(config, modules), mtp))
-        if modelopt is not None:
-            settings = with_exclusions(read_json(modelopt), modules)
-            write_json(staging / MODELOPT_FILE, settings)
+        for name, file in files.items():
+            if file is not None and name == MODELOPT_FILE:
+                write_json(staging / name, with_exclusions(read_json(file), modules))
+            elif file is not None:
+                copy(file, staging / name)
         planned = {name: PlannedTensor.copy_of(info) for name, info in tensors.items()}
         write_safetensors_file(staging / "model.safetensors", planned, progress=progress)
     size = sum(info.nbytes for info in tensors.values())
+    what = f"{len(mtp.slots)} tensors{f' and {len(beside)} of the verifier' if beside else ''}"
     logger.success(
-        f"Cut {mtp.type.title} ({len(tensors)} tensors, {size} bytes) out of {repository.name}: "
-        f"{directory}"
+        f"Cut {mtp.type.title} ({what}, {size} bytes) out of {repository.name}: {directory}"
     )
     return directory
+
+
+def check_outside(output: Path, source: Path, what: str) -> None:
+    """Check that an output is not a part of what is read.
+
+    Args:
+        output: the directory to create.
+        source: a directory that is read.
+        what: what that is, for the message.
+
+    Raises:
+        OutputError: if it is.
+
+    """
+    if source.resolve() in output.resolve().parents:
+        raise OutputError(f"{output} is within {what} {source}; choose another output.")
 
 
 def read_mtp(repository: Repository, config: Mapping[str, Any]) -> Mtp:
@@ -122,16 +154,24 @@ def check_mtp(
     return mtp
 
 
-def tensors_of(mtp: Mtp, repository: Repository) -> dict[str, TensorInfo]:
+def tensors_of(
+    mtp: Mtp, repository: Repository, beside: frozenset[str] = frozenset()
+) -> dict[str, TensorInfo]:
     """The tensors of an MTP, in the checkpoint's order; from the Hub, their bytes are fetched.
+
+    Args:
+        mtp: the MTP.
+        repository: the checkpoint that has it.
+        beside: the names of others to read, too.
 
     Raises:
         CheckpointError: if they cannot be read, or FP8 matrices have no scales.
         HubError: if they cannot be fetched.
 
     """
-    read = read_tensors(repository, only=mtp.names)
-    tensors = {name: info for name, info in read.items() if name in mtp.slots}
+    wanted = mtp.names | beside
+    read = read_tensors(repository, only=wanted)
+    tensors = {name: info for name, info in read.items() if name in wanted}
     if lacking := lacking_scales(tensors):
         raise CheckpointError(
             f"{repository.name} has FP8 matrices without their scales in its MTP: it lacks "

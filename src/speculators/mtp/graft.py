@@ -12,14 +12,13 @@ from speculators.checkpoint.output.staging import check_output
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import read_config, read_tensors
-from speculators.checkpoint.repository import LocalDirectory, open_repository
+from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo, describe_shape
 from speculators.errors import CheckpointError, ConversionError, OutputError, listed
 from speculators.mtp.config import promising
-from speculators.mtp.cut import check_mtp, read_mtp, tensors_of
+from speculators.mtp.cut import check_mtp, check_outside, read_mtp, tensors_of
 from speculators.mtp.experts import layout_of, restacked
 from speculators.mtp.find import EXPERTS, Mtp, blocks_of, body_layers, find_mtp, nearest_layer
-from speculators.mtp.numbers import check_numbers
 from speculators.mtp.parameters import module_of
 from speculators.mtp.quantization import (
     MODELOPT_FILE,
@@ -80,7 +79,7 @@ def graft(
         in_place: change the verifier's own directory instead.
         revision: a branch, tag or commit of ``mtp`` on the Hub.
         cache_dir: where downloads are kept.
-        progress: reports the bytes checked and written.
+        progress: reports the bytes written.
 
     Returns:
         The path of the directory.
@@ -101,9 +100,10 @@ def graft(
     else:
         _check_place(place, directory)
     receiver = _read_receiver(directory)
-    plan = _plan(receiver, mtp, revision, HubAccess(cache_dir))
-    pieces = [piece for tensor in plan.shard.values() for piece in tensor.sources]
-    check_numbers(pieces, progress("Checking", sum(it.nbytes for it in pieces)))
+    repository = open_repository(mtp, HubAccess(cache_dir), revision=revision, one_file=True)
+    if output is not None and isinstance(repository, LocalDirectory):
+        check_outside(place, repository.path, "the MTP")
+    plan = _plan(receiver, repository)
     if output is None:
         write_in_place(receiver, plan, progress)
     else:
@@ -142,8 +142,7 @@ def _check_place(place: Path, directory: Path) -> None:
         raise OutputError(
             f"{place} is the verifier itself; change it with --in-place, or choose another output."
         )
-    if directory.resolve() in place.resolve().parents:
-        raise OutputError(f"{place} is within the verifier {directory}; choose another output.")
+    check_outside(place, directory, "the verifier")
     check_output(place, overwrite=False, marker=None)
 
 
@@ -162,11 +161,11 @@ def _read_receiver(directory: Path) -> Receiver:
     return Receiver(directory, config, tensors, index)
 
 
-def _plan(receiver: Receiver, given: str | Path, revision: str | None, hub: HubAccess) -> Plan:
-    repository = open_repository(given, hub, revision=revision, one_file=True)
+def _plan(receiver: Receiver, repository: Repository) -> Plan:
     if isinstance(repository, LocalDirectory) and repository.path.samefile(receiver.directory):
         raise ConversionError(
-            f"{given} is given as the verifier and as the MTP; give what holds the MTP to graft."
+            f"{repository.name} is given as the verifier and as the MTP; give what holds the MTP "
+            "to graft."
         )
     config, _ = read_config(repository)
     names = (repository.name, str(receiver.directory))

@@ -1,14 +1,10 @@
-"""Numbers that are none: found in the bytes of tensors, in pieces, without torch."""
+"""Numbers that are none: found in the bytes of tensors as they are copied, without torch."""
 
-from collections.abc import Callable, Iterable
-
-from speculators.checkpoint.output.writer import contiguous_chunks
+from speculators.checkpoint.output.writer import Look
 from speculators.checkpoint.tensor import TensorInfo
 from speculators.errors import CheckpointError
 
-__all__ = ["check_numbers"]
-
-CHUNK_BYTES = 1 << 20
+__all__ = ["finite"]
 
 SPECIAL = {
     "F64": (8, 0x7FF0000000000000),
@@ -22,35 +18,38 @@ SPECIAL = {
 """Dtype → its bytes, and the bits that are set in NaN and infinities and in no other number."""
 
 
-def check_numbers(tensors: Iterable[TensorInfo], advance: Callable[[int], None]) -> None:
-    """Check that the floating-point numbers of tensors are finite.
+def finite(info: TensorInfo) -> Look | None:
+    """Check that the numbers of a tensor are finite, while its bytes are written.
 
     Args:
-        tensors: the tensors; those of other dtypes are passed over.
-        advance: called with the number of bytes done since the last call.
+        info: the tensor.
 
-    Raises:
-        CheckpointError: if one is NaN or infinite, or a file cannot be read.
+    Returns:
+        what its bytes are passed to, in order and some at a time; it raises ``CheckpointError`` at
+        a number that is NaN or infinite. ``None`` if the dtype has no such numbers.
 
     """
     import numpy as np
 
-    for info in tensors:
-        if info.dtype not in SPECIAL:
-            advance(info.nbytes)
-            continue
-        size, bits = SPECIAL[info.dtype]
-        done = 0
-        for chunk in contiguous_chunks(info, CHUNK_BYTES):
-            numbers = np.frombuffer(chunk, f"<u{size}")
+    if info.dtype not in SPECIAL:
+        return None
+    size, bits = SPECIAL[info.dtype]
+    sign, largest, done = 1 << (8 * size - 1), np.maximum.reduce, 0
+
+    def look(chunk: memoryview) -> None:
+        nonlocal done
+        numbers = np.frombuffer(chunk, f"<u{size}")
+        # Their bits are the highest after the sign's. So as unsigned integers, negative ones are
+        # the greatest of all, and as signed integers, positive ones are.
+        if largest(numbers) >= sign | bits or largest(numbers.view(f"<i{size}")) >= bits:
             wrong = (numbers & numbers.dtype.type(bits)) == bits
-            if wrong.any():
-                raise CheckpointError(
-                    f"{info.file}: {info.label} has NaN or infinite numbers, the first at "
-                    f"{_place(info, done + int(wrong.argmax()))}; train or fetch it again."
-                )
-            done += len(numbers)
-            advance(len(chunk))
+            raise CheckpointError(
+                f"{info.file}: {info.label} has NaN or infinite numbers, the first at "
+                f"{_place(info, done + int(wrong.argmax()))}; train or fetch it again."
+            )
+        done += len(numbers)
+
+    return look
 
 
 def _place(info: TensorInfo, element: int) -> str:

@@ -252,7 +252,8 @@ def _list_in(settings: Mapping[str, Any], method: str) -> tuple[str | None, list
     if method == "gptq":  # what begins with "-:" is not quantized
         return "dynamic", list(settings.get("dynamic") or {})
     key = next((it for it in OTHER_LISTS if isinstance(settings.get(it), list)), LISTS.get(method))
-    return key, [it for it in settings.get(key or "") or () if isinstance(it, str)]
+    said = settings.get(key or "") or ()
+    return key, [it for it in ([said] if isinstance(said, str) else said) if isinstance(it, str)]
 
 
 def _modelopt_settings(config: dict[str, Any]) -> dict[str, Any] | None:

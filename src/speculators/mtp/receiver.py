@@ -27,6 +27,7 @@ from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.progress import Progress
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.mtp.config import write_json
+from speculators.mtp.numbers import finite
 
 __all__ = ["WEIGHTS", "Plan", "Receiver", "write_copy", "write_in_place"]
 
@@ -94,7 +95,8 @@ def write_copy(receiver: Receiver, plan: Plan, output: Path, progress: Progress)
     """Create a directory with the verifier and its new MTP.
 
     Raises:
-        CheckpointError: if a file of the verifier changed meanwhile.
+        CheckpointError: if a file of the verifier changed meanwhile, or the MTP has numbers that
+            are not finite.
         OutputError: if the directory exists, or cannot be written.
 
     """
@@ -112,7 +114,8 @@ def write_in_place(receiver: Receiver, plan: Plan, progress: Progress) -> None:
     """Change the verifier's own directory.
 
     Raises:
-        CheckpointError: if a file of the verifier changed meanwhile.
+        CheckpointError: if a file of the verifier changed meanwhile, or the MTP has numbers that
+            are not finite.
         OutputError: if the directory cannot be changed.
 
     """
@@ -219,7 +222,8 @@ def _index(receiver: Receiver, plan: Plan, weight_map: dict[str, str]) -> dict[s
 
 def _write(files: _Files, plan: Plan, folder: Path, progress: Progress) -> None:
     for name, tensors in files.written.items():
-        write_safetensors_file(folder / name, tensors, progress=progress)
+        look = finite if tensors is plan.shard else None
+        write_safetensors_file(folder / name, tensors, progress=progress, look=look)
     for name, text in plan.texts.items():
         write_json(folder / name, text)
     write_json(folder / INDEX, files.index)

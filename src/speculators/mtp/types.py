@@ -13,6 +13,7 @@ from typing import Any
 __all__ = [
     "BODY",
     "NAMED_ONLY",
+    "PREFIX",
     "TYPES",
     "MtpType",
     "Shape",

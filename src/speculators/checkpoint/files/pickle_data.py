@@ -63,7 +63,7 @@ class Refused(Exception):  # noqa: N818 - not an error yet: `read_pickle` makes 
 class Items:
     """A dict, as a list of its pairs in order.
 
-    It is no real dict, because hashing, comparing or printing a nested value of a hostile pickle
+    It is not a real dict, because hashing, comparing or printing a nested value of a hostile pickle
     can take exponential time or exhaust the C stack.
     """
 

@@ -112,7 +112,7 @@ def find_data(prefix: bytes, size: int, path: Path) -> int:
         )
     if header_bytes > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{path} has a header of {header_bytes} bytes, more than any that tells of tensors; "
+            f"{path} has a header of {header_bytes} bytes, more than any table of tensors needs; "
             "fetch it again."
         )
     return PREFIX_BYTES + int(header_bytes)

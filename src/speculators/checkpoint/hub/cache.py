@@ -1,4 +1,4 @@
-"""Files in the cache of the Hub's client: that they lie there, and are what the Hub announced."""
+"""Files in the cache of the Hub's client: that they are in it, and hold what the Hub announced."""
 
 import hashlib
 import os

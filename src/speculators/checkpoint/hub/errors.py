@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from speculators.errors import HubError
 
-__all__ = ["hide_secrets", "kinds_of", "raise_told"]
+__all__ = ["hide_secrets", "kinds_of", "raise_hub_error"]
 
 # What the client wraps around the cause: "not in the local cache", and "Error while uploading".
 _WRAPPERS = {"LocalEntryNotFoundError", "RuntimeError"}
@@ -33,7 +33,7 @@ def hide_secrets(text: str) -> str:
     return _SECRET.sub("***", text.replace(credentials, "***") if credentials else text)
 
 
-def raise_told(error: Exception, sentences: Mapping[str, str], **words: object) -> NoReturn:
+def raise_hub_error(error: Exception, sentences: Mapping[str, str], **words: object) -> NoReturn:
     """Raise a ``HubError`` that says what went wrong and what to do.
 
     Args:
@@ -46,8 +46,8 @@ def raise_told(error: Exception, sentences: Mapping[str, str], **words: object) 
     """
     from huggingface_hub import constants
 
-    told = next(sentences[kind] for kind in kinds_of(error) if kind in sentences) + "."
-    message = told.format(
+    sentence = next(sentences[kind] for kind in kinds_of(error) if kind in sentences) + "."
+    message = sentence.format(
         endpoint=hide_secrets(constants.ENDPOINT),
         kind=type(error).__name__,
         reason=_reason(error),

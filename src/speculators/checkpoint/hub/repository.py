@@ -30,7 +30,7 @@ from speculators.checkpoint.files.safetensors_file import (
 from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.hub.cache import check_place, delete_cached, find_damage
 from speculators.checkpoint.hub.client import WrongRangeError, watched_client
-from speculators.checkpoint.hub.errors import kinds_of, raise_told
+from speculators.checkpoint.hub.errors import kinds_of, raise_hub_error
 from speculators.checkpoint.paths import local_path
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.errors import CheckpointError
@@ -266,7 +266,7 @@ class HubRepository:
         """
         from huggingface_hub import hf_hub_url
 
-        with self._told(filename):
+        with self._errors_explained(filename):
             url = hf_hub_url(self.name, filename, revision=self.commit)
             return _read_range(url, start, size, self.hub.token)
 
@@ -323,7 +323,7 @@ class HubRepository:
             start, _ = self.read(filename, 0, data_start) or (b"", 0)
         header = parse_header(start[PREFIX_BYTES:data_start], size, remote)
         wanted = {name: info for name, info in header.items() if name in names}
-        with self._told(filename):
+        with self._errors_explained(filename):
             url = hf_hub_url(self.name, filename, revision=self.commit)
             _write_part(part, wanted, url, self.hub.token)
         return True
@@ -351,7 +351,7 @@ class HubRepository:
         except Exception as error:  # the client lets errors of many libraries through
             if "OfflineModeIsEnabled" in kinds_of(error) and self._is_cached():
                 return None
-            self._tell(error, filename)
+            self._explain(error, filename)
         # The cache's layout: snapshots/<commit>/<filename>.
         self.commit = path.parents[filename.count("/")].name
         return path
@@ -387,17 +387,17 @@ class HubRepository:
         return find_damage(path, self._assets() / "checked")
 
     @contextmanager
-    def _told(self, filename: str) -> Iterator[None]:
+    def _errors_explained(self, filename: str) -> Iterator[None]:
         try:
             with watched_client():
                 yield
         except Exception as error:  # as above
-            self._tell(error, filename)
+            self._explain(error, filename)
 
-    def _tell(self, error: Exception, filename: str) -> NoReturn:
+    def _explain(self, error: Exception, filename: str) -> NoReturn:
         from huggingface_hub import constants
 
-        raise_told(
+        raise_hub_error(
             error,
             _SENTENCES,
             repo=self.name,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from loguru import logger
 
 from speculators.checkpoint.hub.client import watched_client
-from speculators.checkpoint.hub.errors import raise_told
+from speculators.checkpoint.hub.errors import raise_hub_error
 from speculators.checkpoint.output.staging import CONVERTED
 from speculators.checkpoint.output.stamp import README, is_stamped
 from speculators.errors import HubError, printable
@@ -102,7 +102,7 @@ def check_name(repo_id: str, revision: str | None = None) -> None:
     """
     from huggingface_hub.utils import validate_repo_id
 
-    with _told(repo_id):
+    with _errors_explained(repo_id):
         validate_repo_id(repo_id)
     if revision is not None and not BRANCH.fullmatch(revision):
         raise HubError(
@@ -125,7 +125,7 @@ def check_token(repo_id: str, token: bool | str | None = None) -> None:
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    with _told(repo_id):
+    with _errors_explained(repo_id):
         if constants.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled
         if token in {None, True} and not get_token():
@@ -193,7 +193,7 @@ def upload(
 
     check_upload(repo_id, revision=revision, token=token)
     api = HfApi(token=True if token is None else token, library_name="speculators")
-    with _told(repo_id):
+    with _errors_explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -207,7 +207,7 @@ def upload(
     added = files_of(directory, files) - kept
     names = {file.rfilename for file in there.siblings or ()}
     stale = {name for name in names if any(fnmatch(name, it) for it in FILES)} - added - {README}
-    with _told(repo_id):
+    with _errors_explained(repo_id):
         commit = api.create_commit(
             repo_id,
             [
@@ -226,13 +226,13 @@ def upload(
 
 
 @contextmanager
-def _told(repo_id: str) -> Iterator[None]:
+def _errors_explained(repo_id: str) -> Iterator[None]:
     """Run the client quietly, and turn what it raises into a sentence."""
     try:
         with watched_client(), _client_kept_quiet():
             yield
     except Exception as error:  # the client lets errors of many libraries through
-        raise_told(error, _SENTENCES, repo=repo_id)
+        raise_hub_error(error, _SENTENCES, repo=repo_id)
 
 
 @contextmanager
@@ -265,7 +265,7 @@ def _find_kept(api: "HfApi", there: "ModelInfo", directory: Path) -> set[str]:
 
     """
     names = {CONVERTED.file, README} & {file.rfilename for file in there.siblings or ()}
-    with _told(there.id), TemporaryDirectory() as folder:
+    with _errors_explained(there.id), TemporaryDirectory() as folder:
         texts = {
             name: Path(
                 api.hf_hub_download(there.id, name, revision=there.sha, local_dir=folder)

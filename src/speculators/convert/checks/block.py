@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.convert.checks.comparison import LENGTH, SEED, check_same
+from speculators.convert.checks.comparison import SEED, check_same
 from speculators.convert.checks.forward import ForwardCheck
 from speculators.convert.plan import ConversionPlan
 from speculators.models.output import DraftOutput
@@ -23,10 +23,10 @@ class BlockCheck(ForwardCheck):
     row's tokens stand for these.
     """
 
-    rows = 2
-
-    def _drafted(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
-        drafted: Tensor = self.model.draft(self._block(input_ids), hidden_states).last_hidden_state
+    def _drafted(self) -> Tensor:
+        drafted: Tensor = self.model.draft(
+            self._block(self.input_ids), self.hidden_states
+        ).last_hidden_state
         return drafted
 
     def _block(self, input_ids: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class BlockCheck(ForwardCheck):
         the right is not seen. Where all layers are causal, no position sees later ones.
         """
         block, states = self._block(self.input_ids), self.hidden_states
-        rows, half = len(states), LENGTH // 2
+        half = self.length // 2
         begun = self.model.draft(block, states[:, :half], use_cache=True)
         check_same(
             "The output depends on how the context is passed on: the cache does not keep it",
@@ -51,7 +51,7 @@ class BlockCheck(ForwardCheck):
         )
         later = torch.cat((states[:, half:], -states[:, :half]), 1)
         begun = self.model.draft(block, states[:, :half], use_cache=True)
-        self.model.remember(later, [LENGTH, *[LENGTH - half] * (rows - 1)], begun.cache)
+        self.model.remember(later, [self.length, self.length - half], begun.cache)
         check_same(
             "The output depends on states that come later than its context",
             self.model.run_block(block, begun.cache)[1:],

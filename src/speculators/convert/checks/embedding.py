@@ -11,7 +11,7 @@ from speculators.convert.plan import ConversionPlan
 from speculators.errors import SpeculatorsError
 from speculators.models.tensors import read_tensor
 
-__all__ = ["tell_of_untrained_embedding"]
+__all__ = ["warn_of_untrained_embedding"]
 
 FRESH_DEVIATIONS = (0.02, 1.0)
 """The standard deviations that embeddings are initialised with: transformers', and torch's."""
@@ -25,14 +25,15 @@ LIKENESS = 0.5
 SAMPLED_ROWS = 1024
 
 
-def tell_of_untrained_embedding(plan: ConversionPlan) -> None:
-    """Tell of an embedding that is as an initialisation leaves it, and not the verifier's."""
+def warn_of_untrained_embedding(plan: ConversionPlan) -> None:
+    """Warn of an embedding that is as an initialisation leaves it, and not the verifier's."""
     planned = plan.tensors.get("embed_tokens.weight")
     if planned is None or len(planned.sources) != 1:
         return
     sample = _sample(planned.sources[0])
     deviation, mean = sample.std().item(), sample.mean().item()
-    kurtosis = ((sample - mean) / max(deviation, 1e-30)).pow(4).mean().item()
+    scaled = (sample - mean).div_(max(deviation, 1e-30))
+    kurtosis = scaled.square_().square_().mean().item()
     layer = plan.config.transformer_layer_config
     fresh = any(
         math.isclose(deviation, usual, rel_tol=0.03) and abs(mean) < 0.03 * usual

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from speculators.checkpoint.tensor import PlannedTensor
-from speculators.convert.checks.comparison import LENGTH, SEED, check_same
+from speculators.convert.checks.comparison import ROWS, SEED, check_same
 from speculators.convert.checks.planned import PlannedTensors, planned_matrix
 from speculators.convert.checks.verifier import (
     check_head_of_source,
@@ -35,13 +35,16 @@ class ForwardCheck(ABC):
 
     Attributes:
         unchecked: sentences on what could not be checked, and why.
-        rows: how many sequences there are; the reference reads all matrices once for each.
-        input_ids: (rows, LENGTH), random tokens.
-        hidden_states: (rows, LENGTH, width), random hidden states of the verifier.
+        length: how many tokens each of the sequences has.
+        evaluated: of how many of them the reference computes the outputs; it reads all matrices
+            once for each.
+        input_ids: (ROWS, length), random tokens.
+        hidden_states: (ROWS, length, width), random hidden states of the verifier.
 
     """
 
-    rows = 1
+    length = 24
+    evaluated = ROWS
 
     def __init__(self, plan: ConversionPlan, model: Speculator) -> None:
         self.plan, self.unchecked = plan, list[str]()
@@ -50,8 +53,8 @@ class ForwardCheck(ABC):
         generator = torch.Generator().manual_seed(SEED)
         vocabulary, hidden = plan.config.verifier_sizes
         width = hidden * max(1, len(model.verifier_layers))
-        self.input_ids = torch.randint(vocabulary, (self.rows, LENGTH), generator=generator)
-        self.hidden_states = torch.randn(self.rows, LENGTH, width, generator=generator)
+        self.input_ids = torch.randint(vocabulary, (ROWS, self.length), generator=generator)
+        self.hidden_states = torch.randn(ROWS, self.length, width, generator=generator)
         if model.get_input_embeddings() is None:
             refuse_incomplete(plan.verifier)
             self._leave_unchecked(
@@ -72,11 +75,7 @@ class ForwardCheck(ABC):
 
         """
         computed = self._computed() if self.model.get_output_embeddings() is not None else None
-        drafted = (
-            self._drafted(self.input_ids, self.hidden_states)
-            if computed is None
-            else computed.last_hidden_state
-        )
+        drafted = self._drafted() if computed is None else computed.last_hidden_state
         assert drafted is not None
         if not drafted.isfinite().all():
             raise ValidationError(
@@ -84,6 +83,7 @@ class ForwardCheck(ABC):
                 "the source's weights are too large."
             )
         self._check_causality(drafted)
+        drafted = drafted[: self.evaluated]
         reference = self.reference(PlannedTensors(self.plan), self.plan.config)
         if reason := reference.cannot_evaluate():
             self._leave_unchecked(f"The output was not compared with the reference: {reason}")
@@ -102,8 +102,8 @@ class ForwardCheck(ABC):
         """The model's outputs, and the logits of some of them."""
 
     @abstractmethod
-    def _drafted(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
-        """The model's outputs before the head, (rows, positions, hidden)."""
+    def _drafted(self) -> Tensor:
+        """The model's outputs before the head, (ROWS, positions, hidden)."""
 
     @abstractmethod
     def _check_causality(self, drafted: Tensor) -> None:
@@ -151,7 +151,7 @@ class ForwardCheck(ABC):
         assert found is not None
         check_same(
             f"The logits are not those of the {'draft' if head is None else 'verifier'}'s head",
-            found,
+            found[: self.evaluated],
             reference.logits(self._with_logits(drafted), head),
         )
 
@@ -176,8 +176,8 @@ class ForwardCheck(ABC):
     def _evaluate(self, reference: Any, plan: ConversionPlan) -> Tensor:
         return torch.stack(
             [
-                self._evaluate_row(reference, plan, ids, states)
-                for ids, states in zip(self.input_ids, self.hidden_states, strict=True)
+                self._evaluate_row(reference, plan, self.input_ids[row], self.hidden_states[row])
+                for row in range(self.evaluated)
             ]
         )
 

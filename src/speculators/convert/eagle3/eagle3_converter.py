@@ -91,7 +91,7 @@ class Eagle3Converter:
             input_path,
             output_path,
             base_model,
-            options=_said(aux_layers, aux_numbering, norm_output, mask_token_id),
+            options=_options(aux_layers, aux_numbering, norm_output, mask_token_id),
             validate=validate,
             cache_dir=cache_dir,
             revision=revision,
@@ -120,14 +120,14 @@ class Eagle3Converter:
             EAGLE3,
             input_path,
             base_model,
-            options=_said(aux_layers, aux_numbering, norm_output, mask_token_id),
+            options=_options(aux_layers, aux_numbering, norm_output, mask_token_id),
             cache_dir=cache_dir,
             revision=revision,
             dtype=dtype,
         )
 
 
-def _said(
+def _options(
     aux_layers: Sequence[int] | None,
     aux_numbering: str | None,
     norm_output: str | None,

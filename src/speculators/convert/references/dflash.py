@@ -47,9 +47,9 @@ class DFlashReference(Reference):
         for number in range(self.layer.num_hidden_layers):
             name = f"layers.{number}"
             y = self._norm(f"{name}.input_layernorm", x)
-            x = x + self._around(f"{name}.attention_conv", y, self._attention(number, context))
+            x = x + self._apply(f"{name}.attention_conv", y, self._attention(number, context))
             y = self._norm(f"{name}.post_attention_layernorm", x)
-            x = x + self._around(f"{name}.mlp_conv", y, self._mlp(f"{name}.mlp"))
+            x = x + self._apply(f"{name}.mlp_conv", y, self._mlp(f"{name}.mlp"))
         return self._norm("norm", x)
 
     def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
@@ -71,8 +71,15 @@ class DFlashReference(Reference):
         del x, before
         return logits
 
-    def _around(self, name: str, x: Tensor, part: Any) -> Tensor:
-        """What attention or MLP make of ``x``, (block, hidden); ``name`` is for convolutions."""
+    def _apply(self, name: str, x: Tensor, part: Any) -> Tensor:
+        """Apply attention or MLP, with what a kind of draft has around them.
+
+        Args:
+            name: the prefix of the tensors of what is around it.
+            x: (block, hidden).
+            part: the attention or the MLP.
+
+        """
         del name
         result: Tensor = part(x)
         return result
@@ -96,8 +103,8 @@ class DFlashReference(Reference):
             queries = self._linear(f"{name}.q_proj", x).unflatten(1, (-1, size))
             keys = self._linear(f"{name}.k_proj", everything).unflatten(1, (-1, size))
             values = self._linear(f"{name}.v_proj", everything).unflatten(1, (-1, size))
-            queries = self._turned(self._norm(f"{name}.q_norm", queries), at[len(context) :])
-            keys = self._turned(self._norm(f"{name}.k_norm", keys), at)
+            queries = self._rotated(self._norm(f"{name}.q_norm", queries), at[len(context) :])
+            keys = self._rotated(self._norm(f"{name}.k_norm", keys), at)
             seen = self._seen(number, len(context), len(everything))
             attended = []
             for head in range(heads):
@@ -119,7 +126,7 @@ class DFlashReference(Reference):
             seen &= ahead.abs() < window
         return seen
 
-    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         """RoPE of (length, heads, head size): each pair of channels as a complex number."""
         angles = torch.outer(positions.float(), rope_frequencies(self.layer, x.shape[-1]))
         turn = torch.polar(torch.ones_like(angles), angles)[:, None]
@@ -165,7 +172,7 @@ class DFlash2Reference(DFlashReference):
                 scores[place, candidate] = logits[place, candidate] + edge
         return scores
 
-    def _around(self, name: str, x: Tensor, part: Any) -> Tensor:
+    def _apply(self, name: str, x: Tensor, part: Any) -> Tensor:
         before, after = self._linear(f"{name}.kernel_projection", x).chunk(2, -1)
         first, second = self.tensors[f"{name}.base_kernel"]
         return self._convolved(part(self._convolved(x, first, before)), second, after)

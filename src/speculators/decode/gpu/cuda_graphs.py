@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from speculators.decode.cache import BlockCache
 from speculators.decode.drafter import Draft, Drafter
 from speculators.decode.gpu.fusion import fused
+from speculators.decode.linear import linear_layers
 from speculators.decode.steps import Steps
 from speculators.decode.tree import Tree
 from speculators.decode.verification import MASKABLE, VerifierPass
@@ -595,9 +596,12 @@ def power_of_two(number: int) -> int:
 def recordable(draft: Draft, verifier: PreTrainedModel) -> bool:
     """Whether the steps of a generation can be recorded, as far as can be told beforehand.
 
-    Both models must be in eval mode, on one device that has a recorder, and take 4D masks.
+    Both models must be in eval mode, on one device that has a recorder, and take 4D masks. The
+    states of linear attention are taken back on the host.
     """
     if not isinstance(draft, nn.Module) or verifier.training or draft.training:
+        return False
+    if linear_layers(verifier):
         return False
     devices = {tensor.device for tensor in tensors_of(draft, verifier)}
     return (

@@ -1,7 +1,5 @@
 """Recording texts of a verifier, and adding states of further layers to a recording."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +8,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from speculators import __version__
+from speculators.checkpoint.output.links import link_or_copy
 from speculators.checkpoint.output.staging import staged_directory
 from speculators.errors import EvaluationError
 from speculators.evaluate.defaults import BATCH
@@ -167,7 +166,7 @@ def add_layers(
     with staged_directory(directory, overwrite=True, marker=RECORDING) as staging:
         for path in sorted(directory.iterdir()):
             if path.name != RECORDING_FILE:
-                _link(path, staging / path.name)
+                link_or_copy(path, staging / path.name)
         for batch in _batches(lengths, batch_size):
             known = [read_tokens(recording, index)[: lengths[index] - 1] for index in batch]
             _write_layers(staging, batch, layer_states(verifier.model, known, new, verifier.device))
@@ -193,11 +192,3 @@ def _write_layers(staging: Path, batch: Sequence[int], states: Sequence[dict[int
 def _write_manifest(staging: Path, manifest: Manifest) -> None:
     text = manifest.model_dump_json(indent=2) + "\n"
     (staging / RECORDING_FILE).write_text(text, encoding="utf-8")
-
-
-def _link(path: Path, to: Path) -> None:
-    """Make a file appear in a second place, by a copy if the file system has no links."""
-    try:
-        os.link(path, to)
-    except OSError:
-        shutil.copyfile(path, to)

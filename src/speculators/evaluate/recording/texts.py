@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from speculators.decode.cache import BlockCache
+from speculators.decode.linear import linear_layers
 from speculators.decode.refusals import check_generation, left_padding
 from speculators.decode.sampling import draw, warp_of
 from speculators.decode.stopping import Stopping
@@ -124,7 +125,8 @@ def _decode(
     width, rows = input_ids.shape[1], len(input_ids)
     lengths = [0] * rows  # of the answers that have ended
     node = _single_node(input_ids.device)
-    cache, max_length = BlockCache(padding), int(generation_config.max_length or 0)
+    cache = BlockCache(padding, linear_layers(model))
+    max_length = int(generation_config.max_length or 0)
     tokens, states, probabilities = input_ids, list[Tensor](), list[Tensor]()
     with VerifierPass(model, cache, max_length) as verifier_pass:
         logits, passed = verifier_pass.prefill(
@@ -220,7 +222,8 @@ def layer_states(
 
     """
     rows = torch.nn.utils.rnn.pad_sequence([*texts], batch_first=True).to(device)
-    with VerifierPass(model, BlockCache([0] * len(rows)), rows.shape[1], layers) as verifier_pass:
+    cache = BlockCache([0] * len(rows), linear_layers(model))
+    with VerifierPass(model, cache, rows.shape[1], layers) as verifier_pass:
         # What is padded at the right is seen by nothing before it.
         _, states = verifier_pass.prefill(rows, None, None)
     by_layer = states.chunk(len(layers), -1)

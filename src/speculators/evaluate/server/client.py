@@ -99,7 +99,7 @@ class Server:
         uses_chat: whether it applies a chat template to prompts.
 
     Raises:
-        EvaluationError: if it is no URL, or the server cannot be reached.
+        EvaluationError: if it is not a URL, or the server cannot be reached.
 
     """
 

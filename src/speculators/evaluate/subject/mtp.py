@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from speculators.checkpoint.headers import headers_only
-from speculators.checkpoint.reader import read_names
+from speculators.checkpoint.reader import read_names, read_tensors
 from speculators.checkpoint.repository import Repository
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.errors import CheckpointError, EvaluationError, VerifierError
-from speculators.evaluate.report import Settings
+from speculators.errors import CheckpointError, GenerationError, VerifierError
 from speculators.format.config import ProposalMethod
-from speculators.format.proposals import check_sizes, resized
-from speculators.mtp.find import body_layers, find_mtp
+from speculators.format.proposals import CHAINS, check_sizes, resized
+from speculators.mtp.computed import computed_as
+from speculators.mtp.find import Mtp, body_layers, find_mtp
 
 __all__ = ["FoundMtp", "OpenedMtp", "look_for_mtp", "mtp_proposals", "open_mtp"]
 
@@ -24,12 +24,14 @@ class FoundMtp:
     Attributes:
         repository: where it is.
         config: the config.json there.
+        mtp: its tensors.
         has_body: whether the verifier's own layers are there, too.
 
     """
 
     repository: Repository
     config: dict[str, Any]
+    mtp: Mtp
     has_body: bool
 
 
@@ -69,7 +71,7 @@ def look_for_mtp(repository: Repository, config: dict[str, Any]) -> FoundMtp | N
     mtp = find_mtp(config, names)
     if mtp is None or not mtp.slots:
         return None
-    return FoundMtp(repository, config, bool(body_layers(mtp, names)))
+    return FoundMtp(repository, config, mtp, bool(body_layers(mtp, names)))
 
 
 def open_mtp(name: str, mtp: FoundMtp, verifier: str | Path | None) -> OpenedMtp:
@@ -81,10 +83,15 @@ def open_mtp(name: str, mtp: FoundMtp, verifier: str | Path | None) -> OpenedMtp
         verifier: a directory or a Hub id; needed if the verifier's own layers are not there.
 
     Raises:
+        FormatError: if the MTP is of a kind that is not computed here.
         VerifierError: if there is no verifier.
 
     """
     repository = mtp.repository
+    with headers_only(repository) as light:
+        read = read_tensors(light, only=mtp.mtp.names)
+    tensors = {it: info for it, info in read.items() if it in mtp.mtp.slots}
+    computed_as(repository.name, mtp.config, mtp.mtp, tensors)
     if verifier is None and not mtp.has_body:
         raise VerifierError(
             f"{repository.name} is an MTP without its verifier; give that with --verifier."
@@ -93,22 +100,17 @@ def open_mtp(name: str, mtp: FoundMtp, verifier: str | Path | None) -> OpenedMtp
     return OpenedMtp(name, mtp, opened, opened.name if verifier is None else str(verifier))
 
 
-def mtp_proposals(
-    proposal: str | None, lengths: list[int] | list[None], settings: Settings
-) -> list[ProposalMethod]:
+def mtp_proposals(proposal: str | None, lengths: list[int] | list[None]) -> list[ProposalMethod]:
     """The proposal methods to measure, one for each length; ``None`` is the type's own.
 
     Raises:
-        GenerationError: if there are no such proposals.
-        EvaluationError: if more is asked for than can be measured along the verifier's own output.
+        GenerationError: if there are no such proposals, or they are trees.
 
     """
-    if settings.temperature > 0 or not settings.acceptance_only or proposal == "sampling":
-        raise EvaluationError(
-            "The verifier of such an MTP has linear attention, whose state cannot be rolled back "
-            "when drafted tokens are rejected, so nothing is decoded with it here; "
-            "--acceptance-only measures what would be accepted of greedy chains and trees along "
-            "its own greedy output (temperature 0)."
+    if proposal not in {None, *CHAINS}:
+        raise GenerationError(
+            "The verifier of such an MTP has linear attention, which runs along a single path, so "
+            f"it cannot verify {proposal!r}; choose {' or '.join(CHAINS)}."
         )
     default = ProposalMethod(proposal_type=proposal or "greedy")
     methods = [default if length is None else resized(default, length) for length in lengths]

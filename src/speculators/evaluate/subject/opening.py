@@ -119,9 +119,9 @@ def open_draft(
     found = find_draft(source, hub, revision=revision)
     if isinstance(found, FoundMtp):
         raise EvaluationError(
-            f"{source} has an MTP, which is no converted draft: nothing is decoded with it "
-            "here, nor is it scored on a recording; 'speculators evaluate' with --acceptance-only "
-            "measures those of Qwen3-Next and Qwen3.5."
+            f"{source} has an MTP, which is no converted draft, so there is no chat with it, and "
+            "it is not scored on a recording; `speculators evaluate` measures those of Qwen3-Next "
+            "and Qwen3.5."
         )
     return _open_converted(str(source), found, verifier)
 

@@ -161,16 +161,6 @@ class DFlashConfig(SpeculatorConfig):
         return frozenset({MASK_FILE} if self.mask_embedding else ())
 
     @property
-    def unserved(self) -> str | None:
-        """Blocks whose anchor drafts a token, of all but DSpark drafts."""
-        if not self.sample_from_anchor:
-            return None
-        return (
-            "it samples from the anchor, which vLLM 0.32 and 0.33 refuse of such a draft in this "
-            "format; export it with --to vllm to serve it there"
-        )
-
-    @property
     def parallel(self) -> bool:
         """All tokens of a block are drafted in one pass."""
         return True
@@ -292,18 +282,6 @@ class DFlash2Config(DFlashConfig):
         return self
 
     @property
-    def unserved(self) -> str | None:
-        """The anchor, for which there is no other layout here, or the scales."""
-        if self.sample_from_anchor:
-            return "it samples from the anchor, which vLLM 0.32 and 0.33 refuse of such a draft"
-        if not (scales := [name for name in SCALES if getattr(self, name) is not None]):
-            return None
-        return (
-            f"vLLM does not read {' and '.join(scales)} in the speculators format, and then "
-            "computes something else: export it with --to vllm to serve it there"
-        )
-
-    @property
     def sizes(self) -> dict[str, int]:
         """The sizes of the convolutions and of the selector, too."""
         sizes = super().sizes
@@ -330,16 +308,6 @@ class DSparkConfig(DFlashConfig):
     """Whether a head estimates how likely a token is to be accepted."""
     confidence_head_with_markov: bool
     """Whether that head takes the Markov embedding of the token before beside the hidden state."""
-
-    @property
-    def unserved(self) -> str | None:
-        """Markov heads that depend on more than the token before."""
-        if self.markov_head_type == "vanilla":
-            return None
-        return (
-            f"vLLM computes vanilla Markov heads alone, and not this {self.markov_head_type} one; "
-            "SGLang computes it: export it with --to sglang"
-        )
 
     @property
     def causal(self) -> tuple[bool, ...]:

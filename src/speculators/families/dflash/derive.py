@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from speculators.checkpoint.tensor import describe_shape
-from speculators.errors import ConversionError
+from speculators.errors import ConversionError, NativeLayoutError
 from speculators.families.dflash.attention import Attention, derive_attention, is_usual
 from speculators.families.dflash.config import (
     SLIDING,
@@ -57,8 +57,19 @@ KNOWN = {
     "DFlash2Speculator",
     "Qwen3DFlashModel",
     "Qwen3DSparkModel",
+    # What SGLang 0.5.23 calls the same for other verifiers (srt/models/dspark.py, dflash.py).
+    "LingDSparkModel",
+    "Lfm2DSparkDraftModel",
+    "MiniMaxDFlash2DraftModel",
 }
 """The architectures whose layers are Qwen3's, as the format's are."""
+
+ELSEWHERE = {
+    "DFlash2BeamDraftModel": ("vLLM", "SGLang"),
+    "Qwen3OmniDSparkModel": ("vLLM",),
+}
+"""Other architectures → the engines that serve them (vLLM 0.33.0, SGLang 0.5.23), which have to
+read these names."""
 
 REFUSED = {
     r".*\.attention_sink_bias": "attention sinks",
@@ -177,8 +188,6 @@ def _derive(source: Source, kind: Kind) -> Derived:
         )
     # Before there is a whole config.
     config = CONFIGS[kind].model_construct(transformer_layer_config=layer.config, **keys)
-    if config.unserved:
-        notes.append(config.unserved)
     facts = {label: fact for label, fact in config.facts().items() if label not in open_ends}
     methods = source.checkpoint.config.get("speculators_config")
     given = list(methods.get("proposal_methods") or []) if isinstance(methods, dict) else []
@@ -209,6 +218,13 @@ def _refuse_variants(source: Source) -> None:
 def _refuse_architectures(said: Said) -> None:
     said.find("architectures", becomes="the draft's own are written")
     for architecture in architectures_of(said.source.checkpoint.config):
+        if served_by := ELSEWHERE.get(architecture):
+            raise NativeLayoutError(
+                f"{said.where} says architectures {architecture}, which the engines have to read "
+                f"there, and the format says in another way; {' and '.join(served_by)} "
+                f"serve{'s' * (len(served_by) == 1)} it as it was published.",
+                served_by,
+            )
         if architecture not in KNOWN:
             raise ConversionError(
                 f"{said.where} says architectures {architecture}, whose layers are not those of "
@@ -252,11 +268,12 @@ def _ways_to_say(said: Said, kind: Kind, attention: Attention) -> dict[str, Any]
         return {"sliding_window_non_causal": not any(causal), "is_causal": None}
     if len(set(causal)) > 1:
         layers = ", ".join(str(layer) for layer, it in enumerate(causal) if it)
-        raise ConversionError(
+        raise NativeLayoutError(
             f"{said.source.checkpoint.name}: its layers {layers} slide and are causal, and the "
             "others are not, which today's speculators format cannot say of a "
             f"{'DFlash 2' if kind == 'dflash2' else 'DFlash'} draft: vLLM would make all of them "
-            "causal. Keep the native layout, which vLLM and SGLang serve as it is."
+            "causal. Keep the native layout, which vLLM and SGLang serve as it is.",
+            {"vLLM", "SGLang"},
         )
     everywhere = causal[0]
     by_type = kind != "dspark" and (not everywhere or set(types) == {SLIDING})

@@ -1,8 +1,9 @@
 """What DFlash, DFlash 2 and DSpark drafts can be exported to.
 
 What each reader takes is by the sources of z-lab's ``dflash`` 0.1.0, vLLM 0.32 and 0.33
-(``model_executor/models/qwen3_dflash.py``, ``qwen3_dflash2.py``, ``qwen3_dspark.py``) and SGLang
-0.5.23 (``srt/models/dflash.py``, ``dspark.py``, ``srt/speculative/dflash_utils.py``). All of them
+(``model_executor/models/qwen3_dflash.py``, ``qwen3_dflash2.py``, ``qwen3_dspark.py``), SGLang
+0.5.23 (``srt/models/dflash.py``, ``dspark.py``, ``srt/speculative/dflash_utils.py``) and llama.cpp
+b11434 (``conversion/qwen.py``, ``src/models/dflash.cpp``, ``common/speculative.cpp``). All of them
 read one native layout, which is flat and nests what is DFlash's own in ``dflash_config``.
 """
 
@@ -13,12 +14,19 @@ from typing import Any
 from speculators.families.advice import limit_context
 from speculators.families.dflash.attention import is_usual
 from speculators.families.dflash.config import SCALES, DFlash2Config, DFlashConfig, DSparkConfig
-from speculators.families.family import Target
+from speculators.families.family import Limit, Target, limit
+from speculators.families.rope_in_gguf import keys_of_rope, misread_rope
+from speculators.families.signature import Serving, vllm
 
-__all__ = ["DFLASH2_TARGETS", "DFLASH_TARGETS", "DSPARK_TARGETS", "export_config"]
-
-Limit = Callable[[DFlashConfig], str | None]
-"""What a draft has that a reader cannot compute, as it follows "it"; ``None`` if nothing."""
+__all__ = [
+    "DFLASH2_AS_CONVERTED",
+    "DFLASH2_TARGETS",
+    "DFLASH_AS_CONVERTED",
+    "DFLASH_TARGETS",
+    "DSPARK_AS_CONVERTED",
+    "DSPARK_TARGETS",
+    "export_config",
+]
 
 SELECTOR = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 HEADS = (
@@ -105,45 +113,53 @@ def _dflash_for_vllm(config: DFlashConfig) -> dict[str, Any]:
     }
 
 
+@limit("a first token that is drafted at the anchor's position")
 def samples_anchor(config: DFlashConfig) -> str | None:
     """A first token that is drafted at the anchor's position."""
     return "samples from the anchor" if config.sample_from_anchor else None
 
 
+@limit("states of another width than the draft's")
 def other_width(config: DFlashConfig) -> str | None:
     """States of another width than the draft's."""
     return "reads states of another width than its own" if config.target_hidden_size else None
 
 
+@limit("the state that enters layer 0")
 def embeddings_read(config: DFlashConfig) -> str | None:
     """The state that enters layer 0, which leaves none."""
     reads = 0 in config.aux_hidden_state_layer_ids
     return "reads the verifier's embeddings (layer -1)" if reads else None
 
 
+@limit("a mask token with an embedding of its own")
 def own_mask(config: DFlashConfig) -> str | None:
     """A mask token with an embedding of its own."""
     return "has a mask embedding of its own (mask_embedding.pt)" if config.mask_embedding else None
 
 
+@limit("such a mask token of a draft that samples from the anchor")
 def anchored_mask(config: DFlashConfig) -> str | None:
     """Both: vLLM serves what samples from the anchor as DSpark, which reads no mask embedding."""
     both = config.sample_from_anchor and config.mask_embedding
     return "samples from the anchor and has a mask embedding of its own" if both else None
 
 
+@limit("RoPE that pairs neighbouring channels")
 def paired_rope(config: DFlashConfig) -> str | None:
     """RoPE that pairs neighbouring channels."""
     paired = not config.transformer_layer_config.is_neox_style
     return "has RoPE that pairs neighbouring channels (is_neox_style false)" if paired else None
 
 
+@limit("a verifier of an unknown number of layers")
 def depth_unknown(config: DFlashConfig) -> str | None:
     """No number of the verifier's layers, which the reference always reads."""
     unknown = config.num_target_layers is None
     return "does not say how many layers its verifier has" if unknown else None
 
 
+@limit("Markov heads other than vanilla ones")
 def other_markov(config: DFlashConfig) -> str | None:
     """A Markov head that depends on more than the token before."""
     kind = getattr(config, "markov_head_type", "vanilla")
@@ -151,34 +167,67 @@ def other_markov(config: DFlashConfig) -> str | None:
     return f"has a {called} Markov head" if kind != "vanilla" else None
 
 
+@limit("layers that are causal, or not, unlike others of their type")
 def causal_full(config: DFlashConfig) -> str | None:
     """Layers whose causality is not that of their type."""
     usual = is_usual(config.transformer_layer_config.layer_types, config.causal)
     return None if usual else "has layers that are causal, or not, unlike others of their type"
 
 
+@limit("layers that are causal beside layers that are not")
+def mixed_causality(config: DFlashConfig) -> str | None:
+    """Layers of which some are causal and some are not."""
+    return (
+        "has layers that are causal, and others that are not"
+        if len(set(config.causal)) > 1
+        else None
+    )
+
+
+@limit("windows shorter than a block that is not causal")
+def short_window(config: DFlashConfig) -> str | None:
+    """A window that ends inside a block that is not causal: llama.cpp ends it backwards only."""
+    window = config.transformer_layer_config.sliding_window
+    short = window is not None and window < config.block_size and not all(config.causal)
+    return "has windows that are shorter than its blocks, and not causal" if short else None
+
+
+@limit("dynamic and Llama 3's RoPE scaling, and YaRN with more than a factor")
+def misread_by_llamacpp(config: DFlashConfig) -> str | None:
+    """RoPE scaling that llama.cpp's converter drops, or reads otherwise."""
+    return misread_rope(config.transformer_layer_config, llama3=False)
+
+
+@limit("the state that leaves the verifier's last layer")
+def last_state(config: DFlashConfig) -> str | None:
+    """What leaves the verifier's last layer, of which llama.cpp keeps only what enters layers."""
+    last = config.aux_hidden_state_layer_ids[-1]
+    known = last == config.num_target_layers
+    return (
+        f"reads the state that leaves the verifier's last layer (layer {last})" if known else None
+    )
+
+
+@limit("a confidence head without the Markov embedding")
+def lone_confidence(config: DFlashConfig) -> str | None:
+    """A confidence head that does not take the Markov embedding."""
+    without = getattr(config, "confidence_head_with_markov", True) is False
+    lone = without and getattr(config, "enable_confidence_head", False)
+    return "has a confidence head without the Markov embedding" if lone else None
+
+
+@limit("layers that slide")
 def sliding(config: DFlashConfig) -> str | None:
     """A window."""
     slides = config.transformer_layer_config.use_sliding_window
     return "has layers that slide" if slides else None
 
 
+@limit("DFlash 2's scales")
 def scaled(config: DFlashConfig) -> str | None:
     """DFlash 2's scales."""
     given = [key for key in SCALES if getattr(config, key, None) is not None]
     return f"has {given[0]}" if given else None
-
-
-def refusal(
-    reader: str, *limits: Limit
-) -> Callable[[DFlashConfig, Callable[[], int | None]], str | None]:
-    """Why a reader cannot compute a draft: by the first of the limits that it exceeds."""
-
-    def refuses(config: DFlashConfig, depth: Callable[[], int | None]) -> str | None:  # noqa: ARG001
-        exceeded = next(filter(None, (limit(config) for limit in limits)), None)
-        return exceeded and f"{exceeded}, which {reader} cannot compute"
-
-    return refuses
 
 
 def _called(architecture: str) -> dict[str, dict[str, Any]]:
@@ -220,37 +269,42 @@ def _reference(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFla
         reader="z-lab's dflash",
         layers=_called(architecture),
         lacks=OWN,
-        refuses=refusal(
-            "z-lab's dflash", samples_anchor, other_width, own_mask, paired_rope, depth_unknown
-        ),
+        limits=(samples_anchor, other_width, own_mask, paired_rope, depth_unknown),
         keys=keys,
     )
 
 
 def _vllm(
+    method: str,
     architecture: str,
     keys: Callable[[Any], dict[str, Any]],
     *limits: Limit,
-    advice: Callable[[DFlashConfig], str | None] = lambda config: None,  # noqa: ARG005
+    **settings: Any,
 ) -> DFlashTarget:
     return DFlashTarget(
         reader="vLLM",
         layers=_called(architecture),
-        refuses=refusal("vLLM", *limits),
+        serving=vllm(method),
+        limits=limits,
         keys=keys,
         activation="silu",
-        advice=advice,
+        **settings,
     )
 
 
+def _as_converted(method: str, *limits: Limit) -> Target:
+    return Target("vLLM", serving=vllm(method), limits=limits, activation="silu")
+
+
 def _sglang(
-    architecture: str, keys: Callable[[Any], dict[str, Any]], *limits: Limit
+    algorithm: str, architecture: str, keys: Callable[[Any], dict[str, Any]], *limits: Limit
 ) -> DFlashTarget:
     return DFlashTarget(
         reader="SGLang",
         layers=_called(architecture),
+        serving=Serving("SGLang", algorithm),
         lacks=frozenset({"draft_vocabulary"}),
-        refuses=refusal("SGLang", other_width, embeddings_read, *limits),
+        limits=(other_width, embeddings_read, *limits),
         keys=keys,
         activation="silu",
         remarks=_ignores_own("SGLang"),
@@ -258,28 +312,57 @@ def _sglang(
     )
 
 
+def _for_llamacpp(keys: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """The keys of a native layout as llama.cpp's converter takes them.
+
+    To it, layers that slide are not causal either unless ``is_causal`` says so.
+    """
+
+    def named(config: DFlashConfig) -> dict[str, Any]:
+        layer = config.transformer_layer_config
+        return {
+            **keys(config),
+            **keys_of_rope(layer),
+            **({"is_causal": all(config.causal)} if layer.use_sliding_window else {}),
+            **({} if layer.is_neox_style else {"rope_is_neox_style": False}),
+        }
+
+    return named
+
+
+def _dspark_for_llamacpp(config: DSparkConfig) -> dict[str, Any]:
+    """DSpark's keys, and that the converter is to leave out the draft's own embedding.
+
+    It leaves out a head of the whole vocabulary anyway, and llama.cpp then takes an embedding, if
+    there is one, as the head, too.
+    """
+    return _dspark(config) | {"has_embed_tokens": False}
+
+
 def _llamacpp(
+    spec_type: str,
     architecture: str,
     keys: Callable[[Any], dict[str, Any]],
     *limits: Limit,
+    lacks: frozenset[str] = OWN,
     ignores: Mapping[str | None, str] = EMPTY,
 ) -> DFlashTarget:
-    """What llama.cpp's converter takes; which windows and masks it writes is not documented."""
+    """What llama.cpp's converter takes, and llama.cpp then computes."""
     return DFlashTarget(
         reader="llama.cpp's convert_hf_to_gguf.py",
         layers=_called(architecture),
-        lacks=frozenset({*(OWN - ignores.keys()), "attention_bias"}),
-        refuses=refusal(
-            "llama.cpp",
+        serving=Serving("llama.cpp", spec_type),
+        lacks=lacks | {"attention_bias"},
+        limits=(
             other_width,
-            embeddings_read,
+            last_state,
             own_mask,
-            paired_rope,
-            causal_full,
-            sliding,
+            mixed_causality,
+            short_window,
+            misread_by_llamacpp,
             *limits,
         ),
-        keys=keys,
+        keys=_for_llamacpp(keys),
         activation="silu",
         remarks=ignores,
         advice=_advice_on_llamacpp,
@@ -291,9 +374,9 @@ def _trtllm(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFlashT
     return DFlashTarget(
         reader="TensorRT-LLM",
         layers=_called(architecture),
+        serving=Serving("TensorRT-LLM", "DFlash"),
         lacks=frozenset({"draft_vocabulary"}),
-        refuses=refusal(
-            "TensorRT-LLM",
+        limits=(
             samples_anchor,
             other_width,
             embeddings_read,
@@ -308,23 +391,50 @@ def _trtllm(architecture: str, keys: Callable[[Any], dict[str, Any]]) -> DFlashT
     )
 
 
+DFLASH_AS_CONVERTED = _as_converted("dflash", samples_anchor)
 DFLASH_TARGETS = {
     "dflash": _reference("DFlashDraftModel", _nested),
-    "vllm": _vllm("DFlashDraftModel", _dflash_for_vllm, anchored_mask, advice=_served_as_dspark),
-    "sglang": _sglang("DFlashDraftModel", _nested, samples_anchor),
-    "llamacpp": _llamacpp("DFlashDraftModel", _nested, samples_anchor),
+    "vllm": _vllm(
+        "dflash",
+        "DFlashDraftModel",
+        _dflash_for_vllm,
+        anchored_mask,
+        variants=(
+            (
+                lambda config: config.sample_from_anchor,
+                vllm("dspark", "without tensor parallelism"),
+            ),
+        ),
+        advice=_served_as_dspark,
+    ),
+    "sglang": _sglang("DFLASH", "DFlashDraftModel", _nested, samples_anchor),
+    "llamacpp": _llamacpp("draft-dflash", "DFlashDraftModel", _nested, samples_anchor),
     "trtllm": _trtllm("DFlashDraftModel", _nested),
 }
+DFLASH2_AS_CONVERTED = _as_converted("dflash", samples_anchor, scaled)
 DFLASH2_TARGETS = {
     "dflash": _reference("DFlash2DraftModel", _dflash2),
-    "vllm": _vllm("DFlash2DraftModel", _dflash2, samples_anchor),
-    "sglang": _sglang("DFlash2DraftModel", _dflash2, samples_anchor),
-    "llamacpp": _llamacpp("DFlash2DraftModel", _dflash2, samples_anchor, scaled),
+    "vllm": _vllm("dflash", "DFlash2DraftModel", _dflash2, samples_anchor),
+    "sglang": _sglang("DFLASH", "DFlash2DraftModel", _dflash2, samples_anchor),
+    "llamacpp": _llamacpp("draft-dflash", "DFlash2DraftModel", _dflash2, samples_anchor),
 }
+DSPARK_AS_CONVERTED = _as_converted("dspark", other_markov)
 DSPARK_TARGETS = {
-    "vllm": _vllm("Qwen3DSparkModel", _dspark, other_markov),
-    "sglang": _sglang("Qwen3DSparkModel", _dspark),
+    "vllm": _vllm("dspark", "Qwen3DSparkModel", _dspark, other_markov),
+    "sglang": _sglang("DSPARK", "Qwen3DSparkModel", _dspark),
     "llamacpp": _llamacpp(
-        "Qwen3DSparkModel", _dspark, other_markov, ignores=_ignores_own("llama.cpp")
+        "draft-dspark",
+        "Qwen3DSparkModel",
+        _dspark_for_llamacpp,
+        other_markov,
+        lone_confidence,
+        lacks=frozenset(),
+        ignores={
+            "embedding": IGNORES_OWN["embedding"].format(reader="llama.cpp"),
+            "head": (
+                "llama.cpp uses the verifier's head, whatever the draft's own holds, unless the "
+                "draft has a vocabulary of its own"
+            ),
+        },
     ),
 }

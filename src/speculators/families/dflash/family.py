@@ -16,8 +16,11 @@ from speculators.families.dflash.derive import (
     derive_dspark,
 )
 from speculators.families.dflash.export import (
+    DFLASH2_AS_CONVERTED,
     DFLASH2_TARGETS,
+    DFLASH_AS_CONVERTED,
     DFLASH_TARGETS,
+    DSPARK_AS_CONVERTED,
     DSPARK_TARGETS,
     export_config,
 )
@@ -32,20 +35,18 @@ from speculators.families.dflash.tensors import (
     OLDER_PREFIXES,
     OMISSIONS,
 )
-from speculators.families.family import Card, Family, Names
-from speculators.families.signature import Serving, Signature
+from speculators.families.family import Card, Family, Names, servings
+from speculators.families.signature import Signature
 
 __all__ = ["DFLASH", "DFLASH2", "DSPARK"]
 
 BACKBONE = ("hidden_norm.weight", "layers.0.self_attn.q_norm.weight")
 PARTS = ("fc.weight", *BACKBONE, "layers.0.self_attn.q_proj.weight")
 OF_EAGLE3 = r"mask_hidden|midlayer\..*|layers\.0\.hidden_norm\.weight"
-NATIVE = "the native layout"
-INSTEAD = "`speculators inspect` says what it can be exported to"
 
 
-def _card(draft: str, method: str, tag: str) -> Card:
-    return Card(draft, method, tags=(tag, "speculative-decoding", "speculators"))
+def _card(draft: str, tag: str) -> Card:
+    return Card(draft, tags=(tag, "speculative-decoding", "speculators"))
 
 
 DFLASH = Family(
@@ -59,12 +60,7 @@ DFLASH = Family(
         never=OF_EAGLE3,
         hints={"architectures": r"DFlash.*|Qwen3DSparkModel"},
         parts=PARTS,
-        serving=(
-            Serving("vLLM", 'method "dflash"'),
-            Serving("SGLang", "DFLASH", note=NATIVE),
-            Serving("llama.cpp", "draft-dflash", note=NATIVE),
-            Serving("TensorRT-LLM", "DFlash", note=NATIVE),
-        ),
+        serving=servings(DFLASH_TARGETS),
     ),
     config=DFlashConfig,
     tensors=DFLASH_TENSORS,
@@ -81,10 +77,10 @@ DFLASH = Family(
     model="speculators.models.dflash:DFlashSpeculator",
     reference="speculators.convert.references.dflash:DFlashReference",
     check="speculators.convert.checks.block:BlockCheck",
-    card=_card("A DFlash draft", "dflash", "dflash"),
+    card=_card("A DFlash draft", "dflash"),
     export_config=export_config,
+    as_converted=DFLASH_AS_CONVERTED,
     targets=DFLASH_TARGETS,
-    instead=INSTEAD,
     example=("z-lab/Qwen3-8B-DFlash-b16", "Qwen/Qwen3-8B"),
     unusual=("draft_vocabulary", "attention_bias"),
 )
@@ -100,11 +96,7 @@ DFLASH2 = replace(
         marks=r"candidate_selector\..*|layers\.\d+\.(attention|mlp)_conv\..*",
         hints={"architectures": r"DFlash2.*"},
         parts=(*PARTS, "candidate_selector.predecessor_codebook"),
-        serving=(
-            Serving("vLLM", 'method "dflash"'),
-            Serving("SGLang", "DFLASH", note=NATIVE),
-            Serving("llama.cpp", "draft-dflash", note=NATIVE),
-        ),
+        serving=servings(DFLASH2_TARGETS),
     ),
     config=DFlash2Config,
     tensors=DFLASH2_TENSORS,
@@ -120,7 +112,8 @@ DFLASH2 = replace(
     facts=DFlash2Config.facts,
     model="speculators.models.dflash:DFlash2Speculator",
     reference="speculators.convert.references.dflash:DFlash2Reference",
-    card=_card("A DFlash 2 draft", "dflash", "dflash2"),
+    card=_card("A DFlash 2 draft", "dflash2"),
+    as_converted=DFLASH2_AS_CONVERTED,
     targets=DFLASH2_TARGETS,
     example=("z-lab/Qwen3.8-27B-DFlash2", "Qwen/Qwen3.8-27B"),
 )
@@ -136,11 +129,7 @@ DSPARK = replace(
         marks=r"(logit_head\.)?markov_head\..*|markov_w[12]\.weight",
         hints={"architectures": r".*DSpark.*"},
         parts=(*PARTS, "markov_head.markov_w1.weight"),
-        serving=(
-            Serving("vLLM", 'method "dspark"', note="vanilla Markov heads only"),
-            Serving("SGLang", "DSPARK", note=NATIVE),
-            Serving("llama.cpp", "draft-dspark", note="vanilla Markov heads only"),
-        ),
+        serving=servings(DSPARK_TARGETS),
     ),
     config=DSparkConfig,
     tensors=DSPARK_TENSORS,
@@ -150,7 +139,8 @@ DSPARK = replace(
     facts=DSparkConfig.facts,
     model="speculators.models.dflash:DSparkSpeculator",
     reference="speculators.convert.references.dflash:DSparkReference",
-    card=_card("A DSpark draft", "dspark", "dspark"),
+    card=_card("A DSpark draft", "dspark"),
+    as_converted=DSPARK_AS_CONVERTED,
     targets=DSPARK_TARGETS,
     example=("deepseek-ai/dspark_qwen3_8b_block7", "Qwen/Qwen3-8B"),
     unusual=(

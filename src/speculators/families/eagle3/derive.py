@@ -61,15 +61,6 @@ READ = {
 }
 """Keys of the source's config that are read here, and not by the layer."""
 
-REFUSED = {
-    r".*\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj)\..*": (
-        "latent attention (MLA), as drafts for DeepSeek and Kimi have"
-    ),
-    r"(.*\.)?(eh_proj|enorm)\..*": "an eh_proj before its attention (TensorRT-LLM's variant)",
-    r"(.*\.)?parallel_draft_heads\..*": "ModelOpt's parallel draft heads",
-}
-"""Pattern of tensors → what they show a checkpoint to be, as it follows "a draft with"."""
-
 SHOWN_BY = {
     "input_norm": "input_norm",
     "fc_norm": "fc_norm",
@@ -128,11 +119,12 @@ def derive(source: Source) -> Derived:
     width = state_width(source, given.get("target_hidden_size"), hidden)
     states = count_states(source, width)
     known = verifier_layers(source, publisher, states, notes)
+    # Without a verifier, they may not be known yet: these are the usual ones of a small verifier.
+    supposed = list(range(2, 2 + states))
     model_type = "peagle" if "mask_hidden" in source.features else "eagle3"
     keys = {
         "draft_vocab_size": drafted,
-        # Without a verifier, there may be none yet; only their number matters then.
-        "eagle_aux_hidden_state_layer_ids": known if known is not None else list(range(states)),
+        "eagle_aux_hidden_state_layer_ids": known or supposed,
         "target_hidden_size": None if width == hidden else width,
         "norm_before_residual": _norm_before_residual(source, publisher),
         "norm_before_fc": _feature(source, "input_norm", "norm_before_fc"),
@@ -160,6 +152,7 @@ def derive(source: Source) -> Derived:
         model_type,
         list(methods.get("proposal_methods") or []) if isinstance(methods, dict) else [],
         facts,
+        None if known else supposed[-1] + 3,
     )
 
 
@@ -173,10 +166,6 @@ def _refuse_variants(source: Source) -> None:
             "something else than other EAGLE-3 drafts do."
         )
 
-    for pattern, what in REFUSED.items():
-        for info in tensors.values():
-            if re.fullmatch(pattern, info.name):
-                raise refuse(f"with {what}", f"it has {info.name}")
     layer = _layer(source)
     for key in ("model_type", "intermediate_size_mlp"):
         if layer.get(key) is not None and (key != "model_type" or layer[key] == "llama4_text"):

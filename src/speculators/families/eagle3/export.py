@@ -3,7 +3,7 @@
 What each can express is by the sources of SafeAILab/EAGLE (``eagle/model/cnets.py``), vLLM 0.32
 (``model_executor/models/llama_eagle3.py``), SGLang 0.5.23 (``srt/models/llama_eagle3.py``),
 SpecForge 0.2.0, ModelOpt 0.47, TensorRT-LLM (``_torch/models/modeling_speculative.py``) and
-llama.cpp (``conversion/llama.py``).
+llama.cpp b11434 (``conversion/llama.py``, ``src/models/eagle3.cpp``).
 """
 
 from array import array
@@ -14,39 +14,12 @@ from typing import Any
 from speculators.checkpoint.tensor import Constant, PlannedTensor
 from speculators.families.advice import limit_context
 from speculators.families.eagle3.config import USUAL_STATES, Eagle3Config
-from speculators.families.family import Target
+from speculators.families.eagle3.publishers import EXPORTED
+from speculators.families.family import Limit, Target, limit, limit_of_layers
+from speculators.families.rope_in_gguf import keys_of_rope, misread_rope
+from speculators.families.signature import Serving, vllm
 
-__all__ = ["TARGETS", "Eagle3Target", "export_config"]
-
-Depth = Callable[[], int | None]
-"""Gives the number of the verifier's layers, if it is known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """What a reader cannot compute, beside features.
-
-    Attributes:
-        what: it, as the documentation calls it.
-        found: what a draft has of it, as a clause that follows the draft's name; ``None`` if it
-            has nothing of it.
-
-    """
-
-    what: str
-    found: Callable[[Eagle3Config, Depth], str | None]
-
-
-def limit(what: str) -> Callable[[Callable[[Eagle3Config], str | None]], Limit]:
-    """Make a limit of a function of the config."""
-    return lambda found: Limit(what, lambda config, _: found(config))
-
-
-def limit_of_layers(
-    what: str,
-) -> Callable[[Callable[[Eagle3Config, int | None], str | None]], Limit]:
-    """Make a limit of a function of the config and the number of the verifier's layers."""
-    return lambda found: Limit(what, lambda config, depth: found(config, depth()))
+__all__ = ["AS_CONVERTED", "TARGETS", "Eagle3Target", "export_config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +28,9 @@ class Eagle3Target(Target):
 
     Attributes:
         keys: what config.json has beside the sizes of the draft.
-        limits: what its reader cannot compute, beside features.
 
     """
 
-    limits: tuple[Limit, ...] = ()
     keys: Callable[[Eagle3Config], dict[str, Any]] = lambda config: {}  # noqa: ARG005
 
 
@@ -78,7 +49,7 @@ def export_config(config: Eagle3Config, target: Eagle3Target) -> dict[str, Any]:
         values["target_hidden_size"] = config.target_hidden_size
     if config.embed_requires_grad and not config.parallel:
         values["embed_requires_grad"] = True
-    return values | dict(target.layers[layer.model_type]) | target.keys(config)
+    return values | dict(target.layers[layer.model_type]) | target.keys(config) | EXPORTED
 
 
 def outputs(config: Eagle3Config) -> list[int]:
@@ -120,7 +91,24 @@ def other_number(config: Eagle3Config) -> str | None:
     return f"reads {config.states} states" if config.states != USUAL_STATES else None
 
 
-@limit_of_layers("other layers than 2, n/2 and n-3")
+def of_gpt_oss(config: Eagle3Config) -> bool:
+    """Whether the verifier is a gpt-oss, of which SGLang also captures what leaves a layer."""
+    return any("GptOss" in name for name in config.speculators_config.verifier.architectures)
+
+
+def if_usual(config: Eagle3Config) -> str:
+    """The only number of layers with which a draft can read the reference's."""
+    return f"if its verifier has {config.eagle_aux_hidden_state_layer_ids[-1] + 3} layers"
+
+
+def unless_last(config: Eagle3Config) -> str | None:
+    """The number of layers with which the last state that is read is that of the last layer."""
+    if of_gpt_oss(config):
+        return None
+    return f"unless its verifier has {config.eagle_aux_hidden_state_layer_ids[-1]} layers"
+
+
+@limit_of_layers("other layers than 2, n/2 and n-3", if_usual)
 def other_layers(config: Eagle3Config, depth: int | None) -> str | None:
     """Others than the reference's 2, n//2 and n-3 of n; if n is not known, of what n could be."""
     layers = config.eagle_aux_hidden_state_layer_ids
@@ -131,12 +119,14 @@ def other_layers(config: Eagle3Config, depth: int | None) -> str | None:
     return f"reads the states that enter the layers {layers}, and not {usual}"
 
 
-@limit_of_layers("the state that leaves the last layer, except of gpt-oss")
+@limit_of_layers("the state that leaves the last layer, except of gpt-oss", unless_last)
 def last_state(config: Eagle3Config, depth: int | None) -> str | None:
-    """What leaves the last layer: SGLang captures what enters a layer, except for gpt-oss."""
+    """What leaves the last layer: SGLang captures what enters a layer, except for gpt-oss.
+
+    So does llama.cpp, except for gpt-oss and verifiers with an MTP of their own.
+    """
     layers = config.eagle_aux_hidden_state_layer_ids
-    verifiers = config.speculators_config.verifier.architectures
-    if layers[-1] != depth or any("GptOss" in name for name in verifiers):
+    if layers[-1] != depth or of_gpt_oss(config):
         return None
     return f"reads the state that leaves the verifier's last layer (layer {depth})"
 
@@ -171,6 +161,12 @@ def newer_rope(config: Eagle3Config) -> str | None:
     ):
         return None
     return f"has {layer.rope_type} RoPE scaling with the base {layer.rope_theta:g}"
+
+
+@limit("dynamic RoPE scaling, and YaRN with more than a factor")
+def misread_by_llamacpp(config: Eagle3Config) -> str | None:
+    """RoPE scaling that llama.cpp's converter drops, or reads otherwise."""
+    return misread_rope(config.transformer_layer_config, llama3=True)
 
 
 @limit("RoPE scaling of a P-EAGLE draft")
@@ -221,13 +217,7 @@ def unless_parallel(it: Limit) -> Limit:
 
 
 def _target(reader: str, *limits: Limit, **settings: Any) -> Eagle3Target:
-    """A target whose reader refuses a draft by the first of the limits that it exceeds."""
-
-    def refuses(config: Eagle3Config, depth: Depth) -> str | None:
-        exceeded = next(filter(None, (it.found(config, depth) for it in limits)), None)
-        return exceeded and f"{exceeded}, which {reader} cannot compute"
-
-    return Eagle3Target(reader, limits=limits, refuses=refuses, **settings)
+    return Eagle3Target(reader, limits=limits, **settings)
 
 
 def _nested(config: Eagle3Config, **keys: Any) -> dict[str, Any]:
@@ -300,12 +290,11 @@ def _keys_of_sglang(config: Eagle3Config) -> dict[str, Any]:
 
 
 def _keys_of_llamacpp(config: Eagle3Config) -> dict[str, Any]:
-    scaling = config.transformer_layer_config.rope_scaling or {}
-    trained = scaling.get("original_max_position_embeddings")
     return {
+        "eagle_aux_hidden_state_layer_ids": config.eagle_aux_hidden_state_layer_ids,
         "norm_before_residual": config.norm_before_residual,
-        # Its converter reads it here, and takes 8192 otherwise.
-        **({"original_max_position_embeddings": trained} if trained else {}),
+        **({"norm_before_fc": True} if config.norm_before_fc else {}),
+        **keys_of_rope(config.transformer_layer_config),
     }
 
 
@@ -334,7 +323,8 @@ def _advice_on_llamacpp(config: Eagle3Config) -> str:
     verifier = config.speculators_config.verifier.name_or_path
     return (
         "give convert_hf_to_gguf.py the option --target-model-dir with the directory of "
-        f"{verifier}: it takes the tokenizer and the layers to read (2, n/2 and n-3) from there"
+        f"{verifier}, where it finds the tokenizer; converters from before July 2026 do not read "
+        "which states the draft takes, and write those of the layers 2, n/2 and n-3"
     )
 
 
@@ -357,6 +347,21 @@ def _llama(architecture: str) -> dict[str, dict[str, Any]]:
     return {"llama": {"model_type": "llama", "architectures": [architecture]}}
 
 
+VLLM: dict[str, Any] = {
+    "serving": vllm("eagle3"),
+    "variants": ((lambda config: config.parallel, vllm("eagle3", parallel_drafting=True)),),
+    "lacks": frozenset({"fc_bias"}),
+    "activation": "silu",
+}
+"""What vLLM (0.29 to 0.33) takes in either layout."""
+
+AS_CONVERTED = Target(
+    "vLLM",
+    # Its reader of P-EAGLE drafts in this format passes neither fc_norm nor norm_output on.
+    limits=(qwen3_biases, norms_in_parallel),
+    **VLLM,
+)
+
 BIASES_AND_NORMS = frozenset({"attention_bias", "mlp_bias", "qk_norm"})
 
 TARGETS: dict[str, Eagle3Target] = {
@@ -378,14 +383,13 @@ TARGETS: dict[str, Eagle3Target] = {
         qwen3_biases,
         layers=_llama("LlamaForCausalLMEagle3")
         | {"qwen3": {"model_type": "qwen3", "architectures": ["Eagle3Qwen3ForCausalLM"]}},
-        lacks=frozenset({"fc_bias"}),
         keys=_keys_of_vllm,
-        activation="silu",
         remarks={
             "mask_hidden": (
                 "vLLM drafts in parallel with the method eagle3 and parallel_drafting true"
             )
         },
+        **VLLM,
     ),
     "sglang": _target(
         "SGLang",
@@ -395,6 +399,7 @@ TARGETS: dict[str, Eagle3Target] = {
         embeddings_read,
         other_numbering,
         last_state,
+        serving=Serving("SGLang", "EAGLE3"),
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"mask_hidden"},
         prefixes=_midlayer,
@@ -447,9 +452,11 @@ TARGETS: dict[str, Eagle3Target] = {
         several_layers,
         feedback_norm,
         other_number,
-        other_layers,
+        last_state,
+        misread_by_llamacpp,
+        serving=Serving("llama.cpp", "draft-eagle3"),
         layers=_llama("LlamaForCausalLMEagle3"),
-        lacks=BIASES_AND_NORMS | {"fc_bias", "fc_norm", "input_norm", "mask_hidden"},
+        lacks=BIASES_AND_NORMS | {"fc_bias", "fc_norm", "mask_hidden"},
         prefixes=_midlayer,
         keys=_keys_of_llamacpp,
         activation="silu",
@@ -461,6 +468,7 @@ TARGETS: dict[str, Eagle3Target] = {
         residual_norm,
         embeddings_read,
         one_state,
+        serving=Serving("TensorRT-LLM", "Eagle3"),
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"mask_hidden"},
         prefixes=_midlayer,

@@ -2,11 +2,11 @@
 
 from speculators.families.eagle3.config import Eagle3Config
 from speculators.families.eagle3.derive import complete, converts_again, derive
-from speculators.families.eagle3.export import TARGETS, export_config
+from speculators.families.eagle3.export import AS_CONVERTED, TARGETS, export_config
 from speculators.families.eagle3.options import OPTIONS
 from speculators.families.eagle3.tensors import FEATURES, OLDER_PREFIXES, OMISSIONS, TENSORS
-from speculators.families.family import Card, Family, Names
-from speculators.families.signature import Serving, Signature
+from speculators.families.family import Card, Family, Names, servings
+from speculators.families.signature import Signature
 
 __all__ = ["EAGLE3"]
 
@@ -22,12 +22,7 @@ EAGLE3 = Family(
         attention_inputs=2,
         hints={"architectures": r".*Eagle3.*|PEagleDraftModel"},
         parts=("fc.weight", "midlayer.self_attn.q_proj.weight", "midlayer.hidden_norm.weight"),
-        serving=(
-            Serving("vLLM", 'method "eagle3"', note='P-EAGLE with "parallel_drafting": true'),
-            Serving("SGLang", "EAGLE3", note="but not P-EAGLE"),
-            Serving("llama.cpp", "draft-eagle3", note="but not P-EAGLE"),
-            Serving("TensorRT-LLM", "Eagle3", note="but not P-EAGLE"),
-        ),
+        serving=servings(TARGETS),
     ),
     config=Eagle3Config,
     tensors=TENSORS,
@@ -44,12 +39,11 @@ EAGLE3 = Family(
     reference="speculators.convert.references.eagle3:Eagle3Reference",
     card=Card(
         draft="An EAGLE-3 draft",
-        method="eagle3",
         tags=("eagle3", "speculative-decoding", "speculators"),
     ),
     export_config=export_config,
+    as_converted=AS_CONVERTED,
     targets=TARGETS,
-    instead="`speculators inspect` says what it can be exported to",
     example=("yuhuili/EAGLE3-LLaMA3.1-Instruct-8B", "meta-llama/Llama-3.1-8B-Instruct"),
     unusual=("mask_hidden", "fc_norm", "input_norm", "fc_bias", "attention_bias", "mlp_bias"),
 )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from speculators.families.family import Source
 
 __all__ = [
+    "EXPORTED",
     "MODELOPT",
     "NEMO",
     "PUBLISHERS",
@@ -28,6 +29,10 @@ MODELOPTS_OWN = {
     "use_mtp_layernorm",
 }
 """Keys of ``eagle_config`` that only ModelOpt writes."""
+
+
+EXPORTED = {"exported_by": "speculators"}
+"""What an export says of itself, so that what its keys mean is certain when it is read back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,10 @@ def _is_like_specforge(layout: Layout) -> bool:
     return layout.is_called("LlamaForCausalLMEagle3") and layout.has(r"midlayer\..*")
 
 
+def _is_exported(layout: Layout) -> bool:
+    return EXPORTED.items() <= layout.config.items()
+
+
 SPECULATORS = Publisher(
     "speculators",
     lambda it: "speculators_model_type" in it.config,
@@ -111,6 +120,19 @@ NEMO = Publisher(
 
 PUBLISHERS = (
     SPECULATORS,
+    Publisher(
+        "speculators, exported for vLLM",
+        lambda it: _is_exported(it) and "eagle_aux_hidden_state_layer_ids" in it.config,
+        numbering="input",
+        feeds_back=True,
+    ),
+    Publisher(
+        "speculators, exported for others",
+        _is_exported,
+        numbering="output",
+        feeds_back=True,
+        usual_layers=True,
+    ),
     Publisher(
         "AngelSlim", lambda it: "aux_hidden_states_layer_ids" in it.config, numbering="output"
     ),

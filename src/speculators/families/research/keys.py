@@ -3,7 +3,7 @@
 A key is one of four: the layer computes with it (``SPELLINGS`` has its other names); it is known to
 change results in a way that a converted draft cannot say (``CHANGES``), which stops the conversion
 unless its value is a neutral one; it is known to be without effect (``WITHOUT_EFFECT``); or nothing
-is known of it, which is told.
+is known of it, which is reported.
 """
 
 import math
@@ -252,9 +252,10 @@ WITHOUT_EFFECT = {
     **_because("the tensors decide", "model_type num_hidden_layers draft_num_hidden_layers"),
     **_because("a hint: the tensors decide", " ".join(["bias", *HINTS])),
     **_because("that of the tensors is written", "dtype torch_dtype"),
+    **_because("it is about an export that speculators wrote", "exported_by exported_zeros"),
     "architectures": "the draft's own are written",
 }
-"""Key → why it has no effect. A closed list: a key that is not in it is told."""
+"""Key → why it has no effect. A closed list: a key that is not in it is reported."""
 
 
 @dataclass(frozen=True, slots=True)

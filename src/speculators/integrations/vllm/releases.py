@@ -1,6 +1,6 @@
 """Which releases of vLLM the plugin works in, told without importing vLLM.
 
-The plugin builds on parts of vLLM that are no public interface. They are listed here, and looked
+The plugin builds on parts of vLLM that are not a public interface. They are listed here, and looked
 for in vLLM's source files, so that a release that changed one of them is recognised before
 anything is imported: an exception in a plugin, or in a model that it registered, stops vLLM.
 """
@@ -114,15 +114,15 @@ def _definitions(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
     Of several bindings of a name (overloads), the last one counts, as in Python.
     """
     for statement in tree.body:
-        for name in _bound(statement):
+        for name in _names_bound_by(statement):
             yield name, statement
         if isinstance(statement, ast.ClassDef):
             for member in statement.body:
-                for name in _bound(member):
+                for name in _names_bound_by(member):
                     yield f"{statement.name}.{name}", member
 
 
-def _bound(statement: ast.stmt) -> list[str]:
+def _names_bound_by(statement: ast.stmt) -> list[str]:
     match statement:
         case ast.ClassDef(name=name) | ast.FunctionDef(name=name):
             return [name]

@@ -218,7 +218,7 @@ class DFlash2Speculator(SequentialSpeculator):
     ) -> tuple[Tensor, Tensor | None]:
         """The scores of the position's candidates, given the token before it.
 
-        See ``SequentialSpeculator.condition``; tokens that are no candidates are ruled out.
+        See ``SequentialSpeculator.condition``; tokens that are not candidates are ruled out.
         """
         device = self.device
         scores: Tensor = self.candidate_selector(

@@ -1,0 +1,174 @@
+"""Speculation with verifiers that have linear attention: exactly what they generate alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.qwen3_5 import Qwen3_5TextConfig
+from transformers.models.qwen3_5_moe import Qwen3_5MoeTextConfig
+from transformers.models.qwen3_next import Qwen3NextConfig
+
+from speculators.decode.cache import BlockCache
+from speculators.decode.linear import linear_layers
+from speculators.decode.loop import Generation
+from speculators.decode.verification import VerifierPass
+from speculators.errors import GenerationError
+from tiny_models import SIZES, knowing_draft, prompt, random_draft
+
+NEW_TOKENS = 24
+
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "decoder_sparse_step": 1,
+}
+CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "qwen3_next": (Qwen3NextConfig, EXPERTS),
+    "qwen3_5_text": (Qwen3_5TextConfig, {}),
+    "qwen3_5_moe_text": (Qwen3_5MoeTextConfig, EXPERTS),
+}
+
+
+def verifier_of(kind: str, context: float = 0.3) -> PreTrainedModel:
+    """A tiny verifier of three layers of linear attention and one of full attention.
+
+    Its layers add enough to what it is given for its state to matter.
+    """
+    config_class, more = CONFIGS[kind]
+    torch.manual_seed(1)
+    config = config_class(
+        **SIZES,
+        **more,
+        num_hidden_layers=4,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        initializer_range=0.5,
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+                parameter.mul_(context)
+            if name.endswith("experts.down_proj"):
+                parameter.mul_(context)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def verifier(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return verifier_of(request.param)
+
+
+def generated(verifier: PreTrainedModel, ids: Tensor, **settings: Any) -> Tensor:
+    found: Tensor = verifier.generate(  # type: ignore[operator]
+        ids, max_new_tokens=NEW_TOKENS, **{"do_sample": False, **settings}
+    )
+    return found
+
+
+def speculated(draft: Any, ids: Tensor, **settings: Any) -> Generation:
+    found = draft.generate(
+        ids,
+        max_new_tokens=NEW_TOKENS,
+        return_dict_in_generate=True,
+        **{"do_sample": False, **settings},
+    )
+    assert isinstance(found, Generation)
+    return found
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_greedy_output_is_the_verifiers(verifier: PreTrainedModel, length: int) -> None:
+    """Drafts of every quality: blocks are accepted whole, in part, and not at all."""
+    ids = prompt(length)
+    expected = generated(verifier, ids)
+    seen = set[int]()
+    for draft in (knowing_draft(verifier), random_draft(verifier)):
+        found = speculated(draft, ids, num_draft_tokens=3)
+        assert torch.equal(found.sequences, expected)
+        seen |= set(found.accepted[0])
+    assert 0 in seen
+    assert len(seen) > 1
+
+
+def test_prompts_of_different_lengths(verifier: PreTrainedModel) -> None:
+    """Rows accept different numbers of tokens, and end at different times."""
+    ids = prompt(7, rows=3)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 2, 5)):
+        ids[row, :padding], mask[row, :padding] = 0, 0
+    draft = knowing_draft(verifier)
+    expected = generated(verifier, ids, attention_mask=mask)
+    end = int(expected[1, 12])
+    for settings in ({}, {"eos_token_id": end, "pad_token_id": 0}):
+        expected = generated(verifier, ids, attention_mask=mask, **settings)
+        found = speculated(draft, ids, attention_mask=mask, num_draft_tokens=3, **settings)
+        assert torch.equal(found.sequences, expected)
+    assert len({tuple(steps) for steps in found.accepted}) > 1
+
+
+def test_a_state_that_was_taken_back_is_that_of_the_accepted_tokens(
+    verifier: PreTrainedModel,
+) -> None:
+    """Against a cache that was never given a rejected token."""
+    from speculators.decode.tree import chain, shape_of
+
+    tokens, counts = prompt(6, rows=2), (2, 4)
+    linear = linear_layers(verifier)
+    assert linear == (0, 1, 2)
+    shape = shape_of(chain(3), torch.device("cpu"))
+    cache = BlockCache([0, 0], linear)
+    with torch.no_grad(), VerifierPass(verifier, cache, 20) as verifier_pass:
+        verifier_pass.prefill(prompt(5, rows=2), None, None)
+        tree = shape.tree(tokens[:, :4])
+        verifier_pass.verify(tree)
+        verifier_pass.keep(tree, [list(range(count)) for count in counts])
+    for row, count in enumerate(counts):
+        ids = torch.cat((prompt(5, rows=2)[row], tokens[row, :count]))[None]
+        once = BlockCache([0], linear)
+        with torch.no_grad(), VerifierPass(verifier, once, 20) as verifier_pass:
+            verifier_pass.prefill(ids, None, None)
+        for number in linear:
+            for mine, theirs in zip(
+                states_of(cache.layers[number]), states_of(once.layers[number]), strict=True
+            ):
+                torch.testing.assert_close(mine[row], theirs[0], atol=1e-5, rtol=1e-4)
+
+
+def states_of(layer: Any) -> Sequence[Tensor]:
+    kept = (layer.conv_states, layer.recurrent_states)
+    return [
+        it for states in kept for it in (states.values() if isinstance(states, dict) else [states])
+    ]
+
+
+def test_sampling_starts_from_the_right_state() -> None:
+    """With a top_k of 1, sampling has one outcome: the greedy one."""
+    verifier = verifier_of("qwen3_next")
+    draft = knowing_draft(verifier)
+    settings = {"do_sample": True, "top_k": 1, "num_draft_tokens": 3, "proposal": "sampling"}
+    assert torch.equal(
+        speculated(draft, prompt(5), **settings).sequences, generated(verifier, prompt(5))
+    )
+
+
+def test_trees_are_refused() -> None:
+    verifier = verifier_of("qwen3_next")
+    with pytest.raises(GenerationError, match=r"a single path.*choose greedy or sampling"):
+        speculated(random_draft(verifier), prompt(4), proposal="static_tree")
+
+
+def test_hooks_are_gone_afterwards() -> None:
+    verifier = verifier_of("qwen3_next")
+    speculated(knowing_draft(verifier), prompt(4))
+    assert not any(module._forward_pre_hooks for module in verifier.modules())

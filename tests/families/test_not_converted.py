@@ -1,0 +1,39 @@
+"""What asks for a converted draft says of others what to do with them."""
+
+from pathlib import Path
+
+import pytest
+
+from helpers import CommandLine
+from mtp_verifiers import write_verifier
+from speculators.errors import FormatError
+from speculators.models.loading import load_draft
+from speculators.mtp.cut import cut
+
+WHAT = (
+    "holds an MTP head of the Qwen type, which is not converted: no engine reads it in the "
+    "speculators format, so it stays in its native layout: `speculators mtp graft` puts it into "
+    "its verifier's checkpoint, `speculators mtp cut` takes it out, and `speculators evaluate` "
+    "measures it (other than Qwen's, with --server)."
+)
+
+
+@pytest.fixture
+def mtp(tmp_path: Path) -> Path:
+    return cut(write_verifier(tmp_path / "verifier"), tmp_path / "mtp")
+
+
+def test_an_mtp(mtp: Path, tmp_path: Path, speculators: CommandLine) -> None:
+    for command in (("validate", mtp), ("export", mtp, tmp_path / "out", "--to", "vllm")):
+        run = speculators(*command)
+        assert run.status == 1
+        assert run.errors == [f"{mtp} {WHAT}"]
+    with pytest.raises(FormatError) as caught:
+        load_draft(mtp)
+    assert str(caught.value) == f"{mtp} {WHAT}"
+
+
+def test_a_research_checkpoint_is_to_be_converted(tmp_path: Path) -> None:
+    verifier = write_verifier(tmp_path / "verifier")
+    with pytest.raises(FormatError, match="Convert the checkpoint first"):
+        load_draft(verifier)
