@@ -176,7 +176,7 @@ class Scoring:
     def _score_decoded(self, texts: Sequence[Text]) -> list[list[Acceptance]]:
         drafted = drafted_texts(self.draft, texts)
         by_proposal: dict[int, list[Acceptance]] = {}
-        # One computation for all that is fixed, and one for all that is sampled.
+        # All that is fixed at once, and all that is sampled, since drafts may share passes for it.
         fixed = {
             index: EAGLE1_TREE
             if it.proposal_type == "static_tree"
