@@ -457,6 +457,26 @@ def test_what_cannot_be_said_is_refused(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("lacking", "name"), [("embedding", "embed_tokens"), ("head", "lm_head")])
+def test_matrices_of_another_width_are_not_borrowed(
+    tmp_path: Path, lacking: str, name: str
+) -> None:
+    """Without validation, too: such a directory would not load."""
+
+    def edit(tensors: Tensors) -> None:
+        with_own_matrices(tensors)
+        del tensors[f"{name}.weight"]
+        tensors["fc.weight"] = tensors["fc.weight"][:, : 3 * 48].contiguous()
+
+    narrow = tmp_path / "verifier"
+    narrow.mkdir()
+    config = json.loads((TARGET / "config.json").read_text()) | {"hidden_size": 48}
+    (narrow / "config.json").write_text(json.dumps(config))
+    source = write_draft(tmp_path / "source", native(target_hidden_size=48), edit)
+    with pytest.raises(ConversionError, match=f"no {lacking} of its own, .* width is 48, not 64"):
+        converted(source, tmp_path / "out", narrow)
+
+
 # What upstream's 0.9.0 gets wrong, by its source and by running it.
 
 
