@@ -106,6 +106,11 @@ def test_what_depends_on_a_verifier_elsewhere_is_said(
         "llama.cpp": "unless its verifier has 5 layers",
         "TensorRT-LLM": None,
     }
+    config = dflash.native(num_target_layers=None, nested={"target_layer_ids": [1, 3, 7]})
+    last = inspect_checkpoint(dflash.write_draft(tmp_path / "last", config))
+    notes = {it.engine: it.note for it in last.serving or ()}
+    assert notes["llama.cpp"] == "unless its verifier has 8 layers"
+    assert notes["TensorRT-LLM"] is None
     here = inspect_checkpoint(all_drafts["sailab_llama"].converted)
     assert {it.note for it in here.serving or ()} == {None}
 
