@@ -140,6 +140,12 @@ def test_what_a_draft_does_not_compute_with(tmp_path: Path, eagle3_drafts: dict[
         assert found.same
 
 
+SLIDING = {
+    "layer_types": sliding(True, True, True),
+    "sliding_window": 16,
+    "use_sliding_window": True,
+}
+
 SAID_TWICE: dict[str, tuple[dict[str, Any], Edit, dict[str, Any], dict[str, Any]]] = {
     "no confidence head, and what it would take": (
         deepspec(enable_confidence_head=False, confidence_head_with_markov=None),
@@ -148,12 +154,12 @@ SAID_TWICE: dict[str, tuple[dict[str, Any], Edit, dict[str, Any], dict[str, Any]
         {},
     ),
     "layers that slide, and are causal": (
-        native(layer_types=sliding(True, True, True), sliding_window=16, use_sliding_window=True),
+        native(**SLIDING),
         lambda tensors: None,
         {},
         {"is_causal": True},
     ),
-    "DSpark's full layers, which are not": (deepspec(), with_markov(), {}, {"is_causal": False}),
+    "the same of DSpark": (deepspec(**SLIDING), with_markov(), {}, {"is_causal": True}),
 }
 """Config, changes of the tensors, and keys of the format, and of its layers, that add nothing."""
 

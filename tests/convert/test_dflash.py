@@ -473,7 +473,7 @@ def test_matrices_of_another_width_are_not_borrowed(
     config = json.loads((TARGET / "config.json").read_text()) | {"hidden_size": 48}
     (narrow / "config.json").write_text(json.dumps(config))
     source = write_draft(tmp_path / "source", native(target_hidden_size=48), edit)
-    with pytest.raises(ConversionError, match=f"no {lacking} of its own, .* width is 48, not 64"):
+    with pytest.raises(ConversionError, match=rf"no {lacking} of its own, .* width is 48, not 64"):
         converted(source, tmp_path / "out", narrow)
 
 

@@ -824,7 +824,7 @@ def test_an_embedding_of_another_width_is_not_borrowed(tmp_path: Path) -> None:
     narrow = verifier(tmp_path / "verifier", hidden_size=48)
     edit = drop("embed_tokens.weight")
     source = write(tmp_path / "source", "target_hidden_48", edit=edit)
-    with pytest.raises(ConversionError, match="no embedding of its own, .* width is 48, not 64"):
+    with pytest.raises(ConversionError, match=r"no embedding of its own, .* width is 48, not 64"):
         converted(source, tmp_path / "out", narrow)
 
 
