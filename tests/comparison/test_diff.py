@@ -140,7 +140,7 @@ def test_what_a_draft_does_not_compute_with(tmp_path: Path, eagle3_drafts: dict[
         assert found.same
 
 
-SLIDING = {
+SLIDING: dict[str, Any] = {
     "layer_types": sliding(True, True, True),
     "sliding_window": 16,
     "use_sliding_window": True,
