@@ -54,6 +54,7 @@ from speculators.families.converted import open_converted
 from speculators.families.dflash import DFLASH, DSPARK
 from speculators.families.dflash.config import MASK_FILE, DFlashConfig, DSparkConfig
 from speculators.inspection.checkpoint import inspect_checkpoint
+from speculators.models.dflash import DFlashSpeculator
 
 
 def nothing(tensors: Tensors) -> None:
@@ -582,6 +583,23 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"layers.1.mlp.up_proj.weight .* not finite"):
         convert(None, source, tmp_path / "out", TARGET)
     assert not (tmp_path / "out").exists()
+
+
+def test_rope_is_compared_where_it_turns_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if its scaling for long contexts were left out, which a short context hardly shows."""
+    load = DFlashSpeculator.from_converted.__func__  # type: ignore[attr-defined]
+
+    def spoilt(cls: type[DFlashSpeculator], *arguments: Any, **options: Any) -> DFlashSpeculator:
+        model: DFlashSpeculator = load(cls, *arguments, **options)
+        model.rotary_emb.inv_freq[-1] /= 8  # type: ignore[index, operator]
+        return model
+
+    monkeypatch.setattr(DFlashSpeculator, "from_converted", classmethod(spoilt))
+    source = write_draft(tmp_path / "source", native(rope_theta=4000000))
+    with pytest.raises(ValidationError, match="The angles of RoPE are not those of the config"):
+        convert(None, source, tmp_path / "out", TARGET)
 
 
 def test_fused_projections_are_taken_apart(tmp_path: Path) -> None:
