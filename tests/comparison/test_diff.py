@@ -153,13 +153,24 @@ SAID_TWICE: dict[str, tuple[dict[str, Any], Edit, dict[str, Any], dict[str, Any]
         {"confidence_head_with_markov": True},
         {},
     ),
-    "layers that slide, and are causal": (
+    "DFlash's layers that slide, and are causal": (
         native(**SLIDING),
         lambda tensors: None,
         {},
         {"is_causal": True},
     ),
-    "the same of DSpark": (deepspec(**SLIDING), with_markov(), {}, {"is_causal": True}),
+    "DSpark's full layers, which never are": (
+        deepspec(),
+        with_markov(),
+        {"sliding_window_non_causal": False},
+        {},
+    ),
+    "DSpark's layers that slide, and are causal": (
+        deepspec(**SLIDING),
+        with_markov(),
+        {},
+        {"is_causal": True},
+    ),
 }
 """Config, changes of the tensors, and keys of the format, and of its layers, that add nothing."""
 

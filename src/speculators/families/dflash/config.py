@@ -333,6 +333,7 @@ class DSparkConfig(DFlashConfig):
             )
         if self.causal == self._causal_by_type:
             layer.is_causal = None  # which adds nothing
+        self.sliding_window_non_causal = not any(self.causal)
 
     @model_validator(mode="after")
     def _check_confidence(self) -> "DSparkConfig":
