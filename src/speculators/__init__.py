@@ -1,4 +1,4 @@
-"""Convert EAGLE draft checkpoints to one standard format, prove them, and run them.
+"""Convert speculative-decoding drafts to one standard format, prove them, and run them.
 
 Nothing is imported by this package itself. What to import from where:
 

@@ -11,7 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dflash import HIDDEN, native, upstream, write_draft
+from dflash import (
+    HIDDEN,
+    Edit,
+    deepspec,
+    native,
+    sliding,
+    upstream,
+    with_markov,
+    write_draft,
+)
 from dflash import converted as dflash_converted
 from eagle3 import CHAINS, GOLDEN3, PARALLEL
 from helpers import (
@@ -113,6 +122,70 @@ def test_other_metadata_is_no_other_draft(tmp_path: Path, converted: dict[str, P
     assert [(it.key, it.computed_with) for it in found.config] == [
         ("transformer_layer_config.eos_token_id", False)
     ]
+
+
+def test_what_a_draft_does_not_compute_with(tmp_path: Path, eagle3_drafts: dict[str, Path]) -> None:
+    """How it was trained, and how many layers its verifier has, which upstream does not write."""
+    block = dflash_converted(write_draft(tmp_path / "source", native()), tmp_path / "out")
+    for draft, key in (
+        (eagle3_drafts[PARALLEL], "embed_requires_grad"),
+        (block, "num_target_layers"),
+    ):
+        other = shutil.copytree(draft, tmp_path / key)
+        config = config_of(other)
+        del config[key]
+        (other / "config.json").write_text(json.dumps(config))
+        found = difference(draft, other)
+        assert [(it.key, it.computed_with) for it in found.config] == [(key, False)]
+        assert found.same
+
+
+SLIDING: dict[str, Any] = {
+    "layer_types": sliding(True, True, True),
+    "sliding_window": 16,
+    "use_sliding_window": True,
+}
+
+SAID_TWICE: dict[str, tuple[dict[str, Any], Edit, dict[str, Any], dict[str, Any]]] = {
+    "no confidence head, and what it would take": (
+        deepspec(enable_confidence_head=False, confidence_head_with_markov=None),
+        with_markov(confidence=False),
+        {"confidence_head_with_markov": True},
+        {},
+    ),
+    "DFlash's layers that slide, and are causal": (
+        native(**SLIDING),
+        lambda tensors: None,
+        {},
+        {"is_causal": True},
+    ),
+    "DSpark's full layers, which never are": (
+        deepspec(),
+        with_markov(),
+        {"sliding_window_non_causal": False},
+        {},
+    ),
+    "DSpark's layers that slide, and are causal": (
+        deepspec(**SLIDING),
+        with_markov(),
+        {},
+        {"is_causal": True},
+    ),
+}
+"""Config, changes of the tensors, and keys of the format, and of its layers, that add nothing."""
+
+
+@pytest.mark.parametrize("case", SAID_TWICE)
+def test_what_adds_nothing_is_no_difference(tmp_path: Path, case: str) -> None:
+    """Upstream's directories have such keys, and exports of them are the same draft."""
+    source, edit, keys, of_layers = SAID_TWICE[case]
+    draft = dflash_converted(write_draft(tmp_path / "source", source, edit), tmp_path / "draft")
+    other = shutil.copytree(draft, tmp_path / "other")
+    config = config_of(other) | keys
+    config["transformer_layer_config"] |= of_layers
+    (other / "config.json").write_text(json.dumps(config))
+    for two in (draft, export(other, tmp_path / "out", "vllm")):
+        assert difference(other, two).config == []
 
 
 def test_a_draft_on_the_hub(

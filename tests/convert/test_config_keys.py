@@ -408,3 +408,12 @@ def test_rope_that_is_given_twice_or_by_half(
     )
     with pytest.raises(ConversionError, match=words):
         convert(source, tmp_path / "out", verifier, validate=False)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path, verifier: Path) -> None:
+    """Editors write one, and RFC 8259 lets a parser ignore it."""
+    source = write_checkpoint(tmp_path / "source", config={"rope_theta": 70000.0})
+    config = source / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    out = convert(source, tmp_path / "out", verifier, validate=False)
+    assert config_of(out)["transformer_layer_config"]["rope_theta"] == 70000

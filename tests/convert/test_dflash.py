@@ -54,6 +54,7 @@ from speculators.families.converted import open_converted
 from speculators.families.dflash import DFLASH, DSPARK
 from speculators.families.dflash.config import MASK_FILE, DFlashConfig, DSparkConfig
 from speculators.inspection.checkpoint import inspect_checkpoint
+from speculators.models.dflash import DFlashSpeculator
 
 
 def nothing(tensors: Tensors) -> None:
@@ -457,6 +458,26 @@ def test_what_cannot_be_said_is_refused(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("lacking", "name"), [("embedding", "embed_tokens"), ("head", "lm_head")])
+def test_matrices_of_another_width_are_not_borrowed(
+    tmp_path: Path, lacking: str, name: str
+) -> None:
+    """Without validation, too: such a directory would not load."""
+
+    def edit(tensors: Tensors) -> None:
+        with_own_matrices(tensors)
+        del tensors[f"{name}.weight"]
+        tensors["fc.weight"] = tensors["fc.weight"][:, : 3 * 48].contiguous()
+
+    narrow = tmp_path / "verifier"
+    narrow.mkdir()
+    config = json.loads((TARGET / "config.json").read_text()) | {"hidden_size": 48}
+    (narrow / "config.json").write_text(json.dumps(config))
+    source = write_draft(tmp_path / "source", native(target_hidden_size=48), edit)
+    with pytest.raises(ConversionError, match=rf"no {lacking} of its own, .* width is 48, not 64"):
+        converted(source, tmp_path / "out", narrow)
+
+
 # What upstream's 0.9.0 gets wrong, by its source and by running it.
 
 
@@ -562,6 +583,23 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"layers.1.mlp.up_proj.weight .* not finite"):
         convert(None, source, tmp_path / "out", TARGET)
     assert not (tmp_path / "out").exists()
+
+
+def test_rope_is_compared_where_it_turns_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if its scaling for long contexts were left out, which a short context hardly shows."""
+    load = DFlashSpeculator.from_converted.__func__  # type: ignore[attr-defined]
+
+    def spoilt(cls: type[DFlashSpeculator], *arguments: Any, **options: Any) -> DFlashSpeculator:
+        model: DFlashSpeculator = load(cls, *arguments, **options)
+        model.rotary_emb.inv_freq[-1] /= 8  # type: ignore[index, operator]
+        return model
+
+    monkeypatch.setattr(DFlashSpeculator, "from_converted", classmethod(spoilt))
+    source = write_draft(tmp_path / "source", native(rope_theta=4000000))
+    with pytest.raises(ValidationError, match="The angles of RoPE are not those of the config"):
+        convert(None, source, tmp_path / "out", TARGET)
 
 
 def test_fused_projections_are_taken_apart(tmp_path: Path) -> None:

@@ -819,6 +819,15 @@ def test_a_verifier_of_another_width(tmp_path: Path) -> None:
         converted(write(tmp_path / "narrow", "target_hidden_48"), tmp_path / "out")
 
 
+def test_an_embedding_of_another_width_is_not_borrowed(tmp_path: Path) -> None:
+    """Without validation, too: such a directory would not load."""
+    narrow = verifier(tmp_path / "verifier", hidden_size=48)
+    edit = drop("embed_tokens.weight")
+    source = write(tmp_path / "source", "target_hidden_48", edit=edit)
+    with pytest.raises(ConversionError, match=r"no embedding of its own, .* width is 48, not 64"):
+        converted(source, tmp_path / "out", narrow)
+
+
 def test_a_verifier_of_another_vocabulary(tmp_path: Path) -> None:
     other = verifier(tmp_path / "other", vocab_size=321)
     with pytest.raises(VerifierError, match="its vocabulary is 320, the verifier's is 321"):

@@ -156,6 +156,14 @@ ERRORS: dict[str, tuple[Callable[[Setting], object], str]] = {
     "no weights": (lambda s: s.weights.unlink(), r"source has no weights: none of model\.safet"),
     "bad JSON": (lambda s: s.config.write_text('{"a": '), r"config\.json is not valid JSON"),
     "binary config": (lambda s: s.config.write_bytes(b"\xff\xfe\x00"), r"is not valid JSON"),
+    "a config in UTF-16": (
+        lambda s: s.config.write_text(s.config.read_text(), encoding="utf-16"),
+        r"config\.json is not valid JSON, but UTF-16; save it as UTF-8\.$",
+    ),
+    "a config in Latin-1": (
+        lambda s: s.config.write_bytes(b'{"note": "\xe4"}'),
+        r"since its byte 10 is not UTF-8; save it as UTF-8, or fetch it again\.$",
+    ),
     "JSON list": (lambda s: s.config.write_text("[]"), r"config\.json holds no JSON object"),
     "endless nesting": (lambda s: s.config.write_text("[" * 200_000), r"is not valid JSON"),
     "config without sizes": (

@@ -106,6 +106,11 @@ def test_what_depends_on_a_verifier_elsewhere_is_said(
         "llama.cpp": "unless its verifier has 5 layers",
         "TensorRT-LLM": None,
     }
+    config = dflash.native(num_target_layers=None, nested={"target_layer_ids": [1, 3, 7]})
+    last = inspect_checkpoint(dflash.write_draft(tmp_path / "last", config))
+    notes = {it.engine: it.note for it in last.serving or ()}
+    assert notes["llama.cpp"] == "unless its verifier has 8 layers"
+    assert notes["TensorRT-LLM"] is None
     here = inspect_checkpoint(all_drafts["sailab_llama"].converted)
     assert {it.note for it in here.serving or ()} == {None}
 
@@ -150,3 +155,17 @@ def test_of_what_cannot_be_read_only_the_kind_is_known(tmp_path: Path) -> None:
     assert found.not_serving == []
     assert any("by its kind alone" in note for note in found.notes)
     assert "Such drafts are served by vLLM" in str(found.conversion.why_not)
+
+
+def test_why_a_draft_of_a_served_kind_is_not_is_said(tmp_path: Path) -> None:
+    """As the trainer names them, which nothing renames."""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["refiner_head.readout.weight"] = torch.ones(dflash.VOCABULARY, dflash.RANK)
+
+    found = inspect_checkpoint(dflash.write_draft(tmp_path / "draft", dflash.native(), add))
+    assert found.serving == []
+    assert "served as published" not in str(found.conversion.why_not)
+    assert str(found.conversion.why_not).endswith(
+        "No engine serves it (vLLM does not: it has the names refiner_head.* of its trainer)."
+    )

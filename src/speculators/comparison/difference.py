@@ -14,7 +14,7 @@ from speculators.comparison.side import Side
 
 __all__ = ["Computation", "ConfigDifference", "Difference", "TensorDifference", "compare"]
 
-WITHOUT_EFFECT = frozenset(
+WITHOUT_EFFECT = frozenset({"embed_requires_grad", "num_target_layers"}) | frozenset(
     f"transformer_layer_config.{key}"
     for key in (
         "attention_dropout",

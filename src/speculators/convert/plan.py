@@ -403,7 +403,7 @@ def _check_head(family: Family, checkpoint: Checkpoint, stored: Mapping[str, Ten
     if len(head.shape) == 2 and head.shape[1] == hidden and head.shape[0] < vocabulary:
         raise ConversionError(
             f"{head.file}: {head.name} {shape} has {head.shape[0]} of {vocabulary} rows: the draft "
-            "has a frequency-trimmed vocabulary (as FR-Spec makes it), while the format's EAGLE "
+            "has a frequency-trimmed vocabulary (as FR-Spec makes it), while in the format such "
             "drafts use the verifier's whole head; remove the head to draft with the whole "
             "vocabulary."
         )

@@ -79,7 +79,7 @@ XPRESS = Signature(
     marks=r"(xpress_head|refiner_head)\..*",
     hints={"architectures": r".*XPress.*"},
     parts=("fc.weight", "xpress_head.w1.weight", "xpress_head.w2.weight"),
-    advice=f"its refiner is not DFlash's; {AS_PUBLISHED}",
+    advice="its refiner is not DFlash's, so it is not converted",
     serving=(
         vllm(
             "dflash",

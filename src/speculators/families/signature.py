@@ -136,6 +136,8 @@ class Signature:
             return None
         engines = ", ".join(str(it) for it in self.serving if not it.lacking(names))
         if not engines:
-            return "no engine serves it"
+            lacking = {it.engine: it.lacking(names) for it in self.serving}
+            why = "; ".join(f"{engine} does not: it has {what}" for engine, what in lacking.items())
+            return f"no engine serves it{f' ({why})' if why else ''}"
         # Of a family, it depends on the draft: see ``serving.judge``.
         return f"{'it is' if self.advice else 'such drafts are'} served by {engines}"

@@ -1,5 +1,6 @@
 """The verifier's states that a draft reads, in all families that read several."""
 
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -32,18 +33,32 @@ LayerIds = Annotated[
 """The verifier's layers whose incoming states a draft reads, in ascending order."""
 
 
-def state_width(source: Source, said: object, hidden: int) -> int:
+def state_width(source: Source, said: object, hidden: int, own: Collection[str]) -> int:
     """The width of one state: the verifier's hidden size.
 
     Args:
         source: the checkpoint.
         said: ``target_hidden_size`` of its config.
         hidden: the draft's hidden size.
+        own: the matrices, by their features, that it takes from a verifier of its own width only.
 
     Raises:
-        ConversionError: if the config names another width than the verifier has.
+        ConversionError: if the config names another width than the verifier has, or the draft lacks
+            a matrix that it cannot take from such a verifier.
 
     """
+    width = _verifier_width(source, said, hidden)
+    lacking = [name for name in own if name not in source.features]
+    if width != hidden and lacking:
+        raise ConversionError(
+            f"{source.checkpoint.name} has no {lacking[0]} of its own, and cannot use the "
+            f"verifier's, whose width is {width}, not {hidden}; give the checkpoint with its "
+            f"{lacking[0]}."
+        )
+    return width
+
+
+def _verifier_width(source: Source, said: object, hidden: int) -> int:
     if source.verifier is None:
         return said if type(said) is int else hidden
     width = source.verifier.hidden_size

@@ -81,7 +81,7 @@ _SENTENCES = {
         "The access token holds characters that cannot be sent: set HF_TOKEN to the token as"
         " {endpoint}/settings/tokens shows it"
     ),
-    "errno": "The files for {repo} cannot be read ({reason}): look after the disk",
+    "errno": "The files for {repo} cannot be read ({reason}): check the disk",
     "Exception": (
         "{repo} cannot be uploaded to {endpoint} ({kind}: {reason}): check the id and the HF_*"
         " environment variables"

@@ -18,12 +18,17 @@ from speculators.convert.checks.verifier import (
     refuse_incomplete,
 )
 from speculators.convert.plan import ConversionPlan, unchecked_head
+from speculators.convert.references.operations import rope_frequencies
 from speculators.errors import IncompleteVerifierError, SpeculatorsError, ValidationError
 from speculators.families.family import imported
 from speculators.models.output import DraftOutput
 from speculators.models.speculator import Speculator
 
 __all__ = ["ForwardCheck"]
+
+TURNS = 256
+"""At how many positions RoPE is compared, up to those that its frequencies were trained for. The
+sequences are shorter, since what its slow channels turn by then hardly shows in the output."""
 
 
 class ForwardCheck(ABC):
@@ -95,6 +100,7 @@ class ForwardCheck(ABC):
                 self._log_effect_of_rounding(expected)
         self._check_logits(reference, expected, None if computed is None else computed.logits)
         if not reason:
+            self._check_rope()
             self._check_tokens(reference, expected)
 
     @abstractmethod
@@ -122,6 +128,20 @@ class ForwardCheck(ABC):
     @abstractmethod
     def _with_logits(self, drafted: Tensor) -> Tensor:
         """The part of the outputs that ``_computed`` has logits of."""
+
+    def _check_rope(self) -> None:
+        if not hasattr(self.model, "rotary_emb"):
+            return
+        layer: Any = self.plan.config.transformer_layer_config
+        positions = torch.arange(min(TURNS, layer.max_position_embeddings))
+        cosines, sines = self.model.rotary_emb(self.hidden_states, position_ids=positions[None])
+        size = cosines.shape[-1]
+        angles = torch.outer(positions.float(), rope_frequencies(layer, size)).repeat(1, 2)
+        check_same(
+            "The angles of RoPE are not those of the config",
+            torch.stack((cosines[0], sines[0])),
+            torch.stack((angles.cos(), angles.sin())),
+        )
 
     def _leave_unchecked(self, sentence: str) -> None:
         logger.warning(sentence)

@@ -8,7 +8,6 @@ from torch import Tensor
 from speculators.convert.checks.comparison import check_same
 from speculators.convert.checks.forward import ForwardCheck
 from speculators.convert.plan import ConversionPlan
-from speculators.convert.references.operations import rope_frequencies
 from speculators.models.output import DraftOutput
 from speculators.models.speculator import Speculator
 
@@ -17,10 +16,6 @@ __all__ = ["RecurrentCheck"]
 LOGITS = 2
 """At how many positions the logits are compared: the head treats all alike, and each of its rows
 makes a number at each of them."""
-
-TURNS = 256
-"""At how many positions RoPE is compared, up to those that its frequencies were trained for. The
-sequences are shorter, since what its slow channels turn by then hardly shows in the output."""
 
 SLOTS = 4
 """How many tokens are drafted in one pass to check a draft that can do so."""
@@ -69,7 +64,6 @@ class RecurrentCheck(ForwardCheck):
 
     def _check_tokens(self, reference: Any, expected: Tensor) -> None:
         del expected  # in one pass, tokens are drafted from other inputs
-        self._check_rope()
         config: Any = self.plan.config
         if not config.parallel:
             return
@@ -80,18 +74,4 @@ class RecurrentCheck(ForwardCheck):
             "What it drafts in one pass is not what the source's tensors compute",
             self.model(input_ids=ids, hidden_states=states, num_draft_tokens=SLOTS).logits,
             slots[None],
-        )
-
-    def _check_rope(self) -> None:
-        if not hasattr(self.model, "rotary_emb"):
-            return
-        layer: Any = self.plan.config.transformer_layer_config
-        positions = torch.arange(min(TURNS, layer.max_position_embeddings))
-        cosines, sines = self.model.rotary_emb(self.hidden_states, position_ids=positions[None])
-        size = cosines.shape[-1]
-        angles = torch.outer(positions.float(), rope_frequencies(layer, size)).repeat(1, 2)
-        check_same(
-            "The angles of RoPE are not those of the config",
-            torch.stack((cosines[0], sines[0])),
-            torch.stack((angles.cos(), angles.sin())),
         )

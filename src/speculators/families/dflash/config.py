@@ -154,6 +154,8 @@ class DFlashConfig(SpeculatorConfig):
                 "too, and the trainer that writes it does not; convert the draft again with "
                 "--causal or --no-causal"
             )
+        if non_causal or FULL not in self.transformer_layer_config.layer_types:
+            self.transformer_layer_config.is_causal = None  # which adds nothing
 
     @property
     def companions(self) -> frozenset[str]:
@@ -307,7 +309,8 @@ class DSparkConfig(DFlashConfig):
     enable_confidence_head: bool
     """Whether a head estimates how likely a token is to be accepted."""
     confidence_head_with_markov: bool
-    """Whether that head takes the Markov embedding of the token before beside the hidden state."""
+    """Whether that head takes the Markov embedding of the token before beside the hidden state;
+    false without such a head."""
 
     @property
     def causal(self) -> tuple[bool, ...]:
@@ -318,7 +321,11 @@ class DSparkConfig(DFlashConfig):
         layer = self.transformer_layer_config
         if layer.is_causal is not None:
             return (layer.is_causal,) * self.layers
-        return tuple(it == SLIDING for it in layer.layer_types)
+        return self._causal_by_type
+
+    @property
+    def _causal_by_type(self) -> tuple[bool, ...]:
+        return tuple(it == SLIDING for it in self.transformer_layer_config.layer_types)
 
     def _check_causality(self) -> None:
         layer = self.transformer_layer_config
@@ -329,6 +336,14 @@ class DSparkConfig(DFlashConfig):
                 "sliding_window_non_causal is true, but vLLM takes sliding layers to be causal "
                 "unless is_causal is false; convert the draft again"
             )
+        if self.causal == self._causal_by_type:
+            layer.is_causal = None  # which adds nothing
+        self.sliding_window_non_causal = not any(self.causal)
+
+    @model_validator(mode="after")
+    def _check_confidence(self) -> "DSparkConfig":
+        self.confidence_head_with_markov &= self.enable_confidence_head
+        return self
 
     @property
     def features(self) -> frozenset[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from speculators.families.advice import limit_context
 from speculators.families.dflash.attention import is_usual
 from speculators.families.dflash.config import SCALES, DFlash2Config, DFlashConfig, DSparkConfig
-from speculators.families.family import Limit, Target, limit
+from speculators.families.family import Limit, Target, limit, limit_of_layers
 from speculators.families.rope_in_gguf import keys_of_rope, misread_rope
 from speculators.families.signature import Serving, vllm
 
@@ -198,14 +198,20 @@ def misread_by_llamacpp(config: DFlashConfig) -> str | None:
     return misread_rope(config.transformer_layer_config, llama3=False)
 
 
-@limit("the state that leaves the verifier's last layer")
-def last_state(config: DFlashConfig) -> str | None:
+def unless_last(config: DFlashConfig) -> str | None:
+    """The number of layers with which the last state that is read is that of the last layer."""
+    if config.num_target_layers is not None:
+        return None
+    return f"unless its verifier has {config.aux_hidden_state_layer_ids[-1]} layers"
+
+
+@limit_of_layers("the state that leaves the verifier's last layer", unless_last)
+def last_state(config: DFlashConfig, depth: int | None) -> str | None:
     """What leaves the verifier's last layer, of which llama.cpp keeps only what enters layers."""
     last = config.aux_hidden_state_layer_ids[-1]
-    known = last == config.num_target_layers
-    return (
-        f"reads the state that leaves the verifier's last layer (layer {last})" if known else None
-    )
+    if last != (config.num_target_layers or depth):
+        return None
+    return f"reads the state that leaves the verifier's last layer (layer {last})"
 
 
 @limit("a confidence head without the Markov embedding")

@@ -15,7 +15,7 @@ __all__ = ["check_states", "target_hidden_size", "verifier_states"]
 def target_hidden_size(said: Said, hidden: int) -> int | None:
     """The verifier's hidden size, if it is not the draft's."""
     given = said.whole_number("target_hidden_size")
-    width = state_width(said.source, given, hidden)
+    width = state_width(said.source, given, hidden, own=("embedding", "head"))
     return None if width == hidden else width
 
 

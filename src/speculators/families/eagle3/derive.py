@@ -116,7 +116,7 @@ def derive(source: Source) -> Derived:
     hidden, drafted = layer.config.hidden_size, drafted_tokens(source)
     assert drafted is not None
     _check_said(source, given, "draft_vocab_size", drafted, "lm_head.weight")
-    width = state_width(source, given.get("target_hidden_size"), hidden)
+    width = state_width(source, given.get("target_hidden_size"), hidden, own=("embedding",))
     states = count_states(source, width)
     known = verifier_layers(source, publisher, states, notes)
     # Without a verifier, they may not be known yet: these are the usual ones of a small verifier.
