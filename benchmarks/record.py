@@ -3,12 +3,13 @@
     python benchmarks/record.py DRAFT OTHER_DRAFT VERIFIER
     python benchmarks/record.py DRAFT OTHER_DRAFT VERIFIER --limit 4 --max-new-tokens 32
 
-Chains of 1 to 8 tokens and the dynamic tree are measured in one process, one after the other: by
-decoding with the first draft, as `evaluate --acceptance-only` does; by recording the verifier's
-texts and scoring the first draft on them; and by scoring the other draft on the same recording.
-Imports and loading models are not counted, nor is the warm-up of decoding. With --commands, the
-whole commands are timed too, in processes of their own. That both ways count the same steps is
-checked. The raw seconds go into benchmarks/results/record.json.
+Chains of 1 to 8 tokens, or as many as a block of the draft has, and the dynamic tree, if it drafts
+trees, are measured in one process, one after the other: by decoding with the first draft, as
+`evaluate --acceptance-only` does; by recording the verifier's texts and scoring the first draft on
+them; and by scoring the other draft on the same recording. Imports and loading models are not
+counted, nor is the warm-up of decoding. With --commands, the whole commands are timed too, in
+processes of their own. That both ways count the same steps is checked. The raw seconds go into
+benchmarks/results/record.json.
 """
 
 import argparse
@@ -38,15 +39,12 @@ from speculators.evaluate.recording.recorder import record
 from speculators.evaluate.recording.scoring import Scoring, load_scored
 from speculators.evaluate.report import Settings
 from speculators.evaluate.subject.loading import load_subject
-from speculators.evaluate.subject.opening import open_draft
+from speculators.evaluate.subject.opening import Opened, open_draft
 from speculators.format.config import ProposalMethod
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "record.json"
-METHODS = [
-    *(ProposalMethod(speculative_tokens=length) for length in range(1, 9)),
-    ProposalMethod(proposal_type="dynamic_tree"),
-]
+LONGEST = 8
 TARGETS = {"recording and one draft": 8.0, "a further draft": 25.0}
 """How many times as fast as decoding it should be."""
 
@@ -63,8 +61,16 @@ def timed(seconds: dict[str, dict[str, float]], name: str) -> Iterator[None]:
     print(f"{name}: {seconds[name]['wall']:.1f} s, {seconds[name]['cpu']:.1f} CPU s", flush=True)
 
 
+def methods_of(opened: Opened) -> list[ProposalMethod]:
+    """The proposal methods to measure a draft with."""
+    config = opened.converted.config
+    lengths = range(1, 1 + min(LONGEST, config.drafted_per_block or LONGEST))
+    trees = [] if config.parallel else [ProposalMethod(proposal_type="dynamic_tree")]
+    return [*(ProposalMethod(speculative_tokens=length) for length in lengths), *trees]
+
+
 def commands(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """The wall seconds of the whole commands."""
+    """The wall seconds of the whole commands, for drafts that draft chains of 8 and trees."""
     run = [sys.executable, "-m", "speculators"]
     verifier = ["--verifier", arguments.verifier]
     size = [f"--limit={arguments.limit}", f"--max-new-tokens={arguments.max_new_tokens}"]
@@ -100,6 +106,17 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         acceptance_only=True,
     )
 
+    drafts = {"score": arguments.draft, "score other": arguments.other}
+    layers = sorted(
+        {
+            layer
+            for directory in drafts.values()
+            for layer in open_draft(
+                directory, verifier=arguments.verifier
+            ).converted.config.verifier_layers
+        }
+    )
+
     with timed(seconds, "record"):
         recording = record(
             subject.verifier,
@@ -107,19 +124,20 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             prompts,
             settings,
             folder / "recording",
+            layers=layers,
             longest_draft=LONGEST_DRAFT,
         )
     reports = {}
-    for name, directory in (("score", arguments.draft), ("score other", arguments.other)):
+    for name, directory in drafts.items():
         scored = open_scored(directory, recording, verifier=arguments.verifier)
         draft = load_scored(scored, recording)
         with timed(seconds, name):
-            scoring = Scoring(scored, draft, recording, METHODS)
+            scoring = Scoring(scored, draft, recording, methods_of(scored))
             for _ in scoring.run():
                 pass
         reports[name] = scoring.report()
 
-    evaluation = Evaluation(subject, prompts, METHODS, settings)
+    evaluation = Evaluation(subject, prompts, methods_of(opened), settings)
     with timed(seconds, "decode with warm-up"):
         for _ in evaluation.run():
             pass

@@ -626,6 +626,9 @@ def patch_hub(
         if name.isupper() and value != getattr(constants, name):
             monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # read on import, too
+    if (of_transformers := sys.modules.get("transformers.utils.hub")) is not None:
+        # It keeps a client with the endpoint of its first use, perhaps that of an earlier test.
+        monkeypatch.setattr(of_transformers, "_hf_api", None, raising=False)
     # Each new client reads all certificates, which nothing here needs.
     monkeypatch.setattr(ssl, "create_default_context", _shared_context)
     close_session()  # drop earlier connections and proxies

@@ -1,16 +1,21 @@
 """What a score finds is what decoding does, for every kind of draft and of proposal."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
+from block_drafts import KINDS, NAMES, golden, golden_draft, knowing_dflash, lend
 from eagle3 import knowing_eagle3
 from speculators.decode import Generation
+from speculators.decode.recurrent import RecurrentDraft
+from speculators.decode.sampling import warp_of
 from speculators.decode.tree import EAGLE1_TREE, chain
 from speculators.evaluate.metrics import (
     Acceptance,
@@ -19,7 +24,9 @@ from speculators.evaluate.metrics import (
     expect_steps,
     total,
 )
-from speculators.evaluate.recording.drafting import DraftedTexts
+from speculators.evaluate.recording.context import ContextTexts
+from speculators.evaluate.recording.recurrent import RecurrentTexts
+from speculators.evaluate.recording.scoring import drafted_texts
 from speculators.evaluate.recording.texts import Text, decode_texts, layer_states
 from speculators.evaluate.recording.warping import recorded_warp
 from speculators.evaluate.report import Settings
@@ -46,12 +53,24 @@ def parallel_draft(verifier: PreTrainedModel) -> Speculator:
     return knowing_eagle3(verifier, parallel=True, doubt=0.3, tokens=common_tokens(verifier))
 
 
-DRAFTS: dict[str, Any] = {
+def block_draft(verifier: PreTrainedModel, kind: str) -> Speculator:
+    """Its tokens after the first are often right: they follow the token before, or are few."""
+    tokens, doubt = (None, 0.3) if kind in SEQUENTIAL else (common_tokens(verifier), 0.2)
+    draft: Speculator = knowing_dflash(
+        verifier, kind, block_size=1 + LONGEST, doubt=doubt, tokens=tokens
+    )
+    return draft
+
+
+SEQUENTIAL = ("dflash2", "vanilla", "gated", "rnn")
+
+RECURRENT: dict[str, Callable[[PreTrainedModel], Speculator]] = {
     "EAGLE": knowing_draft,
     "layernorms": lambda verifier: random_draft(verifier, layernorms=True),
     "EAGLE-3": knowing_eagle3,
     "P-EAGLE": parallel_draft,
 }
+DRAFTS = RECURRENT | {kind: partial(block_draft, kind=kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +138,11 @@ def test_chains_and_trees_are_accepted_as_in_decoding(ended: PreTrainedModel, na
     texts = recorded(ended, draft, PROMPTS, settings())
     paths = [chain(length) for length in LENGTHS]
     methods = [ProposalMethod(speculative_tokens=length) for length in LENGTHS]
-    if name != "P-EAGLE":
+    if name in RECURRENT and name != "P-EAGLE":
         paths.append(EAGLE1_TREE)
         methods.append(ProposalMethod(proposal_type="static_tree"))
     with torch.inference_mode():
-        found = DraftedTexts(draft, texts).survival(paths)
+        found = drafted_texts(draft, texts).survival(paths)
     for method, by_text in zip(methods, found, strict=True):
         expected = decoded(draft, PROMPTS, method, settings())
         assert [expect_steps(survival) for survival in by_text] == expected
@@ -148,7 +167,8 @@ def test_trees_grow_as_in_decoding(
     )
     texts = recorded(ended, draft, PROMPTS, settings())
     with torch.inference_mode():
-        found = DraftedTexts(draft, texts).grown(nodes, depth, top_k)
+        assert isinstance(draft, RecurrentDraft)
+        found = RecurrentTexts(draft, texts).grown(nodes, depth, top_k)
     expected = decoded(draft, PROMPTS, method, settings())
     assert [count_steps(*counted) for counted in found] == expected
 
@@ -169,23 +189,74 @@ def test_texts_are_those_of_the_verifier_alone(verifier: PreTrainedModel) -> Non
             torch.testing.assert_close(states, hidden[layer][0, :known], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "limits"),
+    [
+        ("EAGLE", {"recurrent.ROOTS": 7, "recurrent.LOGITS": 500}),
+        ("rnn", {"context.SLOTS": 300}),
+        ("rnn", {"context.LOGITS": 500}),
+    ],
+)
 def test_many_roots_are_drafted_from_in_portions(
-    verifier: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    verifier: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, name: str, limits: dict[str, int]
 ) -> None:
-    draft = DRAFTS["EAGLE"](verifier)
+    draft = DRAFTS[name](verifier)
     texts = recorded(verifier, draft, PROMPTS, settings())
     with torch.inference_mode():
-        whole = DraftedTexts(draft, texts).survival([chain(3)])
-        monkeypatch.setattr("speculators.evaluate.recording.drafting.ROOTS", 7)
-        monkeypatch.setattr("speculators.evaluate.recording.drafting.LOGITS", 500)
-        assert DraftedTexts(draft, texts).survival([chain(3)]) == whole
+        whole = drafted_texts(draft, texts).survival([chain(3)])
+        for limit, value in limits.items():
+            monkeypatch.setattr(f"speculators.evaluate.recording.{limit}", value)
+        assert drafted_texts(draft, texts).survival([chain(3)]) == whole
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_golden_proposals_are_accepted(tmp_path: Path, name: str) -> None:
+    """As far as a text has them, among other texts, with the probabilities of golden logits."""
+    g = golden(name)
+    g = {"lm_head.weight": g["embed_tokens.weight"]} | g  # one has no head
+    draft = lend(golden_draft(name, tmp_path / "draft"), g)
+    states, anchor = g["target_hidden"][0], g["block_ids"][0, :1]
+    logits = g.get("conditioned_logits", g.get("logits"))
+    if logits is None:
+        logits = g["output_hidden"][:, 1:] @ g["lm_head.weight"].T
+    proposed = g.get("proposed_tokens", logits.argmax(-1))[0]
+    length, context = len(proposed), len(states)
+
+    def text(right: int) -> Text:
+        drafted = torch.cat((proposed[:right], proposed[right:] + 1))
+        tokens = torch.cat((torch.arange(context), anchor, drafted))
+        return Text(context, 2, tokens, torch.cat((states, torch.randn_like(states[:1]))), None)
+
+    other = Text(3, 20, torch.arange(23 + length), torch.randn(22, states.shape[1]), None)
+    drafted = ContextTexts(draft, [text(length), other, text(2)])
+    [found] = drafted.survival([chain(length)])
+    assert found[0] == [[1] * length]
+    assert found[2] == [[1, 1] + [0] * (length - 2)]
+    assert len(found[1]) == 19
+    if name != "dflash2":  # whose golden logits are those before the selector
+        warp = warp_of(LogitsProcessorList())
+        [chances] = drafted.sampled_survival([length], warp)
+        expected = logits[0].softmax(-1).max(-1).values.cumprod(0)
+        torch.testing.assert_close(torch.tensor(chances[0][0]), expected, rtol=1e-3, atol=1e-7)
 
 
 SAMPLES = 60
 
 
-@pytest.mark.parametrize("name", ["EAGLE", "P-EAGLE"])
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (0.0, 1.0)])
+EVERY_WAY = [(1.0, 1.0), (0.7, 0.8), (0.0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "top_p"),
+    [
+        *(("EAGLE", *how) for how in EVERY_WAY),
+        *(("P-EAGLE", *how) for how in EVERY_WAY),
+        ("dflash2", 1.0, 1.0),
+        ("rnn", 0.7, 0.8),
+        ("gated", 0.0, 1.0),
+    ],
+)
 def test_sampled_chains_are_accepted_as_often_as_in_decoding(
     name: str, temperature: float, top_p: float
 ) -> None:
@@ -200,7 +271,7 @@ def test_sampled_chains_are_accepted_as_often_as_in_decoding(
     torch.manual_seed(5)
     texts = recorded(model, draft, prompts, how)
     with torch.inference_mode():
-        survivals = DraftedTexts(draft, texts).sampled_survival(3, recorded_warp(how))
+        [survivals] = drafted_texts(draft, texts).sampled_survival([3], recorded_warp(how))
     scored = [expect_steps(survival) for survival in survivals]
     measured = decoded(draft, prompts, method, how)
     for position in range(3):

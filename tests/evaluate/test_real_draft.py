@@ -218,14 +218,22 @@ def test_a_draft_is_accepted_as_often_as_by_its_training_code(
     assert sum(accepted) > len(accepted) / 2
 
 
-NAMES = ("eagle1", "hass", "layernorms", "eagle3")
-METHODS = {
+RECURRENT = ("eagle1", "hass", "layernorms", "eagle3")
+NAMES = (*RECURRENT, "dflash")
+CHAINS = {
     "one token": ProposalMethod(speculative_tokens=1),
     "chain": ProposalMethod(speculative_tokens=4),
+}
+METHODS = CHAINS | {
     "static tree": ProposalMethod(proposal_type="static_tree"),
     "dynamic tree": ProposalMethod(proposal_type="dynamic_tree"),
 }
-SOME = {*zip(NAMES, ("static tree", "one token", "dynamic tree", "chain"), strict=True)}
+OF_BLOCKS = CHAINS | {"whole block": ProposalMethod(speculative_tokens=7)}
+SOME = {
+    *zip(RECURRENT, ("static tree", "one token", "dynamic tree", "chain"), strict=True),
+    ("dflash", "chain"),
+    ("dflash", "whole block"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +248,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(
-    scope="module", params=[(1, 12), pytest.param((6, 48), marks=pytest.mark.exhaustive)]
+    scope="module", params=[(2, 16), pytest.param((8, 48), marks=pytest.mark.exhaustive)]
 )
 def recording(
     request: pytest.FixtureRequest,
@@ -248,17 +256,18 @@ def recording(
     converted: dict[str, Path],
     verifier: Any,
 ) -> Recording:
-    """A short text; exhaustive: more of them, and longer."""
+    """Two short texts; exhaustive: more of them, and longer."""
     number, tokens = request.param
     tokenizer: Any = AutoTokenizer.from_pretrained(VERIFIER)
-    config = json.loads((converted["eagle3"] / "config.json").read_text())
+    opened = [open_draft(path) for path in converted.values()]
+    layers = {layer for it in opened for layer in it.converted.config.verifier_layers}
     return record(
         LoadedVerifier(str(VERIFIER), verifier, tokenizer),
-        identify(open_draft(converted["hass"]).verifier),
+        identify(opened[0].verifier),
         read_prompts(OWN_PROMPTS)[:number],
         Settings(prompts_total=number, max_new_tokens=tokens),
         tmp_path_factory.mktemp("recorded") / "recording",
-        layers=config["eagle_aux_hidden_state_layer_ids"],
+        layers=sorted(layers),
         longest_draft=LONGEST_DRAFT,
     )
 
@@ -268,11 +277,14 @@ def recording(
     [
         pytest.param(
             name,
-            METHODS[method],
+            (METHODS | OF_BLOCKS)[method],
             id=f"{name}-{method}",
             marks=() if (name, method) in SOME else pytest.mark.exhaustive,
         )
-        for name, method in itertools.product(NAMES, METHODS)
+        for name, method in (
+            *itertools.product(RECURRENT, METHODS),
+            *itertools.product(("dflash",), OF_BLOCKS),
+        )
     ],
 )
 def test_a_score_is_what_decoding_counts(
@@ -289,24 +301,28 @@ def test_a_score_is_what_decoding_counts(
     opened = open_draft(converted[name])
     scoring = Scoring(opened, load_scored(opened, recording, "cpu"), recording, [method])
     scored = [[run.acceptance for run in prompt.speculative] for prompt in scoring.run()]
+    settings = recording.manifest.settings
+    assert len(scored) == settings.prompts_total
 
     draft = load_draft(converted[name], verifier=verifier, dtype=torch.float32)
-    tokenizer: Any = AutoTokenizer.from_pretrained(VERIFIER)
-    settings = recording.manifest.settings
-    for prompt, found in zip(read_prompts(OWN_PROMPTS), scored, strict=False):
-        ids = tokenizer.apply_chat_template(
-            [message.model_dump() for message in prompt.messages],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        )["input_ids"]
-        generation = draft.generate(
-            ids,
-            proposal=method,
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-        )
-        assert isinstance(generation, Generation)
-        assert found == [count_steps(generation.accepted[0], generation.offered[0])]
-    assert len(scored) == settings.prompts_total
+    tokenizer: Any = AutoTokenizer.from_pretrained(VERIFIER, padding_side="left")
+    together = tokenizer.apply_chat_template(
+        [
+            [message.model_dump() for message in prompt.messages]
+            for prompt in read_prompts(OWN_PROMPTS)[: len(scored)]
+        ],
+        add_generation_prompt=True,
+        padding=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    generation = draft.generate(
+        **together,
+        proposal=method,
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    assert isinstance(generation, Generation)
+    expected = map(count_steps, generation.accepted, generation.offered)
+    assert scored == [[counts] for counts in expected]

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
-from block_drafts import convert_golden
+from block_drafts import knowing_dflash
 from eagle3 import knowing_eagle3
 from helpers import CommandLine, entries
 from hub_server import HubServer, patch_hub
@@ -109,14 +110,18 @@ def test_drafts_are_compared(
     assert Comparison.model_validate_json(again.stdout) == comparison
 
 
+def a_dflash_draft(verifier: PreTrainedModel, *, layers: tuple[int, ...]) -> Any:
+    return knowing_dflash(verifier, "rnn", layers=layers, doubt=0.3)
+
+
+@pytest.mark.parametrize("make", [knowing_eagle3, a_dflash_draft])
 def test_layers_are_added_to_what_is_there(
-    tmp_path: Path, speculators: CommandLine, prompts: Path
+    tmp_path: Path, speculators: CommandLine, prompts: Path, make: Callable[..., Any]
 ) -> None:
     verifier = tiny_verifier(vocab_size=320)
     verifier.save_pretrained(tmp_path / "verifier")
     tiny_tokenizer().save_pretrained(tmp_path / "verifier")
-    draft = knowing_eagle3(verifier, layers=(0, 1, 2))
-    draft.save_pretrained(tmp_path / "draft")
+    make(verifier, layers=(0, 1, 2)).save_pretrained(tmp_path / "draft")
     recording = tmp_path / "recording"
     place = ["--verifier", tmp_path / "verifier"]
     record = ["record", tmp_path / "verifier", recording, f"--prompts={prompts}"]
@@ -126,6 +131,7 @@ def test_layers_are_added_to_what_is_there(
     assert speculators(*record, "--layers=1").status == 0
     run = speculators(*score)
     assert run.status == 1
+    assert "does not have (of layer 0, 2); add them: speculators record" in run.errors[0]
     assert "--layers 0,1,2, with the same other options" in run.errors[0]
     before = (recording / "00000.safetensors").read_bytes()
     run = speculators(*record, "--layers=0,1,2")
@@ -199,15 +205,7 @@ def test_a_draft_that_drafts_in_a_way_of_its_own(
     assert f"{pair.draft}: a draft of the kind EagleSpeculator cannot be scored" in run.errors[0]
 
 
-def test_drafts_that_cannot_be_scored(
-    pair: Pair, recording: Path, speculators: CommandLine, tmp_path: Path
-) -> None:
-    """They are refused before anything of them is asked to be recorded."""
-    block = convert_golden("dflash_full", tmp_path)
-    run = speculators("evaluate", block, "--recording", recording)
-    refused = "drafts in blocks, and such drafts cannot be scored on a recording; leave out --recor"
-    assert len(run.errors) == 1
-    assert f"{block} {refused}" in run.errors[0]
+def test_an_mtp(recording: Path, speculators: CommandLine) -> None:
     run = speculators("evaluate", GOLDEN_MTP, "--recording", recording)
     assert len(run.errors) == 1
     assert f"{GOLDEN_MTP} has an MTP, which is no converted draft" in run.errors[0]

@@ -53,7 +53,8 @@ def record(
         typer.Option(
             metavar="I,J,...",
             help="Also keep the inputs of these decoder layers, counted from 0, for drafts that "
-            "read them, such as EAGLE-3's. They can be added to a recording later.",
+            "read them, such as EAGLE-3's and DFlash's: 'evaluate --recording' says which. They "
+            "can be added to a recording later.",
             show_default=False,
         ),
     ] = None,

@@ -138,9 +138,7 @@ class ContextDrafter(Drafter):
         """See ``Drafter``."""
         self.draft.remember(states, counts, self.cache)
         anchors = tokens.gather(1, torch.as_tensor(counts, device=tokens.device)[:, None] - 1)
-        masks = anchors.new_full((len(anchors), self.masks), self.draft.mask_token_id)
-        block = self.draft.run_block(torch.cat((anchors, masks), 1), self.cache)
-        outputs = block[:, -self.length :]
+        outputs = self.run(anchors)
         logits = self.draft.logits(outputs).to(self.draft.device)
         if isinstance(self.draft, SequentialDraft):
             drafted, probabilities = self._draw_in_turn(self.draft, anchors, outputs, logits)
@@ -150,6 +148,20 @@ class ContextDrafter(Drafter):
             drafted = flat.view(rows)
             probabilities = None if over_all is None else over_all.unflatten(0, rows)
         return self.shape.tree(torch.cat((anchors, drafted), 1), probabilities)
+
+    def run(self, anchors: Tensor) -> Tensor:
+        """Run the draft on a block after the context in its cache.
+
+        Args:
+            anchors: (rows, 1).
+
+        Returns:
+            the outputs that tokens are drafted from, (rows, length, draft width).
+
+        """
+        masks = anchors.new_full((len(anchors), self.masks), self.draft.mask_token_id)
+        block = self.draft.run_block(torch.cat((anchors, masks), 1), self.cache)
+        return block[:, -self.length :]
 
     def _draw_in_turn(
         self, draft: SequentialDraft, anchors: Tensor, outputs: Tensor, logits: Tensor

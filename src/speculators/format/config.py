@@ -214,6 +214,14 @@ class SpeculatorConfig(Model):
         return None
 
     @property
+    def verifier_layers(self) -> tuple[int, ...]:
+        """The verifier's layers whose incoming states the draft reads.
+
+        Empty if it reads the last hidden states.
+        """
+        return ()
+
+    @property
     def layers(self) -> int:
         """The number of decoder layers."""
         return self.transformer_layer_config.num_hidden_layers

@@ -5,7 +5,7 @@ from pathlib import Path
 from loguru import logger
 
 from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
-from speculators.errors import EvaluationError, SpeculatorsError
+from speculators.errors import SpeculatorsError
 from speculators.evaluate.recording.manifest import Recording, identify
 from speculators.evaluate.subject.opening import Opened, open_draft
 
@@ -31,18 +31,14 @@ def open_scored(
 
     Raises:
         EvaluationError: if the recording is not of that verifier, or not of the one that the
-            draft's config names, or drafts of this kind cannot be scored.
+            draft's config names, or lacks states that the draft reads; or the draft is an MTP.
         FormatError, VerifierError, CheckpointError, HubError: as for ``open_draft``.
 
     """
     recorded = recording.manifest.verifier.name
     opened = open_draft(source, hub, revision=revision, verifier=verifier or recorded)
-    if opened.converted.config.drafted_per_block is not None:
-        raise EvaluationError(
-            f"{source} drafts in blocks, and such drafts cannot be scored on a recording; leave "
-            "out --recording."
-        )
     recording.check_verifier(identify(opened.verifier), str(source))
+    recording.check_layers(opened.converted.config.verifier_layers, str(source))
     named = opened.converted.config.speculators_config.verifier.name_or_path
     if verifier is None and named not in {None, recorded}:
         try:

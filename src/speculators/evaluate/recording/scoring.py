@@ -8,6 +8,7 @@ import torch
 from speculators import __version__
 from speculators.decode.block import BlockDrafter
 from speculators.decode.cache import BlockCache
+from speculators.decode.context import ContextDraft, ContextDrafter
 from speculators.decode.proposals import drafter_of
 from speculators.decode.recurrent import (
     DynamicTreeDrafter,
@@ -18,8 +19,10 @@ from speculators.decode.tree import EAGLE1_TREE, chain
 from speculators.errors import EvaluationError
 from speculators.evaluate.evaluation import environment_of
 from speculators.evaluate.metrics import Acceptance, count_steps, expect_steps
+from speculators.evaluate.recording.context import ContextTexts
 from speculators.evaluate.recording.drafting import DraftedTexts
 from speculators.evaluate.recording.manifest import Recording
+from speculators.evaluate.recording.recurrent import RecurrentTexts
 from speculators.evaluate.recording.shards import read_text
 from speculators.evaluate.recording.texts import Text
 from speculators.evaluate.recording.warping import recorded_warp
@@ -38,8 +41,8 @@ from speculators.models.speculator import Speculator
 
 __all__ = ["Scoring", "load_scored"]
 
-SCORED = (FixedTreeDrafter, DynamicTreeDrafter, BlockDrafter)
-"""The ways of drafting that ``DraftedTexts`` knows."""
+SCORED = (FixedTreeDrafter, DynamicTreeDrafter, BlockDrafter, ContextDrafter)
+"""The ways of drafting that a subclass of ``DraftedTexts`` knows."""
 
 TEXTS = 32
 """How many texts are drafted for at the same time, at most."""
@@ -76,7 +79,7 @@ class Scoring:
     Args:
         opened: the draft.
         draft: its model.
-        recording: of its verifier, with the states that it reads.
+        recording: of its verifier, with the states that it reads, as ``open_scored`` checks.
         proposals: at least one.
 
     Attributes:
@@ -84,8 +87,8 @@ class Scoring:
 
     Raises:
         GenerationError: if the draft cannot propose that way.
-        EvaluationError: if the recording lacks something for it, or drafts of its kind cannot be
-            scored on one.
+        EvaluationError: if the recorded texts are too short for a proposal, or drafts of its kind
+            cannot be scored on them.
 
     """
 
@@ -102,7 +105,6 @@ class Scoring:
         self.proposals = list(proposals)
         self.measured: list[PromptResult] = []
         self._warp = recorded_warp(recording.manifest.settings)
-        recording.check_layers(draft.verifier_layers, opened.name)
         for proposal in proposals:
             drafter = drafter_of(draft, BlockCache([0]), proposal, self._warp)
             if not isinstance(drafter, SCORED):
@@ -172,10 +174,9 @@ class Scoring:
         return [next(counts) if text.new_tokens > 1 else nothing for text in texts]
 
     def _score_decoded(self, texts: Sequence[Text]) -> list[list[Acceptance]]:
-        assert isinstance(self.draft, RecurrentDraft)
-        drafted = DraftedTexts(self.draft, texts)
+        drafted = drafted_texts(self.draft, texts)
         by_proposal: dict[int, list[Acceptance]] = {}
-        # One computation for all that is fixed, and one for all that is sampled.
+        # All that is fixed at once, and all that is sampled, since drafts may share passes for it.
         fixed = {
             index: EAGLE1_TREE
             if it.proposal_type == "static_tree"
@@ -194,22 +195,30 @@ class Scoring:
             if it.proposal_type == "sampling"
         }
         if sampled:
-            longest = drafted.sampled_survival(max(sampled.values()), self._warp)
-            for index, length in sampled.items():
-                by_proposal[index] = [
-                    expect_steps([chances[:length] for chances in survival]) for survival in longest
-                ]
+            for index, texts_survival in zip(
+                sampled, drafted.sampled_survival([*sampled.values()], self._warp), strict=True
+            ):
+                by_proposal[index] = [expect_steps(survival) for survival in texts_survival]
         for index, it in enumerate(self.proposals):
             if it.proposal_type == "dynamic_tree":
                 assert it.tree_depth is not None
                 assert it.tree_top_k is not None
-                grown = DraftedTexts(self.draft, texts)
+                assert isinstance(self.draft, RecurrentDraft)
+                grown = RecurrentTexts(self.draft, texts)
                 steps = grown.grown(it.speculative_tokens, it.tree_depth, it.tree_top_k)
                 by_proposal[index] = [count_steps(*counted) for counted in steps]
         return [
             [by_proposal[index][text] for index in range(len(self.proposals))]
             for text in range(len(texts))
         ]
+
+
+def drafted_texts(draft: Speculator, texts: Sequence[Text]) -> DraftedTexts:
+    """What a draft makes of texts, however it drafts."""
+    if isinstance(draft, ContextDraft):
+        return ContextTexts(draft, texts)
+    assert isinstance(draft, RecurrentDraft)
+    return RecurrentTexts(draft, texts)
 
 
 def scored_settings(recorded: Settings, directory: Path) -> Settings:

@@ -176,9 +176,14 @@ class DFlashConfig(SpeculatorConfig):
         return self.block_size - (not self.sample_from_anchor)
 
     @property
+    def verifier_layers(self) -> tuple[int, ...]:
+        """The verifier's layers whose incoming states the draft reads."""
+        return tuple(self.aux_hidden_state_layer_ids)
+
+    @property
     def states(self) -> int:
         """How many of the verifier's states are read."""
-        return len(self.aux_hidden_state_layer_ids)
+        return len(self.verifier_layers)
 
     @property
     def target_layer_ids(self) -> list[int]:

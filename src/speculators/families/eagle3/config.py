@@ -109,9 +109,14 @@ class Eagle3Config(SpeculatorConfig):
         return self.speculators_model_type == "peagle"
 
     @property
+    def verifier_layers(self) -> tuple[int, ...]:
+        """The verifier's layers whose incoming states the draft reads."""
+        return tuple(self.eagle_aux_hidden_state_layer_ids)
+
+    @property
     def states(self) -> int:
         """How many of the verifier's states are read."""
-        return len(self.eagle_aux_hidden_state_layer_ids)
+        return len(self.verifier_layers)
 
     @property
     def verifier_hidden_size(self) -> int:
