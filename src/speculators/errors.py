@@ -54,7 +54,7 @@ class ConversionError(SpeculatorsError, ValueError):
 
 
 class NativeLayoutError(ConversionError):
-    """A draft that the speculators format cannot say, and some engines serve as it was published.
+    """A draft that the speculators format cannot express; some engines serve it as published.
 
     Attributes:
         served_by: these engines.
