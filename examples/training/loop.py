@@ -16,7 +16,7 @@ BATCH = 64
 """Conversations per training step."""
 
 SAVING = 60.0
-"""Seconds of training after which a draft is published again, if that was cut off later."""
+"""A draft is published every so many seconds of training, in case that is cut off later."""
 
 
 def train(

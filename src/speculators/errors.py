@@ -54,7 +54,7 @@ class ConversionError(SpeculatorsError, ValueError):
 
 
 class NativeLayoutError(ConversionError):
-    """A draft that the speculators format cannot say, and some engines serve as it was published.
+    """A draft that the speculators format cannot express; some engines serve it as published.
 
     Attributes:
         served_by: these engines.
@@ -155,7 +155,8 @@ def sentence(error: Exception) -> str:
     if isinstance(error, SpeculatorsError):
         return str(error)
     if isinstance(error, OSError):  # a disk or file system failed where nothing handles it
-        return f"{error}."
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror or error}."
     first, *_ = [*str(error).splitlines(), ""]
     return (
         f"This should not happen ({type(error).__name__}: {first}): run it again with --debug, and "

@@ -237,6 +237,7 @@ def test_the_trace_of_an_answer_that_was_interrupted(
     monkeypatch.setattr(Spelling, "pieces", interrupted)
     run = speculators("chat", pair.draft, "--prompt", SAID, "--trace", page)
     assert run.status == 130
+    assert run.stdout.endswith("\n"), "what is said of it begins a line of its own"
     expected = plain_answer(pair, f"<user>{SAID}<assistant>", NEW_TOKENS // 2)
     assert expected in "".join(text for _, text in shown(page.read_text(encoding="utf-8")).spans)
 

@@ -29,6 +29,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("converted/", "./converted"),
         ("./drafts/eagle-8", "./drafts/eagle-8b"),
         ("drafts/eagle_8b/", "./drafts/eagle-8b"),
+        ("./draft/eagle-8b", "./drafts/eagle-8b"),
+        ("draft/eagle_8b/", "./drafts/eagle-8b"),
     ],
 )
 def test_the_nearest_is_named_and_nobody_is_asked(here: Path, given: str, meant: str) -> None:
@@ -74,3 +76,20 @@ def test_an_id_is_still_looked_for_on_the_hub(
         (warning,) = near.messages
         assert warning.startswith("drafts/eagle-7b does not exist here (did you mean ./drafts/eagl")
         assert speculators("inspect", "gpt2", "--json").status == 0
+
+
+def test_what_would_lie_in_a_directory_here_is_told_before_the_hub_is_asked(
+    tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch, speculators: CommandLine
+) -> None:
+    with HubServer() as server:
+        patch_hub(monkeypatch, server, tmp_path / "cache")
+        for name in ("drafts/hass", "draft/eagle-8b", "org/eagle-8b"):
+            server.add_repo(name, GOLDEN / PLAIN)
+        said = "does not exist here{}: it is taken for a Hugging Face id"
+        for name, meant in (
+            ("drafts/hass", ""),
+            ("draft/eagle-8b", " (did you mean ./drafts/eagle-8b?)"),
+        ):
+            (warning,) = speculators("inspect", name, "--json").messages
+            assert warning == f"{name} {said.format(meant)}"
+        assert not speculators("inspect", "org/eagle-8b", "--json").messages

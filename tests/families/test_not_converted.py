@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import CommandLine
+from helpers import GOLDEN, PLAIN, CommandLine
 from mtp_verifiers import write_verifier
 from speculators.errors import FormatError
 from speculators.models.loading import load_draft
@@ -33,7 +33,16 @@ def test_an_mtp(mtp: Path, tmp_path: Path, speculators: CommandLine) -> None:
     assert str(caught.value) == f"{mtp} {WHAT}"
 
 
-def test_a_research_checkpoint_is_to_be_converted(tmp_path: Path) -> None:
+def test_a_language_model_is_no_draft(tmp_path: Path, speculators: CommandLine) -> None:
     verifier = write_verifier(tmp_path / "verifier")
+    run = speculators("validate", verifier)
+    (error,) = run.errors
+    assert error == (
+        f"Missing or incorrect speculators_model_type in {verifier}: it holds a whole language "
+        "model; give a draft in its place, and the language model as the verifier (BASE_MODEL)."
+    )
+
+
+def test_a_research_checkpoint_is_to_be_converted() -> None:
     with pytest.raises(FormatError, match="Convert the checkpoint first"):
-        load_draft(verifier)
+        load_draft(GOLDEN / PLAIN)

@@ -164,6 +164,7 @@ def test_a_converted_draft(
 ) -> None:
     found = finding(speculators, converted[name])
     assert found["kind"] == "speculators"
+    assert found["title"].startswith("an EAGLE-1 or EAGLE-2 draft in the speculators format")
     assert found["layout"] == "current"
     assert found["verifier"] == {
         "hidden_size": 64,

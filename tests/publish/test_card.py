@@ -107,6 +107,7 @@ def test_a_draft_that_takes_no_matrix(tmp_path: Path) -> None:
     card = model_card("org/draft", DFLASH, draft.config, parameters=1, features=draft.features)
     assert "it reads the verifier's hidden states." in card
     assert '"method": "dflash"' in card
+    assert re.match(r"\w+ `Qwen3DecoderLayer`, ", rows(card)["layer"])
 
 
 @pytest.mark.parametrize(

@@ -41,15 +41,24 @@ def local_path(
 
 
 def meant_path(path: Path) -> str:
-    """What to add to a clause about a path that does not exist; empty if none beside it is near."""
+    """What to add to a clause about a path that does not exist; empty if none is near.
+
+    Any of its folders may be misspelt, too.
+    """
+    found = Path(path.anchor)
     try:
-        beside = [it.name for it in islice(path.parent.iterdir(), MAX_NAMES)]
+        for name in path.relative_to(path.anchor).parts:
+            following = found / name
+            if not following.exists():
+                beside = [it.name for it in islice(found.iterdir(), MAX_NAMES)]
+                meant = nearest(name, beside, likeness=LIKENESS)
+                if meant is None:
+                    return ""
+                following = found / meant
+            found = following
     except OSError:
         return ""
-    found = nearest(path.name, beside, likeness=LIKENESS)
-    if found is None:
-        return ""
-    shown = visible(str(path.parent / found))
+    shown = visible(str(found))
     return f" (did you mean {shown if path.is_absolute() else f'./{shown}'}?)"
 
 

@@ -118,9 +118,10 @@ def open_repository(
 ) -> Repository:
     """Open ``source``, which is a local directory or a Hub id.
 
-    A ``revision`` of a local directory is ignored, with a warning. So is it logged if a name that
-    could be a Hub id is nearly that of something here; without an organization, which every model
-    on the Hub has today, it is an error.
+    A ``revision`` of a local directory is ignored, with a warning. There is a warning, too, if what
+    could be a Hub id is nearly the path of something here, or if its first part is a directory
+    here. A name without an organization, which every model on the Hub has today, is an error if it
+    is nearly that of something here.
 
     Args:
         source: a path, or a Hub id.
@@ -149,12 +150,13 @@ def open_repository(
         raise CheckpointError(
             f"{path} does not exist{meant_path(path)}; give a directory, or a Hugging Face id."
         )
-    if meant := meant_path(path):
-        if "/" not in source:
-            raise CheckpointError(
-                f"{path} does not exist here{meant}; for a model on the Hub, give its whole id, "
-                f"such as organization/{path}."
-            )
+    meant = meant_path(path)
+    if meant and "/" not in source:
+        raise CheckpointError(
+            f"{path} does not exist here{meant}; for a model on the Hub, give its whole id, "
+            f"such as organization/{path}."
+        )
+    if meant or ("/" in source and path.parent.is_dir()):
         logger.warning(f"{path} does not exist here{meant}: it is taken for a Hugging Face id")
 
     from speculators.checkpoint.hub.repository import HubRepository

@@ -120,13 +120,15 @@ def chat(
     console = Console(highlight=False, soft_wrap=True)
     try:
         for said in prompts:
-            answer = session.answer(
-                said,
-                lambda piece: console.print(
-                    Text(piece.text, style="green" if piece.drafted else ""), end=""
-                ),
-            )
-            console.print()
+            try:
+                answer = session.answer(
+                    said,
+                    lambda piece: console.print(
+                        Text(piece.text, style="green" if piece.drafted else ""), end=""
+                    ),
+                )
+            finally:
+                console.print()  # what is said of an interruption begins a line
             console.print(_summary(answer), style="dim")
     finally:  # also when the conversation was interrupted
         if trace is not None and (answers := [it for it in session.answers if it.steps]):

@@ -170,7 +170,7 @@ def model_card(
         or "not known",
         ties=_ties(borrowed),
         layers="one" if config.layers == 1 else str(config.layers),
-        layer=config.architectures[-1],
+        layer=f"{layer.model_type.capitalize()}DecoderLayer",  # transformers' name of it
         hidden=layer.hidden_size,
         vocabulary=layer.vocab_size,
         parameters=parameters,

@@ -122,7 +122,7 @@ def read_converted(repository: Repository, config: dict[str, Any], config_file: 
 
 
 def _refuse_what_is_not_converted(repository: Repository, config: dict[str, Any]) -> None:
-    """Refuse a draft that cannot be converted either, and say what to do with it.
+    """Refuse what cannot be converted either, and say what to do with it.
 
     Raises:
         FormatError: if it is one.
@@ -133,11 +133,16 @@ def _refuse_what_is_not_converted(repository: Repository, config: dict[str, Any]
             signature = recognise(config, read_tensors(light)).signature
     except CheckpointError:
         return  # so it is not known what it is
-    if signature is not None and signature.advice and signature.serving is not None:
+    if signature is None or not signature.advice:
+        return
+    if signature.serving is None:  # it is no draft
         raise FormatError(
-            f"{repository.name} holds {signature.title}, which is not converted: "
-            f"{signature.advice}."
+            f"Missing or incorrect speculators_model_type in {repository.name}: it holds "
+            f"{signature.title}; {signature.advice}."
         )
+    raise FormatError(
+        f"{repository.name} holds {signature.title}, which is not converted: {signature.advice}."
+    )
 
 
 def check_converted(checkpoint: Checkpoint) -> Converted:

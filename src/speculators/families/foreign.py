@@ -46,7 +46,7 @@ LANGUAGE_MODEL = Signature(
     lacks="fc.weight",
     hints={"architectures": r".*ForCausalLM", "num_hidden_layers": r"[2-9]|\d\d+"},
     parts=("embed_tokens.weight", "layers.0.input_layernorm.weight", "norm.weight"),
-    advice="give the draft as INPUT, and the language model as BASE_MODEL",
+    advice="give a draft in its place, and the language model as the verifier (BASE_MODEL)",
 )
 
 FURTHER_NORMS = {

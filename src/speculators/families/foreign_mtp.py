@@ -13,14 +13,15 @@ BODY = r"(?!mtp\.)(.*\.)?(layers|h|blocks)\.\d+\..*"
 FORMAT = (
     "no engine reads it in the speculators format, so it stays in its native layout: "
     "`speculators mtp graft` puts it into its verifier's checkpoint, `speculators mtp cut` takes "
-    "it out, and `speculators evaluate` measures it (other than "
-    "Qwen's, with --server)"
+    "it out, and `speculators evaluate` measures it (other than Qwen's, with --server)"
 )
 
 VLLM = vllm("mtp")
 SGLANG = Serving("SGLang", "NEXTN")
-LLAMA_CPP = Serving("llama.cpp", "draft-mtp")
-TENSORRT = Serving("TensorRT-LLM", "MTP", note="in the verifier's directory")
+LLAMA_CPP = Serving("llama.cpp", "draft-mtp", note="if `mtp cut --to llamacpp` takes it")
+TENSORRT = Serving(
+    "TensorRT-LLM", "MTP", note="in the verifier's directory, if it knows the verifier"
+)
 BOTH = (VLLM, SGLANG)
 
 MTP_OF_UPSTREAM = Signature(
@@ -60,11 +61,7 @@ MTP = (
         needs=(r"mtp\.layers\.\d+\.eh_proj\.weight",),
         never=BODY,
         advice=FORMAT,
-        serving=(
-            vllm("mtp", "the first of several layers only"),
-            SGLANG,
-            LLAMA_CPP,
-        ),
+        serving=(vllm("mtp", "the first of several layers only"), SGLANG, LLAMA_CPP),
     ),
     Signature(
         "mtp-nemotron-h",
@@ -102,11 +99,7 @@ MTP = (
         never=r"(.*\.)?layers\.0\..*|fc\.weight|midlayer\..*",
         parts=("layers.61.eh_proj.weight", "layers.61.enorm.weight", "layers.61.hnorm.weight"),
         advice=FORMAT,
-        serving=(
-            *BOTH,
-            Serving("llama.cpp", "draft-mtp", note="but those of DeepSeek-V3 and GLM-OCR"),
-            TENSORRT,
-        ),
+        serving=(*BOTH, LLAMA_CPP, TENSORRT),
     ),
     Signature(
         "mtp-deepseek-layer-0",

@@ -99,7 +99,7 @@ def judge(
 
 
 def judge_published(family: Family, served_by: Collection[str]) -> Judgement:
-    """Say which engines serve a draft that the format cannot say, given those that do."""
+    """Say which engines serve a draft that the format cannot express, given those that do."""
     ways = [Way(it, None) for it in family.signature.serving or () if it.engine in served_by]
     others = [it for it in ENGINES if it not in served_by]
     return Judgement(tuple(ways), tuple(Refusal(it, None, ONLY_EXPORTS) for it in others))

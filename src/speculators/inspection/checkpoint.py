@@ -135,6 +135,8 @@ def _inspect(repository: Repository) -> Finding:
         notes.append(remark)
 
     title = found.signature.title if found.signature else "a checkpoint of no known kind"
+    if is_converted and family is not None:
+        title = f"{family.signature.title} in the speculators format"
     features = details.features or {}
     unusual = [family.features[it] for it in family.unusual if features.get(it)] if family else []
     sizes = {key: details.sizes[key] for key in SIZES if isinstance(details.sizes.get(key), int)}

@@ -44,11 +44,11 @@ STRIDED_BYTES = 64 << 20
 """Bytes that are read at a time of a tensor that is not contiguous, and made contiguous."""
 
 Look = Callable[[memoryview], None]
-"""Is called with some bytes of a tensor after another, in row-major order and of whole elements."""
+"""Is called with the bytes of a tensor in row-major order, some whole elements at a time."""
 
 LOOKED_AT_BYTES = 1 << 18
-"""They are looked at and written while they are in the processor's cache. Writing twice as many at
-a time took up to four times as long now and then: the kernel sought larger runs of free pages."""
+"""Few enough to be still in the processor's cache when they are written. Twice as many at a time
+took up to four times as long now and then, since the kernel sought larger runs of free pages."""
 
 MOST_GROWTH = 8
 SMALL_BYTES = 64 << 20

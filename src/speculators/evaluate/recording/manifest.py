@@ -26,6 +26,7 @@ from pydantic import ConfigDict, Field
 from pydantic import ValidationError as PydanticValidationError
 
 from speculators.checkpoint.output.staging import Marker
+from speculators.checkpoint.paths import meant_path
 from speculators.checkpoint.verifier import Verifier
 from speculators.errors import EvaluationError
 from speculators.evaluate.prompts import Prompt
@@ -213,8 +214,10 @@ def open_recording(directory: Path) -> Recording:
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
     except OSError as error:
+        meant = "" if directory.exists() else meant_path(directory)
         raise EvaluationError(
-            f"{file} cannot be read ({error.strerror}); give what 'speculators record' wrote."
+            f"{file} cannot be read ({error.strerror}){meant}; give what 'speculators record' "
+            "wrote."
         ) from error
     except PydanticValidationError as error:
         raise EvaluationError(
