@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from speculators.checkpoint.hub.client import watched_client
 from speculators.checkpoint.verifier import Verifier
-from speculators.errors import EvaluationError, PromptsError, VerifierError
+from speculators.errors import EvaluationError, PromptsError, VerifierError, listed
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import Settings
 from speculators.evaluate.subject.mtp import OpenedMtp
@@ -161,7 +161,7 @@ def load_verifier(
             necessary; if not given, one accelerator if there is any, else ``cpu``.
 
     Raises:
-        VerifierError: if it cannot be loaded, or has no tokenizer.
+        VerifierError: if it cannot be loaded, is not complete, or has no tokenizer.
         EvaluationError: if there is no such device.
 
     """
@@ -173,7 +173,14 @@ def load_verifier(
     if place is None:
         options["device_map"] = "auto"
     with without_progress_bar():
-        model = _load("weights", AutoModelForCausalLM, opened, options)
+        model, found = _load(
+            "weights", AutoModelForCausalLM, opened, options | {"output_loading_info": True}
+        )
+    if missing := sorted(found["missing_keys"]):  # transformers makes them up at random
+        raise VerifierError(
+            f"The verifier {opened.name} lacks {listed(missing)}; give a complete checkpoint of "
+            "the language model."
+        )
     if place is not None:
         model.to(place)
     return LoadedVerifier(name or opened.name, model.eval(), tokenizer)
