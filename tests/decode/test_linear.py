@@ -180,7 +180,7 @@ def test_inputs_of_layers_are_kept_for_blocks_and_not_for_prompts(
 
     hooks = [
         attention.register_forward_pre_hook(note, with_kwargs=True),
-        head.register_forward_pre_hook(look),  # type: ignore[union-attr]
+        head.register_forward_pre_hook(look),
     ]
     speculated(random_draft(verifier), prompt(9), num_draft_tokens=3)
     for hook in hooks:

@@ -1,5 +1,6 @@
 """`speculators mtp graft`: one new shard, and everything else as it was."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -588,10 +589,29 @@ def test_a_run_that_is_killed_leaves_a_verifier_that_loads(tmp_path: Path, shard
         # The next run completes, and clears up.
         graft(verifier, mtp, in_place=True)
         assert bytes_of(load_all(verifier)) == new
-        assert not [it for it in entries(verifier) if "speculators-" in it]
+        named = set(json.loads((verifier / INDEX).read_text())["weight_map"].values())
+        assert set(entries(verifier)) == named | {"config.json", INDEX, "tokenizer.json"}
         shutil.rmtree(verifier)
     assert moment > 8
     assert seen == {False, True}
+
+
+def test_what_another_run_is_moving_in_is_not_cleared_up(tmp_path: Path) -> None:
+    from speculators.mtp.receiver import JOURNAL
+
+    verifier = write_verifier(tmp_path / "verifier", mtp={})
+    mtp = write_mtp(tmp_path / "mtp")
+    (verifier / "mine.safetensors").write_bytes(b"")
+    (verifier / JOURNAL).write_text('{"shards": ["model-mtp.safetensors"]}')
+    before = entries(verifier)
+    with (verifier / JOURNAL).open() as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match=r"Another graft is changing .*; wait for it"):
+            graft(verifier, mtp, in_place=True)
+    assert entries(verifier) == before
+    graft(verifier, mtp, in_place=True)
+    assert (verifier / "mine.safetensors").exists()
+    assert not (verifier / JOURNAL).exists()
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
