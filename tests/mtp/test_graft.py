@@ -431,6 +431,29 @@ def test_a_quantized_mtp_needs_a_verifier_that_is_quantized_alike(tmp_path: Path
     assert {"lm_head", "mtp.fc"} <= set(excepted)
 
 
+@pytest.mark.parametrize(
+    "method", ["compressed-tensors", "quark", "fp8", "awq", "gptq", "modelopt"]
+)
+def test_what_was_listed_for_an_earlier_mtp_is_taken_off(tmp_path: Path, method: str) -> None:
+    """A whole MTP is put in the place of a quantized one, and the quantized one put back."""
+    how: dict[str, Any] = {"config": {"quantization_config": {"quant_method": method}}}
+    quantized: Tensors = {}
+    for name, tensor in retrained().items():
+        if name.endswith("_proj.weight"):
+            quantized[name] = tensor.to(torch.float8_e4m3fn)
+            quantized[f"{name}_scale_inv"] = torch.ones(1, 1)
+        else:
+            quantized[name] = tensor
+    given = write_mtp(tmp_path / "quantized", mtp=quantized, **how)
+    verifier = write_verifier(tmp_path / "verifier", mtp={}, **how)
+    at_once = graft(verifier, given, tmp_path / "at once")
+    whole = graft(at_once, write_mtp(tmp_path / "whole"), tmp_path / "with the whole one")
+    assert config_of(whole) != config_of(at_once)
+    back = graft(whole, given, tmp_path / "back")
+    assert config_of(back) == config_of(at_once)
+    assert bytes_of(load_all(back)) == bytes_of(load_all(at_once))
+
+
 def test_an_entry_that_speaks_of_more_is_not_taken_off(tmp_path: Path) -> None:
     settings = {"quant_method": "compressed-tensors", "ignore": ["re:.*q_proj"]}
     how: dict[str, Any] = {"config": {"quantization_config": settings}}
