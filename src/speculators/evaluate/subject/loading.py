@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from speculators.checkpoint.hub.client import watched_client
-from speculators.checkpoint.verifier import Verifier
-from speculators.errors import EvaluationError, PromptsError, VerifierError, listed
+from speculators.checkpoint.verifier import Verifier, check_loaded
+from speculators.errors import EvaluationError, PromptsError, VerifierError
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import Settings
 from speculators.evaluate.subject.mtp import OpenedMtp
@@ -176,11 +176,7 @@ def load_verifier(
         model, found = _load(
             "weights", AutoModelForCausalLM, opened, options | {"output_loading_info": True}
         )
-    if missing := sorted(found["missing_keys"]):  # transformers makes them up at random
-        raise VerifierError(
-            f"The verifier {opened.name} lacks {listed(missing)}; give a complete checkpoint of "
-            "the language model."
-        )
+    check_loaded(opened.name, found["missing_keys"])
     if place is not None:
         model.to(place)
     return LoadedVerifier(name or opened.name, model.eval(), tokenizer)
