@@ -117,10 +117,10 @@ def check_inputs(inputs: Mapping[str, Any]) -> None:
 
     """
     for name, value in inputs.items():
-        if name in INPUTS or (name.endswith("token_type_ids") and not value.any()):
-            continue
         parts = value if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(part, Tensor) for part in parts):
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        is_text = name.endswith("token_type_ids") and not any(part.any() for part in tensors)
+        if tensors and name not in INPUTS and not is_text:
             raise GenerationError(
                 f"Speculative decoding takes tokens only, and no {name}; {INSTEAD}."
             )
