@@ -71,7 +71,7 @@ def tiny_verifier(name: str = "llama", *, context: float = 0.02, **config: Any) 
 
 def random_draft(verifier: PreTrainedModel, *, layernorms: bool = False) -> EagleSpeculator:
     torch.manual_seed(2)
-    vocabulary = verifier.config.vocab_size
+    vocabulary = verifier.config.get_text_config().vocab_size
     layer = {"model_type": "llama", "initializer_range": 0.3, **SIZES, "vocab_size": vocabulary}
     config = EagleSpeculatorConfig(transformer_layer_config=layer, layernorms=layernorms)
     draft = EagleSpeculator(config)

@@ -1,5 +1,6 @@
 """Speculation with verifiers that have linear attention: exactly what they generate alone."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,10 +163,58 @@ def test_sampling_starts_from_the_right_state() -> None:
     )
 
 
+def test_inputs_of_layers_are_kept_for_blocks_and_not_for_prompts(
+    verifier: PreTrainedModel,
+) -> None:
+    """For a long prompt, it would take more memory than the state that linear attention keeps."""
+    attention: Any = verifier.get_submodule("model.layers.0.linear_attn")
+    head = verifier.get_output_embeddings()
+    given: list[weakref.ref[Tensor]] = []
+    kept: list[bool] = []
+
+    def note(_: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given.append(weakref.ref(arguments[0] if arguments else named["hidden_states"]))
+
+    def look(*_: object) -> None:
+        kept.append(given[-1]() is not None)
+
+    hooks = [
+        attention.register_forward_pre_hook(note, with_kwargs=True),
+        head.register_forward_pre_hook(look),
+    ]
+    speculated(random_draft(verifier), prompt(9), num_draft_tokens=3)
+    for hook in hooks:
+        hook.remove()
+    assert not kept[0]
+    assert any(kept[1:])  # a block's is, since a part of it may have to be computed again
+
+
 def test_trees_are_refused() -> None:
     verifier = verifier_of("qwen3_next")
     with pytest.raises(GenerationError, match=r"a single path.*choose greedy or sampling"):
         speculated(random_draft(verifier), prompt(4), proposal="static_tree")
+
+
+def test_images_are_refused() -> None:
+    """They are inputs beside the tokens: without them, the output would be another prompt's."""
+    from transformers.models.qwen3_5 import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    text = {**SIZES, "num_hidden_layers": 4, "head_dim": 16, "linear_num_value_heads": 4}
+    text |= {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    sizes = {"intermediate_size": 16, "num_position_embeddings": 16, "patch_size": 4}
+    torch.manual_seed(1)
+    verifier = Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=text, vision_config=vision | sizes, image_token_id=40)
+    ).eval()
+    verifier.generation_config.update(eos_token_id=None, pad_token_id=0)
+    draft, ids = random_draft(verifier), prompt(6)
+    images = {"pixel_values": torch.zeros(4, 96), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    with pytest.raises(GenerationError, match=r"tokens only, and no pixel_values; leave it out"):
+        speculated(draft, ids, **images)
+    types = torch.zeros_like(ids)
+    found = speculated(draft, ids, mm_token_type_ids=types)  # as its processor makes it for text
+    assert torch.equal(found.sequences, generated(verifier, ids))
 
 
 def test_hooks_are_gone_afterwards() -> None:

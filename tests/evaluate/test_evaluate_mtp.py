@@ -1,6 +1,7 @@
 """`speculators evaluate` of an MTP, whose verifier has linear attention."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,21 @@ def test_a_cut_mtp_needs_its_verifier(
     assert run.errors == [f"{mtp} is an MTP without its verifier; give that with --verifier."]
     run = speculators(*arguments(mtp, "--verifier", verifier, prompts=prompts), "--acceptance-only")
     assert run.status == 0, run.stderr
+
+
+def test_a_verifier_that_is_not_complete_is_not_made_up(
+    verifier: Path, prompts: Path, tmp_path: Path, speculators: CommandLine
+) -> None:
+    """transformers gives random weights to what it does not find, and only warns."""
+    mtp = cut(verifier, tmp_path / "mtp")
+    tiny_tokenizer().save_pretrained(mtp)
+    run = speculators(*arguments(mtp, "--verifier", mtp, prompts=prompts))
+    assert run.status == 1
+    assert re.fullmatch(
+        rf"The verifier {mtp} lacks .*embed_tokens\.weight.* and \d+ more; give a complete "
+        r"checkpoint of the language model\.",
+        run.errors[-1],
+    )
 
 
 def test_what_cannot_be_measured_is_told_before_a_verifier_is_loaded(

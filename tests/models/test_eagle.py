@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaModel
 
@@ -221,6 +221,20 @@ def test_from_pretrained_takes_a_verifier(converted: dict[str, Path], verifier: 
         assert model.verifier is not None
         logits = model(g["input_ids"], g["hidden_states"]).logits
         assert largest_difference(logits, g["logits"]) < TOLERANCE
+
+
+def test_a_verifier_that_lacks_weights_is_refused(
+    converted: dict[str, Path], verifier: Path, tmp_path: Path
+) -> None:
+    """transformers would give it random ones, and only warn."""
+    shutil.copytree(verifier, tmp_path / "verifier")
+    tensors = load_file(tmp_path / "verifier" / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "verifier" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerifierError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight; give"):
+        EagleSpeculator.from_pretrained(
+            next(iter(converted.values())), verifier=tmp_path / "verifier"
+        )
 
 
 def test_a_bfloat16_verifier_serves_a_float32_draft(converted: dict[str, Path]) -> None:

@@ -1,5 +1,6 @@
 """`speculators mtp graft`: one new shard, and everything else as it was."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -430,6 +431,29 @@ def test_a_quantized_mtp_needs_a_verifier_that_is_quantized_alike(tmp_path: Path
     assert {"lm_head", "mtp.fc"} <= set(excepted)
 
 
+@pytest.mark.parametrize(
+    "method", ["compressed-tensors", "quark", "fp8", "awq", "gptq", "modelopt"]
+)
+def test_what_was_listed_for_an_earlier_mtp_is_taken_off(tmp_path: Path, method: str) -> None:
+    """A whole MTP is put in the place of a quantized one, and the quantized one put back."""
+    how: dict[str, Any] = {"config": {"quantization_config": {"quant_method": method}}}
+    quantized: Tensors = {}
+    for name, tensor in retrained().items():
+        if name.endswith("_proj.weight"):
+            quantized[name] = tensor.to(torch.float8_e4m3fn)
+            quantized[f"{name}_scale_inv"] = torch.ones(1, 1)
+        else:
+            quantized[name] = tensor
+    given = write_mtp(tmp_path / "quantized", mtp=quantized, **how)
+    verifier = write_verifier(tmp_path / "verifier", mtp={}, **how)
+    at_once = graft(verifier, given, tmp_path / "at once")
+    whole = graft(at_once, write_mtp(tmp_path / "whole"), tmp_path / "with the whole one")
+    assert config_of(whole) != config_of(at_once)
+    back = graft(whole, given, tmp_path / "back")
+    assert config_of(back) == config_of(at_once)
+    assert bytes_of(load_all(back)) == bytes_of(load_all(at_once))
+
+
 def test_an_entry_that_speaks_of_more_is_not_taken_off(tmp_path: Path) -> None:
     settings = {"quant_method": "compressed-tensors", "ignore": ["re:.*q_proj"]}
     how: dict[str, Any] = {"config": {"quantization_config": settings}}
@@ -588,10 +612,29 @@ def test_a_run_that_is_killed_leaves_a_verifier_that_loads(tmp_path: Path, shard
         # The next run completes, and clears up.
         graft(verifier, mtp, in_place=True)
         assert bytes_of(load_all(verifier)) == new
-        assert not [it for it in entries(verifier) if "speculators-" in it]
+        named = set(json.loads((verifier / INDEX).read_text())["weight_map"].values())
+        assert set(entries(verifier)) == named | {"config.json", INDEX, "tokenizer.json"}
         shutil.rmtree(verifier)
     assert moment > 8
     assert seen == {False, True}
+
+
+def test_what_another_run_is_moving_in_is_not_cleared_up(tmp_path: Path) -> None:
+    from speculators.mtp.receiver import JOURNAL
+
+    verifier = write_verifier(tmp_path / "verifier", mtp={})
+    mtp = write_mtp(tmp_path / "mtp")
+    (verifier / "mine.safetensors").write_bytes(b"")
+    (verifier / JOURNAL).write_text('{"shards": ["model-mtp.safetensors"]}')
+    before = entries(verifier)
+    with (verifier / JOURNAL).open() as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match=r"Another graft is changing .*; wait for it"):
+            graft(verifier, mtp, in_place=True)
+    assert entries(verifier) == before
+    graft(verifier, mtp, in_place=True)
+    assert (verifier / "mine.safetensors").exists()
+    assert not (verifier / JOURNAL).exists()
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

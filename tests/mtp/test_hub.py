@@ -90,6 +90,18 @@ def test_only_headers_and_the_mtp_are_fetched(
     assert 1 <= len(gets) < len(mtp) / 2
 
 
+def test_what_llamacpp_takes_is_fetched_alone(tmp_path: Path, server: HubServer) -> None:
+    verifier = with_a_large_body(write_verifier(tmp_path / "verifier", shards=3))
+    server.add_repo("org/verifier", verifier)
+    out = cut("org/verifier", tmp_path / "out", to="llamacpp")
+    beside = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    taken = mtp_of("qwen3_next") | {it: load_all(verifier)[it] for it in beside}
+    assert bytes_of(stored_tensors(out)) == bytes_of(taken)
+    assert (out / "tokenizer.json").read_bytes() == (verifier / "tokenizer.json").read_bytes()
+    requests = [it for it in server.requests if "/cdn/" in it.path]
+    assert sent(requests, verifier) < BODY_BYTES / 100
+
+
 def test_a_second_cut_fetches_nothing_again(tmp_path: Path, server: HubServer) -> None:
     server.add_repo("org/verifier", write_verifier(tmp_path / "verifier"))
     cut("org/verifier", tmp_path / "one")

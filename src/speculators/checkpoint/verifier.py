@@ -1,7 +1,7 @@
 """The verifier's side of a draft, without torch: its sizes, its head, its embedding."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,14 @@ from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.reader import read_config, read_tensors
 from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
 from speculators.checkpoint.tensor import FLOATS, TensorInfo, describe_shape
-from speculators.errors import CheckpointError, IncompleteVerifierError, VerifierError
+from speculators.errors import (
+    CheckpointError,
+    IncompleteVerifierError,
+    VerifierError,
+    listed,
+)
 
-__all__ = ["Verifier", "open_verifier"]
+__all__ = ["Verifier", "check_loaded", "open_verifier"]
 
 # As transformers 5.19 names them: what `_tied_weights_keys` ties in its models, the attributes that
 # `get_input_embeddings` and `get_output_embeddings` return, and the names in older checkpoints that
@@ -224,6 +229,24 @@ def open_verifier(base_model: str | os.PathLike[str], hub: HubAccess = DEFAULT_A
         repository=repository,
         layers=layers if type(layers) is int else None,
     )
+
+
+def check_loaded(name: str, missing: Collection[str]) -> None:
+    """Check that a verifier was loaded whole: transformers makes up at random what is missing.
+
+    Args:
+        name: of the verifier, for messages.
+        missing: the ``missing_keys`` of the loading info of transformers.
+
+    Raises:
+        VerifierError: if there are some.
+
+    """
+    if missing:
+        raise VerifierError(
+            f"The verifier {name} lacks {listed(sorted(missing))}; give a complete checkpoint of "
+            "the language model."
+        )
 
 
 def _flags(config: dict[str, Any], text: dict[str, Any], key: str) -> list[bool]:

@@ -111,31 +111,52 @@ class LinearStates:
                 "cannot be taken back; call the verifier's own generate."
             )
         for number, call in self._calls.items():
+            if {*counts} == {counts[0]} != {call.inputs.shape[1]}:
+                self._run_again(number, call, call.before, slice(None), counts[0])
+                continue
             whole = self._cache.layers[number]
             for count in {*counts} - {call.inputs.shape[1]}:
                 rows = [row for row, kept in enumerate(counts) if kept == count]
-                again = copy.deepcopy(call.before)
-                again.reorder_cache(torch.tensor(rows, device=call.inputs.device))
-                self._cache.layers[number] = again
-                call.attention(call.inputs[rows, :count], **call.settings)
+                again = _rows_of(call.before, rows)
+                self._run_again(number, call, again, rows, count)
                 for states, some in zip(_tensors_of(whole), _tensors_of(again), strict=True):
                     states[rows] = some
             self._cache.layers[number] = whole
         self._calls.clear()
+
+    def _run_again(
+        self, number: int, call: _Call, before: Any, rows: slice | list[int], count: int
+    ) -> None:
+        """Run a layer's attention over the first tokens of some rows, from their state before."""
+        self._cache.layers[number] = before
+        call.attention(call.inputs[rows, :count], **call.settings)
 
     def _note(
         self, number: int, part: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> None:
         """Note what a layer's attention is given: the part of the layer that gets the cache.
 
-        Other threads may run the same model with caches of their own.
+        Of prompts nothing is noted, since nothing of them is taken back. Other threads may run the
+        same model with caches of their own.
         """
-        if number in self._calls or all(it is not self._cache for it in named.values()):
+        if not self._cache.start or number in self._calls:
+            return
+        if all(it is not self._cache for it in named.values()):
             return
         settings = dict(named)
         inputs = arguments[0] if arguments else settings.pop("hidden_states")
         before = copy.deepcopy(self._cache.layers[number])
         self._calls[number] = _Call(part, inputs, settings, before)
+
+
+def _rows_of(layer: Any, rows: Sequence[int]) -> Any:
+    """A layer of a cache with the states of some rows; the layer itself keeps its own."""
+    some = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(some, name, dict(value))
+    some.reorder_cache(torch.tensor(rows))
+    return some
 
 
 def _tensors_of(layer: Any) -> Iterator[Tensor]:

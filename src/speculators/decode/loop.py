@@ -28,6 +28,7 @@ from speculators.decode.refusals import (
     check_arguments,
     check_batch,
     check_generation,
+    check_inputs,
     check_linear,
     check_proposal,
     left_padding,
@@ -231,6 +232,7 @@ def _decode(
     do_sample, device = bool(generation_config.do_sample), input_ids.device
     stopping = Stopping(stopping_criteria, input_ids.device)
     check_generation(generation_config, logits_processor)
+    check_inputs(inputs)
     if linear_layers(verifier):
         check_linear(type(verifier).__name__, proposal)
     if len(input_ids) > 1:

@@ -24,6 +24,7 @@ __all__ = [
     "check_arguments",
     "check_batch",
     "check_generation",
+    "check_inputs",
     "check_linear",
     "check_proposal",
     "left_padding",
@@ -57,6 +58,9 @@ BY_ROW = (
     EncoderRepetitionPenaltyLogitsProcessor,
 )
 """Processors that treat the rows of a batch differently."""
+
+INPUTS = ("attention_mask", "cache_position", "position_ids")
+"""Tensors beside the tokens that are given to the verifier, or follow from them."""
 
 INSTEAD = "leave it out, or call the verifier's own generate"
 
@@ -101,6 +105,25 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     for name in ARGUMENTS:
         if arguments.get(name) is not None:
             raise GenerationError(f"Speculative decoding does not work with {name}; {INSTEAD}.")
+
+
+def check_inputs(inputs: Mapping[str, Any]) -> None:
+    """Refuse inputs of the verifier beside tokens, such as images: the draft does not know them.
+
+    Types of tokens may be given if they are all 0, which stands for text.
+
+    Raises:
+        GenerationError: if there is one.
+
+    """
+    for name, value in inputs.items():
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        is_text = name.endswith("token_type_ids") and not any(part.any() for part in tensors)
+        if tensors and name not in INPUTS and not is_text:
+            raise GenerationError(
+                f"Speculative decoding takes tokens only, and no {name}; {INSTEAD}."
+            )
 
 
 def check_generation(config: GenerationConfig, processors: LogitsProcessorList) -> None:

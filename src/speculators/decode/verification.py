@@ -95,7 +95,7 @@ class VerifierPass:
         """
         self._device = tokens.device
         logits, states = self._run(tokens, attention_mask, position_ids, **self.only_last)
-        self._confirm([tokens.shape[1]] * len(tokens))
+        self.cache.confirm([tokens.shape[1]] * len(tokens))
         return logits[:, -1], states
 
     def prefill_recorded(self, tokens: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +151,9 @@ class VerifierPass:
             states = self.states[:, : max(map(len, paths))]
         else:
             states = self.gather(self.states, padded(paths, self.states.device))
-        self._confirm([len(path) for path in paths])
+        counts = [len(path) for path in paths]
+        self.cache.confirm(counts)
+        self._linear.keep(counts)
         return states
 
     def gather(self, states: Tensor, nodes: Tensor) -> Tensor:
@@ -167,10 +169,6 @@ class VerifierPass:
         """
         self.cache.gather(nodes)
         return states.gather(1, nodes[:, :, None].expand(-1, -1, states.shape[2]))
-
-    def _confirm(self, counts: Sequence[int]) -> None:
-        self.cache.confirm(counts)
-        self._linear.keep(counts)
 
     def _run(
         self, tokens: Tensor, mask: Any, position_ids: Tensor | None, **settings: Any

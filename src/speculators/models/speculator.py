@@ -24,7 +24,7 @@ from speculators.checkpoint.hub.client import watched_client
 from speculators.checkpoint.hub.upload import SAVED, check_upload, upload
 from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.tensor import TensorInfo, describe_shape
-from speculators.checkpoint.verifier import Verifier, open_verifier
+from speculators.checkpoint.verifier import Verifier, check_loaded, open_verifier
 from speculators.decode import Generation, VerifiedStep, Workspace, speculate
 from speculators.errors import FormatError, SpeculatorsError, VerifierError
 from speculators.families.card import model_card
@@ -367,19 +367,25 @@ class Speculator(PreTrainedModel, ABC):
             The verifier.
 
         Raises:
-            VerifierError: if it has no output head, its hidden size or vocabulary is not the
-                draft's, or its weights are not loaded.
+            VerifierError: if it is not complete, it has no output head, its hidden size or
+                vocabulary is not the draft's, or its weights are not loaded.
 
         """
         if not isinstance(verifier, PreTrainedModel):
             self._check_fits(open_verifier(verifier, HubAccess(cache_dir, token)))
             # Not by device_map, which needs another package.
             with watched_client():  # so that no password in an endpoint's URL is logged
-                loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                    verifier, dtype="auto", cache_dir=cache_dir, token=token
+                load: Any = AutoModelForCausalLM.from_pretrained
+                loaded, found = load(
+                    verifier,
+                    dtype="auto",
+                    cache_dir=cache_dir,
+                    token=token,
+                    output_loading_info=True,
                 )
-            loaded.to(self.device)  # type: ignore[arg-type]
-            verifier = loaded
+            check_loaded(str(verifier), found["missing_keys"])
+            whole: PreTrainedModel = loaded.to(self.device)
+            verifier = whole
         head = verifier.get_output_embeddings()
         if head is None:
             raise VerifierError(

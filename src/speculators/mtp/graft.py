@@ -34,6 +34,7 @@ from speculators.mtp.receiver import (
     WEIGHTS,
     Plan,
     Receiver,
+    clear_up,
     write_copy,
     write_in_place,
 )
@@ -97,6 +98,7 @@ def graft(
     place = directory if output is None else local_path(output, OutputError)
     if output is None:
         _refuse_links(directory)
+        clear_up(directory)
     else:
         _check_place(place, directory)
     receiver = _read_receiver(directory)

@@ -80,6 +80,11 @@ def taken_along(
     """
     said = config.get("architectures")
     architecture = said[0] if isinstance(said, list) and said else None
+    if architecture is None:
+        raise ConversionError(
+            f"config.json of {name} has no list of architectures, by which llama.cpp's converter "
+            "tells models apart; give the verifier as it was published."
+        )
     if architecture not in ARCHITECTURES:
         raise ConversionError(
             f"{name} is of the architecture {architecture}, of which llama.cpp's converter takes "

@@ -226,7 +226,8 @@ def with_exclusions(
             f"them yourself in config.json, under one of {', '.join(OTHER_LISTS[:3])}."
         )
     for module in modules.quantized:
-        for entry in [it for it in entries if _covers(it, module, method)]:
+        probe = _probe(module, method)
+        for entry in [it for it in entries if _covers(it, probe, method)]:
             if other := next((it for it in others if _covers(entry, it, method)), None):
                 raise ConversionError(
                     f"The entry {entry!r} of {key} in config.json says that {module} is not "
@@ -266,8 +267,13 @@ def _is_experts(module: str) -> bool:
 
 
 def _is_covered(module: str, entries: Collection[str], method: str) -> bool:
-    probe = f"{module}.0.gate_proj" if _is_experts(module) and method in PATTERNS else module
+    probe = _probe(module, method)
     return any(_covers(entry, probe, method) for entry in entries)
+
+
+def _probe(module: str, method: str) -> str:
+    """The name that tells whether a module is listed: of experts, one where patterns name each."""
+    return f"{module}.0.gate_proj" if _is_experts(module) and method in PATTERNS else module
 
 
 def _entry_for(module: str, method: str) -> str:

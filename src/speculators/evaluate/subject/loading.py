@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from speculators.checkpoint.hub.client import watched_client
-from speculators.checkpoint.verifier import Verifier
+from speculators.checkpoint.verifier import Verifier, check_loaded
 from speculators.errors import EvaluationError, PromptsError, VerifierError
 from speculators.evaluate.prompts import Prompt
 from speculators.evaluate.report import Settings
@@ -161,7 +161,7 @@ def load_verifier(
             necessary; if not given, one accelerator if there is any, else ``cpu``.
 
     Raises:
-        VerifierError: if it cannot be loaded, or has no tokenizer.
+        VerifierError: if it cannot be loaded, is not complete, or has no tokenizer.
         EvaluationError: if there is no such device.
 
     """
@@ -173,7 +173,10 @@ def load_verifier(
     if place is None:
         options["device_map"] = "auto"
     with without_progress_bar():
-        model = _load("weights", AutoModelForCausalLM, opened, options)
+        model, found = _load(
+            "weights", AutoModelForCausalLM, opened, options | {"output_loading_info": True}
+        )
+    check_loaded(opened.name, found["missing_keys"])
     if place is not None:
         model.to(place)
     return LoadedVerifier(name or opened.name, model.eval(), tokenizer)
