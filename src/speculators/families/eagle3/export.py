@@ -216,10 +216,6 @@ def unless_parallel(it: Limit) -> Limit:
     )
 
 
-def _target(reader: str, *limits: Limit, **settings: Any) -> Eagle3Target:
-    return Eagle3Target(reader, limits=limits, **settings)
-
-
 def _nested(config: Eagle3Config, **keys: Any) -> dict[str, Any]:
     """``eagle_config``, with the layers by the states that leave them."""
     return {
@@ -365,22 +361,24 @@ AS_CONVERTED = Target(
 BIASES_AND_NORMS = frozenset({"attention_bias", "mlp_bias", "qk_norm"})
 
 TARGETS: dict[str, Eagle3Target] = {
-    "eagle": _target(
+    "eagle": Eagle3Target(
         "the EAGLE research code",
-        several_layers,
-        residual_norm,
-        feedback_norm,
-        other_number,
-        own_head_size,
-        newer_rope,
-        other_layers,
+        limits=(
+            several_layers,
+            residual_norm,
+            feedback_norm,
+            other_number,
+            own_head_size,
+            newer_rope,
+            other_layers,
+        ),
         layers=_llama("LlamaForCausalLM"),
         lacks=BIASES_AND_NORMS | {"fc_bias", "fc_norm", "input_norm", "mask_hidden"},
         prefixes=_midlayer,
     ),
-    "vllm": _target(
+    "vllm": Eagle3Target(
         "vLLM without the plugin",
-        qwen3_biases,
+        limits=(qwen3_biases,),
         layers=_llama("LlamaForCausalLMEagle3")
         | {"qwen3": {"model_type": "qwen3", "architectures": ["Eagle3Qwen3ForCausalLM"]}},
         keys=_keys_of_vllm,
@@ -391,14 +389,16 @@ TARGETS: dict[str, Eagle3Target] = {
         },
         **VLLM,
     ),
-    "sglang": _target(
+    "sglang": Eagle3Target(
         "SGLang",
-        several_layers,
-        residual_norm,
-        one_wide_state,
-        embeddings_read,
-        other_numbering,
-        last_state,
+        limits=(
+            several_layers,
+            residual_norm,
+            one_wide_state,
+            embeddings_read,
+            other_numbering,
+            last_state,
+        ),
         serving=Serving("SGLang", "EAGLE3"),
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"mask_hidden"},
@@ -413,15 +413,17 @@ TARGETS: dict[str, Eagle3Target] = {
         },
         advice=limit_context,
     ),
-    "specforge": _target(
+    "specforge": Eagle3Target(
         "SpecForge",
-        unless_parallel(several_layers),
-        unless_parallel(residual_norm),
-        norms_in_parallel,
-        scaled_rope_in_parallel,
-        other_number,
-        embeddings_read,
-        last_state,  # it trains with what SGLang captures
+        limits=(
+            unless_parallel(several_layers),
+            unless_parallel(residual_norm),
+            norms_in_parallel,
+            scaled_rope_in_parallel,
+            other_number,
+            embeddings_read,
+            last_state,  # it trains with what SGLang captures
+        ),
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"fc_bias", "input_norm"},
         prefixes=_midlayer,
@@ -429,13 +431,15 @@ TARGETS: dict[str, Eagle3Target] = {
         keys=_keys_of_specforge,
         advice=_advice_on_specforge,
     ),
-    "modelopt": _target(
+    "modelopt": Eagle3Target(
         "ModelOpt",
-        several_layers,
-        residual_norm,
-        feedback_norm,
-        other_width,
-        embeddings_read,
+        limits=(
+            several_layers,
+            residual_norm,
+            feedback_norm,
+            other_width,
+            embeddings_read,
+        ),
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"embedding", "fc_bias", "fc_norm", "input_norm", "mask_hidden"},
         drops=frozenset({"t2d"}),
@@ -447,13 +451,15 @@ TARGETS: dict[str, Eagle3Target] = {
             )
         },
     ),
-    "llamacpp": _target(
+    "llamacpp": Eagle3Target(
         "llama.cpp's convert_hf_to_gguf.py",
-        several_layers,
-        feedback_norm,
-        other_number,
-        last_state,
-        misread_by_llamacpp,
+        limits=(
+            several_layers,
+            feedback_norm,
+            other_number,
+            last_state,
+            misread_by_llamacpp,
+        ),
         serving=Serving("llama.cpp", "draft-eagle3"),
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"fc_bias", "fc_norm", "mask_hidden"},
@@ -462,12 +468,14 @@ TARGETS: dict[str, Eagle3Target] = {
         activation="silu",
         advice=_advice_on_llamacpp,
     ),
-    "trtllm": _target(
+    "trtllm": Eagle3Target(
         "TensorRT-LLM",
-        several_layers,
-        residual_norm,
-        embeddings_read,
-        one_state,
+        limits=(
+            several_layers,
+            residual_norm,
+            embeddings_read,
+            one_state,
+        ),
         serving=Serving("TensorRT-LLM", "Eagle3"),
         layers=_llama("LlamaForCausalLMEagle3"),
         lacks=BIASES_AND_NORMS | {"mask_hidden"},
