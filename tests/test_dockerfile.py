@@ -48,7 +48,7 @@ def test_what_a_build_reads_is_copied() -> None:
     assert {"pyproject.toml", "hatch_build.py", "README.md", "LICENSE"} <= {*files.split()}
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert '\nlicense-files = ["LICENSE"]\n' in project
-    assert '\nspeculators = "speculators.cli:main"\n' in project
+    assert '\nspeculators = "speculators.__main__:run"\n' in project
     assert arguments("ENTRYPOINT") == ['["speculators"]']
 
 

@@ -1,6 +1,35 @@
-"""`python -m speculators` is `speculators`."""
+"""The process of the command line: ``speculators``, or ``python -m speculators``."""
+
+import atexit
+import os
+import sys
 
 from speculators.cli import main
 
+__all__ = ["run"]
+
+
+def run() -> None:
+    """Run the command line, and end the process with its status."""
+    status = 1  # that of an exception, which the interpreter prints
+    atexit.register(lambda: _end(status))  # the first that is registered is the last that is called
+    try:
+        main()
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+
+
+def _end(status: int) -> None:
+    """End the process as it is: it takes torch a tenth of a second or more to be torn down."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        return  # the interpreter tries again, and says what is wrong
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    main()
+    run()

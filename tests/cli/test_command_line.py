@@ -68,13 +68,37 @@ def test_the_help_of_all_lists_the_commands_and_the_statuses(speculators: Comman
     assert speculators().stdout.strip() == run.stdout.strip()
 
 
-def test_python_m() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "status", "printed"),
+    [
+        (["--version"], 0, "speculators "),
+        (["inspect", "no/such/directory"], 1, ""),
+        (["transmogrify"], 2, ""),
+    ],
+    ids=["done", "an error", "wrong usage"],
+)
+def test_python_m(arguments: list[str], status: int, printed: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "speculators", "--version"], capture_output=True, text=True,
+        [sys.executable, "-m", "speculators", *arguments], capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    assert done.returncode == 0
-    assert done.stdout.startswith("speculators ")
+    assert done.returncode == status
+    assert done.stdout.startswith(printed)
+    assert bool(done.stderr) is bool(status)
+
+
+def test_the_process_ends_with_its_status_after_all_is_printed_and_called() -> None:
+    code = (
+        "import atexit; from speculators import __main__\n"
+        "def main(): atexit.register(print, 'called', end=''); print('printed'); raise {}\n"
+        "__main__.main = main; __main__.run()"
+    )
+    for ending, status in (("SystemExit(3)", 3), ("SystemExit", 0), ("ValueError", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(ending)], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (status, "printed\ncalled")
+        assert ("ValueError" in done.stderr) is (status == 1)
 
 
 # --quiet and --debug
