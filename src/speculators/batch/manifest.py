@@ -40,7 +40,7 @@ class Entry(BaseModel):
     The flags and options of the family are further keys.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     input: str = Field(min_length=1)
     """The draft: a directory, or a Hugging Face id."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loguru import logger
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from speculators.convert.plan import ConversionPlan
 from speculators.convert.provenance import read_record
@@ -26,8 +26,6 @@ __all__ = ["BatchResult", "ConvertResult", "Result", "ValidateResult", "printed"
 
 class Result(BaseModel):
     """What every command prints."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     schema_version: Literal[1] = 1
     """1; a higher number means that a key has changed its meaning or is gone."""
@@ -101,7 +99,7 @@ class ConvertResult(Result):
         self.validated, self.unchecked = record.validated, record.unchecked
 
 
-class EntryResult(BaseModel, use_attribute_docstrings=True):
+class EntryResult(BaseModel):
     """What became of one entry of a manifest."""
 
     input: str

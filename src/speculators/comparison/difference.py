@@ -5,7 +5,7 @@ The JSON schema in docs/diff.schema.json is made from these models.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.tensor import PlannedTensor
@@ -31,13 +31,7 @@ WITHOUT_EFFECT = frozenset({"embed_requires_grad", "num_target_layers"}) | froze
 """Keys that the draft does not compute with."""
 
 
-class Model(BaseModel):
-    """Base of all parts."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-class CheckpointSummary(Model):
+class CheckpointSummary(BaseModel):
     """One of the two checkpoints."""
 
     name: str
@@ -52,7 +46,7 @@ class CheckpointSummary(Model):
     """Whether its names and config are compared as the format has them; otherwise as they are."""
 
 
-class StoredTensor(Model):
+class StoredTensor(BaseModel):
     """A tensor of one of the two."""
 
     name: str
@@ -63,7 +57,7 @@ class StoredTensor(Model):
     """Sizes, outermost first."""
 
 
-class TensorDifference(Model):
+class TensorDifference(BaseModel):
     """A tensor, and how the two checkpoints differ in it."""
 
     name: str
@@ -84,7 +78,7 @@ class TensorDifference(Model):
     only one of the two has means that it has no effect."""
 
 
-class ConfigDifference(Model):
+class ConfigDifference(BaseModel):
     """A key of the config that differs."""
 
     key: str
@@ -95,7 +89,7 @@ class ConfigDifference(Model):
     """Whether the draft computes with it: then the two are not the same draft."""
 
 
-class Computation(Model):
+class Computation(BaseModel):
     """What the two compute from the same random inputs, in float32."""
 
     same: bool
@@ -106,7 +100,7 @@ class Computation(Model):
     """The largest of these, to judge the difference by."""
 
 
-class Difference(Model):
+class Difference(BaseModel):
     """How two checkpoints differ."""
 
     a: CheckpointSummary

@@ -34,7 +34,7 @@ Count = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, allow_inf_nan
 class Acceptance(BaseModel):
     """Counts over verification steps; those of several prompts are added up, never averaged."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: Count = 0
     """Verification steps. They and all other counts are whole numbers, unless they are expected

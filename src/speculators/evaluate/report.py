@@ -51,7 +51,7 @@ RULE = "the shortest draft whose speed-up is within 1 % of the highest measured"
 class Model(BaseModel):
     """Base of all parts: a key that the schema does not have is an error."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid")
 
 
 class Measurement(Model):

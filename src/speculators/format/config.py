@@ -50,7 +50,7 @@ SIZES = frozenset(name for sizes in PROPOSALS.values() for name in sizes)
 class Model(BaseModel):
     """Base of all parts: a key that this version does not know is kept."""
 
-    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow")
 
 
 class ProposalMethod(Model):
@@ -95,7 +95,7 @@ class ProposalMethod(Model):
         return self
 
 
-class VerifierReference(BaseModel, use_attribute_docstrings=True):
+class VerifierReference(BaseModel):
     """The model that the draft was trained for."""
 
     name_or_path: str | None = None

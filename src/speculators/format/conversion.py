@@ -22,7 +22,7 @@ CONVERSION_FILE = "conversion.json"
 FileName = Annotated[str, StringConstraints(pattern=r"^[^/]+$")]
 
 
-class FileRecord(BaseModel, use_attribute_docstrings=True):
+class FileRecord(BaseModel):
     """A file, identified by its content."""
 
     bytes: int = Field(ge=0)
@@ -30,7 +30,7 @@ class FileRecord(BaseModel, use_attribute_docstrings=True):
     """``None`` if the conversion did not read it: see ``ConversionRecord.validated``."""
 
 
-class RepositoryRecord(BaseModel, use_attribute_docstrings=True):
+class RepositoryRecord(BaseModel):
     """A directory or a Hub repository, as it was when it was read."""
 
     name: str
@@ -49,7 +49,7 @@ class SourceRecord(RepositoryRecord):
 class ConversionRecord(BaseModel):
     """The whole conversion.json; keys that this version does not know are kept."""
 
-    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow")
 
     speculators_version: str
     """The version of speculators that made the conversion."""

@@ -46,7 +46,7 @@ LITTLE_SPACE = 10 * 10**9
 class Check(BaseModel):
     """One thing that was checked."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid")
 
     name: str
     status: Literal["ok", "absent", "warning", "broken"]
@@ -61,7 +61,7 @@ class Check(BaseModel):
 class Diagnosis(BaseModel):
     """What ``speculators doctor --json`` prints."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid")
 
     schema_version: Literal[1] = 1
     ok: bool
