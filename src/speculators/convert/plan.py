@@ -24,6 +24,7 @@ from speculators.convert.rope_tables import check_rope_table
 from speculators.errors import ConversionError, listed
 from speculators.families.family import Derived, Family, Source, read_options
 from speculators.families.recognition import Recognition, short_names
+from speculators.families.research.forms import check_forms
 from speculators.families.research.fused import split
 from speculators.families.research.keys import SourceKeys
 from speculators.families.research.rope_names import is_rope_table
@@ -247,6 +248,7 @@ def plan_draft(
             config; the message names them.
 
     """
+    check_forms(checkpoint.config, str(checkpoint.config_file))
     names = short_names(checkpoint.tensors)
     stored = _by_short_name(checkpoint, names.short)
     _check_head(family, checkpoint, stored)

@@ -318,7 +318,9 @@ def _derive_layer(
             "the tensors."
         )
     _settle_rope(said)
-    config = {"max_position_embeddings": 32768, **said.layer, **sizes}
+    config = {**said.layer, **sizes}
+    if config.get("max_position_embeddings") is None:
+        config["max_position_embeddings"] = 32768
     inner = replace(source.checkpoint, config=config)
     derived = derive_layer(
         replace(source, checkpoint=inner),

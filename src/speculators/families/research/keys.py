@@ -14,7 +14,18 @@ from typing import Any
 from speculators.errors import ConversionError, printable
 from speculators.format.config import LayerConfig
 
-__all__ = ["CHANGES", "HINTS", "LLAMA_LIKE", "WITHOUT_EFFECT", "Key", "SourceKeys", "is_neutral"]
+__all__ = [
+    "CANONICAL",
+    "CHANGES",
+    "HINTS",
+    "LLAMA_LIKE",
+    "NESTED",
+    "SPELLINGS",
+    "WITHOUT_EFFECT",
+    "Key",
+    "SourceKeys",
+    "is_neutral",
+]
 
 NESTED = (
     "text_config",
