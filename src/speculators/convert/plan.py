@@ -455,8 +455,11 @@ def _check_names(
             if names
         ]
         shown = ", ".join(family.features[feature] for feature in sorted(features))
+        # A part of a feature may be all that was trained: then the format cannot say it.
+        partial = all(required[name].feature for name in difference.missing)
         advice = (
             "nothing is invented, so give the complete checkpoint"
+            + (", or, if these never were in it, serve it as it was published" if partial else "")
             if not unknown
             else "nothing is dropped, so it is another architecture, or remove what was not trained"
             if not missing

@@ -102,6 +102,11 @@ def complete_vocabulary(source: Source, vocabulary: int) -> Completion:
             }
         )
     completion = Completion()
+    if source.verifier is not None and tokens[-1] == drafted - 1:
+        completion.discrepancies.append(
+            f"its tables say that it drafts the first {drafted} tokens of the vocabulary, as "
+            "tables do that were never filled; check that it was trained so"
+        )
     if d2t is None or d2t.dtype != "I64":
         offsets = array("q", [token - index for index, token in enumerate(tokens)]).tobytes()
         label = "from t2d" if d2t is None else "as 64-bit integers"
