@@ -36,7 +36,7 @@ from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.inputs import check_labels, check_mask, check_prompts, check_states
 from speculators.models.misuse import NotAnAssistant, refuse_pipeline
 from speculators.models.output import CACHE, DraftOutput, the_cache
-from speculators.models.placement import device_of
+from speculators.models.placement import device_of, rows_of
 from speculators.models.tensors import map_tensor, most_used_dtype
 
 __all__ = ["Speculator"]
@@ -703,7 +703,7 @@ class Speculator(PreTrainedModel, ABC):
                 "The draft has no embedding of its own and its verifier is not there. "
                 f"Attach the verifier first: {self._how_to_attach()}"
             )
-        embedded: Tensor = embedding(input_ids.to(device_of(embedding)))
+        embedded = rows_of(embedding, input_ids)
         return embedded.to(device=self.device, dtype=self.fc.weight.dtype)
 
     @cached_property
