@@ -185,7 +185,10 @@ ERRORS: dict[str, tuple[Callable[[Setting], object], str]] = {
     "scaling is a word": (with_config(rope_scaling="linear"), r"key rope_scaling: 'linear'"),
     "scaling is a list": (with_config(rope_scaling=[2]), r"key rope_scaling: \[2\]"),
     "unknown scaling": (with_config(rope_scaling={"type": "su"}), r"the type 'su' is not known"),
-    "scaling type is a list": (with_config(rope_scaling={"type": [1]}), r"type: \[1\] is not a single value"),
+    "scaling type is a list": (
+        with_config(rope_scaling={"type": [1]}),
+        r"type: \[1\] is not a single value",
+    ),
     "scaling without factor": (with_config(rope_scaling={"type": "linear"}), r"needs factor"),
     "scaling by 0": (with_config(rope_scaling={"type": "linear", "factor": 0}), r"needs factor"),
     "scaling by a word": (

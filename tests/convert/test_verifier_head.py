@@ -98,6 +98,28 @@ def test_a_stored_head_is_the_head_whatever_the_flag_says(
     assert torch.equal(values(open_verifier(path).head()), HEAD)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"n_embd": HIDDEN, "vocab_size": VOCABULARY, "n_layer": 3},
+        {"d_model": HIDDEN, "padded_vocab_size": VOCABULARY, "num_layers": 3},
+        {"llm_config": {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, "num_hidden_layers": 3}},
+        {
+            "hidden_size": 1,
+            "thinker_config": {
+                "vision_config": {"hidden_size": 2},
+                "text_config": {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, "n_layers": 3},
+            },
+        },
+    ],
+    ids=["GPT-2", "ChatGLM", "InternVL", "Qwen-Omni"],
+)
+def test_sizes_are_read_in_every_spelling(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["X"], **config}))
+    verifier = open_verifier(tmp_path)
+    assert (verifier.hidden_size, verifier.vocab_size, verifier.layers) == (HIDDEN, VOCABULARY, 3)
+
+
 @pytest.mark.parametrize("name", EMBEDDINGS)
 @pytest.mark.parametrize(
     "config",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from speculators.checkpoint.verifier import TEXT_CONFIGS
 from speculators.errors import ConversionError, printable
 from speculators.format.config import LayerConfig
 
@@ -27,14 +28,7 @@ __all__ = [
     "is_neutral",
 ]
 
-NESTED = (
-    "text_config",
-    "llm_config",
-    "language_config",
-    "thinker_config",
-    "model_config",
-    "model",
-)
+NESTED = (*TEXT_CONFIGS, "model_config", "model")
 """Keys whose object holds a language model's keys in the configs of models of several parts."""
 
 MOST_NESTED = 3
