@@ -731,23 +731,31 @@ class Speculator(PreTrainedModel, ABC):
         borrows_embedding = "embedding" in borrows and self.embed_tokens is None
         if not borrows_head and not borrows_embedding:
             return
-        try:
-            verifier = verifier or converted.open_verifier()
-            self._check_fits(verifier)
-            head = verifier.head() if borrows_head else None
-            embedding = verifier.embedding() if borrows_embedding else None
-        except SpeculatorsError as error:
-            logger.warning(f"{error} The draft has no logits until a verifier is attached.")
-            return
 
-        def matrix(info: TensorInfo) -> Tensor:
+        def read(tensor: Callable[[], TensorInfo]) -> Tensor | None:
+            try:
+                info = tensor()
+            except SpeculatorsError as error:
+                unread.append(str(error))
+                return None
             mapped = map_tensor(info)
             return upcast(mapped) if upcasting else mapped.to(self.device, self.fc.weight.dtype)
 
-        if head is not None:
-            self.borrowed_head = _linear(matrix(head))
-        if embedding is not None:
-            self.borrowed_embedding = nn.Embedding.from_pretrained(matrix(embedding))
+        unread: list[str] = []
+        try:
+            verifier = verifier or converted.open_verifier()
+            self._check_fits(verifier)
+        except SpeculatorsError as error:
+            unread.append(str(error))
+        else:
+            head = read(verifier.head) if borrows_head else None
+            if head is not None:
+                self.borrowed_head = _linear(head)
+            embedding = read(verifier.embedding) if borrows_embedding else None
+            if embedding is not None:
+                self.borrowed_embedding = nn.Embedding.from_pretrained(embedding)
+        for why in dict.fromkeys(unread):
+            logger.warning(f"{why} The draft has no logits until a verifier is attached.")
 
 
 def _linear(weight: Tensor) -> nn.Linear:
