@@ -318,6 +318,24 @@ def test_what_one_leaves_open_is_told(tmp_path: Path) -> None:
     assert any("since that was left open" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("kind", ["eagle9", None])
+def test_a_config_that_is_not_understood_is_never_the_same(
+    tmp_path: Path, converted: dict[str, Path], speculators: CommandLine, kind: str | None
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(converted[PLAIN], other)
+    config = config_of(other)
+    if kind is None:
+        del config["speculators_model_type"]
+    else:
+        config["speculators_model_type"] = kind
+    (other / "config.json").write_text(json.dumps(config))
+    run = speculators("diff", converted[PLAIN], other)
+    assert run.status == 1
+    assert "The configs mean the same." not in run.stdout
+    assert run.stdout.splitlines()[-1].startswith("They have the same tensors")
+
+
 def test_a_head_that_conversions_leave_out(tmp_path: Path, converted: dict[str, Path]) -> None:
     other = write_checkpoint(
         tmp_path / "other", edit=lambda it: it.update({"lm_head.weight": torch.zeros(320, 64)})
