@@ -42,6 +42,14 @@ def test_the_nearest_is_named_and_nobody_is_asked(here: Path, given: str, meant:
     assert f"does not exist (did you mean {meant}?)" in str(error.value).replace(" here", "")
 
 
+def test_an_empty_name_is_not_the_current_directory(speculators: CommandLine) -> None:
+    """As a variable of a shell is that nobody set."""
+    for command in (("inspect", ""), ("convert", "eagle", GOLDEN / PLAIN, "out", "")):
+        run = speculators(*command)
+        assert run.status == 1
+        assert "No name is given; give a directory, or a Hugging Face id." in run.errors[0]
+
+
 def test_an_absolute_path(here: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         open_repository(str(here / "convrted"))

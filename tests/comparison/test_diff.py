@@ -22,7 +22,7 @@ from dflash import (
     write_draft,
 )
 from dflash import converted as dflash_converted
-from eagle3 import CHAINS, GOLDEN3, PARALLEL
+from eagle3 import CHAINS, GOLDEN3, PARALLEL, convert_golden3
 from helpers import (
     GOLDEN,
     PLAIN,
@@ -305,6 +305,35 @@ def test_a_tensor_of_zeros_and_one_of_another_shape(
 
 def re_squeezed(text: str) -> str:
     return " ".join(text.split())
+
+
+def test_what_one_leaves_open_is_told(tmp_path: Path) -> None:
+    """The other one's answer is as good as any, but only an answer."""
+    one = convert_golden3("sailab_llama", tmp_path / "one", validate=False, aux_layers=[1, 3, 5])
+    other = tmp_path / "other"
+    shutil.copytree(one, other)
+    config = config_of(one) | {"eagle_aux_hidden_state_layer_ids": None}
+    (other / "config.json").write_text(json.dumps(config))
+    found = difference(one, other)
+    assert any("since that was left open" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("kind", ["eagle9", None])
+def test_a_config_that_is_not_understood_is_never_the_same(
+    tmp_path: Path, converted: dict[str, Path], speculators: CommandLine, kind: str | None
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(converted[PLAIN], other)
+    config = config_of(other)
+    if kind is None:
+        del config["speculators_model_type"]
+    else:
+        config["speculators_model_type"] = kind
+    (other / "config.json").write_text(json.dumps(config))
+    run = speculators("diff", converted[PLAIN], other)
+    assert run.status == 1
+    assert "The configs mean the same." not in run.stdout
+    assert run.stdout.splitlines()[-1].startswith("They have the same tensors")
 
 
 def test_a_head_that_conversions_leave_out(tmp_path: Path, converted: dict[str, Path]) -> None:

@@ -647,6 +647,25 @@ def test_the_default_number_of_key_value_heads_is_that_of_the_heads(
     assert layer["rope_theta"] == 10000.0
 
 
+def test_heads_may_not_divide_the_hidden_size(tmp_path: Path, verifier: Path) -> None:
+    """As GLM-4.5's; the validation compares what the model computes with the reference."""
+
+    def edit(tensors: Tensors) -> None:
+        for name, (rows, columns) in {"q": (96, 64), "o": (64, 96)}.items():
+            random = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)) / 8
+            tensors[f"layers.0.self_attn.{name}_proj.weight"] = random
+
+    heads = {"num_attention_heads": 6, "head_dim": 16}
+    out = convert(
+        write_checkpoint(tmp_path / "s", config=heads, edit=edit), tmp_path / "o", verifier
+    )
+    model = EagleSpeculator.from_pretrained(out)
+    assert model.config.layer.num_attention_heads == 6
+    assert model.config.layer.head_dim == 16
+    model.save_pretrained(tmp_path / "again")
+    assert config_of(tmp_path / "again") == config_of(out)
+
+
 def test_a_head_size_of_its_own_comes_from_the_tensors(tmp_path: Path, verifier: Path) -> None:
     """2 heads of 16, where hidden size by heads would be 32."""
 

@@ -685,6 +685,35 @@ def test_the_anchor_of_specforge(tmp_path: Path) -> None:
     assert any("as SpecForge trains" in clause for clause in planned.discrepancies)
 
 
+@pytest.mark.parametrize(
+    ("types", "base"),
+    [(None, 1e6), ("full_attention", 1e6), ("sliding_attention", 1e4), ("mixed", None)],
+)
+def test_rope_by_the_type_of_the_layers(
+    tmp_path: Path, types: str | None, base: float | None
+) -> None:
+    """As transformers 5 writes it; the layers of a DFlash draft have one RoPE."""
+    named = ["full_attention", "sliding_attention", "full_attention"]
+    config = native(
+        rope_theta=None,
+        rope_parameters={
+            "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        },
+        layer_types=named if types == "mixed" else [types] * LAYERS if types else None,
+        use_sliding_window=types not in (None, "full_attention"),
+        sliding_window=64,
+        is_causal=False,
+    )
+    source = write_draft(tmp_path / "source", config)
+    if base is None:
+        with pytest.raises(ConversionError, match="gives RoPE by the type of a layer"):
+            converted(source, tmp_path / "out")
+    else:
+        out = converted(source, tmp_path / "out")
+        assert config_in(out)["transformer_layer_config"]["rope_theta"] == base
+
+
 def test_rope_copied_from_a_verifier_is_not_used(tmp_path: Path) -> None:
     """``rope_dim`` says what the training rotated (SGLang); the rest was the verifier's."""
     copied = {

@@ -436,6 +436,20 @@ CASES: dict[str, tuple[str, dict[str, Any], Edit, dict[str, Any], str]] = {
         {},
         "t2d has the type U8, where booleans are expected; save it as such",
     ),
+    "biases on q, k and v alone": (
+        SAILAB,
+        {},
+        lambda tensors: tensors.update(
+            {
+                f"midlayer.self_attn.{it}_proj.bias": torch.zeros(
+                    tensors[f"midlayer.self_attn.{it}_proj.weight"].shape[0]
+                )
+                for it in "qkv"
+            }
+        ),
+        {},
+        r"lacks .*o_proj\.bias; .* or, if these never were in it, serve it as it was published",
+    ),
     "no tables are invented": (SAILAB, {}, drop("d2t", "t2d"), {}, "neither d2t nor t2d is there"),
     "no layer tensor is invented": (
         SAILAB,
@@ -852,6 +866,13 @@ def test_told(
 ) -> None:
     converted(write(tmp_path / "source", name, config), tmp_path / "out")
     assert any(re.search(expected, line) for line in log if line.startswith("WARNING")), log
+
+
+def test_tables_that_may_never_have_been_filled(tmp_path: Path, log: list[str]) -> None:
+    edit = put(d2t=torch.zeros(96, dtype=torch.int64), t2d=torch.arange(320) < 96)
+    out = converted(write(tmp_path / "source", SAILAB, {}, edit), tmp_path / "out")
+    assert not stored_tensors(out)["d2t"].any()
+    assert any("drafts the first 96 tokens of the vocabulary" in line for line in log)
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [(None, 0.0), (None, 0.2), (torch.bfloat16, 9.0)])

@@ -98,6 +98,12 @@ def test_a_record_that_contradicts_the_directory_is_an_error(
         validate(out, source)
 
 
+def test_other_weights_in_the_folder_are_told(out: Path, log: list[str]) -> None:
+    (out / "model-2.safetensors").write_bytes((out / "model.safetensors").read_bytes())
+    validate(out)
+    assert any("also has model-2.safetensors" in line for line in log)
+
+
 def test_another_source_than_the_recorded_one_is_told(
     tmp_path: Path, out: Path, log: list[str]
 ) -> None:

@@ -22,6 +22,7 @@ from helpers import (
 from speculators.checkpoint.verifier import open_verifier
 from speculators.convert.eagle import EagleConverter
 from speculators.errors import (
+    CheckpointError,
     ConversionError,
     IncompleteVerifierError,
     ValidationError,
@@ -96,6 +97,28 @@ def test_a_stored_head_is_the_head_whatever_the_flag_says(
     tensors = {name: HEAD, "model.embed_tokens.weight": EMBEDDING}
     path = write_verifier(tmp_path / "v", tensors, tie_word_embeddings=tied)
     assert torch.equal(values(open_verifier(path).head()), HEAD)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"n_embd": HIDDEN, "vocab_size": VOCABULARY, "n_layer": 3},
+        {"d_model": HIDDEN, "padded_vocab_size": VOCABULARY, "num_layers": 3},
+        {"llm_config": {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, "num_hidden_layers": 3}},
+        {
+            "hidden_size": 1,
+            "thinker_config": {
+                "vision_config": {"hidden_size": 2},
+                "text_config": {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, "n_layers": 3},
+            },
+        },
+    ],
+    ids=["GPT-2", "ChatGLM", "InternVL", "Qwen-Omni"],
+)
+def test_sizes_are_read_in_every_spelling(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["X"], **config}))
+    verifier = open_verifier(tmp_path)
+    assert (verifier.hidden_size, verifier.vocab_size, verifier.layers) == (HIDDEN, VOCABULARY, 3)
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
@@ -247,6 +270,33 @@ def test_an_own_head_that_is_not_the_verifiers(tmp_path: Path, verifier: Path) -
     source = write_checkpoint(tmp_path / "s", edit=with_head(matrix(2)))
     with pytest.raises(ValidationError, match="not the verifier's"):
         convert(source, tmp_path / "out", verifier)
+
+
+def test_a_damaged_verifier_is_no_missing_one(tmp_path: Path) -> None:
+    """Its weights are there, so nobody wants a conversion without proof."""
+    path = write_verifier(
+        tmp_path / "v", {"lm_head.weight": HEAD, "embed_tokens.weight": EMBEDDING}
+    )
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    for edit in (lambda _: None, lambda it: it.pop("embed_tokens.weight")):
+        source = write_checkpoint(tmp_path / f"s{edit}", edit=edit)
+        with pytest.raises(CheckpointError, match="is truncated"):
+            convert(source, tmp_path / "out", path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_head_does_not_take_the_embedding_away(tmp_path: Path, log: list[str]) -> None:
+    tensors = {"lm_head.qweight": torch.ones(8, 8).int(), "model.embed_tokens.weight": EMBEDDING}
+    path = write_verifier(tmp_path / "v", tensors)
+    source = write_checkpoint(tmp_path / "s", edit=lambda it: it.pop("embed_tokens.weight"))
+    out = convert(source, tmp_path / "out", path)
+    warnings = [line for line in log if line.startswith("WARNING")]
+    assert not any("embedding is not available" in line for line in warnings)
+    model = EagleSpeculator.from_pretrained(out)
+    assert model.borrowed_head is None
+    assert model.borrowed_embedding is not None
+    assert torch.equal(model.borrowed_embedding.weight, EMBEDDING)
 
 
 # An embedding that nobody trained

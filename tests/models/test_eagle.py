@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaModel
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaModel
 
 from helpers import (
     GOLDEN,
@@ -267,6 +267,23 @@ def test_an_attached_embedding_is_shared(without_embedding: Path, own_verifier: 
     assert model.borrowed_head is None
     assert model.borrowed_embedding is None
     assert is_golden(model)
+
+
+def test_the_embedding_is_what_the_verifiers_file_holds(tmp_path: Path) -> None:
+    """Also where transformers' module multiplies its rows, as those of Gemma do."""
+    torch.manual_seed(1)
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, intermediate_size=64
+    )
+    gemma = Gemma3ForCausalLM(config).eval()
+    assert gemma.get_input_embeddings().embed_scale == 8
+    save_quietly(gemma, tmp_path / "verifier")
+    source = write_checkpoint(tmp_path / "source", edit=lambda it: it.pop("embed_tokens.weight"))
+    out = EagleConverter().convert(source, tmp_path / "out", tmp_path / "verifier", validate=False)
+    model = EagleSpeculator.from_pretrained(out)
+    expected = logits_of(model)
+    model.attach_verifier(gemma)
+    assert largest_difference(logits_of(model), expected) < TOLERANCE
 
 
 def test_the_verifier_is_no_part_of_the_draft(model: EagleSpeculator) -> None:

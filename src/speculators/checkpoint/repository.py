@@ -135,6 +135,9 @@ def open_repository(
 
     """
     source = source if isinstance(source, str) else Path(source)
+    if source == "":
+        # As a path, it would be the current directory.
+        raise CheckpointError("No name is given; give a directory, or a Hugging Face id.")
     path = local_path(source)
     if path.exists() and revision is not None:
         logger.warning(f"{path} is on this machine, so the revision {revision} is ignored")

@@ -1,7 +1,7 @@
 """The verifier's side of a draft, without torch: its sizes, its head, its embedding."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from speculators.errors import (
     listed,
 )
 
-__all__ = ["Verifier", "check_loaded", "open_verifier"]
+__all__ = ["TEXT_CONFIGS", "Verifier", "check_loaded", "language_model_config", "open_verifier"]
 
 # As transformers 5.19 names them: what `_tied_weights_keys` ties in its models, the attributes that
 # `get_input_embeddings` and `get_output_embeddings` return, and the names in older checkpoints that
@@ -84,6 +84,14 @@ EMBEDDINGS = (
 )
 HEAD_NAMES = tuple(part + name for name in HEADS for part in PARTS)
 EMBEDDING_NAMES = tuple(part + name for name in EMBEDDINGS for part in PARTS)
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Keys whose object is the language model's config in those of models of several parts (InternVL,
+DeepSeek-VL, Qwen-Omni); it may have one of these itself."""
+SIZES = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
+    "vocab_size": ("vocab_size", "padded_vocab_size"),
+}
+"""Size → the keys by which configs give it."""
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """The keys by which configs give the number of decoder layers."""
 
@@ -204,13 +212,17 @@ def open_verifier(base_model: str | os.PathLike[str], hub: HubAccess = DEFAULT_A
             f"The verifier {repository.name} is a draft in the speculators format itself; "
             "give the model that the draft was trained for."
         )
-    nested = config.get("text_config")
-    text: dict[str, Any] = nested if isinstance(nested, dict) and nested else config
-    sizes = {key: text.get(key) for key in ("hidden_size", "vocab_size")}
-    layers = next((text[key] for key in LAYER_COUNTS if key in text), None)
+    text = language_model_config(config)
+    sizes = {size: _first(text, keys) for size, keys in SIZES.items()}
+    layers = _first(text, LAYER_COUNTS)
     architectures = config.get("architectures")
     named = isinstance(architectures, list) and all(isinstance(it, str) for it in architectures)
-    if not all(isinstance(size, int) for size in sizes.values()) or not architectures or not named:
+    hidden, vocabulary = sizes["hidden_size"], sizes["vocab_size"]
+    if (
+        not isinstance(hidden, int)
+        or not isinstance(vocabulary, int)
+        or not (architectures and named)
+    ):
         raise VerifierError(
             f"{config_file} does not give hidden_size, vocab_size and architectures, "
             "so it is not a verifier's config."
@@ -222,8 +234,8 @@ def open_verifier(base_model: str | os.PathLike[str], hub: HubAccess = DEFAULT_A
             else repository.name
         ),
         architectures=tuple(architectures),
-        hidden_size=text["hidden_size"],
-        vocab_size=text["vocab_size"],
+        hidden_size=hidden,
+        vocab_size=vocabulary,
         # In models of several parts either of the two may say it.
         tied=any(said) if (said := _flags(config, text, "tie_word_embeddings")) else None,
         repository=repository,
@@ -249,5 +261,18 @@ def check_loaded(name: str, missing: Collection[str]) -> None:
         )
 
 
-def _flags(config: dict[str, Any], text: dict[str, Any], key: str) -> list[bool]:
+def language_model_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config.json; the whole if it has no parts."""
+    for key in TEXT_CONFIGS:
+        if isinstance(nested := config.get(key), dict) and nested:
+            return language_model_config(nested)
+    return config
+
+
+def _first(config: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """The value of the first of these keys that a config gives."""
+    return next((config[key] for key in keys if config.get(key) is not None), None)
+
+
+def _flags(config: Mapping[str, Any], text: Mapping[str, Any], key: str) -> list[bool]:
     return [it[key] for it in (config, text) if isinstance(it.get(key), bool)]

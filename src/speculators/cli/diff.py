@@ -103,8 +103,11 @@ def _print(found: "Difference") -> None:
             for it in found.config
         )
         show(Listing(("key of config.json", "A", "B", ""), keys), "")
-    else:
+    elif found.a.in_format == found.b.in_format:
         show("The configs mean the same.")
+    else:
+        unread = found.b if found.a.in_format else found.a
+        show(f"The config of {unread.name} cannot be read as that of a draft.")
     show(*(f"Note: {note}." for note in found.notes), *_conclusion(found))
 
 

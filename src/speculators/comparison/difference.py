@@ -106,7 +106,9 @@ class Difference(BaseModel):
     a: CheckpointSummary
     b: CheckpointSummary
     same: bool
-    """Whether all tensors are the same byte for byte, and all keys that a draft computes with."""
+    """Whether all tensors are the same byte for byte, and all keys that a draft computes with.
+
+    Never if the config of only one of them can be read as that of a draft."""
     tensors: list[TensorDifference]
     """All tensors, also those that are the same."""
     config: list[ConfigDifference]
@@ -140,7 +142,8 @@ def compare(a: Side, b: Side, *, progress: Progress = silent) -> Difference:
     return Difference(
         a=_summary(a),
         b=_summary(b),
-        same=all(it.result == "same" for it in tensors)
+        same=a.planned == b.planned
+        and all(it.result == "same" for it in tensors)
         and not any(it.computed_with for it in config),
         tensors=tensors,
         config=config,
@@ -184,7 +187,9 @@ def _compare_configs(a: Side, b: Side) -> list[ConfigDifference]:
     ours, theirs = a.config, b.config
     if a.planned != b.planned:
         raw, known = (b, a) if a.planned else (a, b)
+        # In the format, or flat as in research.
         layer = {f"transformer_layer_config.{key}": it for key, it in raw.config.items()}
+        layer |= raw.config
         shared = {key: it for key, it in layer.items() if key in known.config}
         ours, theirs = (
             (shared, {key: b.config[key] for key in shared})

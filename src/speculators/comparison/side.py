@@ -218,10 +218,19 @@ def _choose_plan(side: Side, family: Family, told: Side | None) -> DraftPlan:
         # What follows from others is not computed without a verifier, and cannot be compared.
         return replace(plan, made={})
     plan, side.options = chosen
-    if why and side.options:
+    if side.options and not _says(side, family, plan):
         said = ", ".join(f"{name} {value}" for name, value in side.options.items())
         side.notes.append(f"{side.checkpoint.name} is read with {said}, since that was left open")
     return plan
+
+
+def _says(side: Side, family: Family, plan: DraftPlan) -> bool:
+    """Whether a checkpoint tells by itself what a plan takes it for."""
+    try:
+        alone = plan_draft(family, side.checkpoint, side.verifier)
+    except ConversionError:
+        return False
+    return _meaning(_config(alone)) == _meaning(_config(plan))
 
 
 def _config(plan: DraftPlan) -> SpeculatorConfig:

@@ -32,6 +32,7 @@ from speculators.convert.provenance import (
     read_record,
     record_conversion,
     warn_of_another_source,
+    warn_of_other_weights,
 )
 from speculators.convert.replan import plan_of_itself, verifier_of
 from speculators.errors import ConversionError, OutputError, VerifierError
@@ -215,6 +216,7 @@ def validate(
     else:
         check_files(record, written.directory, progress)
         check_record(record, written)
+    warn_of_other_weights(written)
     verifier = verifier_of(written)
 
     from speculators.convert.validation import validate_conversion, validate_model

@@ -24,6 +24,7 @@ from speculators.convert.rope_tables import check_rope_table
 from speculators.errors import ConversionError, listed
 from speculators.families.family import Derived, Family, Source, read_options
 from speculators.families.recognition import Recognition, short_names
+from speculators.families.research.forms import check_forms
 from speculators.families.research.fused import split
 from speculators.families.research.keys import SourceKeys
 from speculators.families.research.rope_names import is_rope_table
@@ -247,6 +248,7 @@ def plan_draft(
             config; the message names them.
 
     """
+    check_forms(checkpoint.config, str(checkpoint.config_file))
     names = short_names(checkpoint.tensors)
     stored = _by_short_name(checkpoint, names.short)
     _check_head(family, checkpoint, stored)
@@ -453,8 +455,11 @@ def _check_names(
             if names
         ]
         shown = ", ".join(family.features[feature] for feature in sorted(features))
+        # A part of a feature may be all that was trained: then the format cannot say it.
+        partial = all(required[name].feature for name in difference.missing)
         advice = (
             "nothing is invented, so give the complete checkpoint"
+            + (", or, if these never were in it, serve it as it was published" if partial else "")
             if not unknown
             else "nothing is dropped, so it is another architecture, or remove what was not trained"
             if not missing

@@ -17,7 +17,7 @@ from speculators.checkpoint.progress import Progress, silent
 from speculators.checkpoint.reader import Checkpoint
 from speculators.checkpoint.tensor import float_name
 from speculators.convert.plan import ConversionPlan
-from speculators.errors import ValidationError
+from speculators.errors import ValidationError, listed
 from speculators.families.converted import Converted
 from speculators.format.conversion import (
     CONVERSION_FILE,
@@ -34,6 +34,7 @@ __all__ = [
     "read_record",
     "record_conversion",
     "warn_of_another_source",
+    "warn_of_other_weights",
 ]
 
 
@@ -173,6 +174,19 @@ def check_record(record: ConversionRecord, written: Converted) -> None:
     ):
         if lacks:
             logger.warning(f"{directory / CONVERSION_FILE} lacks {lacks}: {consequence}")
+
+
+def warn_of_other_weights(written: Converted) -> None:
+    """Tell of weights in the folder that are no part of the draft: vLLM loads them all the same."""
+    own = {info.file.name for info in written.tensors.values()}
+    others = sorted(
+        path.name for path in written.directory.glob("*.safetensors") if path.name not in own
+    )
+    if others:
+        logger.warning(
+            f"{written.directory} also has {listed(others)}, which are no part of the draft, but "
+            "vLLM loads every *.safetensors of a folder; remove what was not trained with it"
+        )
 
 
 def warn_of_another_source(

@@ -14,6 +14,7 @@ from speculators.checkpoint.headers import headers_only
 from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.reader import Checkpoint, Companion, read_config, read_tensors
 from speculators.checkpoint.repository import Repository, open_repository
+from speculators.checkpoint.verifier import language_model_config
 from speculators.convert.plan import family_of, plan_draft
 from speculators.errors import (
     CheckpointError,
@@ -282,8 +283,7 @@ def _details(checkpoint: Checkpoint, found: Recognition) -> Details:
             layer if isinstance(layer, dict) else {},
             ConversionFinding(possible=False, why_not=why_not),
         )
-    nested = checkpoint.config.get("text_config")
-    sizes = nested if isinstance(nested, dict) and nested else checkpoint.config
+    sizes = dict(language_model_config(checkpoint.config))
     return Details(sizes, ConversionFinding(possible=False, why_not=_why_not(checkpoint, found)))
 
 

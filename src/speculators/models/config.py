@@ -19,6 +19,8 @@ COMMON_KEYS = SpeculatorConfig.model_fields.keys() | {
 }
 """The keys of config.json that every family has."""
 
+HEADS = ("num_attention_heads", "num_key_value_heads")
+
 
 class SpeculatorPretrainedConfig(PreTrainedConfig):
     """The config of a draft; its JSON is the config of its family.
@@ -50,9 +52,8 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
         self.speculators_model_type = self.speculators_model_type or self.family.name
         layer = self.transformer_layer_config
         if not isinstance(layer, PreTrainedConfig):
-            layer = dict(layer or {})
-            self.transformer_layer_config = AutoConfig.for_model(
-                layer.pop("model_type", "llama"), **{"num_hidden_layers": 1, **layer}
+            self.transformer_layer_config = _layer_config(
+                **{"num_hidden_layers": 1, **(layer or {})}
             )
         if isinstance(self.speculators_config, SpeculatorsConfig):
             self.speculators_config = self.speculators_config.model_dump()
@@ -120,3 +121,20 @@ class SpeculatorPretrainedConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """Same as ``to_dict``: the file is complete, so that it does not rely on defaults."""
         return self.to_dict()
+
+
+def _layer_config(model_type: str = "llama", **keys: Any) -> PreTrainedConfig:
+    """The transformers config of decoder layers.
+
+    Llama's refuses a number of heads that does not divide the hidden size, as GLM-4.5 has, though
+    its layers take the size of a head from ``head_dim`` (transformers 5.13 to 5.24). So such
+    numbers are set after that check.
+    """
+    hidden, heads = keys.get("hidden_size"), keys.get("num_attention_heads")
+    late: dict[str, Any] = {}
+    if hidden and heads and hidden % heads and keys.get("head_dim"):
+        late = {name: keys[name] for name in HEADS if keys.get(name)}
+    config: PreTrainedConfig = AutoConfig.for_model(model_type, **(keys | dict.fromkeys(late, 1)))
+    for name, value in late.items():
+        setattr(config, name, value)
+    return config

@@ -8,9 +8,10 @@ device on which it runs.
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-__all__ = ["device_of", "value_of"]
+__all__ = ["device_of", "rows_of", "value_of"]
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -33,6 +34,20 @@ def value_of(module: nn.Module, name: str) -> Tensor:
                 loaded: Tensor = weights[name]
                 return loaded
     return tensor
+
+
+def rows_of(embedding: nn.Module, ids: Tensor) -> Tensor:
+    """The rows of an embedding as they are stored, (batch, length, hidden).
+
+    Transformers' modules of Gemma multiply them, which is a part of the verifier: drafts are
+    trained and served with what its file holds (``_raw_input_embeddings`` of dflash 0.1.0,
+    SpecForge's ``load_embedding``, the modules that vLLM shares).
+    """
+    if not hasattr(embedding, "embed_scale"):
+        rows: Tensor = embedding(ids.to(device_of(embedding)))
+        return rows
+    weight = value_of(embedding, "weight")
+    return F.embedding(ids.to(weight.device), weight)
 
 
 def _hooks_of(module: nn.Module) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.inputs import check_labels, check_mask, check_prompts, check_states
 from speculators.models.misuse import NotAnAssistant, refuse_pipeline
 from speculators.models.output import CACHE, DraftOutput, the_cache
-from speculators.models.placement import device_of
+from speculators.models.placement import device_of, rows_of
 from speculators.models.tensors import map_tensor, most_used_dtype
 
 __all__ = ["Speculator"]
@@ -703,7 +703,7 @@ class Speculator(PreTrainedModel, ABC):
                 "The draft has no embedding of its own and its verifier is not there. "
                 f"Attach the verifier first: {self._how_to_attach()}"
             )
-        embedded: Tensor = embedding(input_ids.to(device_of(embedding)))
+        embedded = rows_of(embedding, input_ids)
         return embedded.to(device=self.device, dtype=self.fc.weight.dtype)
 
     @cached_property
@@ -731,23 +731,31 @@ class Speculator(PreTrainedModel, ABC):
         borrows_embedding = "embedding" in borrows and self.embed_tokens is None
         if not borrows_head and not borrows_embedding:
             return
-        try:
-            verifier = verifier or converted.open_verifier()
-            self._check_fits(verifier)
-            head = verifier.head() if borrows_head else None
-            embedding = verifier.embedding() if borrows_embedding else None
-        except SpeculatorsError as error:
-            logger.warning(f"{error} The draft has no logits until a verifier is attached.")
-            return
 
-        def matrix(info: TensorInfo) -> Tensor:
+        def read(tensor: Callable[[], TensorInfo]) -> Tensor | None:
+            try:
+                info = tensor()
+            except SpeculatorsError as error:
+                unread.append(str(error))
+                return None
             mapped = map_tensor(info)
             return upcast(mapped) if upcasting else mapped.to(self.device, self.fc.weight.dtype)
 
-        if head is not None:
-            self.borrowed_head = _linear(matrix(head))
-        if embedding is not None:
-            self.borrowed_embedding = nn.Embedding.from_pretrained(matrix(embedding))
+        unread: list[str] = []
+        try:
+            verifier = verifier or converted.open_verifier()
+            self._check_fits(verifier)
+        except SpeculatorsError as error:
+            unread.append(str(error))
+        else:
+            head = read(verifier.head) if borrows_head else None
+            if head is not None:
+                self.borrowed_head = _linear(head)
+            embedding = read(verifier.embedding) if borrows_embedding else None
+            if embedding is not None:
+                self.borrowed_embedding = nn.Embedding.from_pretrained(embedding)
+        for why in dict.fromkeys(unread):
+            logger.warning(f"{why} The draft has no logits until a verifier is attached.")
 
 
 def _linear(weight: Tensor) -> nn.Linear:

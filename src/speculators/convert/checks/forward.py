@@ -14,12 +14,13 @@ from speculators.convert.checks.comparison import ROWS, SEED, check_same
 from speculators.convert.checks.planned import PlannedTensors, planned_matrix
 from speculators.convert.checks.verifier import (
     check_head_of_source,
+    is_incomplete,
     refuse_draft_as_verifier,
     refuse_incomplete,
 )
 from speculators.convert.plan import ConversionPlan, unchecked_head
 from speculators.convert.references.operations import rope_frequencies
-from speculators.errors import IncompleteVerifierError, SpeculatorsError, ValidationError
+from speculators.errors import SpeculatorsError, ValidationError
 from speculators.families.family import imported
 from speculators.models.output import DraftOutput
 from speculators.models.speculator import Speculator
@@ -154,7 +155,7 @@ class ForwardCheck(ABC):
                 info = self.plan.verifier.head()
             except SpeculatorsError as error:
                 refuse_draft_as_verifier(self.plan.verifier)
-                if isinstance(error, IncompleteVerifierError):
+                if is_incomplete(error):
                     raise
                 self._leave_unchecked(
                     "Logits were not validated, since the verifier's head is not available: "

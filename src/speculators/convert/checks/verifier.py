@@ -7,7 +7,9 @@ from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.checkpoint.verifier import Verifier
 from speculators.convert.checks.planned import planned_matrix
 from speculators.errors import (
+    CheckpointError,
     IncompleteVerifierError,
+    NoWeightsError,
     SpeculatorsError,
     ValidationError,
     VerifierError,
@@ -16,7 +18,12 @@ from speculators.families.recognition import recognise
 from speculators.models.blocks import row_blocks
 from speculators.models.tensors import TORCH_DTYPES
 
-__all__ = ["check_head_of_source", "refuse_draft_as_verifier", "refuse_incomplete"]
+__all__ = [
+    "check_head_of_source",
+    "is_incomplete",
+    "refuse_draft_as_verifier",
+    "refuse_incomplete",
+]
 
 
 def refuse_draft_as_verifier(verifier: Verifier) -> None:
@@ -39,11 +46,18 @@ def refuse_incomplete(verifier: Verifier) -> None:
     """Refuse a verifier whose weights are there, but not its embedding."""
     try:
         verifier.embedding()
-    except IncompleteVerifierError:
-        refuse_draft_as_verifier(verifier)
-        raise
-    except SpeculatorsError:
-        return  # the caller says that it is not available
+    except SpeculatorsError as error:
+        if is_incomplete(error):
+            refuse_draft_as_verifier(verifier)
+            raise
+        # Otherwise, the caller says that it is not available.
+
+
+def is_incomplete(error: SpeculatorsError) -> bool:
+    """Whether an error says of a verifier that its weights are there, but damaged or not all."""
+    return isinstance(error, IncompleteVerifierError | CheckpointError) and not isinstance(
+        error, NoWeightsError
+    )
 
 
 def check_head_of_source(own: TensorInfo, verifiers: TensorInfo) -> None:

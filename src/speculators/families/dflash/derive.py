@@ -318,7 +318,12 @@ def _derive_layer(
             "the tensors."
         )
     _settle_rope(said)
-    config = {"max_position_embeddings": 32768, **said.layer, **sizes}
+    config = {**said.layer, **sizes}
+    if not said.flag("use_swa", becomes="it is written as layer_types"):
+        # RoPE may be given by the type of the layers; with use_swa, they slide with another type's.
+        config["layer_types"] = list(attention.layer_types)
+    if config.get("max_position_embeddings") is None:
+        config["max_position_embeddings"] = 32768
     inner = replace(source.checkpoint, config=config)
     derived = derive_layer(
         replace(source, checkpoint=inner),

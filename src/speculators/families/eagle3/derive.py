@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from speculators.checkpoint.tensor import describe_shape
-from speculators.errors import ConversionError
+from speculators.errors import ConversionError, printable
 from speculators.families.eagle3.config import Eagle3LayerConfig
 from speculators.families.eagle3.embedding import compared_embedding
 from speculators.families.eagle3.options import NORM_OUTPUT
@@ -213,9 +213,10 @@ def _derive_layer(source: Source) -> DerivedLayer:
             f"{source.checkpoint.name} has norms on queries and keys and biases in the MLP; no "
             "layer of the format has both."
         )
-    if nested and (given.get("model_type") == "qwen3") != normed:
+    model_type = given.get("model_type") if nested else None
+    if model_type is not None and (model_type == "qwen3") != normed:
         raise ConversionError(
-            f"{source.checkpoint.config_file} says model_type {given.get('model_type')}, but the "
+            f"{source.checkpoint.config_file} says model_type {model_type}, but the "
             f"tensors have {'' if normed else 'no '}q_norm and k_norm."
         )
     biased = {
@@ -276,9 +277,10 @@ def _count_layers(source: Source, given: Mapping[str, Any]) -> int:
     """The number of decoder layers that the tensors show; a config that says another is refused."""
     numbered = (re.match(r"layers\.(\d+)\.", name) for name in source.tensors)
     layers = 1 + max(int(found[1]) for found in numbered if found)
-    if given.get("num_hidden_layers", layers) != layers:
+    if given.get("num_hidden_layers") not in (None, layers):
+        said = printable(repr(given["num_hidden_layers"]))
         raise ConversionError(
-            f"{source.checkpoint.config_file} says num_hidden_layers {given['num_hidden_layers']}, "
+            f"{source.checkpoint.config_file} says num_hidden_layers {said}, "
             f"but the tensors are those of {layers}; give the config that belongs to them."
         )
     return layers

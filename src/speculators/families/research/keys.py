@@ -11,19 +11,24 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from speculators.checkpoint.verifier import TEXT_CONFIGS
 from speculators.errors import ConversionError, printable
 from speculators.format.config import LayerConfig
 
-__all__ = ["CHANGES", "HINTS", "LLAMA_LIKE", "WITHOUT_EFFECT", "Key", "SourceKeys", "is_neutral"]
+__all__ = [
+    "CANONICAL",
+    "CHANGES",
+    "HINTS",
+    "LLAMA_LIKE",
+    "NESTED",
+    "SPELLINGS",
+    "WITHOUT_EFFECT",
+    "Key",
+    "SourceKeys",
+    "is_neutral",
+]
 
-NESTED = (
-    "text_config",
-    "llm_config",
-    "language_config",
-    "thinker_config",
-    "model_config",
-    "model",
-)
+NESTED = (*TEXT_CONFIGS, "model_config", "model")
 """Keys whose object holds a language model's keys in the configs of models of several parts."""
 
 MOST_NESTED = 3

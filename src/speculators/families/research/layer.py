@@ -33,11 +33,12 @@ CARRIED_OVER: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
-"""Key that is carried over as it is → the reference's default (EAGLE, configs.py)."""
+"""Key that is carried over as it is → the reference's default (EAGLE, configs.py), also where the
+config says ``null``."""
+
+TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+"""Likewise, where ``null`` says that there is no such token."""
 
 READ = {"head_dim", "rope_parameters", "rope_scaling", "rope_theta"}
 """Keys that are interpreted, not copied."""
@@ -139,7 +140,10 @@ def derive_layer(
 
     discrepancies: list[str] = []
     values: dict[str, Any] = {name: keys.get(name) for name in SIZES}
-    values |= {name: keys.get(name, default) for name, default in CARRIED_OVER.items()}
+    for name, default in CARRIED_OVER.items():
+        said = keys.get(name)
+        values[name] = default if said is None else said
+    values |= {name: keys.get(name, default) for name, default in TOKENS.items()}
     values |= fixed
     rope = _Rope(keys, int(values.get("num_hidden_layers", 1)))
     values |= rope.read()

@@ -16,6 +16,9 @@ __all__ = ["complete_vocabulary", "drafted_tokens", "vocabulary_size"]
 INTEGERS = {"I32": "i", "I64": "q"}
 """Dtypes that offsets are stored with → the typecodes of ``array``."""
 
+MOST_TOKENS = 2**24
+"""No vocabulary has more: tables of this size are made."""
+
 
 def drafted_tokens(source: Source) -> int | None:
     """How many tokens the draft can propose: the rows of its head; ``None`` if it has none.
@@ -57,6 +60,11 @@ def vocabulary_size(source: Source, said: object) -> int:
                 )
             return info.shape[0]
     if type(said) is int:
+        if not 0 < said <= MOST_TOKENS:
+            raise ConversionError(
+                f"{source.checkpoint.config_file} says vocab_size {said}, which no model has; "
+                "correct the config."
+            )
         return said
     if source.verifier is not None:
         return source.verifier.vocab_size
@@ -94,6 +102,11 @@ def complete_vocabulary(source: Source, vocabulary: int) -> Completion:
             }
         )
     completion = Completion()
+    if source.verifier is not None and tokens[-1] == drafted - 1:
+        completion.discrepancies.append(
+            f"its tables say that it drafts the first {drafted} tokens of the vocabulary, as "
+            "tables do that were never filled; check that it was trained so"
+        )
     if d2t is None or d2t.dtype != "I64":
         offsets = array("q", [token - index for index, token in enumerate(tokens)]).tobytes()
         label = "from t2d" if d2t is None else "as 64-bit integers"
