@@ -81,8 +81,8 @@ def chat(
 ) -> None:
     """Talk to the verifier, and see which tokens its draft got right.
 
-    The text appears as it is decoded: green what the draft proposed and the verifier accepted,
-    plain what the verifier chose itself.
+    The text appears as it is decoded: in green what the draft proposed and the
+    verifier accepted, the rest plain.
 
     For example:
 

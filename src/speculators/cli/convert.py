@@ -223,7 +223,7 @@ def convert_draft(
         bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, as docs/conversion.md describes it.")
+        bool, typer.Option("--json", help="Print JSON, as docs/cli.md describes it.")
     ] = False,
     **said: Any,
 ) -> None:

@@ -49,7 +49,10 @@ VerifierName = Annotated[
 ProposalType = Annotated[
     Literal["greedy", "sampling", "static_tree", "dynamic_tree"] | None,
     typer.Option(
-        help="How to propose tokens. By default as the draft's config says.", show_default=False
+        metavar="METHOD",
+        help="How to propose tokens: greedy, sampling, static_tree or dynamic_tree. By default as "
+        "the draft's config says.",
+        show_default=False,
     ),
 ]
 Revision = Annotated[

@@ -22,7 +22,10 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to create.")],
     to: Annotated[
         Reader,
-        typer.Option(help=f"Who will read it: {', '.join(READERS.values())}."),
+        typer.Option(
+            metavar="READER",
+            help=f"Who will read it: {'; '.join(f'{k}, {who}' for k, who in READERS.items())}.",
+        ),
     ],
     cache_dir: CacheDir = None,
     revision: Annotated[
