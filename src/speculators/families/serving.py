@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from speculators.families.family import Depth, Family, Target
+from speculators.families.family import Family
 from speculators.families.signature import ENGINES, Serving
+from speculators.families.target import Depth, Target
 from speculators.format.config import SpeculatorConfig
 
 __all__ = ["Judgement", "Refusal", "Way", "judge", "judge_published", "obstacle", "unserved"]
@@ -121,7 +122,7 @@ def _readers(family: Family, engine: str) -> list[tuple[str | None, Target]]:
 
 def _told(reader: Target, config: SpeculatorConfig, depth: Depth) -> Serving:
     """How a reader that can compute a draft is told of it."""
-    serving = reader.told(config)
+    serving = reader.serving_of(config)
     conditions = [it.condition(config) for it in reader.limits]
     if not any(conditions) or depth() is not None:
         return serving

@@ -25,13 +25,14 @@ from speculators.errors import (
     sentence,
 )
 from speculators.families.converted import Converted, check_converted
-from speculators.families.family import Depth, Family
+from speculators.families.family import Family
 from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
 from speculators.families.recognition import Recognition, recognise, short_names
 from speculators.families.registry import family_named
 from speculators.families.research.fused import unfused
 from speculators.families.serving import Judgement, judge, judge_published, obstacle
 from speculators.families.signature import Serving, Signature
+from speculators.families.target import Depth
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
 from speculators.format.tensors import counts_shown, features_shown
 from speculators.inspection.findings import (
