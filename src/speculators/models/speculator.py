@@ -16,7 +16,6 @@ from loguru import logger
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from typing_extensions import Self
 
 from speculators.checkpoint.hub.access import HubAccess
@@ -34,8 +33,9 @@ from speculators.format.proposals import proposal_method, resized
 from speculators.models.blocks import upcast, upcast_parameters
 from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.inputs import check_labels, check_mask, check_prompts, check_states
+from speculators.models.layers import causal_inputs, frozen_linear
 from speculators.models.misuse import NotAnAssistant, refuse_pipeline
-from speculators.models.output import CACHE, DraftOutput, the_cache
+from speculators.models.output import DraftOutput, the_cache
 from speculators.models.placement import device_of
 from speculators.models.tensors import map_tensor, most_used_dtype
 
@@ -668,24 +668,9 @@ class Speculator(PreTrainedModel, ABC):
         """
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.layer)
-        if position_ids is None:
-            past = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
-        cached: dict[str, Any] = {CACHE: cache}
-        mask = create_causal_mask(
-            config=self.config.layer,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **cached,
-        )
-        return cache, {
-            "attention_mask": mask,
-            "position_ids": position_ids,
-            "use_cache": cache is not None,
-            "position_embeddings": self.rotary_emb(x, position_ids=position_ids),
-            **cached,
-        }
+        inputs = causal_inputs(self.config.layer, x, attention_mask, position_ids, cache)
+        rotation = self.rotary_emb(x, position_ids=inputs["position_ids"])
+        return cache, {**inputs, "use_cache": cache is not None, "position_embeddings": rotation}
 
     def _head(self) -> nn.Linear:
         head = self.get_output_embeddings()
@@ -745,13 +730,6 @@ class Speculator(PreTrainedModel, ABC):
             return upcast(mapped) if upcasting else mapped.to(self.device, self.fc.weight.dtype)
 
         if head is not None:
-            self.borrowed_head = _linear(matrix(head))
+            self.borrowed_head = frozen_linear(matrix(head))
         if embedding is not None:
             self.borrowed_embedding = nn.Embedding.from_pretrained(matrix(embedding))
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
