@@ -20,14 +20,12 @@ from speculators.cli.decoding import (
     settings_of,
 )
 from speculators.cli.shared import CacheDir
+from speculators.errors import EvaluationError
 from speculators.evaluate.defaults import BATCH, LONGEST_DRAFT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from speculators.evaluate.prompts import Prompt
+    from speculators.checkpoint.verifier import Verifier
     from speculators.evaluate.recording.manifest import Recording
-    from speculators.evaluate.report import Settings
 
 __all__ = ["record"]
 
@@ -91,7 +89,6 @@ def record(
     from speculators.checkpoint.hub.access import HubAccess
     from speculators.checkpoint.output.staging import check_output
     from speculators.checkpoint.verifier import open_verifier
-    from speculators.errors import EvaluationError
     from speculators.evaluate.recording.manifest import (
         RECORDING,
         RECORDING_FILE,
@@ -105,17 +102,22 @@ def record(
     settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
     wanted_dtype = dtype_name(dtype)
     opened = open_verifier(base_model, HubAccess(cache_dir))
-    if wanted and opened.layers is not None and max(wanted) > opened.layers:
-        raise EvaluationError(
-            f"{base_model} has {opened.layers} layers, so --layers takes 0 to {opened.layers}, "
-            f"which is what leaves the last one, and not {max(wanted)}."
-        )
+    _check_layers(wanted, opened, base_model)
     identity = identify(opened)
     existing: Recording | None = None
     if (output / RECORDING_FILE).is_file() and not overwrite:
         existing = open_recording(output)
         existing.check_verifier(identity, "this call")
-        _check_same_settings(existing, selected, settings, longest_draft, wanted_dtype)
+        existing.check_settings(
+            selected,
+            limit=len(selected),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seed,
+            longest_draft=longest_draft,
+            dtype=None if wanted_dtype == "auto" else wanted_dtype,
+        )
         wanted_dtype = existing.manifest.dtype
         if not wanted - {*existing.manifest.layers}:
             from loguru import logger
@@ -155,24 +157,13 @@ def record(
     logger.success(f"Saved to: {output}")
 
 
-def _check_same_settings(
-    existing: "Recording",
-    selected: "Sequence[Prompt]",
-    settings: "Settings",
-    longest_draft: int,
-    dtype: str,
-) -> None:
-    """Refuse to add to a recording that was made otherwise than is asked for now."""
-    existing.check_settings(
-        selected,
-        limit=len(selected),
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        longest_draft=longest_draft,
-        dtype=None if dtype == "auto" else dtype,
-    )
+def _check_layers(wanted: set[int], verifier: "Verifier", name: str) -> None:
+    """Refuse layers that the verifier does not have, if it says how many it has."""
+    if wanted and verifier.layers is not None and max(wanted) > verifier.layers:
+        raise EvaluationError(
+            f"{name} has {verifier.layers} layers, so --layers takes 0 to {verifier.layers}, "
+            f"which is what leaves the last one, and not {max(wanted)}."
+        )
 
 
 def _layers(text: str | None) -> set[int]:

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from speculators import __version__
 from speculators.checkpoint.files.torch_file import read_torch_entries
 from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.reader import Checkpoint, find_companions, read_checkpoint
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.checkpoint.verifier import Verifier
-from speculators.convert.plan import DraftPlan, family_of, plan_draft
+from speculators.convert.plan import DraftPlan, family_of, plan_draft, whole_config
 from speculators.convert.provenance import read_record
 from speculators.convert.replan import unavailable, verifier_of
 from speculators.errors import CheckpointError, ConversionError, FormatError, VerifierError
@@ -169,7 +168,7 @@ def _research(checkpoint: Checkpoint, found: Recognition, told: Side | None) -> 
         **{name: PlannedTensor.copy_of(info) for name, info in side.plan.tensors.items()},
         **side.plan.made,
     }
-    side.config = _meaning(_config(side.plan))
+    side.config = _meaning(whole_config(side.plan, None, (), side.plan.dtype))
     side.left_out = side.plan.left_out
     return side
 
@@ -208,7 +207,8 @@ def _choose_plan(side: Side, family: Family, told: Side | None) -> DraftPlan:
         except ConversionError as error:
             why = why or str(error).rstrip(".")
             continue
-        agrees = told is not None and _meaning(_config(plan_with)) == told.config
+        config = whole_config(plan_with, None, (), plan_with.dtype)
+        agrees = told is not None and _meaning(config) == told.config
         if chosen is None or agrees:
             chosen = plan_with, options
         if agrees:
@@ -222,22 +222,6 @@ def _choose_plan(side: Side, family: Family, told: Side | None) -> DraftPlan:
         said = ", ".join(f"{name} {value}" for name, value in side.options.items())
         side.notes.append(f"{side.checkpoint.name} is read with {said}, since that was left open")
     return plan
-
-
-def _config(plan: DraftPlan) -> SpeculatorConfig:
-    """The config of a draft that is not converted, with all defaults."""
-    name = plan.derived.model_type or plan.family.name
-    verifier: dict[str, Any] = {"name_or_path": None, "architectures": []}
-    return plan.family.config.model_validate(
-        {
-            "architectures": plan.derived.architectures,
-            "speculators_model_type": name,
-            "speculators_version": __version__,
-            "transformer_layer_config": plan.derived.layer.model_dump(),
-            **plan.derived.keys,
-            "speculators_config": {"algorithm": name, "verifier": verifier},
-        }
-    )
 
 
 def _meaning(config: SpeculatorConfig) -> dict[str, Any]:
