@@ -75,7 +75,7 @@ class Side:
 def open_sides(
     sources: tuple[str | Path, str | Path], hub: HubAccess = DEFAULT_ACCESS
 ) -> tuple[Side, Side]:
-    """Open two checkpoints; what one of them tells about the draft is known for the other.
+    """Open two checkpoints; what one of them says about the draft holds for the other.
 
     Args:
         sources: directories, files of weights in them, or Hub ids.
@@ -93,9 +93,9 @@ def open_sides(
         else None
         for checkpoint, recognised in found
     ]
-    told = next(filter(None, known), None)
+    in_format = next(filter(None, known), None)
     one, other = (
-        side or _research(checkpoint, recognised, told)
+        side or _research(checkpoint, recognised, in_format)
         for side, (checkpoint, recognised) in zip(known, found, strict=True)
     )
     for side in (one, other):
@@ -146,7 +146,7 @@ def _converted(checkpoint: Checkpoint) -> Side:
     )
 
 
-def _research(checkpoint: Checkpoint, found: Recognition, told: Side | None) -> Side:
+def _research(checkpoint: Checkpoint, found: Recognition, other: Side | None) -> Side:
     side = Side(
         checkpoint,
         found.signature.title if found.signature else "a checkpoint of no known kind",
@@ -157,7 +157,7 @@ def _research(checkpoint: Checkpoint, found: Recognition, told: Side | None) -> 
     if found.family is None:
         return side
     try:
-        side.plan = _choose_plan(side, family_of(checkpoint, found), told)
+        side.plan = _choose_plan(side, family_of(checkpoint, found), other)
     except ConversionError as error:
         side.notes.append(f"{checkpoint.name} could not be converted: {str(error).rstrip('.')}")
         short = short_names(checkpoint.tensors).short
@@ -173,7 +173,7 @@ def _research(checkpoint: Checkpoint, found: Recognition, told: Side | None) -> 
     return side
 
 
-def _choose_plan(side: Side, family: Family, told: Side | None) -> DraftPlan:
+def _choose_plan(side: Side, family: Family, other: Side | None) -> DraftPlan:
     """Plan a conversion; where that leaves questions open, with what the other side knows.
 
     A question has few answers. What was said about the other side is tried first, then nothing, and
@@ -190,15 +190,15 @@ def _choose_plan(side: Side, family: Family, told: Side | None) -> DraftPlan:
     if not plan.made and not plan.derived.discrepancies:
         return plan
     answers: list[dict[str, Any]] = [{}]
-    if told is not None and told.converted is not None and told.family is family:
-        side.verifier = verifier_of(told.converted)
+    if other is not None and other.converted is not None and other.family is family:
+        side.verifier = verifier_of(other.converted)
         each = [
             {it.name: value}
             for it in family.options
             for value in ([True, False] if not it.metavar else it.metavar.split("|"))
             if "|" in it.metavar or not it.metavar
         ]
-        answers = [told.options, {}, *(told.options | it for it in each)]
+        answers = [other.options, {}, *(other.options | it for it in each)]
     chosen: tuple[DraftPlan, dict[str, Any]] | None = None
     why = ""
     for options in answers:
@@ -208,7 +208,7 @@ def _choose_plan(side: Side, family: Family, told: Side | None) -> DraftPlan:
             why = why or str(error).rstrip(".")
             continue
         config = whole_config(plan_with, None, (), plan_with.dtype)
-        agrees = told is not None and _meaning(config) == told.config
+        agrees = other is not None and _meaning(config) == other.config
         if chosen is None or agrees:
             chosen = plan_with, options
         if agrees:
@@ -227,10 +227,10 @@ def _choose_plan(side: Side, family: Family, told: Side | None) -> DraftPlan:
 def _meaning(config: SpeculatorConfig) -> dict[str, Any]:
     """The keys that the format has, but for those about the file.
 
-    One that is false, or says that all layers have full attention, is as good as missing.
+    One that is false, or says that all layers have full attention, counts as missing.
     """
-    told = type(config).model_fields.keys() - ABOUT_THE_FILE
-    flat = _flat(config.model_dump(mode="json", include=set(told)))
+    keys = type(config).model_fields.keys() - ABOUT_THE_FILE
+    flat = _flat(config.model_dump(mode="json", include=set(keys)))
     return {
         key: value
         for key, value in flat.items()

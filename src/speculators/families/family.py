@@ -84,7 +84,7 @@ class Derived:
         left_out: key of the source's config → why it is left out.
         model_type: the ``speculators_model_type``; the family's name if not given.
         proposals: the proposal methods to write; the default one if not given.
-        facts: what is worth telling about the draft: label → text, for ``inspect``.
+        facts: what is worth knowing about the draft: label → text, for ``inspect``.
         supposed_depth: how many layers a verifier has that fits those of ``keys`` that only a
             verifier could tell, where none is known; ``None`` if there are none of these.
 
@@ -255,7 +255,7 @@ class Family:
         targets: what it can be exported to, by the names on the command line.
         flags: the features that its conversion can be asked to require.
         options: what else a user can say about a checkpoint.
-        facts: what is worth telling about a converted draft, by its config: label → text.
+        facts: what is worth knowing about a converted draft, by its config: label → text.
         complete: what follows from a source's tensors before they are judged.
         converts_again: whether a directory in the format, by its config.json, leaves out what this
             version writes, so that it is a source like any other.

@@ -68,7 +68,7 @@ def look_for_mtp(repository: Repository, config: dict[str, Any]) -> FoundMtp | N
         with headers_only(repository) as light:
             names = read_names(light)
     except CheckpointError:
-        return None  # what is wrong is told where a converted draft is looked for
+        return None  # looking for a converted draft says what is wrong
     mtp = find_mtp(config, names)
     if mtp is None or not mtp.slots:
         return None
