@@ -198,7 +198,7 @@ class DFlashConfig(SpeculatorConfig):
         return self.target_hidden_size or self.transformer_layer_config.hidden_size
 
     def facts(self) -> dict[str, str]:
-        """What is worth knowing about the draft: label → text."""
+        """What is worth telling about the draft: label → text."""
         layers = ", ".join(map(str, self.target_layer_ids))
         of = self.transformer_layer_config.vocab_size
         return {

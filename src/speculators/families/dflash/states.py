@@ -45,12 +45,12 @@ def verifier_states(said: Said, layers: int, notes: list[str]) -> dict[str, Any]
             f"{said.where} says target_layer_ids {native} and aux_hidden_state_layer_ids {ours}, "
             "which is not the same by the states that enter the layers; keep the right one."
         )
-    answer, stated = said.source.options.get(AUX_LAYERS.name), shifted or ours
-    if answer is not None and stated is not None and answer != stated:
+    answer, told = said.source.options.get(AUX_LAYERS.name), shifted or ours
+    if answer is not None and told is not None and answer != told:
         notes.append(
-            f"the layers are {answer}, as {AUX_LAYERS.flag} says; its config.json has {stated}"
+            f"the layers are {answer}, as {AUX_LAYERS.flag} says; its config.json has {told}"
         )
-    known = answer or stated
+    known = answer or told
     if known is None and not said.upstream and depth is not None:
         usual = _usual_layers(depth, layers)
         known = [layer + 1 for layer in usual]
