@@ -10,12 +10,11 @@ import typer
 from speculators.cli.decoding import (
     Device,
     ProposalType,
-    Revision,
     RunDType,
     VerifierName,
     dtype_name,
 )
-from speculators.cli.shared import CacheDir
+from speculators.cli.shared import CacheDir, Revision
 
 if TYPE_CHECKING:
     from speculators.chat.answer import Answer

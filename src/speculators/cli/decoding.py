@@ -19,7 +19,6 @@ __all__ = [
     "MaxNewTokens",
     "Prompts",
     "ProposalType",
-    "Revision",
     "RunDType",
     "Seed",
     "Temperature",
@@ -54,9 +53,6 @@ ProposalType = Annotated[
         "the draft's config says.",
         show_default=False,
     ),
-]
-Revision = Annotated[
-    str | None, typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False)
 ]
 Prompts = Annotated[
     Path | None,

@@ -15,7 +15,6 @@ from speculators.cli.decoding import (
     MaxNewTokens,
     Prompts,
     ProposalType,
-    Revision,
     RunDType,
     Seed,
     Temperature,
@@ -25,7 +24,7 @@ from speculators.cli.decoding import (
     read_selected,
     settings_of,
 )
-from speculators.cli.shared import CacheDir
+from speculators.cli.shared import CacheDir, Revision
 
 if TYPE_CHECKING:
     from speculators.checkpoint.hub.access import HubAccess

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from speculators.cli.shared import CacheDir
+from speculators.cli.shared import CacheDir, Revision
 from speculators.families.readers import READERS
 
 __all__ = ["export"]
@@ -28,10 +28,7 @@ def export(
         ),
     ],
     cache_dir: CacheDir = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False),
-    ] = None,
+    revision: Revision = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is an export.")
     ] = False,
