@@ -64,7 +64,7 @@ def test_the_help_of_all_lists_the_commands_and_the_statuses(speculators: Comman
     assert run.status == 0
     for name, *_ in COMMANDS:
         assert re.search(rf"│ {name} ", run.stdout)
-    assert "Exit status: 0 done, 1 error" in run.stdout
+    assert "Exit status: 0 done, 1 an error" in run.stdout
     assert speculators().stdout.strip() == run.stdout.strip()
 
 

@@ -24,7 +24,6 @@ from speculators.errors import EvaluationError
 from speculators.evaluate.defaults import BATCH, LONGEST_DRAFT
 
 if TYPE_CHECKING:
-    from speculators.checkpoint.verifier import Verifier
     from speculators.evaluate.recording.manifest import Recording
 
 __all__ = ["record"]
@@ -102,7 +101,11 @@ def record(
     settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
     wanted_dtype = dtype_name(dtype)
     opened = open_verifier(base_model, HubAccess(cache_dir))
-    _check_layers(wanted, opened, base_model)
+    if wanted and opened.layers is not None and max(wanted) > opened.layers:
+        raise EvaluationError(
+            f"{base_model} has {opened.layers} layers, so --layers takes 0 to {opened.layers}, "
+            f"which is what leaves the last one, and not {max(wanted)}."
+        )
     identity = identify(opened)
     existing: Recording | None = None
     if (output / RECORDING_FILE).is_file() and not overwrite:
@@ -155,15 +158,6 @@ def record(
                 done=done,
             )
     logger.success(f"Saved to: {output}")
-
-
-def _check_layers(wanted: set[int], verifier: "Verifier", name: str) -> None:
-    """Refuse layers that the verifier does not have, if it says how many it has."""
-    if wanted and verifier.layers is not None and max(wanted) > verifier.layers:
-        raise EvaluationError(
-            f"{name} has {verifier.layers} layers, so --layers takes 0 to {verifier.layers}, "
-            f"which is what leaves the last one, and not {max(wanted)}."
-        )
 
 
 def _layers(text: str | None) -> set[int]:

@@ -229,14 +229,14 @@ def _serving(
 ) -> list[ServingFinding] | None:
     """The engines that serve a draft, or at least drafts of its kind."""
     if judgement is not None:
-        return [_served(it.serving, it.export) for it in judgement.ways]
+        return [_told(it.serving, it.export) for it in judgement.ways]
     kind = family.signature if family else signature
     if kind is None or kind.serving is None:
         return None
-    return [_served(it) for it in kind.serving if not it.lacking(checkpoint.tensors)]
+    return [_told(it) for it in kind.serving if not it.lacking(checkpoint.tensors)]
 
 
-def _served(it: Serving, export: str | None = None) -> ServingFinding:
+def _told(it: Serving, export: str | None = None) -> ServingFinding:
     return ServingFinding(
         engine=it.engine,
         option=it.option,

@@ -95,12 +95,12 @@ class ServedEvaluation:
         for prompts in self._groups:
             before = self.server.counters()
             answers = self._answers(self.server, prompts)
-            answered = sum(len(answer.tokens) for answer in answers)
-            after = self.server.counters(before.generated + answered)
-            if after.generated != before.generated + answered:
+            told = sum(len(answer.tokens) for answer in answers)
+            after = self.server.counters(before.generated + told)
+            if after.generated != before.generated + told:
                 logger.warning(
                     f"{self.server.url} counted {after.generated - before.generated} new tokens, "
-                    f"but answered {answered} here: what it answers to others is counted too"
+                    f"but answered {told} here: what it answers to others is counted too"
                 )
             counted = after.since(before)
             plain = self._answers(self.baseline, prompts) if self.baseline is not None else None
