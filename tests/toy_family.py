@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from speculators.families.family import Card, Derived, Family, Flag, Names, Source, Target
+from speculators.families.family import Card, Derived, Family, Flag, Names, Source
 from speculators.families.signature import Signature
+from speculators.families.target import Target
 from speculators.format.config import LayerConfig, SpeculatorConfig, SpeculatorsConfig
 from speculators.format.tensors import TensorSpec
 from speculators.models.config import SpeculatorPretrainedConfig

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from hub_server import MEMBER, HubServer, patch_hub, skip_waits
 from speculators.checkpoint.hub import repository as hub
 from speculators.checkpoint.hub.access import HubAccess
+from speculators.checkpoint.hub.ranges import read_range
 from speculators.checkpoint.hub.repository import HubRepository
 from speculators.checkpoint.reader import read_tensors
 from speculators.errors import CheckpointError, HubError
@@ -234,14 +235,13 @@ def test_a_tensor_that_is_cut_is_resumed(
 ) -> None:
     waits = skip_waits(monkeypatch)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
-    read_range = hub._read_range
 
     def and_then_cut(*arguments: Any) -> tuple[bytes, int] | None:
         found = read_range(*arguments)
         server.fail(FILE, cut=True, times=2)
         return found
 
-    monkeypatch.setattr(hub, "_read_range", and_then_cut)
+    monkeypatch.setattr(hub, "read_range", and_then_cut)
     assert_holds(fetch(HEAD), HEAD)
     size = 320 * 64 * 4
     assert ranges(server) == [hub.HEADER_GUESS, size, size // 2, size // 4]

@@ -867,8 +867,9 @@ def test_validation_finds_a_wrong_result(
 
         monkeypatch.setattr(converter, "write_safetensors_file", write_wrong)
     else:
-        borrow = base._linear
-        monkeypatch.setattr(base, "_linear", lambda weight: borrow(weight.flip(0)))
+        from speculators.models.layers import frozen_linear as borrow
+
+        monkeypatch.setattr(base, "frozen_linear", lambda weight: borrow(weight.flip(0)))
     with pytest.raises(ValidationError, match=words):
         convert(GOLDEN / PLAIN, tmp_path / "out", verifier)
     assert entries(tmp_path) == []

@@ -103,7 +103,7 @@ def test_a_proposal_that_is_drawn_from_some_tokens_only_changes_nothing(
     verifier: PreTrainedModel, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With and without other tokens left out by a setting; exhaustive: with every setting."""
-    monkeypatch.setattr("speculators.decode.recurrent.CANDIDATES", 2)
+    monkeypatch.setattr("speculators.decode.drawing.CANDIDATES", 2)
     prompt = [1, 3, 2]
     draft = knowing_draft(verifier)
     counts, accepted = sampled(draft, prompt, PROPOSALS["sampling"], 1500, settings)

@@ -44,4 +44,4 @@ def test_links_lead_to_files_of_the_site(site: Path) -> None:
         for link in re.findall(r'href="([^"#?:]+)[^":]*"', page.read_text(encoding="utf-8")):
             if page.name != "404.html":
                 assert (site / link).exists(), f"{page.name}: {link}"
-    assert 'href="contributing.html' in (site / "conversion.html").read_text(encoding="utf-8")
+    assert 'href="contributing.html' in (site / "architecture.html").read_text(encoding="utf-8")

@@ -10,12 +10,11 @@ import typer
 from speculators.cli.decoding import (
     Device,
     ProposalType,
-    Revision,
     RunDType,
     VerifierName,
     dtype_name,
 )
-from speculators.cli.shared import CacheDir
+from speculators.cli.shared import CacheDir, Revision
 
 if TYPE_CHECKING:
     from speculators.chat.answer import Answer
@@ -81,8 +80,8 @@ def chat(
 ) -> None:
     """Talk to the verifier, and see which tokens its draft got right.
 
-    The text appears as it is decoded: green what the draft proposed and the verifier accepted,
-    plain what the verifier chose itself.
+    The text appears as it is decoded: in green what the draft proposed and the
+    verifier accepted, the rest plain.
 
     For example:
 

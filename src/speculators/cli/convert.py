@@ -223,7 +223,7 @@ def convert_draft(
         bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, as docs/conversion.md describes it.")
+        bool, typer.Option("--json", help="Print JSON, as docs/cli.md describes it.")
     ] = False,
     **said: Any,
 ) -> None:
@@ -263,38 +263,34 @@ def convert_draft(
     assert base_model is not None, "required"
     if jobs > 1:
         raise typer.BadParameter("--jobs only works with --manifest.")
-    if push_to_hub is None and (private or report):
-        raise typer.BadParameter("--private and --report only work with --push-to-hub.")
-    if push_to_hub is not None and not validate:
-        raise typer.BadParameter("what is published has to be validated: leave --no-validate out.")
-
-    from speculators.cli.progress import progress_bar
-    from speculators.cli.results import ConvertResult, printed
-    from speculators.convert import conversion
-
-    asked = [name for name in said if name in flags and said[name]]
-    options = _read_options(family, {k: v for k, v in said.items() if k not in flags})
+    _check_publishing_options(push_to_hub, private=private, report=report, validate=validate)
     planned: dict[str, Any] = {
-        "asked": asked,
-        "options": options,
+        "asked": [name for name in said if name in flags and said[name]],
+        "options": _read_options(family, {k: v for k, v in said.items() if k not in flags}),
         "cache_dir": cache_dir,
         "revision": revision,
         "dtype": dtype,
     }
+
+    from speculators.cli.results import ConvertResult, printed
+    from speculators.convert import conversion
+
     with printed(ConvertResult(output=str(output)), as_json) as result:
         if push_to_hub is not None:
             from speculators.publish.draft import check_publishing, publish_draft
 
             check_publishing(push_to_hub, report)
         if dry_run:
-            from speculators.cli.plan_view import print_plan
-
             _warn_of_what_is_in_the_way(output, overwrite=overwrite)
             plan = conversion.plan(family, source, base_model, **planned)
             result.tell_plan(plan)
             if not as_json:
+                from speculators.cli.plan_view import print_plan
+
                 print_plan(plan)
             return
+        from speculators.cli.progress import progress_bar
+
         with progress_bar() as progress:
             conversion.convert(
                 family,
@@ -310,6 +306,16 @@ def convert_draft(
             result.tell_output(output)
         if push_to_hub is not None:
             result.url = publish_draft(output, push_to_hub, private=private, report=report)
+
+
+def _check_publishing_options(
+    repo: str | None, *, private: bool, report: Path | None, validate: bool
+) -> None:
+    """Refuse options that only work with --push-to-hub, or not with it."""
+    if repo is None and (private or report):
+        raise typer.BadParameter("--private and --report only work with --push-to-hub.")
+    if repo is not None and not validate:
+        raise typer.BadParameter("what is published has to be validated: leave --no-validate out.")
 
 
 def _read_options(family: "Family | None", said: dict[str, str | None]) -> dict[str, Any]:

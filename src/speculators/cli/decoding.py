@@ -19,7 +19,6 @@ __all__ = [
     "MaxNewTokens",
     "Prompts",
     "ProposalType",
-    "Revision",
     "RunDType",
     "Seed",
     "Temperature",
@@ -49,11 +48,11 @@ VerifierName = Annotated[
 ProposalType = Annotated[
     Literal["greedy", "sampling", "static_tree", "dynamic_tree"] | None,
     typer.Option(
-        help="How to propose tokens. By default as the draft's config says.", show_default=False
+        metavar="METHOD",
+        help="How to propose tokens: greedy, sampling, static_tree or dynamic_tree. By default as "
+        "the draft's config says.",
+        show_default=False,
     ),
-]
-Revision = Annotated[
-    str | None, typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False)
 ]
 Prompts = Annotated[
     Path | None,

@@ -1,10 +1,11 @@
 """`speculators evaluate`: how well a draft drafts."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import typer
 
@@ -14,7 +15,6 @@ from speculators.cli.decoding import (
     MaxNewTokens,
     Prompts,
     ProposalType,
-    Revision,
     RunDType,
     Seed,
     Temperature,
@@ -24,10 +24,13 @@ from speculators.cli.decoding import (
     read_selected,
     settings_of,
 )
-from speculators.cli.shared import CacheDir
+from speculators.cli.shared import CacheDir, Revision
 
 if TYPE_CHECKING:
-    from speculators.evaluate.report import Report
+    from speculators.checkpoint.hub.access import HubAccess
+    from speculators.evaluate.prompts import Prompt
+    from speculators.evaluate.recording.manifest import Recording
+    from speculators.evaluate.report import PromptResult, Report, Settings
 
 __all__ = ["evaluate"]
 
@@ -151,26 +154,18 @@ def evaluate(
     from speculators.checkpoint.hub.access import HubAccess
     from speculators.checkpoint.output.staging import check_output
     from speculators.evaluate.files import COMPARISON, REPORT
-    from speculators.evaluate.recording.manifest import open_recording
-    from speculators.evaluate.recording.opening import open_scored
-    from speculators.evaluate.subject.mtp import mtp_proposals
-    from speculators.evaluate.subject.opening import (
-        Opened,
-        check_device,
-        find_draft,
-        open_subject,
-        proposals_of,
-    )
+    from speculators.evaluate.subject.opening import check_device
 
     if output is not None:
         check_output(output, overwrite=overwrite, marker=COMPARISON if several else REPORT)
     check_device(device)
-    wanted_dtype = dtype_name(dtype)
-    hub = HubAccess(cache_dir)
-    reports: list[Report] = []
-    reporting = _reporting(reports, several, as_json, output, overwrite)
-
+    wanted = Wanted(
+        HubAccess(cache_dir), revision, verifier, proposal, lengths, device, dtype_name(dtype)
+    )
+    measurements: Iterable[Measurement]
     if recording is not None:
+        from speculators.evaluate.recording.manifest import open_recording
+
         found = open_recording(recording)
         given = None if prompts is None and limit is None else read_selected(prompts, limit)
         found.check_settings(
@@ -180,57 +175,133 @@ def evaluate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            dtype=None if wanted_dtype == "auto" else wanted_dtype,
+            dtype=None if wanted.dtype == "auto" else wanted.dtype,
         )
-        drafts = [
-            open_scored(it, found, hub=hub, revision=revision, verifier=verifier)
-            for it in directories
-        ]
-        methods = [proposals_of(draft.converted, proposal, lengths) for draft in drafts]
+        total = len(found.manifest.prompts)
+        measurements = _on_recording(directories, found, wanted)
+    else:
+        selected = read_selected(prompts, limit)
+        total = len(selected)
+        settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
+        if server is not None:
+            baseline = None if acceptance_only else baseline_server
+            settings = settings.model_copy(update={"concurrency": concurrency or CONCURRENCY})
+            measurements = [_served(directories[0], server, baseline, selected, settings, wanted)]
+        else:
+            settings = settings.model_copy(update={"acceptance_only": acceptance_only})
+            measurements = [_decoding(directories[0], selected, settings, wanted)]
 
-        from speculators.evaluate.recording.scoring import Scoring, load_scored
+    reports: list[Report] = []
+    with _reporting(reports, several, as_json, output, overwrite):
+        for measurement in measurements:
+            _measure(measurement, total, reports)
 
-        with reporting:
-            for draft, its_methods in zip(drafts, methods, strict=True):
-                scoring = Scoring(draft, load_scored(draft, found, device), found, its_methods)
-                _measure(scoring, len(found.manifest.prompts), reports)
-        return
 
-    selected = read_selected(prompts, limit)
-    settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
+class Measurement(Protocol):
+    """Something that measures a draft, and can be stopped and reported on after any prompt."""
 
-    if server is not None:
-        from speculators.evaluate.server.client import Server
-        from speculators.evaluate.server.evaluation import ServedEvaluation
+    measured: "list[PromptResult]"
 
-        served = ServedEvaluation(
-            directories[0],
-            find_draft(directories[0], hub, revision=revision).repository.commit,
-            Server(server),
-            None if acceptance_only or baseline_server is None else Server(baseline_server),
-            selected,
-            settings,
-            CONCURRENCY if concurrency is None else concurrency,
+    def run(self) -> "Iterator[PromptResult]":
+        """Measure prompt by prompt."""
+
+    def report(self) -> "Report":
+        """The report on what has been measured so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How drafts are to be opened and run.
+
+    Attributes:
+        hub: the cache and the token.
+        revision: of the draft on the Hub.
+        verifier: a directory or a Hugging Face id; the one that the draft names if not given.
+        proposal: how to propose tokens; as the draft says if not given.
+        lengths: how many tokens to draft; [None] for the proposal method's default.
+        device: by torch's name.
+        dtype: by torch's name, or ``auto``.
+
+    """
+
+    hub: "HubAccess"
+    revision: str | None
+    verifier: str | None
+    proposal: str | None
+    lengths: Sequence[int | None]
+    device: str | None
+    dtype: str
+
+
+def _on_recording(
+    directories: Sequence[str], recording: "Recording", wanted: Wanted
+) -> Iterator[Measurement]:
+    """Scores of drafts on a recording.
+
+    All drafts are opened and checked at once; each is loaded when it comes up.
+    """
+    from speculators.evaluate.recording.opening import open_scored
+    from speculators.evaluate.subject.opening import proposals_of
+
+    drafts = [
+        open_scored(
+            it, recording, hub=wanted.hub, revision=wanted.revision, verifier=wanted.verifier
         )
-        with reporting:
-            _measure(served, len(selected), reports)
-        return
+        for it in directories
+    ]
+    methods = [proposals_of(it.converted, wanted.proposal, wanted.lengths) for it in drafts]
 
-    settings = settings.model_copy(update={"acceptance_only": acceptance_only})
-    opened = open_subject(directories[0], hub, revision=revision, verifier=verifier)
+    from speculators.evaluate.recording.scoring import Scoring, load_scored
+
+    return (
+        Scoring(draft, load_scored(draft, recording, wanted.device), recording, proposals)
+        for draft, proposals in zip(drafts, methods, strict=True)
+    )
+
+
+def _served(
+    directory: str,
+    server: str,
+    baseline: str | None,
+    prompts: "Sequence[Prompt]",
+    settings: "Settings",
+    wanted: Wanted,
+) -> Measurement:
+    """The evaluation of a draft on the server that drafts with it."""
+    from speculators.evaluate.server.client import Server
+    from speculators.evaluate.server.evaluation import ServedEvaluation
+    from speculators.evaluate.subject.opening import find_draft
+
+    found = find_draft(directory, wanted.hub, revision=wanted.revision)
+    return ServedEvaluation(
+        directory,
+        found.repository.commit,
+        Server(server),
+        None if baseline is None else Server(baseline),
+        prompts,
+        settings,
+    )
+
+
+def _decoding(
+    directory: str, prompts: "Sequence[Prompt]", settings: "Settings", wanted: Wanted
+) -> Measurement:
+    """The evaluation of a draft by decoding with it here."""
+    from speculators.evaluate.subject.mtp import mtp_proposals
+    from speculators.evaluate.subject.opening import Opened, open_subject, proposals_of
+
+    opened = open_subject(directory, wanted.hub, revision=wanted.revision, verifier=wanted.verifier)
     proposals = (
-        proposals_of(opened.converted, proposal, lengths)
+        proposals_of(opened.converted, wanted.proposal, wanted.lengths)
         if isinstance(opened, Opened)
-        else mtp_proposals(proposal, lengths)
+        else mtp_proposals(wanted.proposal, wanted.lengths)
     )
 
     from speculators.evaluate.evaluation import Evaluation
     from speculators.evaluate.subject.loading import load_subject
 
-    subject = load_subject(opened, dtype=wanted_dtype, device=device)
-    evaluation = Evaluation(subject, selected, proposals, settings)
-    with reporting:
-        _measure(evaluation, len(selected), reports)
+    subject = load_subject(opened, dtype=wanted.dtype, device=wanted.device)
+    return Evaluation(subject, prompts, proposals, settings)
 
 
 def _check_server_options(
@@ -246,17 +317,17 @@ def _check_server_options(
             )
 
 
-def _measure(measuring: Any, prompts: int, reports: "list[Report]") -> None:
-    """Run an evaluation or a score, and add its report even if it is stopped, or fails."""
+def _measure(measurement: Measurement, prompts: int, reports: "list[Report]") -> None:
+    """Run a measurement, and add its report even if it is stopped, or fails."""
     from speculators.cli.report_view import progress_bar
 
     try:
         with progress_bar(prompts) as advance:
-            for result in measuring.run():
+            for result in measurement.run():
                 advance(result)
     finally:
-        if measuring.measured:
-            reports.append(measuring.report())
+        if measurement.measured:
+            reports.append(measurement.report())
 
 
 @contextmanager

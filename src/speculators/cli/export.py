@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from speculators.cli.shared import CacheDir
+from speculators.cli.shared import CacheDir, Revision
 from speculators.families.readers import READERS
 
 __all__ = ["export"]
@@ -22,13 +22,13 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to create.")],
     to: Annotated[
         Reader,
-        typer.Option(help=f"Who will read it: {', '.join(READERS.values())}."),
+        typer.Option(
+            metavar="READER",
+            help=f"Who will read it: {'; '.join(f'{k}, {who}' for k, who in READERS.items())}.",
+        ),
     ],
     cache_dir: CacheDir = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False),
-    ] = None,
+    revision: Revision = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is an export.")
     ] = False,

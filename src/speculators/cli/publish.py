@@ -67,9 +67,9 @@ def publish(
 
     For example:
 
-    speculators publish ./converted my-organization/eagle-llama-3.1-8b --dry-run
+    speculators publish ./converted my-organization/my-draft --dry-run
 
-    speculators publish ./converted my-organization/eagle-llama-3.1-8b --report ./report
+    speculators publish ./converted my-organization/my-draft --report report
     """
     from loguru import logger
 

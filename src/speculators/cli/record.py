@@ -20,14 +20,11 @@ from speculators.cli.decoding import (
     settings_of,
 )
 from speculators.cli.shared import CacheDir
+from speculators.errors import EvaluationError
 from speculators.evaluate.defaults import BATCH, LONGEST_DRAFT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from speculators.evaluate.prompts import Prompt
     from speculators.evaluate.recording.manifest import Recording
-    from speculators.evaluate.report import Settings
 
 __all__ = ["record"]
 
@@ -91,7 +88,6 @@ def record(
     from speculators.checkpoint.hub.access import HubAccess
     from speculators.checkpoint.output.staging import check_output
     from speculators.checkpoint.verifier import open_verifier
-    from speculators.errors import EvaluationError
     from speculators.evaluate.recording.manifest import (
         RECORDING,
         RECORDING_FILE,
@@ -115,7 +111,16 @@ def record(
     if (output / RECORDING_FILE).is_file() and not overwrite:
         existing = open_recording(output)
         existing.check_verifier(identity, "this call")
-        _check_same_settings(existing, selected, settings, longest_draft, wanted_dtype)
+        existing.check_settings(
+            selected,
+            limit=len(selected),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seed,
+            longest_draft=longest_draft,
+            dtype=None if wanted_dtype == "auto" else wanted_dtype,
+        )
         wanted_dtype = existing.manifest.dtype
         if not wanted - {*existing.manifest.layers}:
             from loguru import logger
@@ -153,26 +158,6 @@ def record(
                 done=done,
             )
     logger.success(f"Saved to: {output}")
-
-
-def _check_same_settings(
-    existing: "Recording",
-    selected: "Sequence[Prompt]",
-    settings: "Settings",
-    longest_draft: int,
-    dtype: str,
-) -> None:
-    """Refuse to add to a recording that was made otherwise than is asked for now."""
-    existing.check_settings(
-        selected,
-        limit=len(selected),
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        longest_draft=longest_draft,
-        dtype=None if dtype == "auto" else dtype,
-    )
 
 
 def _layers(text: str | None) -> set[int]:

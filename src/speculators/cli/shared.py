@@ -22,7 +22,15 @@ from speculators.errors import sentence, visible
 if TYPE_CHECKING:
     from loguru import Record
 
-__all__ = ["CacheDir", "DType", "first_paragraph", "is_quiet", "share", "share_options"]
+__all__ = [
+    "CacheDir",
+    "DType",
+    "Revision",
+    "first_paragraph",
+    "is_quiet",
+    "share",
+    "share_options",
+]
 
 CacheDir = Annotated[
     Path | None,
@@ -32,6 +40,11 @@ CacheDir = Annotated[
     ),
 ]
 """The option of every command that may read from the Hub."""
+
+Revision = Annotated[
+    str | None, typer.Option(help="A branch, tag or commit of DIR on the Hub.", show_default=False)
+]
+"""The option of commands that read a draft, DIR."""
 
 DType = Literal["float16", "bfloat16", "float32", "fp16", "bf16", "fp32"]
 """The type of an option for a dtype: torch's names, and short ones."""

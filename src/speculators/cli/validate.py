@@ -32,7 +32,7 @@ def validate(
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, as docs/provenance.md describes it.")
+        bool, typer.Option("--json", help="Print JSON, as docs/cli.md describes it.")
     ] = False,
 ) -> None:
     """Check a converted checkpoint again, at any time; nothing is written.

@@ -22,7 +22,7 @@ WITHOUT_EFFECT = frozenset({"embed_requires_grad", "num_target_layers"}) | froze
         "eos_token_id",
         "initializer_range",
         "max_window_layers",
-        "num_aux_hidden_states",  # told by eagle_aux_hidden_state_layer_ids
+        "num_aux_hidden_states",  # follows from eagle_aux_hidden_state_layer_ids
         "pad_token_id",
         "pretraining_tp",
         "use_cache",

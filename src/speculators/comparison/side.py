@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from speculators import __version__
 from speculators.checkpoint.files.torch_file import read_torch_entries
 from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.reader import Checkpoint, find_companions, read_checkpoint
 from speculators.checkpoint.repository import open_repository
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.checkpoint.verifier import Verifier
-from speculators.convert.plan import DraftPlan, family_of, plan_draft
+from speculators.convert.plan import DraftPlan, family_of, plan_draft, whole_config
 from speculators.convert.provenance import read_record
 from speculators.convert.replan import unavailable, verifier_of
 from speculators.errors import CheckpointError, ConversionError, FormatError, VerifierError
@@ -76,7 +75,7 @@ class Side:
 def open_sides(
     sources: tuple[str | Path, str | Path], hub: HubAccess = DEFAULT_ACCESS
 ) -> tuple[Side, Side]:
-    """Open two checkpoints; what one of them tells about the draft is known for the other.
+    """Open two checkpoints; what one of them says about the draft holds for the other.
 
     Args:
         sources: directories, files of weights in them, or Hub ids.
@@ -94,9 +93,9 @@ def open_sides(
         else None
         for checkpoint, recognised in found
     ]
-    told = next(filter(None, known), None)
+    in_format = next(filter(None, known), None)
     one, other = (
-        side or _research(checkpoint, recognised, told)
+        side or _research(checkpoint, recognised, in_format)
         for side, (checkpoint, recognised) in zip(known, found, strict=True)
     )
     for side in (one, other):
@@ -147,7 +146,7 @@ def _converted(checkpoint: Checkpoint) -> Side:
     )
 
 
-def _research(checkpoint: Checkpoint, found: Recognition, told: Side | None) -> Side:
+def _research(checkpoint: Checkpoint, found: Recognition, other: Side | None) -> Side:
     side = Side(
         checkpoint,
         found.signature.title if found.signature else "a checkpoint of no known kind",
@@ -158,7 +157,7 @@ def _research(checkpoint: Checkpoint, found: Recognition, told: Side | None) -> 
     if found.family is None:
         return side
     try:
-        side.plan = _choose_plan(side, family_of(checkpoint, found), told)
+        side.plan = _choose_plan(side, family_of(checkpoint, found), other)
     except ConversionError as error:
         side.notes.append(f"{checkpoint.name} could not be converted: {str(error).rstrip('.')}")
         short = short_names(checkpoint.tensors).short
@@ -169,12 +168,12 @@ def _research(checkpoint: Checkpoint, found: Recognition, told: Side | None) -> 
         **{name: PlannedTensor.copy_of(info) for name, info in side.plan.tensors.items()},
         **side.plan.made,
     }
-    side.config = _meaning(_config(side.plan))
+    side.config = _planned_config(side.plan)
     side.left_out = side.plan.left_out
     return side
 
 
-def _choose_plan(side: Side, family: Family, told: Side | None) -> DraftPlan:
+def _choose_plan(side: Side, family: Family, other: Side | None) -> DraftPlan:
     """Plan a conversion; where that leaves questions open, with what the other side knows.
 
     A question has few answers. What was said about the other side is tried first, then nothing, and
@@ -191,15 +190,15 @@ def _choose_plan(side: Side, family: Family, told: Side | None) -> DraftPlan:
     if not plan.made and not plan.derived.discrepancies:
         return plan
     answers: list[dict[str, Any]] = [{}]
-    if told is not None and told.converted is not None and told.family is family:
-        side.verifier = verifier_of(told.converted)
+    if other is not None and other.converted is not None and other.family is family:
+        side.verifier = verifier_of(other.converted)
         each = [
             {it.name: value}
             for it in family.options
             for value in ([True, False] if not it.metavar else it.metavar.split("|"))
             if "|" in it.metavar or not it.metavar
         ]
-        answers = [told.options, {}, *(told.options | it for it in each)]
+        answers = [other.options, {}, *(other.options | it for it in each)]
     chosen: tuple[DraftPlan, dict[str, Any]] | None = None
     why = ""
     for options in answers:
@@ -208,7 +207,7 @@ def _choose_plan(side: Side, family: Family, told: Side | None) -> DraftPlan:
         except ConversionError as error:
             why = why or str(error).rstrip(".")
             continue
-        agrees = told is not None and _meaning(_config(plan_with)) == told.config
+        agrees = other is not None and _planned_config(plan_with) == other.config
         if chosen is None or agrees:
             chosen = plan_with, options
         if agrees:
@@ -230,32 +229,20 @@ def _says(side: Side, family: Family, plan: DraftPlan) -> bool:
         alone = plan_draft(family, side.checkpoint, side.verifier)
     except ConversionError:
         return False
-    return _meaning(_config(alone)) == _meaning(_config(plan))
+    return _planned_config(alone) == _planned_config(plan)
 
 
-def _config(plan: DraftPlan) -> SpeculatorConfig:
-    """The config of a draft that is not converted, with all defaults."""
-    name = plan.derived.model_type or plan.family.name
-    verifier: dict[str, Any] = {"name_or_path": None, "architectures": []}
-    return plan.family.config.model_validate(
-        {
-            "architectures": plan.derived.architectures,
-            "speculators_model_type": name,
-            "speculators_version": __version__,
-            "transformer_layer_config": plan.derived.layer.model_dump(),
-            **plan.derived.keys,
-            "speculators_config": {"algorithm": name, "verifier": verifier},
-        }
-    )
+def _planned_config(plan: DraftPlan) -> dict[str, Any]:
+    return _meaning(whole_config(plan, None, (), plan.dtype))
 
 
 def _meaning(config: SpeculatorConfig) -> dict[str, Any]:
     """The keys that the format has, but for those about the file.
 
-    One that is false, or says that all layers have full attention, is as good as missing.
+    One that is false, or says that all layers have full attention, counts as missing.
     """
-    told = type(config).model_fields.keys() - ABOUT_THE_FILE
-    flat = _flat(config.model_dump(mode="json", include=set(told)))
+    keys = type(config).model_fields.keys() - ABOUT_THE_FILE
+    flat = _flat(config.model_dump(mode="json", include=set(keys)))
     return {
         key: value
         for key, value in flat.items()

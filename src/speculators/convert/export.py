@@ -18,8 +18,9 @@ from speculators.checkpoint.tensor import DTYPE_BITS, Constant, PlannedTensor
 from speculators.convert.plan import EXPORTED_ZEROS
 from speculators.errors import ConversionError, OutputError
 from speculators.families.converted import Converted, open_converted
-from speculators.families.family import Target, with_prefix
+from speculators.families.family import with_prefix
 from speculators.families.serving import judge, obstacle
+from speculators.families.target import Target
 from speculators.format.tensors import TensorSpec
 
 __all__ = ["ExportPlan", "export", "plan_export"]

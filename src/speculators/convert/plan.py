@@ -46,6 +46,7 @@ __all__ = [
     "plan_conversion",
     "plan_draft",
     "unchecked_head",
+    "whole_config",
 ]
 
 
@@ -181,25 +182,9 @@ def plan_conversion(
                 f"{checkpoint.name} has no {family.wanted(feature)}, which "
                 f"{feature} asks for; omit it: features are detected from the tensors."
             )
-    model_type = draft.derived.model_type or family.name
     try:
-        config = family.config.model_validate(
-            {
-                "architectures": draft.derived.architectures,
-                "speculators_model_type": model_type,
-                "speculators_version": __version__,
-                "torch_dtype": float_name(rounded_to) or draft.dtype,
-                "transformer_layer_config": draft.derived.layer.model_dump(),
-                **draft.derived.keys,
-                "speculators_config": {
-                    "algorithm": model_type,
-                    "proposal_methods": draft.derived.proposals or [ProposalMethod().model_dump()],
-                    "verifier": {
-                        "name_or_path": verifier.name,
-                        "architectures": list(verifier.architectures),
-                    },
-                },
-            }
+        config = whole_config(
+            draft, verifier.name, verifier.architectures, float_name(rounded_to) or draft.dtype
         )
     except PydanticValidationError as error:
         raise ConversionError(f"{checkpoint.config_file}, {first_problem(error)}.") from error
@@ -226,6 +211,39 @@ def plan_conversion(
         rounded_to=rounded_to,
         prefix=draft.prefix,
         options=said,
+    )
+
+
+def whole_config(
+    draft: DraftPlan, verifier: str | None, architectures: Collection[str], dtype: str
+) -> SpeculatorConfig:
+    """The config.json of a converted draft, with all defaults.
+
+    Args:
+        draft: the draft.
+        verifier: the name of its verifier.
+        architectures: the verifier's.
+        dtype: of the weights as written, by torch's name.
+
+    Raises:
+        pydantic.ValidationError: if a value is not a possible one.
+
+    """
+    model_type = draft.derived.model_type or draft.family.name
+    return draft.family.config.model_validate(
+        {
+            "architectures": draft.derived.architectures,
+            "speculators_model_type": model_type,
+            "speculators_version": __version__,
+            "torch_dtype": dtype,
+            "transformer_layer_config": draft.derived.layer.model_dump(),
+            **draft.derived.keys,
+            "speculators_config": {
+                "algorithm": model_type,
+                "proposal_methods": draft.derived.proposals or [ProposalMethod().model_dump()],
+                "verifier": {"name_or_path": verifier, "architectures": list(architectures)},
+            },
+        }
     )
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from speculators.decode.cache import BlockCache
 from speculators.decode.drafter import Drafter
-from speculators.decode.recurrent import RecurrentDraft, draw_drafted, run_draft
+from speculators.decode.drawing import draw_drafted
+from speculators.decode.recurrent import RecurrentDraft, run_draft
 from speculators.decode.sampling import Warp
 from speculators.decode.tree import Tree, chain, shape_of
 

@@ -2,12 +2,13 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from speculators.errors import GenerationError
@@ -51,22 +52,15 @@ class StateCapture:
                     "use the verifier that the draft was trained for."
                 )
         self._states = ThreadStates()
-        self._hooks: list[Any] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> "StateCapture":
         for wanted in set(self._wanted):
-            self._hooks.append(self._register(wanted))
+            self._hooks.enter_context(self._register(wanted))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
 
     def take(self) -> Tensor:
         """The states of this thread's last forward pass, which are not kept any longer.
@@ -91,10 +85,11 @@ class StateCapture:
             return shown[0]
         return torch.cat([state.to(shown[-1].device) for state in shown], -1)
 
-    def _register(self, wanted: int | None) -> Any:
+    def _register(self, wanted: int | None) -> RemovableHandle:
         if wanted is None:
             # The decoder's output is what the head sees, whatever is done to the logits later.
-            return self._model.get_decoder().register_forward_hook(self._keep_last)
+            decoder: nn.Module = self._model.get_decoder()
+            return decoder.register_forward_hook(self._keep_last)
         if wanted == len(self._modules):
             return self._modules[-1].register_forward_hook(partial(self._keep_output, wanted))
         return self._modules[wanted].register_forward_pre_hook(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from speculators.decode.cache import BlockCache
 from speculators.decode.drafter import Draft, Drafter
-from speculators.decode.recurrent import draw_drafted
+from speculators.decode.drawing import draw_drafted
 from speculators.decode.sampling import Warp
 from speculators.decode.tree import Tree, chain, shape_of
 from speculators.errors import GenerationError

@@ -9,9 +9,9 @@ the layer has to: what comes out of it is known.
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -75,24 +75,17 @@ class LinearStates:
         layers = decoder_layers(model) if numbers else nn.ModuleList()
         self._layers = {number: layers[number] for number in numbers}
         self._calls: dict[int, _Call] = {}
-        self._hooks: list[Any] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> "LinearStates":
         for number, layer in self._layers.items():
             for part in layer.children():
-                note = partial(self._note, number)
-                self._hooks.append(part.register_forward_pre_hook(note, with_kwargs=True))
+                hook = part.register_forward_pre_hook(partial(self._note, number), with_kwargs=True)
+                self._hooks.enter_context(hook)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
         self._calls.clear()
 
     def keep(self, counts: Sequence[int]) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from speculators.decode.cache import BlockCache
 from speculators.decode.drafter import Draft, Drafter
-from speculators.decode.sampling import Warp, draw
+from speculators.decode.drawing import draw_drafted
+from speculators.decode.sampling import Warp
 from speculators.decode.tree import Level, Path, Tree, ancestors_of, chain, shape_of
 from speculators.errors import GenerationError
 
@@ -31,7 +32,6 @@ __all__ = [
     "RecurrentDraft",
     "RecurrentDrafter",
     "SampledChainDrafter",
-    "draw_drafted",
     "run_draft",
 ]
 
@@ -214,35 +214,6 @@ class FixedTreeDrafter(RecurrentDrafter):
             return self.draft.to_verifier(logits.argmax(-1))
         tokens = logits.topk(level.width).indices[:, level.parents, level.ranks]
         return self.draft.to_verifier(tokens)
-
-
-CANDIDATES = 1024
-"""How many of the draft's best tokens a proposal is sampled from.
-
-Speculative sampling is exact for any proposal distribution, as long as it is known. One over the
-best tokens alone is much cheaper to warp, above all by ``top_p``, which sorts it, and its proposals
-are accepted about as often.
-"""
-
-
-def draw_drafted(draft: Draft, warp: Warp, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample from a draft's distributions over its best tokens.
-
-    Args:
-        draft: the model.
-        warp: applied to the logits.
-        logits: (rows, draft vocabulary).
-
-    Returns:
-        tokens, (rows, 1), by the verifier's ids; and the distributions that they were sampled from,
-        (rows, verifier vocabulary).
-
-    """
-    best, candidates = logits.topk(min(CANDIDATES, logits.shape[1]))
-    q = warp(best.float()).softmax(-1)
-    tokens = draft.to_verifier(candidates)
-    over_all = q.new_zeros(len(q), draft.verifier_vocab_size).scatter(1, tokens, q)
-    return tokens.gather(1, draw(q)), over_all
 
 
 class SampledChainDrafter(FixedTreeDrafter):

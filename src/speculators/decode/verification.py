@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from itertools import chain, repeat
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from speculators.errors import GenerationError
 __all__ = ["MASKABLE", "VerifierPass", "children_of", "depth_of", "padded", "walk"]
 
 MASKABLE = ("sdpa", "eager")
+"""Attention implementations that take a 4D mask."""
 
 NO_TOKEN = -1
-"""Attention implementations that take a 4D mask."""
+"""No token has this id."""
 
 
 class VerifierPass:
@@ -68,20 +69,15 @@ class VerifierPass:
         self._device = model.device
         self._capture = StateCapture(model, layers)
         self._linear = LinearStates(model, cache)
+        self._hooks = ExitStack()
 
     def __enter__(self) -> "VerifierPass":
-        self._capture.__enter__()
-        self._linear.__enter__()
+        self._hooks.enter_context(self._capture)
+        self._hooks.enter_context(self._linear)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._linear.__exit__(kind, error, trace)
-        self._capture.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
 
     def prefill(
         self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None

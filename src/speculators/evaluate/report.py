@@ -204,7 +204,7 @@ class Served(Model):
 
     url: str
     vllm: str | None
-    """The version; ``null`` if it is not told."""
+    """The version; ``null`` if the server does not say."""
     baseline_url: str | None
     """Of the server without the draft, if outputs were compared with one."""
 

@@ -197,12 +197,12 @@ def _serving(
         return UNSERVED.format(why=why)
     assert family.as_converted is not None
     proposal = config.speculators_config.proposal_methods[0]
-    told = dict(family.as_converted.told(config).settings)
+    wanted = dict(family.as_converted.serving_of(config).settings)
     settings = {
-        "method": told.pop("method"),
+        "method": wanted.pop("method"),
         "model": name or ANY_DRAFT,
         "num_speculative_tokens": proposal.speculative_tokens,
-        **told,
+        **wanted,
     }
     return SERVING.format(
         with_named=WITH_NAMED.format(name_in_shell=shlex.quote(name or ANY_DRAFT))

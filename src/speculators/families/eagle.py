@@ -11,18 +11,10 @@ from typing import Any, Literal
 
 from speculators.errors import ConversionError
 from speculators.families.advice import give_each_its_compile_cache, limit_context
-from speculators.families.family import (
-    Card,
-    Derived,
-    Family,
-    Flag,
-    Names,
-    Source,
-    Target,
-    servings,
-)
+from speculators.families.family import Card, Derived, Family, Flag, Names, Source
 from speculators.families.research.layer import REFERENCE_ROPE_BASE, derive_layer
 from speculators.families.signature import Serving, Signature, vllm
+from speculators.families.target import Target, servings
 from speculators.format.config import LayerConfig, SpeculatorConfig, SpeculatorsConfig
 from speculators.format.tensors import TensorSpec, required_tensors
 

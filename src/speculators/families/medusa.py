@@ -1,4 +1,4 @@
-"""Medusa heads: what the releases that still serve them have to be told.
+"""Medusa heads: what the releases that still serve them need.
 
 vLLM 0.29 to 0.32 (``model_executor/models/medusa.py``, ``transformers_utils/configs/medusa.py``)
 read the published names as they are, but a published config.json does not say all that they need.
@@ -22,7 +22,7 @@ HEAD = re.compile(r"(medusa_heads\.)?\d+\.\d+\.weight|lm_heads\.\d+\.weight")
 """Names of what gives a head's logits, likewise."""
 
 
-def told(tensors: Mapping[str, TensorInfo]) -> str | None:
+def how_to_serve(tensors: Mapping[str, TensorInfo]) -> str | None:
     """What config.json has to say for vLLM, and how the heads are served.
 
     Args:
@@ -105,5 +105,5 @@ MEDUSA = Signature(
         ),
         Serving("TensorRT-LLM", "convert_checkpoint.py --medusa_model_dir", until="1.3.0rc20"),
     ),
-    remark=told,
+    remark=how_to_serve,
 )

@@ -18,7 +18,7 @@ from speculators.families.research.fused import unfused
 from speculators.families.research.rope_names import is_rope_table
 from speculators.families.signature import Signature
 
-__all__ = ["Names", "Near", "Recognition", "listed", "recognise", "short_names"]
+__all__ = ["Names", "Near", "Recognition", "recognise", "short_names"]
 
 USUAL_PREFIX = "model."
 """What transformers' own code puts before the names, of all tensors or all but some."""

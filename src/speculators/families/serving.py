@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from speculators.families.family import Depth, Family, Target
+from speculators.families.family import Family
 from speculators.families.signature import ENGINES, Serving
+from speculators.families.target import Depth, Target
 from speculators.format.config import SpeculatorConfig
 
 __all__ = ["Judgement", "Refusal", "Way", "judge", "judge_published", "obstacle", "unserved"]
@@ -22,7 +23,7 @@ class Way:
     """A way to serve a draft.
 
     Attributes:
-        serving: the engine, and how it is told.
+        serving: the engine, and what option it takes.
         export: the target of an export that it reads; ``None`` if it reads the draft as converted.
 
     """
@@ -31,7 +32,7 @@ class Way:
     export: str | None
 
     def __str__(self) -> str:
-        """The engine, and in parentheses how it is told."""
+        """The engine, and in parentheses what option it takes."""
         note = f"after export --to {self.export}" if self.export else ""
         notes = "; ".join(filter(None, (self.serving.note, note)))
         return str(replace(self.serving, note=notes))
@@ -92,7 +93,7 @@ def judge(
         readers = _readers(family, engine)
         found = [(name, it, obstacle(family, config, features, it, depth)) for name, it in readers]
         for name, reader, why in found:
-            if why is None and (serving := _told(reader, config, depth)) not in _servings(ways):
+            if why is None and (serving := _serving(reader, config, depth)) not in _servings(ways):
                 ways.append(Way(serving, name))
         refusals += _refusals(engine, found)
     return Judgement(tuple(ways), tuple(refusals))
@@ -119,9 +120,9 @@ def _readers(family: Family, engine: str) -> list[tuple[str | None, Target]]:
     ]
 
 
-def _told(reader: Target, config: SpeculatorConfig, depth: Depth) -> Serving:
-    """How a reader that can compute a draft is told of it."""
-    serving = reader.told(config)
+def _serving(reader: Target, config: SpeculatorConfig, depth: Depth) -> Serving:
+    """How a reader that can compute a draft serves it."""
+    serving = reader.serving_of(config)
     conditions = [it.condition(config) for it in reader.limits]
     if not any(conditions) or depth() is not None:
         return serving

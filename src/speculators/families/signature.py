@@ -11,7 +11,7 @@ from speculators.checkpoint.tensor import TensorInfo
 __all__ = ["ENGINES", "Serving", "Signature", "vllm"]
 
 ENGINES = ("vLLM", "SGLang", "llama.cpp", "TensorRT-LLM")
-"""Those that are spoken of: vLLM 0.33.0, SGLang 0.5.23, and the other two of November 2026."""
+"""Those that are covered: vLLM 0.33.0, SGLang 0.5.23, and the other two of November 2026."""
 
 NEVER = r"(?!)"
 
@@ -54,7 +54,7 @@ class Serving:
         )
 
     def __str__(self) -> str:
-        """The engine, and in parentheses how it is told."""
+        """The engine, and in parentheses what option it takes."""
         last = f" up to {self.until}" if self.until else ""
         return f"{self.engine}{last} ({'; '.join(filter(None, (self.option, self.note)))})"
 

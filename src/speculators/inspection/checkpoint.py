@@ -26,13 +26,14 @@ from speculators.errors import (
     sentence,
 )
 from speculators.families.converted import Converted, check_converted
-from speculators.families.family import Depth, Family
+from speculators.families.family import Family
 from speculators.families.foreign import CONVERTED, LANGUAGE_MODEL
 from speculators.families.recognition import Recognition, recognise, short_names
 from speculators.families.registry import family_named
 from speculators.families.research.fused import unfused
 from speculators.families.serving import Judgement, judge, judge_published, obstacle
 from speculators.families.signature import Serving, Signature
+from speculators.families.target import Depth
 from speculators.format.conversion import CONVERSION_FILE, RepositoryRecord, parse_conversion
 from speculators.format.tensors import counts_shown, features_shown
 from speculators.inspection.findings import (
@@ -91,61 +92,29 @@ def inspect_checkpoint(
 
 
 def _inspect(repository: Repository) -> Finding:
-    config, config_file = read_config(repository)
-    notes: list[str] = []
-    try:
-        tensors = read_tensors(repository)
-    except NoWeightsError as error:
-        tensors = {}
-        notes.append(f"{error} What it is, is judged by its config.json alone.")
-    if repository.commit:  # name files as on the Hub, not as in the cache
-        home = Path(repository.name)
-        tensors = {n: replace(info, file=home / info.file.name) for n, info in tensors.items()}
-        config_file = home / config_file.name
+    checkpoint, notes = _read(repository)
+    config, tensors = checkpoint.config, checkpoint.tensors
     found = recognise(config, tensors)
     is_converted = found.signature is CONVERTED
     family = family_named(config.get("speculators_model_type")) if is_converted else found.family
-    checkpoint = Checkpoint(
-        repository,
-        config,
-        config_file,
-        tensors,
-        companions={
-            name: Companion(config_file.parent / name)
-            for name in (family.companions if family else ())
-            if repository.holds(name)
-        },
-    )
     if family is None:
         details = _details(checkpoint, found)
-    elif is_converted:
-        details = _details_of_converted(checkpoint, family, found)
     else:
-        details = _details_of_draft(checkpoint, family, found)
+        beside = checkpoint.config_file.parent
+        companions = {
+            it: Companion(beside / it) for it in family.companions if repository.holds(it)
+        }
+        checkpoint = replace(checkpoint, companions=companions)
+        of_family = _details_of_converted if is_converted else _details_of_draft
+        details = of_family(checkpoint, family, found)
     record = repository.file(CONVERSION_FILE) if is_converted else None
-    if family is not None and repository.commit is None:
-        notes += [
-            f"{name} {what}."
-            for name in sorted(repository.names())
-            for pattern, what in family.beside.items()
-            if re.fullmatch(pattern, name)
-        ]
-    if family is None and (why := why_unknown(config, tensors)):
-        notes.append(f"It {why}.")
-    if found.signature and (remark := found.signature.remark(tensors)):
-        notes.append(remark)
-
-    title = found.signature.title if found.signature else "a checkpoint of no known kind"
-    if is_converted and family is not None:
-        title = f"{family.signature.title} in the speculators format"
-    features = details.features or {}
-    unusual = [family.features[it] for it in family.unusual if features.get(it)] if family else []
+    notes += _remarks(repository, checkpoint, family, found.signature)
     sizes = {key: details.sizes[key] for key in SIZES if isinstance(details.sizes.get(key), int)}
     return Finding(
         name=checkpoint.name,
         kind=found.signature.kind if found.signature else "unknown",
         family=family.name if family else None,
-        title=title + (f" with {' and '.join(unusual)}" if unusual else ""),
+        title=_title(found.signature, family, details.features or {}),
         evidence=list(found.evidence),
         quantized=list(found.quantized),
         near=_near(found),
@@ -168,6 +137,55 @@ def _inspect(repository: Repository) -> Finding:
         mtp=None if family else mtp_finding(config, tensors),
         conversion=details.conversion,
     )
+
+
+def _read(repository: Repository) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint, of whose weights only headers are read, and notes on what could not be read."""
+    config, config_file = read_config(repository)
+    notes = []
+    try:
+        tensors = read_tensors(repository)
+    except NoWeightsError as error:
+        tensors = {}
+        notes.append(f"{error} What it is, is judged by its config.json alone.")
+    if repository.commit:  # name files as on the Hub, not as in the cache
+        home = Path(repository.name)
+        tensors = {n: replace(info, file=home / info.file.name) for n, info in tensors.items()}
+        config_file = home / config_file.name
+    return Checkpoint(repository, config, config_file, tensors), notes
+
+
+def _title(
+    signature: Signature | None, family: Family | None, features: Mapping[str, list[str]]
+) -> str:
+    """What a checkpoint is, with the features that not every draft has."""
+    if family is None:
+        return signature.title if signature else "a checkpoint of no known kind"
+    title = family.signature.title + " in the speculators format" * (signature is CONVERTED)
+    unusual = [family.features[it] for it in family.unusual if features.get(it)]
+    return title + (f" with {' and '.join(unusual)}" if unusual else "")
+
+
+def _remarks(
+    repository: Repository,
+    checkpoint: Checkpoint,
+    family: Family | None,
+    signature: Signature | None,
+) -> list[str]:
+    """Notes on what lies beside a checkpoint, and on its kind."""
+    notes = []
+    if family is not None and repository.commit is None:
+        notes += [
+            f"{name} {what}."
+            for name in sorted(repository.names())
+            for pattern, what in family.beside.items()
+            if re.fullmatch(pattern, name)
+        ]
+    if family is None and (why := why_unknown(checkpoint.config, checkpoint.tensors)):
+        notes.append(f"It {why}.")
+    if signature and (remark := signature.remark(checkpoint.tensors)):
+        notes.append(remark)
+    return notes
 
 
 def _near(found: Recognition) -> list[NearFinding]:

@@ -153,7 +153,7 @@ class Finding(_Part):
     features: dict[str, list[str]] | None = None
     """For a draft of a family: optional feature → the tensors that show it, if any."""
     facts: dict[str, str] = Field(default_factory=dict)
-    """For a draft of a family: what else is worth telling about it, such as who published it."""
+    """For a draft of a family: what else is worth knowing about it, such as who published it."""
     serving: list[ServingFinding] | None = None
     """For a draft: the engines that serve it, if any; null for what is no draft."""
     not_serving: list[RefusalFinding] = Field(default_factory=list)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 
 from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.reader import read_config
@@ -27,7 +26,8 @@ from speculators.decode.loop import Generation, speculate
 from speculators.errors import FormatError, VerifierError
 from speculators.format.config import ProposalMethod
 from speculators.format.proposals import resized
-from speculators.models.output import CACHE, DraftOutput, the_cache
+from speculators.models.layers import causal_inputs, frozen_linear
+from speculators.models.output import DraftOutput, the_cache
 from speculators.models.placement import device_of
 from speculators.models.tensors import read_planned, read_tensor
 from speculators.mtp.computed import computed_as
@@ -192,9 +192,8 @@ class QwenMtp(nn.Module):
         opened.check_fits(sizes[1], sizes[0])
         to: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         rows = nn.Embedding.from_pretrained(read_tensor(opened.embedding()).to(**to))
-        linear = nn.Linear(sizes[1], sizes[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(read_tensor(opened.head()).to(**to), requires_grad=False)
-        self._borrowed, self._verifier = (rows, linear), ()
+        head = frozen_linear(read_tensor(opened.head()).to(**to))
+        self._borrowed, self._verifier = (rows, head), ()
 
     @property
     def device(self) -> torch.device:
@@ -256,26 +255,13 @@ class QwenMtp(nn.Module):
         fused = self.fc(
             torch.cat((self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(states)), -1)
         )
-        if position_ids is None:
-            past = kept.get_seq_length() if kept is not None else 0
-            position_ids = torch.arange(past, past + fused.shape[1], device=fused.device)[None]
-        cached: dict[str, Any] = {CACHE: kept}
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=fused,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **cached,
-        )
-        # Of the three positions that Qwen3.5 rotates by, text has one.
-        rotated = position_ids[None].expand(3, -1, -1) if self._has_three else position_ids
-        output = self.layer(
-            fused,
-            attention_mask=mask,
-            position_ids=position_ids,
-            position_embeddings=self.rotary_emb(fused, rotated),
-            **cached,
-        )
+        inputs = causal_inputs(self.config, fused, attention_mask, position_ids, kept)
+        positions = inputs["position_ids"]
+        if self._has_three:
+            # Of the three positions that Qwen3.5 rotates by, text has one.
+            positions = positions[None].expand(3, -1, -1)
+        rotation = self.rotary_emb(fused, positions)
+        output = self.layer(fused, position_embeddings=rotation, **inputs)
         return DraftOutput(last_hidden_state=self.norm(output), cache=kept)
 
     def logits(self, states: Tensor) -> Tensor:

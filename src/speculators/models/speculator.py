@@ -1,56 +1,41 @@
-"""The base of all drafts as transformers models: loading, saving, the verifier, generation.
+"""The base of all drafts as transformers models: loading, the verifier, generation.
 
 A family's model adds its layers, ``draft`` and ``logits``.
 """
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from typing_extensions import Self
 
 from speculators.checkpoint.hub.access import HubAccess
 from speculators.checkpoint.hub.client import watched_client
-from speculators.checkpoint.hub.upload import SAVED, check_upload, upload
-from speculators.checkpoint.output.stamp import README, write_stamped
 from speculators.checkpoint.tensor import TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier, check_loaded, open_verifier
 from speculators.decode import Generation, VerifiedStep, Workspace, speculate
 from speculators.errors import FormatError, SpeculatorsError, VerifierError
-from speculators.families.card import model_card
 from speculators.families.converted import Converted, open_converted
 from speculators.format.config import ProposalMethod
 from speculators.format.proposals import proposal_method, resized
 from speculators.models.blocks import upcast, upcast_parameters
 from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.inputs import check_labels, check_mask, check_prompts, check_states
+from speculators.models.layers import causal_inputs, frozen_linear
 from speculators.models.misuse import NotAnAssistant, refuse_pipeline
-from speculators.models.output import CACHE, DraftOutput, the_cache
+from speculators.models.output import DraftOutput, the_cache
 from speculators.models.placement import device_of, rows_of
+from speculators.models.saving import SavableDraft
 from speculators.models.tensors import map_tensor, most_used_dtype
 
 __all__ = ["Speculator"]
-
-UPLOAD_OPTIONS = {
-    "commit_message": "message",
-    "commit_description": "description",
-    "private": "private",
-    "token": "token",
-    "revision": "revision",
-    "create_pr": "create_pr",
-}
-"""transformers' names of options → those of ``checkpoint.upload``."""
-
 
 AUTO = "auto"
 """As a verifier: the one that the draft's config names."""
@@ -63,7 +48,7 @@ BY_ENVIRONMENT = {
 """transformers' download options → what to use instead of them."""
 
 
-class Speculator(PreTrainedModel, ABC):
+class Speculator(SavableDraft, ABC):
     """A draft, with what it borrows from its verifier.
 
     A subclass sets ``config_class``, builds its modules in ``__init__`` (among them ``fc``, whose
@@ -76,8 +61,6 @@ class Speculator(PreTrainedModel, ABC):
 
     """
 
-    config_class: ClassVar[type[SpeculatorPretrainedConfig]]  # type: ignore[misc]
-    config: SpeculatorPretrainedConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
@@ -232,119 +215,6 @@ class Speculator(PreTrainedModel, ABC):
             hub = converted.repository.hub
             model.attach_verifier(attached, cache_dir=hub.cache_dir, token=hub.token)
         return model
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save the draft as a directory in the format, with a model card (README.md).
-
-        A README.md that a person wrote or edited is kept.
-
-        Args:
-            save_directory: the directory, created if needed.
-            is_main_process: as for ``PreTrainedModel.save_pretrained``.
-            state_dict: as for ``PreTrainedModel.save_pretrained``.
-            push_to_hub: also upload the directory. The arguments of ``push_to_hub`` are then
-                accepted too; ``repo_id`` defaults to the directory's name.
-            **kwargs: as for ``PreTrainedModel.save_pretrained``: ``max_shard_size``, ...
-
-        Raises:
-            HubError: if it cannot be uploaded.
-
-        """
-        directory = Path(save_directory)
-        options = {new: kwargs.pop(old) for old, new in UPLOAD_OPTIONS.items() if old in kwargs}
-        repo_id = kwargs.pop("repo_id", directory.name)
-        if push_to_hub:
-            check_upload(repo_id, revision=options.get("revision"), token=options.get("token"))
-        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict}
-        self._save(directory, repo_id if push_to_hub else None, **kwargs)
-        if push_to_hub and is_main_process:
-            upload(directory, repo_id, files=SAVED, **options)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        tags: Collection[str] | str | None = None,
-    ) -> str:
-        """Upload the draft to the Hugging Face Hub in one commit, with a model card.
-
-        Args:
-            repo_id: ``organization/name``, or ``name`` for a repository of the token's owner; it
-                is created if it does not exist.
-            commit_message: the first line of the commit message.
-            commit_description: the rest of the commit message.
-            private: whether a new repository is private; the Hub's default if not given.
-            token: an access token; the one that the Hub client is logged in with if not given.
-            revision: the branch, created if it does not exist; ``main`` if not given.
-            create_pr: open a pull request instead of committing to the branch.
-            max_shard_size: the size limit of weight files, as for ``save_pretrained``.
-            tags: for the model card, in addition to the default ones.
-
-        Returns:
-            The URL of the commit or pull request.
-
-        Raises:
-            HubError: if it cannot be uploaded, or the repository holds something other than a
-                converted draft.
-
-        """
-        check_upload(repo_id, revision=revision, token=token)
-        with TemporaryDirectory() as folder:
-            self._save(Path(folder), repo_id, tags=tags, max_shard_size=max_shard_size)
-            return upload(
-                Path(folder),
-                repo_id,
-                message=commit_message,
-                description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                files=SAVED,
-            )
-
-    def _save(
-        self,
-        directory: Path,
-        name: str | None,
-        *,
-        tags: Collection[str] | str | None = None,
-        is_main_process: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().save_pretrained(directory, is_main_process, **kwargs)
-        if not is_main_process:
-            return
-        own = {
-            key: parameter
-            for key, parameter in self.named_parameters()
-            if key not in (self._keys_to_ignore_on_save or ())
-        }
-        family = self.config_class.family
-        config = self.config.checked()
-        card = model_card(
-            name,
-            family,
-            config,
-            parameters=sum(parameter.numel() for parameter in own.values()),
-            features=family.features_of(own),
-            tags=[tags] if isinstance(tags, str) else tags or (),
-        )
-        write_stamped(directory / README, card)
 
     def attach_verifier(
         self,
@@ -668,24 +538,9 @@ class Speculator(PreTrainedModel, ABC):
         """
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.layer)
-        if position_ids is None:
-            past = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
-        cached: dict[str, Any] = {CACHE: cache}
-        mask = create_causal_mask(
-            config=self.config.layer,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **cached,
-        )
-        return cache, {
-            "attention_mask": mask,
-            "position_ids": position_ids,
-            "use_cache": cache is not None,
-            "position_embeddings": self.rotary_emb(x, position_ids=position_ids),
-            **cached,
-        }
+        inputs = causal_inputs(self.config.layer, x, attention_mask, position_ids, cache)
+        rotation = self.rotary_emb(x, position_ids=inputs["position_ids"])
+        return cache, {**inputs, "use_cache": cache is not None, "position_embeddings": rotation}
 
     def _head(self) -> nn.Linear:
         head = self.get_output_embeddings()
@@ -750,16 +605,9 @@ class Speculator(PreTrainedModel, ABC):
         else:
             head = read(verifier.head) if borrows_head else None
             if head is not None:
-                self.borrowed_head = _linear(head)
+                self.borrowed_head = frozen_linear(head)
             embedding = read(verifier.embedding) if borrows_embedding else None
             if embedding is not None:
                 self.borrowed_embedding = nn.Embedding.from_pretrained(embedding)
         for why in dict.fromkeys(unread):
             logger.warning(f"{why} The draft has no logits until a verifier is attached.")
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear

@@ -1,4 +1,4 @@
-"""Which MTPs are computed here; told without torch, before anything large is loaded."""
+"""Which MTPs are computed here: known without torch, before anything large is loaded."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -6,8 +6,7 @@ reads them (model_executor/models/qwen3_dflash.py). They share no code with ``mo
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +16,9 @@ from speculators.convert.references.operations import Reference, rope_frequencie
 from speculators.families.dflash.config import DFlash2Config, DFlashConfig, DSparkConfig
 
 __all__ = ["DFlash2Reference", "DFlashReference", "DSparkReference"]
+
+Part = Callable[[Tensor], Tensor]
+"""The attention or the MLP of a layer, as a function of the block, (block, hidden)."""
 
 
 class DFlashReference(Reference):
@@ -71,28 +73,27 @@ class DFlashReference(Reference):
         del x, before
         return logits
 
-    def _apply(self, name: str, x: Tensor, part: Any) -> Tensor:
+    def _apply(self, name: str, x: Tensor, part: Part) -> Tensor:
         """Apply attention or MLP, with what a kind of draft has around them.
 
         Args:
             name: the prefix of the tensors of what is around it.
             x: (block, hidden).
-            part: the attention or the MLP.
+            part: the attention or the MLP, as a function of ``x``.
 
         """
         del name
-        result: Tensor = part(x)
-        return result
+        return part(x)
 
-    def _mlp(self, name: str) -> Any:
+    def _mlp(self, name: str) -> Part:
         def mlp(x: Tensor) -> Tensor:
             gate = F.silu(self._linear(f"{name}.gate_proj", x))
             return self._linear(f"{name}.down_proj", gate * self._linear(f"{name}.up_proj", x))
 
         return mlp
 
-    def _attention(self, number: int, context: Tensor) -> Any:
-        """The attention of a layer, as a function of the block, (block, hidden)."""
+    def _attention(self, number: int, context: Tensor) -> Part:
+        """The attention of a layer."""
         name, size = f"layers.{number}.self_attn", self.config.sizes["head"]
         heads = self.layer.num_attention_heads
         groups = heads // (self.layer.num_key_value_heads or heads)
@@ -172,7 +173,7 @@ class DFlash2Reference(DFlashReference):
                 scores[place, candidate] = logits[place, candidate] + edge
         return scores
 
-    def _apply(self, name: str, x: Tensor, part: Any) -> Tensor:
+    def _apply(self, name: str, x: Tensor, part: Part) -> Tensor:
         before, after = self._linear(f"{name}.kernel_projection", x).chunk(2, -1)
         first, second = self.tensors[f"{name}.base_kernel"]
         return self._convolved(part(self._convolved(x, first, before)), second, after)

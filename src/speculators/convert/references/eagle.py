@@ -5,15 +5,13 @@ layernorms, the training code of that variant. It shares no code with ``models.e
 the tensors of a research checkpoint by their original names.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from speculators.convert.references.operations import (
+    Reference,
     attend,
-    not_computed,
     rms_norm,
     rope_frequencies,
 )
@@ -22,7 +20,7 @@ from speculators.families.eagle import EagleConfig
 __all__ = ["EagleReference"]
 
 
-class EagleReference:
+class EagleReference(Reference):
     """The draft's arithmetic in float32, for one sequence at a time.
 
     Args:
@@ -31,13 +29,7 @@ class EagleReference:
 
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], config: EagleConfig) -> None:
-        self.tensors = tensors
-        self.config = config.transformer_layer_config
-
-    def cannot_evaluate(self) -> str | None:
-        """Why this class cannot compute a draft of this config; ``None`` if it can."""
-        return not_computed(self.config)
+    config: EagleConfig
 
     def __call__(self, embeddings: Tensor, hidden_states: Tensor) -> Tensor:
         """Compute the layer's output; arguments and output have the shape (sequence, hidden)."""
@@ -59,19 +51,16 @@ class EagleReference:
         return F.linear(self._norm("lm_head_layernorm", x), head)
 
     def _attention(self, x: Tensor) -> Tensor:
-        heads = self.config.num_attention_heads
-        kv_heads = self.config.num_key_value_heads or heads
+        heads = self.layer.num_attention_heads
+        kv_heads = self.layer.num_key_value_heads or heads
         q, k, v = (
             self._linear(f"layers.0.self_attn.{name}_proj", x).unflatten(-1, (n, -1))
             for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         )
-        frequencies = rope_frequencies(self.config, q.shape[-1])
+        frequencies = rope_frequencies(self.layer, q.shape[-1])
         return self._linear("layers.0.self_attn.o_proj", attend(q, k, v, frequencies))
-
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         """Root-mean-square norm; the identity if the source lacks it."""
         scale = self.tensors.get(f"{name}.weight")
-        return x if scale is None else rms_norm(x, scale, self.config.rms_norm_eps)
+        return x if scale is None else rms_norm(x, scale, self.layer.rms_norm_eps)

@@ -19,7 +19,8 @@ class Reference:
     """A draft's arithmetic in float32: what those of several families have in common.
 
     Args:
-        tensors: the draft's tensors, weights in float32, by their names in the format.
+        tensors: the draft's tensors, weights in float32, by the names that the family's reference
+            reads them by.
         config: its config.
 
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from speculators.decode.drafter import Draft
-from speculators.decode.recurrent import CANDIDATES
+from speculators.decode.drawing import drafted_distribution
 from speculators.decode.sampling import Warp
 from speculators.decode.tree import Path
 from speculators.evaluate.recording.texts import Text
@@ -120,9 +120,8 @@ class DraftedTexts(ABC):
             warp: as for ``sampled_survival``.
 
         """
-        best, candidates = logits.topk(min(CANDIDATES, logits.shape[1]))
-        q = warp(best.float()).softmax(-1)
-        return (q * (self.draft.to_verifier(candidates) == tokens[:, None])).sum(-1)
+        q, candidates = drafted_distribution(self.draft, warp, logits)
+        return (q * (candidates == tokens[:, None])).sum(-1)
 
     def accepted(self, q: Tensor, roots: Roots, depth: int) -> Tensor:
         """The probabilities that the text's tokens were drafted and accepted, (roots).

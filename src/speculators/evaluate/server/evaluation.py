@@ -40,8 +40,8 @@ class ServedEvaluation:
         server: the server.
         baseline: one that serves the verifier alone, to compare with.
         prompts: at least one.
-        settings: how to decode.
-        concurrency: how many prompts are answered at the same time.
+        settings: how to decode; ``concurrency`` is how many prompts are answered at the same time,
+            one if it is not given.
 
     Attributes:
         measured: what has been measured so far, by prompt.
@@ -59,13 +59,12 @@ class ServedEvaluation:
         baseline: Server | None,
         prompts: Sequence[Prompt],
         settings: Settings,
-        concurrency: int,
     ) -> None:
         self.name = name
         self.commit = commit
         self.server = server
         self.baseline = baseline
-        self.concurrency = concurrency
+        self.concurrency = concurrency = settings.concurrency or 1
         self.settings = settings.model_copy(
             update={"acceptance_only": baseline is None, "concurrency": concurrency}
         )

@@ -1,5 +1,6 @@
 """An MTP as what is measured: it stays in its verifier's own layout; without torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def look_for_mtp(repository: Repository, config: dict[str, Any]) -> FoundMtp | N
         with headers_only(repository) as light:
             names = read_names(light)
     except CheckpointError:
-        return None  # what is wrong is told where a converted draft is looked for
+        return None  # looking for a converted draft says what is wrong
     mtp = find_mtp(config, names)
     if mtp is None or not mtp.slots:
         return None
@@ -100,7 +101,7 @@ def open_mtp(name: str, mtp: FoundMtp, verifier: str | Path | None) -> OpenedMtp
     return OpenedMtp(name, mtp, opened, opened.name if verifier is None else str(verifier))
 
 
-def mtp_proposals(proposal: str | None, lengths: list[int] | list[None]) -> list[ProposalMethod]:
+def mtp_proposals(proposal: str | None, lengths: Sequence[int | None]) -> list[ProposalMethod]:
     """The proposal methods to measure, one for each length; ``None`` is the type's own.
 
     Raises:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from speculators.checkpoint.tensor import describe_shape
 from speculators.errors import ConversionError, NativeLayoutError
@@ -287,36 +287,10 @@ def _derive_layer(
     said: Said, layers: int, attention: Attention, is_causal: bool | None
 ) -> DerivedLayer:
     """Derive the config of the layers, with all sizes from the tensors."""
-    source, tensors = said.source, said.source.tensors
-    given = said.whole_number("num_hidden_layers")
-    if given not in (None, layers):
-        raise ConversionError(
-            f"{said.where} says num_hidden_layers {given}, but the tensors are those of {layers}; "
-            "give the config that belongs to them."
-        )
-    sizes: dict[str, Any] = {}
-    for key, name in (
-        ("hidden_size", "fc.weight"),
-        ("intermediate_size", "layers.0.mlp.gate_proj.weight"),
-    ):
-        found = matrix(said, name).shape[0]
-        if said.layer.get(key) not in (None, found):
-            raise ConversionError(
-                f"{said.where} says {key} {said.layer[key]}, but {tensors[name].name} has the "
-                f"shape {describe_shape(tensors[name].shape)}; give the config that belongs to the "
-                "tensors."
-            )
-        sizes[key] = found
-    sizes["vocab_size"] = vocabulary_size(source, said.layer.get("vocab_size"))
+    source = said.source
+    sizes = _sizes(said, layers)
     neox = said.flag("is_neox_style", "rope_is_neox_style")
-    biased = "attention_bias" in source.features
-    claimed = said.flag("attention_bias")
-    if claimed is not None and claimed != biased:
-        raise ConversionError(
-            f"{said.where} says attention_bias {str(claimed).lower()}, but the tensors have "
-            f"{'' if biased else 'no '}biases on q, k, v and o; give the config that belongs to "
-            "the tensors."
-        )
+    biased = _has_biases(said)
     _settle_rope(said)
     config = {**said.layer, **sizes}
     if not said.flag("use_swa", becomes="it is written as layer_types"):
@@ -324,9 +298,8 @@ def _derive_layer(
         config["layer_types"] = list(attention.layer_types)
     if config.get("max_position_embeddings") is None:
         config["max_position_embeddings"] = 32768
-    inner = replace(source.checkpoint, config=config)
     derived = derive_layer(
-        replace(source, checkpoint=inner),
+        replace(source, checkpoint=replace(source.checkpoint, config=config)),
         DFlashLayerConfig,
         {
             "model_type": "qwen3",
@@ -342,16 +315,54 @@ def _derive_layer(
         {*RENAMED, *MASK_TOKEN_KEYS, "target_hidden_size", "draft_vocab_size"},
     )
     if said.layer.get("head_dim") not in (None, derived.config.head_dim):
-        query = tensors["layers.0.self_attn.q_proj.weight"]
-        raise ConversionError(
-            f"{said.where} says head_dim {said.layer['head_dim']}, but {query.name} has the shape "
-            f"{describe_shape(query.shape)}; give the config that belongs to the tensors."
-        )
+        _refuse_size(said, "head_dim", "layers.0.self_attn.q_proj.weight")
     left_out = {key: why for key, why in derived.left_out.items() if key in said.layer}
     if said.upstream:
         left_out = {f"{LAYER}.{key}": why for key, why in left_out.items()}
         left_out |= {key: RENAMED[key] for key in RENAMED if key in source.checkpoint.config}
     return DerivedLayer(derived.config, derived.discrepancies, left_out)
+
+
+def _sizes(said: Said, layers: int) -> dict[str, int]:
+    """The sizes that the tensors show, by their keys; the config may say nothing else."""
+    given = said.whole_number("num_hidden_layers")
+    if given not in (None, layers):
+        raise ConversionError(
+            f"{said.where} says num_hidden_layers {given}, but the tensors are those of {layers}; "
+            "give the config that belongs to them."
+        )
+    sizes = {}
+    for key, name in (
+        ("hidden_size", "fc.weight"),
+        ("intermediate_size", "layers.0.mlp.gate_proj.weight"),
+    ):
+        sizes[key] = matrix(said, name).shape[0]
+        if said.layer.get(key) not in (None, sizes[key]):
+            _refuse_size(said, key, name)
+    sizes["vocab_size"] = vocabulary_size(said.source, said.layer.get("vocab_size"))
+    return sizes
+
+
+def _refuse_size(said: Said, key: str, name: str) -> NoReturn:
+    """Refuse a size of the config that is not the one of a tensor."""
+    tensor = said.source.tensors[name]
+    raise ConversionError(
+        f"{said.where} says {key} {said.layer[key]}, but {tensor.name} has the shape "
+        f"{describe_shape(tensor.shape)}; give the config that belongs to the tensors."
+    )
+
+
+def _has_biases(said: Said) -> bool:
+    """Whether q, k, v and o have biases, as the tensors say; the config may say nothing else."""
+    biased = "attention_bias" in said.source.features
+    claimed = said.flag("attention_bias")
+    if claimed is not None and claimed != biased:
+        raise ConversionError(
+            f"{said.where} says attention_bias {str(claimed).lower()}, but the tensors have "
+            f"{'' if biased else 'no '}biases on q, k, v and o; give the config that belongs to "
+            "the tensors."
+        )
+    return biased
 
 
 def _settle_rope(said: Said) -> None:

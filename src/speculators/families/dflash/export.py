@@ -14,9 +14,9 @@ from typing import Any
 from speculators.families.advice import limit_context
 from speculators.families.dflash.attention import is_usual
 from speculators.families.dflash.config import SCALES, DFlash2Config, DFlashConfig, DSparkConfig
-from speculators.families.family import Limit, Target, limit, limit_of_layers
 from speculators.families.rope_in_gguf import keys_of_rope, misread_rope
 from speculators.families.signature import Serving, vllm
+from speculators.families.target import Limit, Target, limit, limit_of_layers
 
 __all__ = [
     "DFLASH2_AS_CONVERTED",

@@ -35,8 +35,9 @@ from speculators.families.dflash.tensors import (
     OLDER_PREFIXES,
     OMISSIONS,
 )
-from speculators.families.family import Card, Family, Names, servings
+from speculators.families.family import Card, Family, Names
 from speculators.families.signature import Signature
+from speculators.families.target import servings
 
 __all__ = ["DFLASH", "DFLASH2", "DSPARK"]
 

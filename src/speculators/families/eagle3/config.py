@@ -124,7 +124,7 @@ class Eagle3Config(SpeculatorConfig):
         return self.target_hidden_size or self.transformer_layer_config.hidden_size
 
     def facts(self) -> dict[str, str]:
-        """What is worth telling about the draft: label → text."""
+        """What is worth knowing about the draft: label → text."""
         layers = ", ".join(map(str, self.eagle_aux_hidden_state_layer_ids))
         of = self.transformer_layer_config.vocab_size
         return {

@@ -257,9 +257,9 @@ def _derive_layer(source: Source) -> DerivedLayer:
 def _sizes(source: Source, given: Mapping[str, Any]) -> dict[str, int]:
     """The sizes that the tensors show, by their keys; a config that says others is refused."""
     sizes = {}
-    for key, name, axis in (
-        ("hidden_size", "fc.weight", 0),
-        ("intermediate_size", "layers.0.mlp.gate_proj.weight", 0),
+    for key, name in (
+        ("hidden_size", "fc.weight"),
+        ("intermediate_size", "layers.0.mlp.gate_proj.weight"),
     ):
         info = source.tensors[name]
         if len(info.shape) != 2:
@@ -267,7 +267,7 @@ def _sizes(source: Source, given: Mapping[str, Any]) -> dict[str, int]:
                 f"{info.file}: {info.name} has the shape {describe_shape(info.shape)}, but is "
                 "a matrix."
             )
-        sizes[key] = info.shape[axis]
+        sizes[key] = info.shape[0]
         _check_said(source, given, key, sizes[key], name)
     sizes["vocab_size"] = vocabulary_size(source, given.get("vocab_size"))
     return sizes

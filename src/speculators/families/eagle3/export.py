@@ -15,9 +15,9 @@ from speculators.checkpoint.tensor import Constant, PlannedTensor
 from speculators.families.advice import limit_context
 from speculators.families.eagle3.config import USUAL_STATES, Eagle3Config
 from speculators.families.eagle3.publishers import EXPORTED
-from speculators.families.family import Limit, Target, limit, limit_of_layers
 from speculators.families.rope_in_gguf import keys_of_rope, misread_rope
 from speculators.families.signature import Serving, vllm
+from speculators.families.target import Limit, Target, limit, limit_of_layers
 
 __all__ = ["AS_CONVERTED", "TARGETS", "Eagle3Target", "export_config"]
 

@@ -5,8 +5,9 @@ from speculators.families.eagle3.derive import complete, converts_again, derive
 from speculators.families.eagle3.export import AS_CONVERTED, TARGETS, export_config
 from speculators.families.eagle3.options import OPTIONS
 from speculators.families.eagle3.tensors import FEATURES, OLDER_PREFIXES, OMISSIONS, TENSORS
-from speculators.families.family import Card, Family, Names, servings
+from speculators.families.family import Card, Family, Names
 from speculators.families.signature import Signature
+from speculators.families.target import servings
 
 __all__ = ["EAGLE3"]
 

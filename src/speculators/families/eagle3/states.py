@@ -83,10 +83,10 @@ def verifier_layers(
         if said is not None and said not in (layers, [layer - 1 for layer in layers]):
             notes.append(f"the layers are {layers}, as {key} says; its config.json has {said}")
     elif said is not None:
-        told = _told(source, publisher, said, depth, notes)
-        if told is None:
+        numbered = _in_input_numbering(source, publisher, said, depth, notes)
+        if numbered is None:
             return None
-        layers = told
+        layers = numbered
     elif numbering is not None:
         raise ConversionError(
             f"{source.checkpoint.config_file} has no layers whose numbers {AUX_NUMBERING.flag} "
@@ -108,7 +108,7 @@ def verifier_layers(
 
 
 def _said(config: Mapping[str, Any], where: str, *, decided: bool) -> tuple[str, list[int] | None]:
-    """The key that tells layers, and the layers."""
+    """The key that names layers, and the layers."""
     flat = dict(config) | {f"eagle_config.{k}": v for k, v in eagle_config(config).items()}
     found = {key: flat[key] for key in LAYER_KEYS if flat.get(key) is not None}
     for key, value in found.items():
@@ -123,7 +123,7 @@ def _said(config: Mapping[str, Any], where: str, *, decided: bool) -> tuple[str,
     return next(iter(found.items()), ("", None))
 
 
-def _told(
+def _in_input_numbering(
     source: Source, publisher: Publisher, said: list[int], depth: int | None, notes: list[str]
 ) -> list[int] | None:
     """The layers of a config, in input numbering; ``None`` if the numbering is to be asked for."""

@@ -124,8 +124,8 @@ def derive_layer(
         config_class: of the family's layers.
         fixed: keys that do not come from the source's config, with their values.
         hints: key of the source's config → the feature whose presence it claims, beside ``HINTS``.
-        left_out: key of the source's config that the family sees to itself → why it is left out.
-        read: further keys that the family sees to itself, and that are not left out.
+        left_out: key of the source's config that the family handles itself → why it is left out.
+        read: further keys that the family handles itself, and that are not left out.
 
     Raises:
         ConversionError: if the config lacks a size, or has a value that is not supported or does

@@ -1,4 +1,4 @@
-"""Which releases of vLLM the plugin works in, told without importing vLLM.
+"""Which releases of vLLM the plugin works in, found without importing vLLM.
 
 The plugin builds on parts of vLLM that are not a public interface. They are listed here, and looked
 for in vLLM's source files, so that a release that changed one of them is recognised before
