@@ -13,7 +13,7 @@ from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.headers import headers_only
 from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.reader import Checkpoint, Companion, read_config, read_tensors
-from speculators.checkpoint.repository import Repository, open_repository
+from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
 from speculators.convert.plan import family_of, plan_draft
 from speculators.errors import (
     CheckpointError,
@@ -45,6 +45,7 @@ from speculators.inspection.findings import (
 )
 from speculators.inspection.mtp import mtp_finding
 from speculators.mtp.find import why_unknown
+from speculators.mtp.journal import half_done
 
 __all__ = ["inspect_checkpoint", "unreadable"]
 
@@ -129,6 +130,8 @@ def _inspect(repository: Repository) -> Finding:
             for pattern, what in family.beside.items()
             if re.fullmatch(pattern, name)
         ]
+    if isinstance(repository, LocalDirectory) and (why := half_done(repository.path)):
+        notes.append(f"It {why}.")
     if family is None and (why := why_unknown(config, tensors)):
         notes.append(f"It {why}.")
     if found.signature and (remark := found.signature.remark(tensors)):
