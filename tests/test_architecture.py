@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "chat": {"evaluate", "decode", "format"},
     "evaluate": {"mtp", "decode", "models", "families", "format", "checkpoint", "errors"},
     "integrations": {"families", "format", "checkpoint", "errors"},
-    "mtp": {"checkpoint", "errors"},
+    "mtp": {"families", "checkpoint", "errors"},
     "inspection": {"mtp", "convert", "integrations", "families", "format", "checkpoint", "errors"},
     "publish": {"convert", "evaluate", "families", "format", "checkpoint", "errors"},
     "comparison": {"convert", "models", "families", "format", "checkpoint", "errors"},

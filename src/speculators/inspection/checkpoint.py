@@ -157,7 +157,7 @@ def _inspect(repository: Repository) -> Finding:
         features=details.features,
         facts=details.facts,
         serving=_serving(found.signature, family, details.judgement, checkpoint),
-        not_serving=_not_serving(details.judgement),
+        not_serving=_not_serving(found.signature, details.judgement, checkpoint),
         exports=details.exports,
         sizes=sizes,
         parameters=sum(info.elements for info in tensors.values()),
@@ -218,7 +218,8 @@ def _serving(
     kind = family.signature if family else signature
     if kind is None or kind.serving is None:
         return None
-    return [_told(it) for it in kind.serving if not it.lacking(checkpoint.tensors)]
+    config, names = checkpoint.config, checkpoint.tensors
+    return [_told(it) for it in kind.serving if not it.obstacle(config, names)]
 
 
 def _told(it: Serving, export: str | None = None) -> ServingFinding:
@@ -231,10 +232,23 @@ def _told(it: Serving, export: str | None = None) -> ServingFinding:
     )
 
 
-def _not_serving(judgement: Judgement | None) -> list[RefusalFinding]:
+def _not_serving(
+    signature: Signature | None, judgement: Judgement | None, checkpoint: Checkpoint
+) -> list[RefusalFinding]:
+    """The engines that do not serve a draft, of those that serve drafts of its kind."""
+    if judgement is not None:
+        return [
+            RefusalFinding(engine=it.engine, note=it.note or None, export=it.export, why=it.why)
+            for it in judgement.refusals
+        ]
+    obstacles = {
+        it.engine: it.obstacle(checkpoint.config, checkpoint.tensors)
+        for it in (signature.serving if signature else None) or ()
+    }
     return [
-        RefusalFinding(engine=it.engine, note=it.note or None, export=it.export, why=it.why)
-        for it in (judgement.refusals if judgement else ())
+        RefusalFinding(engine=engine, note=None, export=None, why=f"it {why}")
+        for engine, why in obstacles.items()
+        if why
     ]
 
 

@@ -157,7 +157,8 @@ class Finding(_Part):
     serving: list[ServingFinding] | None = None
     """For a draft: the engines that serve it, if any; null for what is no draft."""
     not_serving: list[RefusalFinding] = Field(default_factory=list)
-    """For a draft of a family: the engines that do not serve it, and why."""
+    """For a draft: the engines that do not serve it, and why; of what is not of a family, those
+    that serve other drafts of its kind."""
     exports: list[str] | None = None
     """For a converted draft: the targets of `speculators export` that can compute it."""
     sizes: dict[str, int]
