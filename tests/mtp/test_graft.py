@@ -644,13 +644,12 @@ def test_a_killed_run_that_changes_the_quantization_is_told_and_undone(tmp_path:
             (note,) = notes
             assert "its config.json may not fit its weights; repeat" in note
             told += 1
-            for use in (
-                lambda: cut(verifier, tmp_path / "cut"),
-                lambda: graft(verifier, mtp, tmp_path / "out"),
-                lambda: graft(tmp_path / "grafted", verifier, tmp_path / "out"),
-            ):
-                with pytest.raises(CheckpointError, match="repeat `speculators mtp graft --in-pla"):
-                    use()
+            stopped_halfway = "repeat `speculators mtp graft --in-place`"
+            with pytest.raises(CheckpointError, match=stopped_halfway):
+                cut(verifier, tmp_path / "cut")
+            for one, other in ((verifier, mtp), (tmp_path / "grafted", verifier)):
+                with pytest.raises(CheckpointError, match=stopped_halfway):
+                    graft(one, other, tmp_path / "out")
             # Even one that is refused puts right what the last one left.
             with pytest.raises(ConversionError, match="has to be"):
                 graft(verifier, refused, in_place=True)
