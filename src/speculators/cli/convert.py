@@ -268,8 +268,9 @@ def convert_draft(
     if push_to_hub is not None and not validate:
         raise typer.BadParameter("what is published has to be validated: leave --no-validate out.")
 
+    from speculators.cli.printing import printed
     from speculators.cli.progress import progress_bar
-    from speculators.cli.results import ConvertResult, printed
+    from speculators.cli.results import ConvertResult
     from speculators.convert import conversion
 
     asked = [name for name in said if name in flags and said[name]]
@@ -281,7 +282,8 @@ def convert_draft(
         "revision": revision,
         "dtype": dtype,
     }
-    with printed(ConvertResult(output=str(output)), as_json) as result:
+    result = ConvertResult(output=str(output))
+    with printed(as_json, result):
         if push_to_hub is not None:
             from speculators.publish.draft import check_publishing, publish_draft
 

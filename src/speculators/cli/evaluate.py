@@ -27,6 +27,7 @@ from speculators.cli.decoding import (
 from speculators.cli.shared import CacheDir
 
 if TYPE_CHECKING:
+    from speculators.cli.printing import Printing
     from speculators.evaluate.report import Report
 
 __all__ = ["evaluate"]
@@ -128,13 +129,10 @@ def evaluate(
     """
     several = len(directories) > 1
     lengths = _draft_lengths(num_draft_tokens)
+    if several:
+        _check_comparison(recording, revision)
     if overwrite and output is None:
         raise typer.BadParameter("--overwrite only works with --output.")
-    if several and (recording is None or revision is not None):
-        raise typer.BadParameter(
-            "Several drafts are compared on the same texts: give --recording, which 'speculators "
-            "record' writes, and no --revision."
-        )
     _check_server_options(
         server,
         {"--baseline-server": baseline_server, "--concurrency": concurrency},
@@ -150,6 +148,7 @@ def evaluate(
 
     from speculators.checkpoint.hub.access import HubAccess
     from speculators.checkpoint.output.staging import check_output
+    from speculators.cli.printing import printed
     from speculators.evaluate.files import COMPARISON, REPORT
     from speculators.evaluate.recording.manifest import open_recording
     from speculators.evaluate.recording.opening import open_scored
@@ -162,75 +161,84 @@ def evaluate(
         proposals_of,
     )
 
-    if output is not None:
-        check_output(output, overwrite=overwrite, marker=COMPARISON if several else REPORT)
-    check_device(device)
-    wanted_dtype = dtype_name(dtype)
-    hub = HubAccess(cache_dir)
-    reports: list[Report] = []
-    reporting = _reporting(reports, several, as_json, output, overwrite)
+    with printed(as_json) as printing:
+        if output is not None:
+            check_output(output, overwrite=overwrite, marker=COMPARISON if several else REPORT)
+        check_device(device)
+        wanted_dtype = dtype_name(dtype)
+        hub = HubAccess(cache_dir)
+        reporting = _reporting(printing, several, as_json, output, overwrite)
 
-    if recording is not None:
-        found = open_recording(recording)
-        given = None if prompts is None and limit is None else read_selected(prompts, limit)
-        found.check_settings(
-            given,
-            limit=None if given is None else len(given),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            dtype=None if wanted_dtype == "auto" else wanted_dtype,
+        if recording is not None:
+            found = open_recording(recording)
+            given = None if prompts is None and limit is None else read_selected(prompts, limit)
+            found.check_settings(
+                given,
+                limit=None if given is None else len(given),
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                dtype=None if wanted_dtype == "auto" else wanted_dtype,
+            )
+            drafts = [
+                open_scored(it, found, hub=hub, revision=revision, verifier=verifier)
+                for it in directories
+            ]
+            methods = [proposals_of(draft.converted, proposal, lengths) for draft in drafts]
+
+            from speculators.evaluate.recording.scoring import Scoring, load_scored
+
+            with reporting as reports:
+                for draft, its_methods in zip(drafts, methods, strict=True):
+                    scoring = Scoring(draft, load_scored(draft, found, device), found, its_methods)
+                    _measure(scoring, len(found.manifest.prompts), reports)
+            return
+
+        selected = read_selected(prompts, limit)
+        settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
+
+        if server is not None:
+            from speculators.evaluate.server.client import Server
+            from speculators.evaluate.server.evaluation import ServedEvaluation
+
+            served = ServedEvaluation(
+                directories[0],
+                find_draft(directories[0], hub, revision=revision).repository.commit,
+                Server(server),
+                None if acceptance_only or baseline_server is None else Server(baseline_server),
+                selected,
+                settings,
+                CONCURRENCY if concurrency is None else concurrency,
+            )
+            with reporting as reports:
+                _measure(served, len(selected), reports)
+            return
+
+        settings = settings.model_copy(update={"acceptance_only": acceptance_only})
+        opened = open_subject(directories[0], hub, revision=revision, verifier=verifier)
+        proposals = (
+            proposals_of(opened.converted, proposal, lengths)
+            if isinstance(opened, Opened)
+            else mtp_proposals(proposal, lengths)
         )
-        drafts = [
-            open_scored(it, found, hub=hub, revision=revision, verifier=verifier)
-            for it in directories
-        ]
-        methods = [proposals_of(draft.converted, proposal, lengths) for draft in drafts]
 
-        from speculators.evaluate.recording.scoring import Scoring, load_scored
+        from speculators.evaluate.evaluation import Evaluation
+        from speculators.evaluate.subject.loading import load_subject
 
-        with reporting:
-            for draft, its_methods in zip(drafts, methods, strict=True):
-                scoring = Scoring(draft, load_scored(draft, found, device), found, its_methods)
-                _measure(scoring, len(found.manifest.prompts), reports)
-        return
+        subject = load_subject(opened, dtype=wanted_dtype, device=device)
+        evaluation = Evaluation(subject, selected, proposals, settings)
+        with reporting as reports:
+            _measure(evaluation, len(selected), reports)
 
-    selected = read_selected(prompts, limit)
-    settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
 
-    if server is not None:
-        from speculators.evaluate.server.client import Server
-        from speculators.evaluate.server.evaluation import ServedEvaluation
-
-        served = ServedEvaluation(
-            directories[0],
-            find_draft(directories[0], hub, revision=revision).repository.commit,
-            Server(server),
-            None if acceptance_only or baseline_server is None else Server(baseline_server),
-            selected,
-            settings,
-            CONCURRENCY if concurrency is None else concurrency,
+def _check_comparison(recording: Path | None, revision: str | None) -> None:
+    """Refuse to compare drafts other than on the same texts."""
+    if recording is None or revision is not None:
+        raise typer.BadParameter(
+            "Several drafts are compared on the same texts: give --recording, which 'speculators "
+            "record' writes, and no --revision."
         )
-        with reporting:
-            _measure(served, len(selected), reports)
-        return
-
-    settings = settings.model_copy(update={"acceptance_only": acceptance_only})
-    opened = open_subject(directories[0], hub, revision=revision, verifier=verifier)
-    proposals = (
-        proposals_of(opened.converted, proposal, lengths)
-        if isinstance(opened, Opened)
-        else mtp_proposals(proposal, lengths)
-    )
-
-    from speculators.evaluate.evaluation import Evaluation
-    from speculators.evaluate.subject.loading import load_subject
-
-    subject = load_subject(opened, dtype=wanted_dtype, device=device)
-    evaluation = Evaluation(subject, selected, proposals, settings)
-    with reporting:
-        _measure(evaluation, len(selected), reports)
 
 
 def _check_server_options(
@@ -261,34 +269,44 @@ def _measure(measuring: Any, prompts: int, reports: "list[Report]") -> None:
 
 @contextmanager
 def _reporting(
-    reports: "list[Report]", several: bool, as_json: bool, output: Path | None, overwrite: bool
-) -> Iterator[None]:
+    printing: "Printing", several: bool, as_json: bool, output: Path | None, overwrite: bool
+) -> Iterator["list[Report]"]:
     """Print and save at the end what was measured; nothing of it is lost.
 
+    Yields a list, for the reports.
+
     Args:
-        reports: filled by the ``with`` block.
+        printing: gets what was measured, to be printed as JSON.
         several: whether drafts are compared.
-        as_json: print JSON instead of tables.
+        as_json: leave printing to ``printing``.
         output: where to save it, if anywhere.
         overwrite: whether to replace what is there.
 
     """
+    from speculators.cli.printing import message
     from speculators.cli.report_view import print_comparison, print_report
     from speculators.evaluate.files import save_comparison, save_report
     from speculators.evaluate.report import Comparison
 
+    reports: list[Report] = []
+    failure: str | None = None
     try:
-        yield
+        yield reports
+    except BaseException as error:
+        failure = message(error)
+        raise
     finally:
         if reports:
             comparison = Comparison(drafts=reports)
+            printing.result = comparison if several else reports[0]
+            printing.result.warnings = [*printing.warnings]
+            if failure is not None:
+                reports[-1].fail(failure)
+                printing.result.fail(failure)
             try:
-                if as_json:
-                    shown = comparison if several else reports[0]
-                    print(shown.model_dump_json(indent=2))
-                elif several:
+                if not as_json and several:
                     print_comparison(comparison)
-                else:
+                elif not as_json:
                     print_report(reports[0])
             finally:  # even if nobody reads what is printed
                 if output is not None and several:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from speculators.ending import Ending
 from speculators.format.conversion import RepositoryRecord
 
 __all__ = [
@@ -126,7 +127,7 @@ class MtpFinding(_Part):
     """Modules that are not quantized, while the quantization_config leaves them to be."""
 
 
-class Finding(_Part):
+class Finding(Ending, _Part):
     """What a checkpoint is."""
 
     schema_version: Literal[2] = 2
