@@ -129,7 +129,7 @@ def other_width(config: DFlashConfig) -> str | None:
 def embeddings_read(config: DFlashConfig) -> str | None:
     """The state that enters layer 0, which leaves none."""
     reads = 0 in config.aux_hidden_state_layer_ids
-    return "reads the verifier's embeddings (layer -1)" if reads else None
+    return "reads the verifier's embeddings (numbered 0)" if reads else None
 
 
 @limit("a mask token with an embedding of its own")
@@ -211,7 +211,7 @@ def last_state(config: DFlashConfig, depth: int | None) -> str | None:
     last = config.aux_hidden_state_layer_ids[-1]
     if last != (config.num_target_layers or depth):
         return None
-    return f"reads the state that leaves the verifier's last layer (layer {last})"
+    return f"reads the state that leaves the verifier's last layer (numbered {last})"
 
 
 @limit("a confidence head without the Markov embedding")

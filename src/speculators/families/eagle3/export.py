@@ -128,7 +128,7 @@ def last_state(config: Eagle3Config, depth: int | None) -> str | None:
     layers = config.eagle_aux_hidden_state_layer_ids
     if layers[-1] != depth or of_gpt_oss(config):
         return None
-    return f"reads the state that leaves the verifier's last layer (layer {depth})"
+    return f"reads the state that leaves the verifier's last layer (numbered {depth})"
 
 
 @limit("a single state")
@@ -141,7 +141,7 @@ def one_state(config: Eagle3Config) -> str | None:
 def embeddings_read(config: Eagle3Config) -> str | None:
     """The state that enters layer 0, which leaves none."""
     reads = 0 in config.eagle_aux_hidden_state_layer_ids
-    return "reads the verifier's embeddings (layer 0)" if reads else None
+    return "reads the verifier's embeddings (numbered 0)" if reads else None
 
 
 @limit("a size of heads of its own")
