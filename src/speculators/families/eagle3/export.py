@@ -59,13 +59,11 @@ def outputs(config: Eagle3Config) -> list[int]:
 
 @limit("more than one layer")
 def several_layers(config: Eagle3Config) -> str | None:
-    """More than one layer."""
     return f"has {config.layers} layers" if config.layers > 1 else None
 
 
 @limit("`norm_before_residual`")
 def residual_norm(config: Eagle3Config) -> str | None:
-    """A residual that is normalised."""
     if not config.norm_before_residual:
         return None
     return "takes its residual after the norm (norm_before_residual)"
@@ -73,7 +71,6 @@ def residual_norm(config: Eagle3Config) -> str | None:
 
 @limit("`norm_output`")
 def feedback_norm(config: Eagle3Config) -> str | None:
-    """EAGLE-3.1's feedback."""
     if not config.norm_output:
         return None
     return "feeds back the output after the final norm (norm_output)"
@@ -81,13 +78,11 @@ def feedback_norm(config: Eagle3Config) -> str | None:
 
 @limit("states of another width than the draft's")
 def other_width(config: Eagle3Config) -> str | None:
-    """States of another width than the draft's."""
     return "reads states of another width than its own" if config.target_hidden_size else None
 
 
 @limit("another number of states than three")
 def other_number(config: Eagle3Config) -> str | None:
-    """Not three states."""
     return f"reads {config.states} states" if config.states != USUAL_STATES else None
 
 
@@ -146,7 +141,6 @@ def embeddings_read(config: Eagle3Config) -> str | None:
 
 @limit("a size of heads of its own")
 def own_head_size(config: Eagle3Config) -> str | None:
-    """A head size that is not the hidden size over the number of heads."""
     layer = config.transformer_layer_config
     usual = layer.hidden_size == (layer.head_dim or 0) * layer.num_attention_heads
     return None if usual else f"has heads of size {layer.head_dim}"
@@ -178,14 +172,12 @@ def scaled_rope_in_parallel(config: Eagle3Config) -> str | None:
 
 @limit("`fc_norm` or `norm_output` of a P-EAGLE draft")
 def norms_in_parallel(config: Eagle3Config) -> str | None:
-    """The norms of EAGLE-3.1 in a P-EAGLE draft."""
     both = config.parallel and (config.fc_norm or config.norm_output)
     return "drafts in parallel and has EAGLE-3.1's norms" if both else None
 
 
 @limit("attention biases beside norms on queries and keys")
 def qwen3_biases(config: Eagle3Config) -> str | None:
-    """Biases in a layer with norms on queries and keys."""
     layer = config.transformer_layer_config
     both = layer.model_type == "qwen3" and layer.attention_bias
     return "has biases in the attention beside norms on queries and keys" if both else None
@@ -193,7 +185,6 @@ def qwen3_biases(config: Eagle3Config) -> str | None:
 
 @limit("a single state of the draft's own width")
 def one_wide_state(config: Eagle3Config) -> str | None:
-    """``fc`` from one state of the draft's own width."""
     same = config.sizes["states"] == config.transformer_layer_config.hidden_size
     return "reads no more than one state, of its own width" if same else None
 
