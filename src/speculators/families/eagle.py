@@ -22,6 +22,7 @@ from speculators.families.family import (
     servings,
 )
 from speculators.families.research.layer import REFERENCE_ROPE_BASE, derive_layer
+from speculators.families.research.reference import newer_rope, own_head_size
 from speculators.families.signature import Serving, Signature, vllm
 from speculators.format.config import LayerConfig, SpeculatorConfig, SpeculatorsConfig
 from speculators.format.tensors import TensorSpec, required_tensors
@@ -229,6 +230,7 @@ TARGETS = {
             "llama": _model("llama", "LlamaForCausalLM"),
             "qwen2": _model("qwen2", "Qwen2ForCausalLM", qkv_bias=True),
         },
+        limits=(own_head_size, newer_rope),
     ),
     "vllm": Target(
         reader="vLLM without the plugin",

@@ -16,6 +16,7 @@ from speculators.families.advice import limit_context
 from speculators.families.eagle3.config import USUAL_STATES, Eagle3Config
 from speculators.families.eagle3.publishers import EXPORTED
 from speculators.families.family import Limit, Target, limit, limit_of_layers
+from speculators.families.research.reference import newer_rope, own_head_size
 from speculators.families.rope_in_gguf import keys_of_rope, misread_rope
 from speculators.families.signature import Serving, vllm
 
@@ -137,24 +138,6 @@ def embeddings_read(config: Eagle3Config) -> str | None:
     """The state that enters layer 0, which leaves none."""
     reads = 0 in config.eagle_aux_hidden_state_layer_ids
     return "reads the verifier's embeddings (numbered 0)" if reads else None
-
-
-@limit("a size of heads of its own")
-def own_head_size(config: Eagle3Config) -> str | None:
-    layer = config.transformer_layer_config
-    usual = layer.hidden_size == (layer.head_dim or 0) * layer.num_attention_heads
-    return None if usual else f"has heads of size {layer.head_dim}"
-
-
-@limit("RoPE scaling, except linear and dynamic with the base 10000")
-def newer_rope(config: Eagle3Config) -> str | None:
-    """RoPE scaling that the reference implementation lacks, or computes with another base."""
-    layer = config.transformer_layer_config
-    if layer.rope_type == "default" or (
-        layer.rope_type in {"linear", "dynamic"} and layer.rope_theta == 10000
-    ):
-        return None
-    return f"has {layer.rope_type} RoPE scaling with the base {layer.rope_theta:g}"
 
 
 @limit("dynamic RoPE scaling, and YaRN with more than a factor")
