@@ -880,6 +880,17 @@ def test_no_engine_reads_a_mask_embedding_of_dspark(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="no engine reads for a DSpark draft"):
         converted(source, tmp_path / "out")
 
+    # A directory in the format may have one that convert did not write: it is not exported either.
+    (source / MASK_FILE).unlink()
+    out = converted(source, tmp_path / "out")
+    save_mask(out, torch.ones(64))
+    (out / "config.json").write_text(json.dumps(config_in(out) | {"mask_embedding": True}))
+    for target in DSPARK.targets:
+        with pytest.raises(ConversionError, match=r"has a mask embedding .* cannot comp"):
+            export(out, tmp_path / target, target)
+    found = inspect_checkpoint(out)
+    assert (found.serving, found.exports) == ([], [])
+
 
 # Exports.
 

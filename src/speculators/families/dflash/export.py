@@ -414,10 +414,11 @@ DFLASH2_TARGETS = {
     "sglang": _sglang("DFLASH", "DFlash2DraftModel", _dflash2, samples_anchor),
     "llamacpp": _llamacpp("draft-dflash", "DFlash2DraftModel", _dflash2, samples_anchor),
 }
-DSPARK_AS_CONVERTED = _as_converted("dspark", other_markov)
+# No engine reads a mask embedding of a DSpark draft.
+DSPARK_AS_CONVERTED = _as_converted("dspark", other_markov, own_mask)
 DSPARK_TARGETS = {
-    "vllm": _vllm("dspark", "Qwen3DSparkModel", _dspark, other_markov),
-    "sglang": _sglang("DSPARK", "Qwen3DSparkModel", _dspark),
+    "vllm": _vllm("dspark", "Qwen3DSparkModel", _dspark, other_markov, own_mask),
+    "sglang": _sglang("DSPARK", "Qwen3DSparkModel", _dspark, own_mask),
     "llamacpp": _llamacpp(
         "draft-dspark",
         "Qwen3DSparkModel",
