@@ -63,6 +63,11 @@ def test_a_validation(tmp_path: Path, converted: dict[str, Path], speculators: C
         "warnings": [],
         "output": str(converted[PLAIN]),
         "source": str(SOURCE),
+        "proven": [
+            f"has the config and the tensors that {SOURCE} gives",
+            "computes what its tensors say",
+        ],
+        "left_open": [],
     }
     run = speculators("validate", tmp_path, "--json")
     failed = printed(run, "validate")
@@ -75,7 +80,10 @@ def test_warnings_are_told(tmp_path: Path, verifier: Path, speculators: CommandL
     speculators("convert", "eagle", SOURCE, tmp_path / "out", verifier, "--no-validate")
     run = speculators("validate", tmp_path / "out", "--json", "--quiet")
     assert run.stderr == ""
-    assert "without validation" in printed(run, "validate")["warnings"][0]
+    told = printed(run, "validate")
+    assert "without validation" in told["warnings"][0]
+    assert told["proven"] == ["computes what its tensors say"]
+    assert told["left_open"] == told["warnings"]
 
 
 def test_a_batch(

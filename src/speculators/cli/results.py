@@ -34,6 +34,10 @@ class ValidateResult(Result):
     """The converted checkpoint."""
     source: str | None
     """What it was compared with, if that was given."""
+    proven: list[str] = Field(default_factory=list)
+    """What was proven, in clauses that follow its name."""
+    left_open: list[str] = Field(default_factory=list)
+    """What could not be checked, and why; without this, ``ok`` means that everything was."""
 
 
 class ConvertResult(Result):

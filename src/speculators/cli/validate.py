@@ -57,6 +57,7 @@ def validate(
 
     result = ValidateResult(output=output, source=source)
     with printed(as_json, result), progress_bar() as progress:
-        conversion.validate(
+        proof = conversion.validate(
             output, source, cache_dir=cache_dir, revision=revision, progress=progress
         )
+        result.proven, result.left_open = proof.proven, proof.left_open
