@@ -245,7 +245,12 @@ VERIFIERS = {
     ),
     "nemotron_h": Model(
         _config("nemotron_h", "NemotronHForCausalLM", num_nextn_predict_layers=1),
-        _body(_MOE, prefix="backbone."),
+        {
+            "backbone.embeddings.weight": (V, H),
+            "backbone.norm_f.weight": (H,),
+            "lm_head.weight": (V, H),
+            **within("backbone.layers.0.", _MOE),
+        },
         {
             "mtp.layers.0.eh_proj.weight": (H, 2 * H),
             "mtp.layers.0.enorm.weight": (H,),
@@ -257,7 +262,12 @@ VERIFIERS = {
     ),
     "deepseek_v4": Model(
         _config("deepseek_v4", "DeepseekV4ForCausalLM", num_nextn_predict_layers=1),
-        {"embed.weight": (V, H), "layers.0.attn.wq_a.weight": (4, H), "head.weight": (V, H)},
+        {
+            "embed.weight": (V, H),
+            "layers.0.attn.wq_a.weight": (4, H),
+            "norm.weight": (H,),
+            "head.weight": (V, H),
+        },
         within(
             "mtp.0.",
             {

@@ -1,10 +1,12 @@
-"""What validate, convert and batch print with --json."""
+"""What commands print with --json: one object, with the error if there is one."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from helpers import (
     GOLDEN,
@@ -16,6 +18,7 @@ from helpers import (
     stored_tensors,
 )
 from schemas import PRINTED
+from speculators.ending import Ending
 
 SOURCE = GOLDEN / PLAIN
 
@@ -60,6 +63,11 @@ def test_a_validation(tmp_path: Path, converted: dict[str, Path], speculators: C
         "warnings": [],
         "output": str(converted[PLAIN]),
         "source": str(SOURCE),
+        "proven": [
+            f"has the config and the tensors that {SOURCE} gives",
+            "computes what its tensors say",
+        ],
+        "left_open": [],
     }
     run = speculators("validate", tmp_path, "--json")
     failed = printed(run, "validate")
@@ -72,7 +80,10 @@ def test_warnings_are_told(tmp_path: Path, verifier: Path, speculators: CommandL
     speculators("convert", "eagle", SOURCE, tmp_path / "out", verifier, "--no-validate")
     run = speculators("validate", tmp_path / "out", "--json", "--quiet")
     assert run.stderr == ""
-    assert "without validation" in printed(run, "validate")["warnings"][0]
+    told = printed(run, "validate")
+    assert "without validation" in told["warnings"][0]
+    assert told["proven"] == ["computes what its tensors say"]
+    assert told["left_open"] == told["warnings"]
 
 
 def test_a_batch(
@@ -100,6 +111,46 @@ def test_a_batch(
     (tmp_path / "wrong.json").write_text("[]")
     run = speculators("batch", tmp_path / "wrong.json", "--json")
     assert printed(run, "batch")["error"] == run.errors[0]
+
+
+COMMANDS: dict[str, list[str]] = {
+    "inspect": [],
+    "convert": ["OUT", "VERIFIER", "--dry-run"],
+    "validate": [],
+    "diff": ["OTHER"],
+    "evaluate": [],
+    "batch": [],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_prints_its_error(
+    tmp_path: Path, speculators: CommandLine, command: str
+) -> None:
+    name = [command, "auto"] if command == "convert" else [command]
+    run = speculators(*name, tmp_path / "none", *COMMANDS[command], "--json")
+    assert run.status == 1
+    told = json.loads(run.stdout)
+    assert (told["ok"], told["error"], told["warnings"]) == (False, run.errors[0], [])
+    if command != "evaluate":
+        printed(run, command)
+    else:
+        Ending.model_validate(told, extra="forbid")
+
+
+def test_an_unknown_kind_is_an_error(tmp_path: Path, speculators: CommandLine) -> None:
+    (tmp_path / "config.json").write_text('{"a": 1, "a": 2}')
+    save_file({"bridge.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    run = speculators("inspect", tmp_path, "--json", "--quiet")
+    told = printed(run, "inspect")
+    assert told["error"] == run.errors[0]
+    assert "has the key a twice" in told["warnings"][0]
+
+
+def test_wrong_usage_prints_nothing(speculators: CommandLine) -> None:
+    for options in (["--overwrite"], ["--top-p=0"]):
+        run = speculators("evaluate", "draft", "--json", *options)
+        assert (run.status, run.stdout) == (2, "")
 
 
 @pytest.mark.parametrize("family", ["eagle", "eagle3"])

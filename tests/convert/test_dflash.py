@@ -512,12 +512,12 @@ def test_the_last_layer_can_be_read(tmp_path: Path) -> None:
 
 
 def test_the_embeddings_can_be_read(tmp_path: Path) -> None:
-    """DeepSpec counts them as layer -1."""
+    """DeepSpec numbers them -1, and here they are 0."""
     config = deepspec(target_layer_ids=[-1, 3, 5])
     out = converted(write_draft(tmp_path / "source", config, with_markov()), tmp_path / "out")
     assert config_in(out)["aux_hidden_state_layer_ids"] == [0, 4, 6]
     assert export(out, tmp_path / "vllm", "vllm")
-    with pytest.raises(ConversionError, match=r"reads the verifier's embeddings \(layer -1\)"):
+    with pytest.raises(ConversionError, match=r"reads the verifier's embeddings \(numbered 0\)"):
         export(out, tmp_path / "sglang", "sglang")
 
 
@@ -817,12 +817,22 @@ def test_upstreams_missing_layers_are_asked_for(tmp_path: Path) -> None:
     assert config_in(out)["aux_hidden_state_layer_ids"] == [2, 4, 8]
 
 
+@pytest.mark.parametrize("index", [0, 1], ids=["published", "converted"])
+def test_inspect_numbers_layers_as_record_does(
+    drafts: Mapping[str, tuple[Path, Path]], index: int
+) -> None:
+    """By the states that enter them, also of native configs, which say those that they leave."""
+    for name, pair in drafts.items():
+        reads = inspect_checkpoint(pair[index]).facts["reads"]
+        layers = config_in(pair[1])["aux_hidden_state_layer_ids"]
+        assert reads.endswith(f"entering its layers {', '.join(map(str, layers))}"), name
+
+
 def test_other_layers_than_the_configs_are_told(tmp_path: Path, log: list[str]) -> None:
     out = converted(GOLDEN_FAMILIES / PLAIN, tmp_path / "out", aux_layers=[2, 4, 8])
     assert config_in(out)["aux_hidden_state_layer_ids"] == [2, 4, 8]
-    assert "the layers are [2, 4, 8], as --aux-layers says; its config.json has [2, 4, 6]" in str(
-        log
-    )
+    assert "enter the layers [2, 4, 8], as --aux-layers says; by its config.json " in str(log)
+    assert "they would be [2, 4, 6]" in str(log)
     with pytest.raises(ConversionError, match=r"^--aux-layers: .* that enter the layers \[2, 4\]"):
         converted(GOLDEN_FAMILIES / PLAIN, tmp_path / "short", aux_layers=[2, 4])
 
@@ -898,6 +908,17 @@ def test_no_engine_reads_a_mask_embedding_of_dspark(tmp_path: Path) -> None:
     save_mask(source, torch.ones(64))
     with pytest.raises(ConversionError, match="no engine reads for a DSpark draft"):
         converted(source, tmp_path / "out")
+
+    # A directory in the format may have one that convert did not write: it is not exported either.
+    (source / MASK_FILE).unlink()
+    out = converted(source, tmp_path / "out")
+    save_mask(out, torch.ones(64))
+    (out / "config.json").write_text(json.dumps(config_in(out) | {"mask_embedding": True}))
+    for target in DSPARK.targets:
+        with pytest.raises(ConversionError, match=r"has a mask embedding .* cannot comp"):
+            export(out, tmp_path / target, target)
+    found = inspect_checkpoint(out)
+    assert (found.serving, found.exports) == ([], [])
 
 
 # Exports.

@@ -205,14 +205,14 @@ def test_llamacpp_reads_what_it_read_when_it_was_run(
     ("layers", "to", "expected"),
     [
         ([2, 4, 6], "eagle", r"\[2, 4, 6\], and not \[2, 4, 5\]"),
-        ([0, 4, 5], "sglang", r"the verifier's embeddings \(layer 0\)"),
-        ([0, 4, 5], "trtllm", r"the verifier's embeddings \(layer 0\)"),
+        ([0, 4, 5], "sglang", r"the verifier's embeddings \(numbered 0\)"),
+        ([0, 4, 5], "trtllm", r"the verifier's embeddings \(numbered 0\)"),
         # What SGLang 0.5.23 captures is what enters a layer (srt/models/llama.py), and SpecForge
         # 0.2.0 captures by SGLang (offline_capture/sglang_backend/capture.py).
-        ([2, 4, 8], "sglang", r"leaves the verifier's last layer \(layer 8\)"),
-        ([2, 4, 8], "specforge", r"leaves the verifier's last layer \(layer 8\)"),
+        ([2, 4, 8], "sglang", r"leaves the verifier's last layer \(numbered 8\)"),
+        ([2, 4, 8], "specforge", r"leaves the verifier's last layer \(numbered 8\)"),
         # llama.cpp b11434, src/models/llama.cpp: only what enters a layer is kept.
-        ([2, 4, 8], "llamacpp", r"leaves the verifier's last layer \(layer 8\)"),
+        ([2, 4, 8], "llamacpp", r"leaves the verifier's last layer \(numbered 8\)"),
     ],
 )
 def test_layers_that_a_reader_cannot_be_told(

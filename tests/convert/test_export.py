@@ -28,6 +28,7 @@ from speculators.families.converted import open_converted
 from speculators.families.eagle import TARGETS
 from speculators.families.readers import READERS
 from speculators.families.registry import families
+from speculators.inspection.checkpoint import inspect_checkpoint
 
 BIASED, QWEN, NORMS = "vicuna_default_bias", "qwen2_qkv_bias", "ttt_layernorms"
 
@@ -86,17 +87,8 @@ def test_there_and_back_again_is_the_identity(
         {"eos_token_id": [2, 7]},
         {"bos_token_id": 5, "pad_token_id": None, "hidden_act": "gelu"},
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        {
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
     ],
-    ids=["several-eos", "no-pad", "dynamic", "llama3"],
+    ids=["several-eos", "no-pad", "dynamic"],
 )
 def test_there_and_back_again_with_other_configs(
     tmp_path: Path, verifier: Path, config: dict[str, Any]
@@ -106,6 +98,68 @@ def test_there_and_back_again_with_other_configs(
     export(once, tmp_path / "out", "eagle")
     twice = convert(tmp_path / "out", tmp_path / "twice", verifier)
     assert config_of(twice) == config_of(once)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "base", "expected"),
+    [
+        # cnets1.py knows linear and dynamic scaling only, and reads rope_scaling["type"].
+        ({"rope_scaling": LLAMA3}, 10000.0, "has llama3 RoPE scaling with the base 10000"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            10000.0,
+            "has yarn RoPE scaling with .* 10000",
+        ),
+        # With these, it takes the base 10000 whatever config.json says.
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            500000.0,
+            "has linear RoPE scaling with the base 500000",
+        ),
+    ],
+    ids=["llama3", "yarn", "base"],
+)
+def test_what_the_reference_cannot_compute_is_refused(
+    tmp_path: Path, verifier: Path, config: dict[str, Any], base: float, expected: str
+) -> None:
+    draft = convert(write_checkpoint(tmp_path / "source", config=config), tmp_path / "a", verifier)
+    written = config_of(draft)
+    written["transformer_layer_config"]["rope_theta"] = base
+    (draft / "config.json").write_text(json.dumps(written))
+    refuse_for_research(draft, tmp_path / "out", expected)
+    export(draft, tmp_path / "vllm", "vllm")
+
+
+def test_heads_of_another_size_are_refused(tmp_path: Path, verifier: Path) -> None:
+    """The reference divides the hidden size by the number of heads, whatever config.json says."""
+
+    def widen(tensors: Tensors) -> None:
+        for name, dim in (("q", 0), ("k", 0), ("v", 0), ("o", 1)):
+            key = f"layers.0.self_attn.{name}_proj.weight"
+            tensors[key] = torch.cat([tensors[key]] * 2, dim=dim)
+
+    source = write_checkpoint(tmp_path / "source", edit=widen)
+    draft = convert(source, tmp_path / "draft", verifier)
+    refuse_for_research(draft, tmp_path / "out", "has heads of size 32")
+
+
+def refuse_for_research(draft: Path, output: Path, expected: str) -> None:
+    """Check that a draft is not exported for the research code, and that `inspect` says so."""
+    with pytest.raises(ConversionError, match=f"{expected}, which the EAGLE and HASS research co"):
+        export(draft, output, "eagle")
+    exports = inspect_checkpoint(draft).exports
+    assert exports is not None
+    assert "eagle" not in exports
+    assert "vllm" in exports
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

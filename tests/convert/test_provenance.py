@@ -389,7 +389,26 @@ def test_where_the_verifier_is_gone_the_rest_is_checked(
         log.clear()
         validate(out, source)
         assert any(line.startswith("WARNING Logits were not validated") for line in log)
-        assert log[-1] == f"SUCCESS Valid: {out}"
+        proven = "has the files that" if source is None else "has the config and the tensors that"
+        assert log[-1].startswith(f"SUCCESS Valid: {out}. Proven: it {proven} ")
+        assert " and computes what its tensors say. Left open: Logits were not val" in log[-1]
+
+
+def test_without_a_record_it_is_said_what_was_proven(
+    tmp_path: Path, converted: dict[str, Path], speculators: CommandLine
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(converted[PLAIN], out)
+    NO_RECORD(out)
+    run = speculators("validate", out)
+    assert run.status == 0
+    assert run.messages[-1] == (
+        f"Valid: {out}. Proven: it computes what its tensors say. Left open: {out} has no "
+        "conversion.json: what was written is not known."
+    )
+    # The source tells what the record would.
+    run = speculators("validate", out, "--source", GOLDEN / PLAIN)
+    assert run.messages[-1] == f"Valid: {out}"
 
 
 def test_how_to_speculate_may_be_changed(

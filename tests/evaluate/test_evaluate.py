@@ -446,10 +446,12 @@ def test_an_evaluation_that_fails_keeps_what_was_measured(
         return speculative_generate(*args, **kwargs)
 
     monkeypatch.setattr(SPECULATE, failing)
-    run = speculators(*arguments)
+    run = speculators(*arguments, "--json")
     assert run.status == 1
     assert run.errors == ["It broke."]
     report = report_in(tmp_path / "report")
+    assert Report.model_validate_json(run.stdout) == report
+    assert (report.ok, report.error) == (False, "It broke.")
     assert not report.complete
     assert [prompt.id for prompt in report.prompts] == ["81"]
 

@@ -131,7 +131,10 @@ def test_layers_are_added_to_what_is_there(
     assert speculators(*record, "--layers=1").status == 0
     run = speculators(*score)
     assert run.status == 1
-    assert "does not have (of layer 0, 2); add them: speculators record" in run.errors[0]
+    assert (
+        "does not have (those entering its layers 0, 2); add them: speculators record"
+        in run.errors[0]
+    )
     assert "--layers 0,1,2, with the same other options" in run.errors[0]
     before = (recording / "00000.safetensors").read_bytes()
     run = speculators(*record, "--layers=0,1,2")

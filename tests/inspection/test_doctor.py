@@ -51,7 +51,7 @@ def diagnosed(run: CommandLine) -> tuple[int, dict[str, dict[str, Any]]]:
     done = run("doctor", "--json")
     assert done.stderr == ""
     diagnosis = Diagnosis.model_validate_json(done.stdout)
-    assert diagnosis.ok == (done.status == 0)
+    assert diagnosis.ok == (done.status == 0) == (diagnosis.error is None)
     return done.status, {check["name"]: check for check in json.loads(done.stdout)["checks"]}
 
 

@@ -22,6 +22,7 @@ from mtp_verifiers import (
     write_verifier,
 )
 from speculators.errors import CheckpointError, ConversionError, OutputError, SpeculatorsError
+from speculators.inspection.checkpoint import inspect_checkpoint
 from speculators.mtp.cut import cut
 from speculators.mtp.graft import graft
 
@@ -619,13 +620,56 @@ def test_a_run_that_is_killed_leaves_a_verifier_that_loads(tmp_path: Path, shard
     assert seen == {False, True}
 
 
+def test_a_killed_run_that_changes_the_quantization_is_told_and_undone(tmp_path: Path) -> None:
+    """config.json and the index cannot be replaced in one step, so in between it is told."""
+    fp8 = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
+    how: dict[str, Any] = {"config": {"quantization_config": fp8}}
+    original = write_verifier(tmp_path / "original", mtp=quantized_mtp(), **how)
+    mtp = write_mtp(tmp_path / "mtp", mtp=retrained(), **how)
+
+    def state(directory: Path) -> tuple[Any, Any]:
+        return config_of(directory), bytes_of(load_all(directory))
+
+    old, new = state(original), state(graft(original, mtp, tmp_path / "grafted"))
+    assert old[0] != new[0]
+    refused = write_mtp(tmp_path / "refused", mtp=retrained() | {"mtp.fc.weight": torch.zeros(1)})
+    verifier = tmp_path / "verifier"
+    status, moment, told = 9, 0, 0
+    while status:
+        moment += 1
+        shutil.copytree(original, verifier)
+        status = stopped(moment, verifier, mtp)
+        notes = [it for it in inspect_checkpoint(verifier).notes if "was stopped" in it]
+        if state(verifier) not in (old, new):
+            (note,) = notes
+            assert "its config.json may not fit its weights; repeat" in note
+            told += 1
+            stopped_halfway = "repeat `speculators mtp graft --in-place`"
+            with pytest.raises(CheckpointError, match=stopped_halfway):
+                cut(verifier, tmp_path / "cut")
+            for one, other in ((verifier, mtp), (tmp_path / "grafted", verifier)):
+                with pytest.raises(CheckpointError, match=stopped_halfway):
+                    graft(one, other, tmp_path / "out")
+            # Even one that is refused puts right what the last one left.
+            with pytest.raises(ConversionError, match="has to be"):
+                graft(verifier, refused, in_place=True)
+            assert state(verifier) == old
+        else:
+            assert not notes
+        graft(verifier, mtp, in_place=True)
+        assert state(verifier) == new
+        assert not [it for it in entries(verifier) if it.startswith(".")]
+        shutil.rmtree(verifier)
+    assert told
+
+
 def test_what_another_run_is_moving_in_is_not_cleared_up(tmp_path: Path) -> None:
-    from speculators.mtp.receiver import JOURNAL
+    from speculators.mtp.journal import JOURNAL
 
     verifier = write_verifier(tmp_path / "verifier", mtp={})
     mtp = write_mtp(tmp_path / "mtp")
     (verifier / "mine.safetensors").write_bytes(b"")
-    (verifier / JOURNAL).write_text('{"shards": ["model-mtp.safetensors"]}')
+    (verifier / JOURNAL).write_text('{"new": ["model-mtp.safetensors"]}')
     before = entries(verifier)
     with (verifier / JOURNAL).open() as journal:
         fcntl.flock(journal, fcntl.LOCK_EX)

@@ -15,6 +15,7 @@ from helpers import CommandLine, Tensors, config_of, entries, stored_tensors
 from hub_server import HubServer, patch_hub
 from mtp_verifiers import VERIFIERS, bytes_of, load_all, mtp_of, write_verifier
 from speculators.errors import ConversionError
+from speculators.inspection.checkpoint import inspect_checkpoint
 from speculators.mtp.cut import cut
 
 BESIDE = ("embed_tokens.weight", "norm.weight", "lm_head.weight")
@@ -66,13 +67,13 @@ def test_a_tied_head_need_not_be_there(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "DeepSeek-V3": ("deepseek_v3", {}, "DeepseekV3ForCausalLM, of which .* takes no MTP alone"),
-    "no architecture": ("glm4v_moe", {}, "no list of architectures"),
+    "no architecture": ("glm4v_moe", {}, "has no list of architectures in its config.json"),
     "several layers": (
         "qwen3_5_moe",
         {"architectures": ["Qwen3_5MoeForCausalLM"]},
-        "an MTP of 2 layers, and llama.cpp runs those of Qwen with one only",
+        "has an MTP of several layers, of which llama.cpp runs one only",
     ),
-    "an embedding of its own": ("qwen3_5", {}, r"has mtp\.embed_tokens\.weight, an embedding"),
+    "an embedding of its own": ("qwen3_5", {}, "has an embedding of the MTP's own"),
 }
 
 
@@ -83,6 +84,25 @@ def test_what_llama_cpp_does_not_take_is_refused(tmp_path: Path, name: str) -> N
     with pytest.raises(ConversionError, match=words):
         cut(verifier, tmp_path / "out", to="llamacpp")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", VERIFIERS)
+def test_inspect_promises_what_cut_does(tmp_path: Path, kind: str) -> None:
+    """Of that very MTP, cut out or not, and in the same words."""
+    verifier = write_verifier(tmp_path / "verifier", kind)
+    why = None
+    try:
+        cut(verifier, tmp_path / "for llama.cpp", to="llamacpp")
+    except ConversionError as error:
+        why = str(error)
+    found = inspect_checkpoint(cut(verifier, tmp_path / "mtp"))
+    served = {it.engine for it in found.serving or ()}
+    assert ("llama.cpp" in served) == (why is None)
+    assert ("served by" in (said := str(found.conversion.why_not))) == bool(served)
+    assert ("llama.cpp" in said) == (why is None)
+    for refusal in found.not_serving:
+        assert refusal.engine == "llama.cpp"
+        assert refusal.why.removeprefix("it ") in str(why)
 
 
 def test_an_mtp_that_was_cut_lacks_the_rest(tmp_path: Path, speculators: CommandLine) -> None:

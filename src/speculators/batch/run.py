@@ -310,7 +310,9 @@ def _convert(conversion: Conversion, cache_dir: Path | None) -> None:
 def _publish(conversion: Conversion) -> str:
     assert conversion.push_to_hub
     if record := read_record(conversion.output):
-        check_files(record, conversion.output)  # it may have been there for long
+        # It may have been there for long.
+        for sentence in check_files(record, conversion.output):
+            logger.warning(sentence)
     return publish_draft(
         conversion.output,
         conversion.push_to_hub,

@@ -74,9 +74,11 @@ def run_batch(
     """Run a manifest, or with ``dry_run`` only find what is done; exit with 1 if any failed."""
     from speculators.batch.manifest import read_manifest
     from speculators.batch.run import Batch, State
-    from speculators.cli.results import BatchResult, printed
+    from speculators.cli.printing import printed
+    from speculators.cli.results import BatchResult
 
-    with printed(BatchResult(manifest=str(manifest)), as_json) as result:
+    result = BatchResult(manifest=str(manifest))
+    with printed(as_json, result):
         run = Batch(read_manifest(manifest, family), jobs=jobs, cache_dir=cache_dir)
         try:
             if dry_run:
@@ -89,7 +91,7 @@ def run_batch(
                 _print(run.outcomes)
         failed = sum(outcome.state is State.FAILED for outcome in run.outcomes)
         if failed:
-            result.error = f"{failed} of {len(run.outcomes)} entries failed."
+            result.fail(f"{failed} of {len(run.outcomes)} entries failed.")
     if failed:
         raise typer.Exit(1)
 

@@ -264,6 +264,12 @@ def convert_draft(
     if jobs > 1:
         raise typer.BadParameter("--jobs only works with --manifest.")
     _check_publishing_options(push_to_hub, private=private, report=report, validate=validate)
+
+    from speculators.cli.printing import printed
+    from speculators.cli.progress import progress_bar
+    from speculators.cli.results import ConvertResult
+    from speculators.convert import conversion
+
     planned: dict[str, Any] = {
         "asked": [name for name in said if name in flags and said[name]],
         "options": _read_options(family, {k: v for k, v in said.items() if k not in flags}),
@@ -271,11 +277,8 @@ def convert_draft(
         "revision": revision,
         "dtype": dtype,
     }
-
-    from speculators.cli.results import ConvertResult, printed
-    from speculators.convert import conversion
-
-    with printed(ConvertResult(output=str(output)), as_json) as result:
+    result = ConvertResult(output=str(output))
+    with printed(as_json, result):
         if push_to_hub is not None:
             from speculators.publish.draft import check_publishing, publish_draft
 

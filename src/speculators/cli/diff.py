@@ -47,12 +47,13 @@ def diff(
     """
     from speculators.checkpoint.hub.access import HubAccess
     from speculators.cli.diff_result import DiffResult
+    from speculators.cli.printing import printed
     from speculators.cli.progress import progress_bar
-    from speculators.cli.results import printed
     from speculators.comparison.difference import compare
     from speculators.comparison.side import open_sides
 
-    with printed(DiffResult(), as_json) as result:
+    result = DiffResult()
+    with printed(as_json, result):
         sides = open_sides((one, other), HubAccess(cache_dir))
         with progress_bar() as progress:
             found = compare(*sides, progress=progress)
@@ -62,7 +63,7 @@ def diff(
             found.computation = run(*sides)
         result.difference = found
         if not found.same:
-            result.error = "They differ."
+            result.fail("They differ.")
         if not as_json:
             _print(found)
     if not found.same:

@@ -23,20 +23,20 @@ def doctor(
     speculators doctor
     """
     from speculators.cli.output import Listing, show
+    from speculators.cli.printing import printed
     from speculators.inspection.installation import diagnose
 
-    diagnosis = diagnose()
-    if as_json:
-        print(diagnosis.model_dump_json(indent=2))
-    else:
-        show(
-            Listing(
-                ("", "", "found", "expected", "advice"),
-                (
-                    (it.status, it.name, it.found or "-", it.expected or "", it.advice or "")
-                    for it in diagnosis.checks
-                ),
+    with printed(as_json) as printing:
+        printing.result = diagnosis = diagnose()
+        if not as_json:
+            show(
+                Listing(
+                    ("", "", "found", "expected", "advice"),
+                    (
+                        (it.status, it.name, it.found or "-", it.expected or "", it.advice or "")
+                        for it in diagnosis.checks
+                    ),
+                )
             )
-        )
     if not diagnosis.ok:
         raise typer.Exit(1)

@@ -28,6 +28,7 @@ from speculators.cli.shared import CacheDir, Revision
 
 if TYPE_CHECKING:
     from speculators.checkpoint.hub.access import HubAccess
+    from speculators.cli.printing import Printing
     from speculators.evaluate.prompts import Prompt
     from speculators.evaluate.recording.manifest import Recording
     from speculators.evaluate.report import PromptResult, Report, Settings
@@ -131,13 +132,10 @@ def evaluate(
     """
     several = len(directories) > 1
     lengths = _draft_lengths(num_draft_tokens)
+    if several:
+        _check_comparison(recording, revision)
     if overwrite and output is None:
         raise typer.BadParameter("--overwrite only works with --output.")
-    if several and (recording is None or revision is not None):
-        raise typer.BadParameter(
-            "Several drafts are compared on the same texts: give --recording, which 'speculators "
-            "record' writes, and no --revision."
-        )
     _check_server_options(
         server,
         {"--baseline-server": baseline_server, "--concurrency": concurrency},
@@ -153,48 +151,51 @@ def evaluate(
 
     from speculators.checkpoint.hub.access import HubAccess
     from speculators.checkpoint.output.staging import check_output
+    from speculators.cli.printing import printed
     from speculators.evaluate.files import COMPARISON, REPORT
     from speculators.evaluate.subject.opening import check_device
 
-    if output is not None:
-        check_output(output, overwrite=overwrite, marker=COMPARISON if several else REPORT)
-    check_device(device)
-    wanted = Wanted(
-        HubAccess(cache_dir), revision, verifier, proposal, lengths, device, dtype_name(dtype)
-    )
-    measurements: Iterable[Measurement]
-    if recording is not None:
-        from speculators.evaluate.recording.manifest import open_recording
-
-        found = open_recording(recording)
-        given = None if prompts is None and limit is None else read_selected(prompts, limit)
-        found.check_settings(
-            given,
-            limit=None if given is None else len(given),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            dtype=None if wanted.dtype == "auto" else wanted.dtype,
+    with printed(as_json) as printing:
+        if output is not None:
+            check_output(output, overwrite=overwrite, marker=COMPARISON if several else REPORT)
+        check_device(device)
+        wanted = Wanted(
+            HubAccess(cache_dir), revision, verifier, proposal, lengths, device, dtype_name(dtype)
         )
-        total = len(found.manifest.prompts)
-        measurements = _on_recording(directories, found, wanted)
-    else:
-        selected = read_selected(prompts, limit)
-        total = len(selected)
-        settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
-        if server is not None:
-            baseline = None if acceptance_only else baseline_server
-            settings = settings.model_copy(update={"concurrency": concurrency or CONCURRENCY})
-            measurements = [_served(directories[0], server, baseline, selected, settings, wanted)]
-        else:
-            settings = settings.model_copy(update={"acceptance_only": acceptance_only})
-            measurements = [_decoding(directories[0], selected, settings, wanted)]
+        measurements: Iterable[Measurement]
+        if recording is not None:
+            from speculators.evaluate.recording.manifest import open_recording
 
-    reports: list[Report] = []
-    with _reporting(reports, several, as_json, output, overwrite):
-        for measurement in measurements:
-            _measure(measurement, total, reports)
+            found = open_recording(recording)
+            given = None if prompts is None and limit is None else read_selected(prompts, limit)
+            found.check_settings(
+                given,
+                limit=None if given is None else len(given),
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                dtype=None if wanted.dtype == "auto" else wanted.dtype,
+            )
+            total = len(found.manifest.prompts)
+            measurements = _on_recording(directories, found, wanted)
+        else:
+            selected = read_selected(prompts, limit)
+            total = len(selected)
+            settings = settings_of(selected, prompts, max_new_tokens, temperature, top_p, seed)
+            if server is not None:
+                baseline = None if acceptance_only else baseline_server
+                settings = settings.model_copy(update={"concurrency": concurrency or CONCURRENCY})
+                measurements = [
+                    _served(directories[0], server, baseline, selected, settings, wanted)
+                ]
+            else:
+                settings = settings.model_copy(update={"acceptance_only": acceptance_only})
+                measurements = [_decoding(directories[0], selected, settings, wanted)]
+
+        with _reporting(printing, several, as_json, output, overwrite) as reports:
+            for measurement in measurements:
+                _measure(measurement, total, reports)
 
 
 class Measurement(Protocol):
@@ -304,6 +305,15 @@ def _decoding(
     return Evaluation(subject, prompts, proposals, settings)
 
 
+def _check_comparison(recording: Path | None, revision: str | None) -> None:
+    """Refuse to compare drafts other than on the same texts."""
+    if recording is None or revision is not None:
+        raise typer.BadParameter(
+            "Several drafts are compared on the same texts: give --recording, which 'speculators "
+            "record' writes, and no --revision."
+        )
+
+
 def _check_server_options(
     server: str | None, only_with: dict[str, object], never_with: dict[str, object]
 ) -> None:
@@ -332,34 +342,44 @@ def _measure(measurement: Measurement, prompts: int, reports: "list[Report]") ->
 
 @contextmanager
 def _reporting(
-    reports: "list[Report]", several: bool, as_json: bool, output: Path | None, overwrite: bool
-) -> Iterator[None]:
+    printing: "Printing", several: bool, as_json: bool, output: Path | None, overwrite: bool
+) -> Iterator["list[Report]"]:
     """Print and save at the end what was measured; nothing of it is lost.
 
+    Yields a list, for the reports.
+
     Args:
-        reports: filled by the ``with`` block.
+        printing: gets what was measured, to be printed as JSON.
         several: whether drafts are compared.
-        as_json: print JSON instead of tables.
+        as_json: leave printing to ``printing``.
         output: where to save it, if anywhere.
         overwrite: whether to replace what is there.
 
     """
+    from speculators.cli.printing import message
     from speculators.cli.report_view import print_comparison, print_report
     from speculators.evaluate.files import save_comparison, save_report
     from speculators.evaluate.report import Comparison
 
+    reports: list[Report] = []
+    failure: str | None = None
     try:
-        yield
+        yield reports
+    except BaseException as error:
+        failure = message(error)
+        raise
     finally:
         if reports:
             comparison = Comparison(drafts=reports)
+            printing.result = comparison if several else reports[0]
+            printing.result.warnings = [*printing.warnings]
+            if failure is not None:
+                reports[-1].fail(failure)
+                printing.result.fail(failure)
             try:
-                if as_json:
-                    shown = comparison if several else reports[0]
-                    print(shown.model_dump_json(indent=2))
-                elif several:
+                if not as_json and several:
                     print_comparison(comparison)
-                else:
+                elif not as_json:
                     print_report(reports[0])
             finally:  # even if nobody reads what is printed
                 if output is not None and several:

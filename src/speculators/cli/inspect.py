@@ -39,18 +39,18 @@ def inspect(
     """
     from speculators.checkpoint.hub.access import HubAccess
     from speculators.cli.inspect_view import print_finding
+    from speculators.cli.printing import printed
     from speculators.errors import CheckpointError, SpeculatorsError
     from speculators.inspection.checkpoint import inspect_checkpoint, unreadable
 
-    try:
-        finding = inspect_checkpoint(source, HubAccess(cache_dir), revision=revision)
-    except SpeculatorsError as error:
-        if as_json:
-            print(unreadable(source, error).model_dump_json(indent=2))
-        raise
-    if as_json:
-        print(finding.model_dump_json(indent=2))
-    else:
-        print_finding(finding)
-    if finding.kind == "unknown":
-        raise CheckpointError(finding.conversion.why_not)
+    with printed(as_json) as printing:
+        try:
+            finding = inspect_checkpoint(source, HubAccess(cache_dir), revision=revision)
+        except SpeculatorsError as error:
+            printing.result = unreadable(source, error)
+            raise
+        printing.result = finding
+        if not as_json:
+            print_finding(finding)
+        if finding.kind == "unknown":
+            raise CheckpointError(finding.conversion.why_not)

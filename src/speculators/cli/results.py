@@ -1,40 +1,30 @@
-"""What commands print with --json: one object each, whether they succeed or fail.
+"""What ``convert``, ``validate`` and ``batch`` print with --json.
 
 The JSON schemas in docs/ are made from these models.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from loguru import logger
 from pydantic import BaseModel, Field
 
 from speculators.convert.plan import ConversionPlan
 from speculators.convert.provenance import read_record
-from speculators.errors import sentence
+from speculators.ending import Ending
 from speculators.families.converted import open_converted
 
 if TYPE_CHECKING:
-    from loguru import Message
-
     from speculators.batch.run import Outcome
 
-__all__ = ["BatchResult", "ConvertResult", "Result", "ValidateResult", "printed"]
+__all__ = ["BatchResult", "ConvertResult", "Result", "ValidateResult"]
 
 
-class Result(BaseModel):
-    """What every command prints."""
+class Result(Ending):
+    """What a command prints that has done something."""
 
     schema_version: Literal[1] = 1
     """1; a higher number means that a key has changed its meaning or is gone."""
-    ok: bool = False
-    """Whether the command did what it was asked for; its exit status is then 0."""
-    error: str | None = None
-    """The sentence that says what went wrong; ``None`` if ``ok``."""
-    warnings: list[str] = Field(default_factory=list)
-    """What the log warns of."""
 
 
 class ValidateResult(Result):
@@ -44,6 +34,10 @@ class ValidateResult(Result):
     """The converted checkpoint."""
     source: str | None
     """What it was compared with, if that was given."""
+    proven: list[str] = Field(default_factory=list)
+    """What was proven, in clauses that follow its name."""
+    left_open: list[str] = Field(default_factory=list)
+    """What could not be checked, and why; without this, ``ok`` means that everything was."""
 
 
 class ConvertResult(Result):
@@ -140,35 +134,3 @@ class BatchResult(Result):
             )
             for it in outcomes
         ]
-
-
-Told = TypeVar("Told", bound=Result)
-
-
-@contextmanager
-def printed(result: Told, asked: bool) -> Iterator[Told]:
-    """Print a result when the ``with`` block ends, however it does, if JSON is ``asked`` for.
-
-    What is logged as a warning meanwhile becomes part of it.
-    """
-    if not asked:
-        yield result
-        return
-
-    def keep(message: "Message") -> None:
-        if message.record["level"].name == "WARNING":
-            result.warnings.append(message.record["message"])
-
-    handler = logger.add(keep, level="WARNING")
-    try:
-        yield result
-        result.ok = result.error is None
-    except Exception as error:
-        result.error = sentence(error)
-        raise
-    except BaseException:
-        result.error = "It was interrupted."
-        raise
-    finally:
-        logger.remove(handler)
-        print(result.model_dump_json(indent=2))

@@ -50,12 +50,14 @@ def validate(
     if revision is not None and source is None:
         raise typer.BadParameter("--revision only works with --source.")
 
+    from speculators.cli.printing import printed
     from speculators.cli.progress import progress_bar
-    from speculators.cli.results import ValidateResult, printed
+    from speculators.cli.results import ValidateResult
     from speculators.convert import conversion
 
     result = ValidateResult(output=output, source=source)
-    with printed(result, as_json), progress_bar() as progress:
-        conversion.validate(
+    with printed(as_json, result), progress_bar() as progress:
+        proof = conversion.validate(
             output, source, cache_dir=cache_dir, revision=revision, progress=progress
         )
+        result.proven, result.left_open = proof.proven, proof.left_open

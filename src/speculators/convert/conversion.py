@@ -26,6 +26,7 @@ from speculators.convert.plan import (
     plan_conversion,
     unchecked_head,
 )
+from speculators.convert.proof import Proof
 from speculators.convert.provenance import (
     check_files,
     check_record,
@@ -180,7 +181,7 @@ def validate(
     cache_dir: str | Path | None = None,
     revision: str | None = None,
     progress: Progress = silent,
-) -> None:
+) -> Proof:
     """Check a converted checkpoint again, at any time; nothing is written.
 
     Its files must be those that its conversion.json records, and the model must load. On seeded
@@ -195,6 +196,9 @@ def validate(
         cache_dir: where downloads are kept; the Hub client's default cache if not given.
         revision: a branch, tag or commit of ``source`` on the Hub.
         progress: reports the bytes compared and hashed.
+
+    Returns:
+        What was proven, and what was left open.
 
     Raises:
         CheckpointError, HubError: the directory or the source cannot be read or fetched.
@@ -212,19 +216,22 @@ def validate(
     written.repository.file(CONVERSION_FILE)  # which on the Hub is not fetched with the draft
     record = read_record(written.directory)
     if record is None:
-        logger.warning(f"{directory} has no {CONVERSION_FILE}: what was written is not known")
+        gaps = [f"{directory} has no {CONVERSION_FILE}: what was written is not known."]
     else:
-        check_files(record, written.directory, progress)
-        check_record(record, written)
+        gaps = check_files(record, written.directory, progress) + check_record(record, written)
     warn_of_other_weights(written)
+    for sentence in gaps:
+        logger.warning(sentence)
     verifier = verifier_of(written)
 
     from speculators.convert.validation import validate_conversion, validate_model
 
     if source is None:
+        proven = [] if gaps else ["has the files that the conversion wrote"]
         for sentence in record.unchecked if record else ():
-            logger.warning(f"The conversion could not check this: {sentence}")
-        validate_model(plan_of_itself(written, verifier), written)
+            gaps.append(f"The conversion could not check this: {sentence}")
+            logger.warning(gaps[-1])
+        unchecked = validate_model(plan_of_itself(written, verifier), written)
     else:
         planned = _plan(
             *_read(source, hub, revision, written.family),
@@ -232,10 +239,14 @@ def validate(
             dtype=record.dtype if record else None,
             options=record.options if record else None,
         )
-        validate_conversion(planned, written, progress=progress)
+        unchecked = validate_conversion(planned, written, progress=progress)
         if record is not None:
             warn_of_another_source(record, planned, progress)
-    logger.success(f"Valid: {directory}")
+        # What a record leaves open, the source tells.
+        proven, gaps = [f"has the config and the tensors that {source} gives"], []
+    proof = Proof([*proven, "computes what its tensors say"], gaps + unchecked)
+    logger.success(f"Valid: {directory}{proof}")
+    return proof
 
 
 def plan(

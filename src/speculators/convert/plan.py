@@ -370,7 +370,7 @@ def family_of(checkpoint: Checkpoint, found: Recognition, wanted: Family | None 
 
 def _served(signature: Signature | None, checkpoint: Checkpoint) -> str:
     """A sentence, after a space, on which engines serve it; empty for what is not a draft."""
-    served = signature.served(checkpoint.tensors) if signature else None
+    served = signature.served(checkpoint.config, checkpoint.tensors) if signature else None
     return f" {served[0].upper()}{served[1:]}." if served else ""
 
 

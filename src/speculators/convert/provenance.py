@@ -103,8 +103,13 @@ def read_record(directory: Path) -> ConversionRecord | None:
     return parse_conversion(read_json(path), str(path)) if path.is_file() else None
 
 
-def check_files(record: ConversionRecord, directory: Path, progress: Progress = silent) -> None:
+def check_files(
+    record: ConversionRecord, directory: Path, progress: Progress = silent
+) -> list[str]:
     """Check that the files of a converted checkpoint are those that were written.
+
+    Returns:
+        Sentences on what the record leaves open.
 
     Raises:
         ValidationError: if one is missing or differs.
@@ -118,15 +123,17 @@ def check_files(record: ConversionRecord, directory: Path, progress: Progress = 
             f"{directory / changed[0]} is not the file that was written, by {CONVERSION_FILE}: it "
             "was changed or is damaged; restore it, or convert again."
         )
-    if not record.validated:
-        logger.warning(
-            f"{directory} was converted without validation, so {CONVERSION_FILE} knows no hashes: "
-            "of its files only the sizes were checked"
-        )
+    if record.validated:
+        return []
+    why = f"{directory} was converted without validation, so {CONVERSION_FILE} has no hashes"
+    return [f"{why}: of its files only the sizes were checked."]
 
 
-def check_record(record: ConversionRecord, written: Converted) -> None:
-    """Check that a record is that of a directory, and tell what it leaves open.
+def check_record(record: ConversionRecord, written: Converted) -> list[str]:
+    """Check that a record is that of a directory.
+
+    Returns:
+        Sentences on what the record leaves open.
 
     Raises:
         ValidationError: if it contradicts the directory's config or tensors.
@@ -156,7 +163,7 @@ def check_record(record: ConversionRecord, written: Converted) -> None:
     unknown = sorted(path.name for path in files if path.name not in record.files)
     unhashed = [name for name, file in record.files.items() if not file.sha256]
     unhashed_sources = [name for name, file in record.source.files.items() if not file.sha256]
-    for lacks, consequence in (
+    gaps = (
         (
             unknown and f"the files {', '.join(unknown)}",
             "whether they are those that were written is not known",
@@ -171,9 +178,12 @@ def check_record(record: ConversionRecord, written: Converted) -> None:
             record.validated and unhashed_sources and f"a hash of {', '.join(unhashed_sources)}",
             "the source is known by its size only",
         ),
-    ):
-        if lacks:
-            logger.warning(f"{directory / CONVERSION_FILE} lacks {lacks}: {consequence}")
+    )
+    return [
+        f"{directory / CONVERSION_FILE} lacks {lacks}: {consequence}."
+        for lacks, consequence in gaps
+        if lacks
+    ]
 
 
 def warn_of_other_weights(written: Converted) -> None:

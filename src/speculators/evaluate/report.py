@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from speculators.ending import Ending
 from speculators.evaluate.defaults import MAX_NEW_TOKENS
 from speculators.evaluate.metrics import (
     Acceptance,
@@ -219,7 +220,7 @@ class Served(Model):
         return self.where
 
 
-class Report(Model):
+class Report(Ending, Model):
     """The whole report.json."""
 
     speculators_report: Literal[1] = 1
@@ -255,7 +256,7 @@ class Report(Model):
         return next(r for r in self.results if r.proposal.speculative_tokens == wanted)
 
 
-class Comparison(Model):
+class Comparison(Ending, Model):
     """The whole comparison.json: several drafts, scored on one recording."""
 
     speculators_comparison: Literal[1] = 1

@@ -13,6 +13,7 @@ from speculators.errors import ConversionError
 from speculators.families.advice import give_each_its_compile_cache, limit_context
 from speculators.families.family import Card, Derived, Family, Flag, Names, Source
 from speculators.families.research.layer import REFERENCE_ROPE_BASE, derive_layer
+from speculators.families.research.reference import newer_rope, own_head_size
 from speculators.families.signature import Serving, Signature, vllm
 from speculators.families.target import Target, servings
 from speculators.format.config import LayerConfig, SpeculatorConfig, SpeculatorsConfig
@@ -221,6 +222,7 @@ TARGETS = {
             "llama": _model("llama", "LlamaForCausalLM"),
             "qwen2": _model("qwen2", "Qwen2ForCausalLM", qkv_bias=True),
         },
+        limits=(own_head_size, newer_rope),
     ),
     "vllm": Target(
         reader="vLLM without the plugin",

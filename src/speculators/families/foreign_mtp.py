@@ -3,6 +3,7 @@
 A language model with its MTP inside is a language model.
 """
 
+from speculators.families.mtp_in_gguf import why_not_in_gguf
 from speculators.families.signature import Serving, Signature, vllm
 
 __all__ = ["MTP", "MTP_OF_UPSTREAM"]
@@ -18,7 +19,12 @@ FORMAT = (
 
 VLLM = vllm("mtp")
 SGLANG = Serving("SGLang", "NEXTN")
-LLAMA_CPP = Serving("llama.cpp", "draft-mtp", note="if `mtp cut --to llamacpp` takes it")
+LLAMA_CPP = Serving(
+    "llama.cpp",
+    "draft-mtp",
+    note="as `mtp cut --to llamacpp` takes it out of its verifier",
+    refuses=why_not_in_gguf,
+)
 TENSORRT = Serving(
     "TensorRT-LLM", "MTP", note="in the verifier's directory, if it knows the verifier"
 )
@@ -129,6 +135,7 @@ MTP = (
         serving=(
             vllm("mtp", "if it knows the verifier"),
             Serving("SGLang", "NEXTN", note="likewise"),
+            LLAMA_CPP,
         ),
     ),
 )

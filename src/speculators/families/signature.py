@@ -29,6 +29,8 @@ class Serving:
             compute, as it follows "it".
         settings: what vLLM's ``--speculative-config`` has to say, beside the draft and the number
             of tokens.
+        refuses: why else the engine does not serve a checkpoint with this config.json and tensors
+            of these names, as a clause that follows "it"; ``None`` if it does.
 
     """
 
@@ -38,20 +40,25 @@ class Serving:
     note: str = ""
     lacks: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    refuses: Callable[[Mapping[str, Any], Collection[str]], str | None] = (
+        lambda config, names: None  # noqa: ARG005
+    )
 
-    def lacking(self, names: Collection[str]) -> str | None:
-        """What a draft with tensors of these names has that the engine does not compute.
+    def obstacle(self, config: Mapping[str, Any], names: Collection[str]) -> str | None:
+        """Why the engine does not serve a draft of this kind, as a clause that follows "it".
 
-        As it follows "it"; ``None`` if there is nothing.
+        Args:
+            config: its config.json.
+            names: of its tensors.
+
+        Returns:
+            the clause; ``None`` if the engine serves it.
+
         """
-        return next(
-            (
-                what
-                for pattern, what in self.lacks.items()
-                if any(re.fullmatch(pattern, name) for name in names)
-            ),
-            None,
-        )
+        for pattern, what in self.lacks.items():
+            if any(re.fullmatch(pattern, name) for name in names):
+                return f"has {what}"
+        return self.refuses(config, names)
 
     def __str__(self) -> str:
         """The engine, and in parentheses what option it takes."""
@@ -125,19 +132,20 @@ class Signature:
     serving: tuple[Serving, ...] | None = None
     remark: Callable[[Mapping[str, TensorInfo]], str | None] = lambda tensors: None  # noqa: ARG005
 
-    def served(self, names: Collection[str]) -> str | None:
-        """A clause on which engines serve a draft of this kind; ``None`` if it is none.
+    def served(self, config: Mapping[str, Any], names: Collection[str]) -> str | None:
+        """A clause on which engines serve a draft of this kind; ``None`` if it is not a draft.
 
         Args:
-            names: those of its tensors.
+            config: its config.json.
+            names: of its tensors.
 
         """
         if self.serving is None:
             return None
-        engines = ", ".join(str(it) for it in self.serving if not it.lacking(names))
+        engines = ", ".join(str(it) for it in self.serving if not it.obstacle(config, names))
         if not engines:
-            lacking = {it.engine: it.lacking(names) for it in self.serving}
-            why = "; ".join(f"{engine} does not: it has {what}" for engine, what in lacking.items())
+            obstacles = {it.engine: it.obstacle(config, names) for it in self.serving}
+            why = "; ".join(f"{engine} does not: it {what}" for engine, what in obstacles.items())
             return f"no engine serves it{f' ({why})' if why else ''}"
         # Of a family, it depends on the draft: see ``serving.judge``.
         return f"{'it is' if self.advice else 'such drafts are'} served by {engines}"

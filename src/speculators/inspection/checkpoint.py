@@ -13,7 +13,7 @@ from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.headers import headers_only
 from speculators.checkpoint.hub.access import DEFAULT_ACCESS, HubAccess
 from speculators.checkpoint.reader import Checkpoint, Companion, read_config, read_tensors
-from speculators.checkpoint.repository import Repository, open_repository
+from speculators.checkpoint.repository import LocalDirectory, Repository, open_repository
 from speculators.checkpoint.verifier import language_model_config
 from speculators.convert.plan import family_of, plan_draft
 from speculators.errors import (
@@ -47,6 +47,7 @@ from speculators.inspection.findings import (
 )
 from speculators.inspection.mtp import mtp_finding
 from speculators.mtp.find import why_unknown
+from speculators.mtp.journal import half_done
 
 __all__ = ["inspect_checkpoint", "unreadable"]
 
@@ -124,7 +125,7 @@ def _inspect(repository: Repository) -> Finding:
         features=details.features,
         facts=details.facts,
         serving=_serving(found.signature, family, details.judgement, checkpoint),
-        not_serving=_not_serving(details.judgement),
+        not_serving=_not_serving(found.signature, details.judgement, checkpoint),
         exports=details.exports,
         sizes=sizes,
         parameters=sum(info.elements for info in tensors.values()),
@@ -181,6 +182,8 @@ def _remarks(
             for pattern, what in family.beside.items()
             if re.fullmatch(pattern, name)
         ]
+    if isinstance(repository, LocalDirectory) and (why := half_done(repository.path)):
+        notes.append(f"It {why}.")
     if family is None and (why := why_unknown(checkpoint.config, checkpoint.tensors)):
         notes.append(f"It {why}.")
     if signature and (remark := signature.remark(checkpoint.tensors)):
@@ -234,7 +237,8 @@ def _serving(
     kind = family.signature if family else signature
     if kind is None or kind.serving is None:
         return None
-    return [_told(it) for it in kind.serving if not it.lacking(checkpoint.tensors)]
+    config, names = checkpoint.config, checkpoint.tensors
+    return [_told(it) for it in kind.serving if not it.obstacle(config, names)]
 
 
 def _told(it: Serving, export: str | None = None) -> ServingFinding:
@@ -247,10 +251,23 @@ def _told(it: Serving, export: str | None = None) -> ServingFinding:
     )
 
 
-def _not_serving(judgement: Judgement | None) -> list[RefusalFinding]:
+def _not_serving(
+    signature: Signature | None, judgement: Judgement | None, checkpoint: Checkpoint
+) -> list[RefusalFinding]:
+    """The engines that do not serve a draft, of those that serve drafts of its kind."""
+    if judgement is not None:
+        return [
+            RefusalFinding(engine=it.engine, note=it.note or None, export=it.export, why=it.why)
+            for it in judgement.refusals
+        ]
+    obstacles = {
+        it.engine: it.obstacle(checkpoint.config, checkpoint.tensors)
+        for it in (signature.serving if signature else None) or ()
+    }
     return [
-        RefusalFinding(engine=it.engine, note=it.note or None, export=it.export, why=it.why)
-        for it in (judgement.refusals if judgement else ())
+        RefusalFinding(engine=engine, note=None, export=None, why=f"it {why}")
+        for engine, why in obstacles.items()
+        if why
     ]
 
 

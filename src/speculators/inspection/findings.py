@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from speculators.ending import Ending
 from speculators.format.conversion import RepositoryRecord
 
 __all__ = [
@@ -126,7 +127,7 @@ class MtpFinding(_Part):
     """Modules that are not quantized, while the quantization_config leaves them to be."""
 
 
-class Finding(_Part):
+class Finding(Ending, _Part):
     """What a checkpoint is."""
 
     schema_version: Literal[2] = 2
@@ -157,7 +158,8 @@ class Finding(_Part):
     serving: list[ServingFinding] | None = None
     """For a draft: the engines that serve it, if any; null for what is no draft."""
     not_serving: list[RefusalFinding] = Field(default_factory=list)
-    """For a draft of a family: the engines that do not serve it, and why."""
+    """For a draft: the engines that do not serve it, and why; of what is not of a family, those
+    that serve other drafts of its kind."""
     exports: list[str] | None = None
     """For a converted draft: the targets of `speculators export` that can compute it."""
     sizes: dict[str, int]

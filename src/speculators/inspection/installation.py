@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 import speculators
 from speculators import ANOTHERS, __version__
+from speculators.ending import Ending
 from speculators.integrations.vllm.releases import (
     INSTALL,
     TESTED_RELEASES,
@@ -58,21 +59,22 @@ class Check(BaseModel):
     """What to do, if there is anything to do."""
 
 
-class Diagnosis(BaseModel):
-    """What ``speculators doctor --json`` prints."""
+class Diagnosis(Ending):
+    """What ``speculators doctor --json`` prints; ``ok`` says whether nothing is broken."""
 
     model_config = ConfigDict(extra="forbid")
 
     schema_version: Literal[1] = 1
-    ok: bool
-    """Whether nothing is broken."""
     checks: list[Check]
 
 
 def diagnose() -> Diagnosis:
     """Check everything that can be checked without importing torch or using the network."""
     checks = [check for look in (_python, _namesake, _packages, _vllm, _hub) for check in look()]
-    return Diagnosis(ok=all(check.status != "broken" for check in checks), checks=checks)
+    diagnosis = Diagnosis(checks=checks)
+    if broken := [check.name for check in checks if check.status == "broken"]:
+        diagnosis.fail(f"Broken: {', '.join(broken)}.")
+    return diagnosis
 
 
 def _python() -> Iterator[Check]:

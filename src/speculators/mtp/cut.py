@@ -20,6 +20,7 @@ from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
 from speculators.errors import CheckpointError, OutputError, listed
 from speculators.mtp.config import promising, write_json
 from speculators.mtp.find import Mtp, find_mtp, why_unknown
+from speculators.mtp.journal import half_done
 from speculators.mtp.llamacpp import TOKENIZER_FILES, taken_along
 from speculators.mtp.quantization import (
     MODELOPT_FILE,
@@ -133,9 +134,12 @@ def check_mtp(
     """Check that an MTP was found, and that all of it is there.
 
     Raises:
-        CheckpointError: if there is none of a known type, or tensors of it are missing.
+        CheckpointError: if there is none of a known type, tensors of it are missing, or a graft in
+            place was stopped before the verifier was whole again.
 
     """
+    if isinstance(repository, LocalDirectory) and (why := half_done(repository.path)):
+        raise CheckpointError(f"{repository.name} {why}.")
     if mtp is None:
         why = why_unknown(config, names) or (
             "has no MTP: no tensor has a name of one, and config.json promises none"

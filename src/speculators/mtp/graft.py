@@ -19,6 +19,7 @@ from speculators.mtp.config import promising
 from speculators.mtp.cut import check_mtp, check_outside, read_mtp, tensors_of
 from speculators.mtp.experts import layout_of, restacked
 from speculators.mtp.find import EXPERTS, Mtp, blocks_of, body_layers, find_mtp, nearest_layer
+from speculators.mtp.journal import INDEX, clear_up, half_done
 from speculators.mtp.parameters import module_of
 from speculators.mtp.quantization import (
     MODELOPT_FILE,
@@ -29,12 +30,10 @@ from speculators.mtp.quantization import (
     with_exclusions,
 )
 from speculators.mtp.receiver import (
-    INDEX,
     SINGLE,
     WEIGHTS,
     Plan,
     Receiver,
-    clear_up,
     write_copy,
     write_in_place,
 )
@@ -149,6 +148,8 @@ def _check_place(place: Path, directory: Path) -> None:
 
 
 def _read_receiver(directory: Path) -> Receiver:
+    if why := half_done(directory):
+        raise CheckpointError(f"{directory} {why}.")
     repository = LocalDirectory(directory)
     config, config_file = read_config(repository)
     tensors = read_tensors(repository)

@@ -6,19 +6,16 @@ earlier MTP is written again without them; all others stay the files that they a
 In place, nothing that the verifier's index names is touched before the new index has taken the old
 one's place, in one step: new shards get names that are free, and old ones go last. A run that is
 killed leaves a verifier that loads, with the old MTP or with the new one. The next graft in place
-removes what else it left: a temporary directory, and the shards that a hidden file lists and the
-index does not name.
+removes what else it left: a temporary directory, and what the journal lists (``journal``).
 """
 
-import fcntl
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint.files.json_file import read_json
 from speculators.checkpoint.output.links import copy, link_or_copy
 from speculators.checkpoint.output.staging import (
     staged_directory,
@@ -29,18 +26,14 @@ from speculators.checkpoint.output.staging import (
 from speculators.checkpoint.output.writer import write_safetensors_file
 from speculators.checkpoint.progress import Progress
 from speculators.checkpoint.tensor import PlannedTensor, TensorInfo
-from speculators.errors import OutputError
 from speculators.mtp.config import write_json
+from speculators.mtp.journal import INDEX, JOURNAL, kept, locked, settle, write_journal
 from speculators.mtp.numbers import finite
 
-__all__ = ["WEIGHTS", "Plan", "Receiver", "clear_up", "write_copy", "write_in_place"]
+__all__ = ["WEIGHTS", "Plan", "Receiver", "write_copy", "write_in_place"]
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 """The name of a file of weights that needs no index."""
-
-JOURNAL = ".speculators-graft.json"
-"""In a verifier that is changed in place: the shards that come and go. It is locked meanwhile."""
 
 WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
 """The suffixes of files that are linked. All others may be edited later, so they are copied."""
@@ -117,34 +110,6 @@ def write_copy(receiver: Receiver, plan: Plan, output: Path, progress: Progress)
         _write(files, plan, staging, progress)
 
 
-def clear_up(directory: Path) -> None:
-    """Remove what an earlier run in place has left that was killed.
-
-    Raises:
-        CheckpointError: if its list or the verifier's index cannot be read.
-        OutputError: if that run is still going on, or something cannot be removed.
-
-    """
-    journal, index = directory / JOURNAL, directory / INDEX
-    if not journal.is_file():
-        return
-    try:
-        with journal.open() as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            named = {SINGLE}
-            if index.is_file():
-                named = set(read_json(index).get("weight_map", {}).values())
-            for name in read_json(journal).get("shards", []):
-                path = directory / Path(name).name
-                if path.suffix == ".safetensors" and path.name not in named:
-                    path.unlink(missing_ok=True)
-            journal.unlink()
-    except BlockingIOError as error:
-        raise OutputError(f"Another graft is changing {directory}; wait for it.") from error
-    except OSError as error:
-        raise OutputError(f"{directory} cannot be written to: {error.strerror}.") from error
-
-
 def write_in_place(receiver: Receiver, plan: Plan, progress: Progress) -> None:
     """Change the verifier's own directory.
 
@@ -159,66 +124,41 @@ def write_in_place(receiver: Receiver, plan: Plan, progress: Progress) -> None:
     with working_directory(directory, "graft") as staging:
         _write(files, plan, staging, progress)
         renamed = [new for old, new in files.kept.items() if old != new]
-        shards = [*files.written, *renamed, *sorted(files.obsolete)]
-        write_json(staging / JOURNAL, {"shards": shards})
+        write_journal(staging, [*files.written, *renamed], sorted(files.obsolete), plan.texts)
+        for name in plan.texts:
+            copy(directory / name, staging / kept(name))
         sync(staging)
-        with _locked(staging / JOURNAL):
-            with _undone_unless_finished(directory, staging, plan.texts) as added:
-                added.append(directory / JOURNAL)
-                (staging / JOURNAL).rename(directory / JOURNAL)
-                sync_directory(directory)
-                _move_in(files, plan, staging, directory, added)
+        with locked(staging / JOURNAL), _settled(directory):
+            (staging / JOURNAL).rename(directory / JOURNAL)
             sync_directory(directory)
-            for name in files.obsolete:
-                (directory / name).unlink(missing_ok=True)
-            (directory / JOURNAL).unlink()
+            _move_in(files, plan, staging, directory)
 
 
-def _move_in(files: _Files, plan: Plan, staging: Path, directory: Path, added: list[Path]) -> None:
-    """Put the new files into a verifier, the index last; ``added`` gets what was not there."""
+def _move_in(files: _Files, plan: Plan, staging: Path, directory: Path) -> None:
+    """Put the new files into a verifier, the index last."""
     for name in files.written:
-        added.append(directory / name)
         (staging / name).rename(directory / name)
     for old, new in files.kept.items():
         if old != new:
-            added.append(directory / new)
             link_or_copy(directory / old, directory / new)
+    for name in plan.texts:
+        (staging / kept(name)).rename(directory / kept(name))
+    sync_directory(directory)
     for name in plan.texts:
         (staging / name).replace(directory / name)
     sync_directory(directory)
     (staging / INDEX).replace(directory / INDEX)
+    sync_directory(directory)
 
 
 @contextmanager
-def _locked(journal: Path) -> Iterator[None]:
-    """Keep the list of shards locked, also where it is moved to."""
-    with journal.open() as opened:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _undone_unless_finished(
-    directory: Path, staging: Path, texts: Mapping[str, Any]
-) -> Iterator[list[Path]]:
-    """If the context raises, remove the files that it adds, and put texts back.
-
-    Not so once the new index is in its place: then these files belong to the verifier.
-    """
-    added: list[Path] = []
-    for name in texts:
-        copy(directory / name, staging / f"before-{name}")
+def _settled(directory: Path) -> Iterator[None]:
+    """Whether the context ends or raises, remove what the index then does not name."""
     try:
-        yield added
-    except BaseException:
-        if not (staging / INDEX).exists():
-            raise
-        for path in added:
-            path.unlink(missing_ok=True)
-        for name in texts:
-            (staging / f"before-{name}").replace(directory / name)
-        raise
+        yield
+    finally:
+        if (directory / JOURNAL).exists():
+            settle(directory)
 
 
 def _lay_out(receiver: Receiver, plan: Plan, *, in_place: bool) -> _Files:

@@ -147,10 +147,10 @@ class Recording:
         if missing := sorted({*wanted} - {*self.manifest.layers}):
             numbers = ",".join(map(str, sorted({*wanted, *self.manifest.layers})))
             raise EvaluationError(
-                f"{draft} reads states of the verifier that {self.directory} does not have (of "
-                f"layer {', '.join(map(str, missing))}); add them: speculators record "
-                f"{self.manifest.verifier.name} {self.directory} --layers {numbers}, with the same "
-                "other options as before."
+                f"{draft} reads states of the verifier that {self.directory} does not have (those "
+                f"entering its layers {', '.join(map(str, missing))}); add them: speculators "
+                f"record {self.manifest.verifier.name} {self.directory} --layers {numbers}, with "
+                "the same other options as before."
             )
 
     def check_depth(self, depth: int) -> None:

@@ -199,10 +199,10 @@ class DFlashConfig(SpeculatorConfig):
 
     def facts(self) -> dict[str, str]:
         """What is worth telling about the draft: label → text."""
-        layers = ", ".join(map(str, self.target_layer_ids))
+        layers = ", ".join(map(str, self.aux_hidden_state_layer_ids))
         of = self.transformer_layer_config.vocab_size
         return {
-            "reads": f"{self.states} of the verifier's states: those leaving its layers {layers}",
+            "reads": f"{self.states} of the verifier's states: those entering its layers {layers}",
             "drafts": f"{self.draft_vocab_size} of {of} tokens, "
             f"{self.drafted_per_block} from a block of {self.block_size}",
             "attention": self._attention(),

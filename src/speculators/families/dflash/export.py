@@ -115,13 +115,11 @@ def _dflash_for_vllm(config: DFlashConfig) -> dict[str, Any]:
 
 @limit("a first token that is drafted at the anchor's position")
 def samples_anchor(config: DFlashConfig) -> str | None:
-    """A first token that is drafted at the anchor's position."""
     return "samples from the anchor" if config.sample_from_anchor else None
 
 
 @limit("states of another width than the draft's")
 def other_width(config: DFlashConfig) -> str | None:
-    """States of another width than the draft's."""
     return "reads states of another width than its own" if config.target_hidden_size else None
 
 
@@ -129,12 +127,11 @@ def other_width(config: DFlashConfig) -> str | None:
 def embeddings_read(config: DFlashConfig) -> str | None:
     """The state that enters layer 0, which leaves none."""
     reads = 0 in config.aux_hidden_state_layer_ids
-    return "reads the verifier's embeddings (layer -1)" if reads else None
+    return "reads the verifier's embeddings (numbered 0)" if reads else None
 
 
 @limit("a mask token with an embedding of its own")
 def own_mask(config: DFlashConfig) -> str | None:
-    """A mask token with an embedding of its own."""
     return "has a mask embedding of its own (mask_embedding.pt)" if config.mask_embedding else None
 
 
@@ -147,7 +144,6 @@ def anchored_mask(config: DFlashConfig) -> str | None:
 
 @limit("RoPE that pairs neighbouring channels")
 def paired_rope(config: DFlashConfig) -> str | None:
-    """RoPE that pairs neighbouring channels."""
     paired = not config.transformer_layer_config.is_neox_style
     return "has RoPE that pairs neighbouring channels (is_neox_style false)" if paired else None
 
@@ -161,7 +157,6 @@ def depth_unknown(config: DFlashConfig) -> str | None:
 
 @limit("Markov heads other than vanilla ones")
 def other_markov(config: DFlashConfig) -> str | None:
-    """A Markov head that depends on more than the token before."""
     kind = getattr(config, "markov_head_type", "vanilla")
     called = {"rnn": "recurrent (rnn)"}.get(kind, kind)
     return f"has a {called} Markov head" if kind != "vanilla" else None
@@ -169,14 +164,12 @@ def other_markov(config: DFlashConfig) -> str | None:
 
 @limit("layers that are causal, or not, unlike others of their type")
 def causal_full(config: DFlashConfig) -> str | None:
-    """Layers whose causality is not that of their type."""
     usual = is_usual(config.transformer_layer_config.layer_types, config.causal)
     return None if usual else "has layers that are causal, or not, unlike others of their type"
 
 
 @limit("layers that are causal beside layers that are not")
 def mixed_causality(config: DFlashConfig) -> str | None:
-    """Layers of which some are causal and some are not."""
     return (
         "has layers that are causal, and others that are not"
         if len(set(config.causal)) > 1
@@ -211,12 +204,11 @@ def last_state(config: DFlashConfig, depth: int | None) -> str | None:
     last = config.aux_hidden_state_layer_ids[-1]
     if last != (config.num_target_layers or depth):
         return None
-    return f"reads the state that leaves the verifier's last layer (layer {last})"
+    return f"reads the state that leaves the verifier's last layer (numbered {last})"
 
 
 @limit("a confidence head without the Markov embedding")
 def lone_confidence(config: DFlashConfig) -> str | None:
-    """A confidence head that does not take the Markov embedding."""
     without = getattr(config, "confidence_head_with_markov", True) is False
     lone = without and getattr(config, "enable_confidence_head", False)
     return "has a confidence head without the Markov embedding" if lone else None
@@ -224,14 +216,12 @@ def lone_confidence(config: DFlashConfig) -> str | None:
 
 @limit("layers that slide")
 def sliding(config: DFlashConfig) -> str | None:
-    """A window."""
     slides = config.transformer_layer_config.use_sliding_window
     return "has layers that slide" if slides else None
 
 
 @limit("DFlash 2's scales")
 def scaled(config: DFlashConfig) -> str | None:
-    """DFlash 2's scales."""
     given = [key for key in SCALES if getattr(config, key, None) is not None]
     return f"has {given[0]}" if given else None
 
@@ -424,10 +414,11 @@ DFLASH2_TARGETS = {
     "sglang": _sglang("DFLASH", "DFlash2DraftModel", _dflash2, samples_anchor),
     "llamacpp": _llamacpp("draft-dflash", "DFlash2DraftModel", _dflash2, samples_anchor),
 }
-DSPARK_AS_CONVERTED = _as_converted("dspark", other_markov)
+# No engine reads a mask embedding of a DSpark draft.
+DSPARK_AS_CONVERTED = _as_converted("dspark", other_markov, own_mask)
 DSPARK_TARGETS = {
-    "vllm": _vllm("dspark", "Qwen3DSparkModel", _dspark, other_markov),
-    "sglang": _sglang("DSPARK", "Qwen3DSparkModel", _dspark),
+    "vllm": _vllm("dspark", "Qwen3DSparkModel", _dspark, other_markov, own_mask),
+    "sglang": _sglang("DSPARK", "Qwen3DSparkModel", _dspark, own_mask),
     "llamacpp": _llamacpp(
         "draft-dspark",
         "Qwen3DSparkModel",

@@ -48,15 +48,17 @@ def verifier_states(said: Said, layers: int, notes: list[str]) -> dict[str, Any]
     answer, told = said.source.options.get(AUX_LAYERS.name), shifted or ours
     if answer is not None and told is not None and answer != told:
         notes.append(
-            f"the layers are {answer}, as {AUX_LAYERS.flag} says; its config.json has {told}"
+            f"it reads the states that enter the layers {answer}, as {AUX_LAYERS.flag} says; by "
+            f"its config.json they would be {told}"
         )
     known = answer or told
     if known is None and not said.upstream and depth is not None:
         usual = _usual_layers(depth, layers)
         known = [layer + 1 for layer in usual]
         notes.append(
-            f"its config.json has no target_layer_ids: taken to be the reference's {usual} for "
-            f"{layers} layers and a verifier of {depth}; {AUX_LAYERS.flag} says others"
+            "its config.json has no target_layer_ids, so it is taken to read the states that "
+            f"enter the layers {known}, as the reference does with {layers} layers and a verifier "
+            f"of {depth}; {AUX_LAYERS.flag} says others"
         )
     if known is None:
         notes.append(

@@ -15,6 +15,7 @@ from speculators.checkpoint.tensor import Constant, PlannedTensor
 from speculators.families.advice import limit_context
 from speculators.families.eagle3.config import USUAL_STATES, Eagle3Config
 from speculators.families.eagle3.publishers import EXPORTED
+from speculators.families.research.reference import newer_rope, own_head_size
 from speculators.families.rope_in_gguf import keys_of_rope, misread_rope
 from speculators.families.signature import Serving, vllm
 from speculators.families.target import Limit, Target, limit, limit_of_layers
@@ -59,13 +60,11 @@ def outputs(config: Eagle3Config) -> list[int]:
 
 @limit("more than one layer")
 def several_layers(config: Eagle3Config) -> str | None:
-    """More than one layer."""
     return f"has {config.layers} layers" if config.layers > 1 else None
 
 
 @limit("`norm_before_residual`")
 def residual_norm(config: Eagle3Config) -> str | None:
-    """A residual that is normalised."""
     if not config.norm_before_residual:
         return None
     return "takes its residual after the norm (norm_before_residual)"
@@ -73,7 +72,6 @@ def residual_norm(config: Eagle3Config) -> str | None:
 
 @limit("`norm_output`")
 def feedback_norm(config: Eagle3Config) -> str | None:
-    """EAGLE-3.1's feedback."""
     if not config.norm_output:
         return None
     return "feeds back the output after the final norm (norm_output)"
@@ -81,13 +79,11 @@ def feedback_norm(config: Eagle3Config) -> str | None:
 
 @limit("states of another width than the draft's")
 def other_width(config: Eagle3Config) -> str | None:
-    """States of another width than the draft's."""
     return "reads states of another width than its own" if config.target_hidden_size else None
 
 
 @limit("another number of states than three")
 def other_number(config: Eagle3Config) -> str | None:
-    """Not three states."""
     return f"reads {config.states} states" if config.states != USUAL_STATES else None
 
 
@@ -128,7 +124,7 @@ def last_state(config: Eagle3Config, depth: int | None) -> str | None:
     layers = config.eagle_aux_hidden_state_layer_ids
     if layers[-1] != depth or of_gpt_oss(config):
         return None
-    return f"reads the state that leaves the verifier's last layer (layer {depth})"
+    return f"reads the state that leaves the verifier's last layer (numbered {depth})"
 
 
 @limit("a single state")
@@ -141,26 +137,7 @@ def one_state(config: Eagle3Config) -> str | None:
 def embeddings_read(config: Eagle3Config) -> str | None:
     """The state that enters layer 0, which leaves none."""
     reads = 0 in config.eagle_aux_hidden_state_layer_ids
-    return "reads the verifier's embeddings (layer 0)" if reads else None
-
-
-@limit("a size of heads of its own")
-def own_head_size(config: Eagle3Config) -> str | None:
-    """A head size that is not the hidden size over the number of heads."""
-    layer = config.transformer_layer_config
-    usual = layer.hidden_size == (layer.head_dim or 0) * layer.num_attention_heads
-    return None if usual else f"has heads of size {layer.head_dim}"
-
-
-@limit("RoPE scaling, except linear and dynamic with the base 10000")
-def newer_rope(config: Eagle3Config) -> str | None:
-    """RoPE scaling that the reference implementation lacks, or computes with another base."""
-    layer = config.transformer_layer_config
-    if layer.rope_type == "default" or (
-        layer.rope_type in {"linear", "dynamic"} and layer.rope_theta == 10000
-    ):
-        return None
-    return f"has {layer.rope_type} RoPE scaling with the base {layer.rope_theta:g}"
+    return "reads the verifier's embeddings (numbered 0)" if reads else None
 
 
 @limit("dynamic RoPE scaling, and YaRN with more than a factor")
@@ -178,14 +155,12 @@ def scaled_rope_in_parallel(config: Eagle3Config) -> str | None:
 
 @limit("`fc_norm` or `norm_output` of a P-EAGLE draft")
 def norms_in_parallel(config: Eagle3Config) -> str | None:
-    """The norms of EAGLE-3.1 in a P-EAGLE draft."""
     both = config.parallel and (config.fc_norm or config.norm_output)
     return "drafts in parallel and has EAGLE-3.1's norms" if both else None
 
 
 @limit("attention biases beside norms on queries and keys")
 def qwen3_biases(config: Eagle3Config) -> str | None:
-    """Biases in a layer with norms on queries and keys."""
     layer = config.transformer_layer_config
     both = layer.model_type == "qwen3" and layer.attention_bias
     return "has biases in the attention beside norms on queries and keys" if both else None
@@ -193,7 +168,6 @@ def qwen3_biases(config: Eagle3Config) -> str | None:
 
 @limit("a single state of the draft's own width")
 def one_wide_state(config: Eagle3Config) -> str | None:
-    """``fc`` from one state of the draft's own width."""
     same = config.sizes["states"] == config.transformer_layer_config.hidden_size
     return "reads no more than one state, of its own width" if same else None
 
