@@ -177,11 +177,11 @@ def test_replayed_steps_are_the_steps(name: str, proposal: str) -> None:
 
 def test_a_verifier_with_latent_attention() -> None:
     """Its norms run on parts of what a projection gives."""
-    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "v_head_dim": 8}
+    sizes: dict[str, Any] = {"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8}
+    sizes |= {"num_key_value_heads": 4, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
     torch.manual_seed(1)
     config = DeepseekV3Config(
-        **{**SIZES, **sizes, **heads},
+        **{**SIZES, **sizes},
         num_hidden_layers=2,
         first_k_dense_replace=2,  # no layer has experts
         initializer_range=0.5,

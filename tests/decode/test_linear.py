@@ -245,7 +245,7 @@ def test_images_are_refused() -> None:
     verifier = Qwen3_5ForConditionalGeneration(
         Qwen3_5Config(text_config=text, vision_config=vision | sizes, image_token_id=40)
     ).eval()
-    verifier.to(DEVICE)  # type: ignore[arg-type]
+    verifier.to(DEVICE)
     verifier.generation_config.update(eos_token_id=None, pad_token_id=0)
     draft, ids = guessing(verifier), prompt(6)
     images = {"pixel_values": torch.zeros(4, 96), "image_grid_thw": torch.tensor([[1, 2, 2]])}
