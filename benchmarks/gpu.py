@@ -31,6 +31,7 @@ SECONDS = {
     "loading": 40,
     "correctness": 120,
     "static": 240,
+    "kinds": 240,
     "acceptance": 1200,
 }
 """The parts, and about how long each may take; it still finishes what it is measuring then."""
@@ -81,6 +82,7 @@ def main() -> int:
     from on_gpu.bench import Bench, conditions, convert_drafts, free, prepare_verifier
     from on_gpu.correctness import acceptance, correctness
     from on_gpu.decoding import decoding, static
+    from on_gpu.kinds import kinds
     from on_gpu.loading import loading
     from on_gpu.size import size
     from transformers.utils import logging as transformers_logging
@@ -91,6 +93,7 @@ def main() -> int:
         "loading": loading,
         "correctness": correctness,
         "static": static,
+        "kinds": kinds,
         "acceptance": acceptance,
     }
     logger.disable("speculators")

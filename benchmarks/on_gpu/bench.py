@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from speculators.convert.eagle import EagleConverter
+from speculators.convert.conversion import convert
 from speculators.decode import Generation
 from speculators.evaluate.prompts import OWN_PROMPTS, Prompt, read_prompts
 from speculators.format.config import ProposalMethod
-from speculators.models.eagle import EagleSpeculator
+from speculators.models import load_draft
+from speculators.models.speculator import Speculator
 
 T = TypeVar("T")
 
@@ -66,11 +67,9 @@ class Bench:
         verifier: Any = AutoModelForCausalLM.from_pretrained(self.verifier, dtype=dtype)
         return verifier.to(self.device).eval()
 
-    def load_draft(self, name: str, verifier: PreTrainedModel) -> EagleSpeculator:
+    def load_draft(self, name: str, verifier: PreTrainedModel) -> Speculator:
         """A draft in the verifier's dtype, with the verifier attached."""
-        draft = EagleSpeculator.from_pretrained(
-            self.drafts[name], verifier=verifier, dtype=verifier.dtype
-        )
+        draft = load_draft(self.drafts[name], verifier=verifier, dtype=verifier.dtype)
         draft.to(self.device)  # type: ignore[arg-type]
         nn.Module.eval(draft)
         return draft
@@ -115,7 +114,7 @@ def convert_drafts(drafts: list[Path], verifier: Path, work: Path) -> dict[str, 
     converted = {}
     for source in drafts:
         name = source.name.rpartition("-")[2]
-        converted[name] = EagleConverter().convert(source, work / name, verifier, validate=False)
+        converted[name] = convert(None, source, work / name, verifier, validate=False)
     return converted
 
 
@@ -142,7 +141,7 @@ class Output:
 
 
 def speculate(
-    draft: EagleSpeculator,
+    draft: Speculator,
     ids: Tensor,
     max_new_tokens: int,
     proposal: ProposalMethod,
@@ -203,14 +202,14 @@ def look_up(verifier: Any, ids: Tensor, max_new_tokens: int, tokens: int) -> Out
     return replace(output, steps=passes - 1, accepted=output.steps - (passes - 1))
 
 
-def recorded_alone(draft: EagleSpeculator, ids: Tensor, proposal: ProposalMethod) -> Any:
+def recorded_alone(draft: Speculator, ids: Tensor, proposal: ProposalMethod) -> Any:
     """The graphs of a step with this proposal, recorded anew; ``None`` if there are none."""
     draft._workspace.clear()
     speculate(draft, ids, 4, proposal, eos_token_id=None)
     return newest_recording(draft)
 
 
-def newest_recording(draft: EagleSpeculator) -> Any:
+def newest_recording(draft: Speculator) -> Any:
     """The most recently used graphs; ``None`` if there are none."""
     return next(reversed(draft._workspace.recordings.values()), None)
 

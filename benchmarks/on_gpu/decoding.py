@@ -28,7 +28,7 @@ from on_gpu.bench import (
 )
 from speculators.evaluate.prompts import Prompt
 from speculators.format.config import ProposalMethod
-from speculators.models.eagle import EagleSpeculator
+from speculators.models.speculator import Speculator
 
 PLAIN = "transformers"
 LOOKED_UP = (3, 10)
@@ -53,7 +53,7 @@ class Contestant:
 
     run: Callable[[Tensor, int], Output]
     about: dict[str, Any]
-    draft: EagleSpeculator | None = None
+    draft: Speculator | None = None
 
     def recordings(self) -> set[Any]:
         """The graphs recorded so far."""
@@ -81,7 +81,7 @@ def contestants_of(bench: Bench, verifier: Any) -> dict[str, Contestant]:
 
 
 def ours(
-    name: str, draft: EagleSpeculator, proposal: ProposalMethod, *, cuda_graphs: bool = True
+    name: str, draft: Speculator, proposal: ProposalMethod, *, cuda_graphs: bool = True
 ) -> Contestant:
     """A draft with a proposal method."""
 
@@ -145,12 +145,25 @@ def one_round(
 
 
 def decoding(bench: Bench, result: dict[str, Any], until: float) -> None:
-    """Measure every contestant prompt by prompt, until time is up."""
+    """Measure every contestant, and the parts of a step."""
+    verifier = bench.load_verifier(bench.dtype)
+    longest = take_turns(bench, contestants_of(bench, verifier), result, until)
+    result["step_ms"] = steps_of(bench, verifier, longest)
+    show(result)
+
+
+def take_turns(
+    bench: Bench, contestants: dict[str, Contestant], result: dict[str, Any], until: float
+) -> Tensor:
+    """Measure every contestant prompt by prompt, until time is up.
+
+    Returns:
+        the tokens of the longest prompt.
+
+    """
     count = bench.options.prompts or PROMPTS
     length = bench.options.max_new_tokens or NEW_TOKENS
     result["prompts"], result["max_new_tokens"], result["raw"] = count, length, []
-    verifier = bench.load_verifier(bench.dtype)
-    contestants = contestants_of(bench, verifier)
     prompts = bench.encoded(count)
     # The longest first, so that no cache has to grow later, which would drop its graphs.
     longest = max((ids for _, ids in prompts), key=lambda ids: ids.shape[1])
@@ -170,8 +183,7 @@ def decoding(bench: Bench, result: dict[str, Any], until: float) -> None:
         print(f"prompt {turn + 1} of {count}: {time.perf_counter() - start:.1f} s", flush=True)
     if not result["raw"]:
         raise OutOfTimeError("The time was over before the first prompt.")
-    result["step_ms"] = steps_of(bench, verifier, longest)
-    show(result)
+    return longest
 
 
 def summarise(contestants: dict[str, Contestant], raw: list[dict[str, Any]]) -> dict[str, Any]:

@@ -214,6 +214,63 @@ def static_table(result: Results) -> str:
     return markdown(head, rows)
 
 
+def kinds_table(result: Results) -> str:
+    """Drafts of different kinds, and the parts of their steps."""
+    rows = []
+    for name, said in result["contestants"].items():
+        parts = result["step_ms"].get(name, {})
+        rows.append(
+            (
+                name.replace("_", " "),
+                number(said["tokens_per_second"], 1),
+                number(said["speedup"]),
+                number(said["acceptance_length"]),
+                number(said["ms_per_step"]),
+                *(number(parts.get(key), 3) for key in ("draft", "verify", "gather")),
+            )
+        )
+    head = (
+        "",
+        "tokens/s",
+        "speed-up",
+        "tokens per step",
+        "ms per step",
+        "of the GPU: draft",
+        "verifier",
+        "gather",
+    )
+    prompts = next(iter(result["contestants"].values()))["prompts"]
+    said = result["conditions"]
+    return (
+        f"{said['device']}, {prompts} prompts, up to {result['max_new_tokens']} new tokens.\n\n"
+        + markdown(head, rows)
+    )
+
+
+def outputs_table(result: Results) -> str:
+    """What drafts of different kinds had accepted in two dtypes, and whose outputs differed."""
+    told = result["outputs"]
+    exact, rounded = told["dtypes"]["float32"], told["dtypes"]["bfloat16"]
+    rows = []
+    for name in exact:
+        if name == "tie_in_spacings":
+            continue
+        cells = [name]
+        for said in (exact[name], rounded[name]):
+            different = len(said["differences"])
+            cells += [
+                f"{said['acceptance_length']:.3f}",
+                f"{sum(said['steps'])}, {sum(said['accepted'])}",
+                f"{said['identical']} of {told['prompts']}"
+                + (f"; {said['ties']} of {different} others are ties" if different else ""),
+            ]
+        rows.append(cells)
+    head = ["", "float32", "steps, accepted", "same output", "bfloat16", *["steps, accepted"]]
+    return f"{told['prompts']} prompts, up to {told['max_new_tokens']} new tokens.\n\n" + markdown(
+        [*head, "same output"], rows
+    )
+
+
 def size_table(result: Results) -> str:
     """The parts of a step at 8B size, with floors and goals."""
     alone = result["contestants"]["greedy:1"].get("parts_ms", {}).get("verify")
@@ -403,6 +460,8 @@ TABLES: dict[str, tuple[str | None, Callable[[Results], str]]] = {
     "decoding": ("decoding", decoding_table),
     "decoding-steps": ("decoding", steps_table),
     "static": ("static", static_table),
+    "kinds": ("kinds", kinds_table),
+    "kinds-outputs": ("kinds", outputs_table),
     "size": ("size", size_table),
     "loading": ("loading", loading_table),
     "golden": ("correctness", golden_table),

@@ -16,7 +16,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import EtaLogitsWarper, PreTrainedModel
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    EtaLogitsWarper,
+    PreTrainedModel,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from block_drafts import knowing_dflash
@@ -30,7 +35,7 @@ from speculators.format.config import ProposalMethod
 from speculators.models.eagle import EagleSpeculator
 from speculators.models.eagle3 import Eagle3Speculator
 from speculators.models.speculator import Speculator
-from tiny_models import VERIFIERS, knowing_draft, prompt, tiny_verifier
+from tiny_models import SIZES, VERIFIERS, knowing_draft, prompt, tiny_verifier
 from toy_draft import ToyDraft
 
 SMALL_TREE = ProposalMethod(
@@ -170,6 +175,27 @@ def test_replayed_steps_are_the_steps(name: str, proposal: str) -> None:
     assert draft._workspace.prompts
 
 
+def test_a_verifier_with_latent_attention() -> None:
+    """Its norms run on parts of what a projection gives."""
+    sizes: dict[str, Any] = {"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8}
+    sizes |= {"num_key_value_heads": 4, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    torch.manual_seed(1)
+    config = DeepseekV3Config(
+        **{**SIZES, **sizes},
+        num_hidden_layers=2,
+        first_k_dense_replace=2,  # no layer has experts
+        initializer_range=0.5,
+    )
+    verifier: Any = DeepseekV3ForCausalLM(config).eval()
+    verifier.generation_config.update(eos_token_id=None, pad_token_id=0)
+    draft = knowing_draft(verifier)
+    verifier.to(DEVICE)
+    draft.to(DEVICE)  # type: ignore[arg-type]
+    for length in (1, 9):
+        check_same(draft, ids_of(length), proposal=PROPOSALS["chain"])
+    assert recordings(draft) > 0
+
+
 def batch_of(*lengths: int) -> tuple[Tensor, Tensor]:
     """Prompts of these lengths, padded at the left, and their mask."""
     ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long, device=DEVICE)
@@ -280,6 +306,8 @@ def test_a_draft_of_blocks(kind: str) -> None:
             check_same(draft, ids, proposal=proposal, max_new_tokens=12)
     check_same(draft, ids, proposal="sampling", max_new_tokens=12, do_sample=True, top_k=9)
     assert recordings(draft) > 2
+    check_batch(draft, (5, 9, 2), proposal="greedy", max_new_tokens=12)
+    assert recordings(draft) > 0
 
 
 def test_replayed_draws_from_some_tokens_have_the_verifiers_distribution() -> None:
@@ -311,7 +339,7 @@ def test_replayed_draws_from_some_tokens_have_the_verifiers_distribution() -> No
 
 
 @pytest.fixture(
-    params=["eagle3", pytest.param("eagle31", marks=pytest.mark.exhaustive), "parallel"]
+    params=[pytest.param("eagle3", marks=pytest.mark.exhaustive), "eagle31", "parallel"]
 )
 def eagle3_draft(request: pytest.FixtureRequest) -> Eagle3Speculator:
     """A draft that reads several layers, and often predicts its verifier."""

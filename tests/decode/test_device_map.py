@@ -371,7 +371,7 @@ def test_sampling_over_two_gpus(models: Path, where: int) -> None:
     """With top_k = 1 the result must be the best token, whichever was proposed."""
     draft = loaded(models, TWO_GPUS["in halves"], draft={"": where})
     inputs = inputs_of(draft)
-    own = verifier_of(draft).generate(**inputs, do_sample=False, max_new_tokens=24)
+    own = verifier_of(draft).generate(**inputs, do_sample=False, max_new_tokens=12)
     for proposal in PROPOSALS.values():
         one = generated(draft, inputs, proposal=proposal, do_sample=True, top_k=1)
         assert one.sequences.tolist() == own.tolist()

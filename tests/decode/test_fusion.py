@@ -65,6 +65,22 @@ def test_norms(dtype: torch.dtype) -> None:
 
 
 @every_dtype
+@pytest.mark.parametrize("layout", ["parts", "columns", "one for all"])
+def test_norms_of_vectors_that_are_apart(layout: str, dtype: torch.dtype) -> None:
+    """As EAGLE-3.1's norms of the verifier's states, and latent attention's, take them."""
+    norm = LlamaRMSNorm(24, eps=1e-5).to(DEVICE, dtype)
+    norm.weight.data = random(24, dtype=dtype)
+    x = {
+        "parts": random(2, 5, 72, dtype=dtype)[..., 24:48],
+        "columns": random(2, 24, 5, dtype=dtype).transpose(1, 2),
+        "one for all": random(1, 1, 24, dtype=dtype).expand(2, 5, 24),
+    }[layout]
+    found = kernels.rms_norm(x, norm.weight, 1e-5)
+    assert difference(found, norm(x)) < (0.05 if dtype.itemsize < 4 else 2)
+    assert found.is_contiguous()
+
+
+@every_dtype
 def test_products_with_silu(dtype: torch.dtype) -> None:
     gate, up = random(3, 5, 700, dtype=dtype), random(3, 5, 700, dtype=dtype)
     found = kernels.gated_silu(gate, up)
@@ -83,10 +99,13 @@ def test_rotary_embeddings(angles: int, dtype: torch.dtype) -> None:
 
 
 @every_dtype
-def test_writing_to_a_cache(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_writing_to_a_cache(apart: bool, dtype: torch.dtype) -> None:
     keys, values = (torch.zeros(2, 3, 30, 24, device=DEVICE, dtype=dtype) for _ in range(2))
     expected_keys, expected_values = keys.clone(), values.clone()
     new_keys, new_values = heads(2, 3, 4, 24, dtype=dtype), heads(2, 3, 4, 24, dtype=dtype)
+    if apart:
+        new_values = random(2, 3, 24, 4, dtype=dtype).transpose(2, 3)
     at = torch.tensor([[3, 4, 5, 6], [20, 21, 22, 23]], device=DEVICE)
     kernels.write(keys, values, new_keys, new_values, at)
     BlockCache.write(expected_keys, expected_values, new_keys, new_values, at)

@@ -1,4 +1,7 @@
-"""Speculation with verifiers that have linear attention: exactly what they generate alone."""
+"""Speculation with verifiers that have linear attention: exactly what they generate alone.
+
+On a machine with a GPU all of it runs there.
+"""
 
 import weakref
 from collections.abc import Sequence
@@ -17,9 +20,11 @@ from speculators.decode.linear import linear_layers
 from speculators.decode.loop import Generation
 from speculators.decode.verification import VerifierPass
 from speculators.errors import GenerationError
-from tiny_models import SIZES, knowing_draft, prompt, random_draft
+from tiny_models import SIZES, knowing_draft, random_draft
+from tiny_models import prompt as prompt_on_cpu
 
 NEW_TOKENS = 24
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 EXPERTS = {
     "num_experts": 4,
@@ -33,6 +38,20 @@ CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "qwen3_5_text": (Qwen3_5TextConfig, {}),
     "qwen3_5_moe_text": (Qwen3_5MoeTextConfig, EXPERTS),
 }
+
+
+def prompt(length: int, rows: int = 1) -> Tensor:
+    return prompt_on_cpu(length, rows=rows).to(DEVICE)
+
+
+def knowing(verifier: PreTrainedModel) -> Any:
+    """A draft that is often right, beside its verifier."""
+    return knowing_draft(verifier).to(verifier.device, verifier.dtype)  # type: ignore[arg-type]
+
+
+def guessing(verifier: PreTrainedModel) -> Any:
+    """A draft that is hardly ever right."""
+    return random_draft(verifier).to(verifier.device, verifier.dtype)  # type: ignore[arg-type]
 
 
 def verifier_of(kind: str, context: float = 0.3) -> PreTrainedModel:
@@ -53,7 +72,7 @@ def verifier_of(kind: str, context: float = 0.3) -> PreTrainedModel:
         linear_value_head_dim=8,
         initializer_range=0.5,
     )
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().to(DEVICE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
@@ -94,7 +113,7 @@ def test_greedy_output_is_the_verifiers(verifier: PreTrainedModel, length: int) 
     ids = prompt(length)
     expected = generated(verifier, ids)
     seen = set[int]()
-    for draft in (knowing_draft(verifier), random_draft(verifier)):
+    for draft in (knowing(verifier), guessing(verifier)):
         found = speculated(draft, ids, num_draft_tokens=3)
         assert torch.equal(found.sequences, expected)
         seen |= set(found.accepted[0])
@@ -108,7 +127,7 @@ def test_prompts_of_different_lengths(verifier: PreTrainedModel) -> None:
     mask = torch.ones_like(ids)
     for row, padding in enumerate((0, 2, 5)):
         ids[row, :padding], mask[row, :padding] = 0, 0
-    draft = knowing_draft(verifier)
+    draft = knowing(verifier)
     expected = generated(verifier, ids, attention_mask=mask)
     end = int(expected[1, 12])
     for settings in ({}, {"eos_token_id": end, "pad_token_id": 0}):
@@ -127,7 +146,7 @@ def test_a_state_that_was_taken_back_is_that_of_the_accepted_tokens(
     tokens, counts = prompt(6, rows=2), (2, 4)
     linear = linear_layers(verifier)
     assert linear == (0, 1, 2)
-    shape = shape_of(chain(3), torch.device("cpu"))
+    shape = shape_of(chain(3), DEVICE)
     cache = BlockCache([0, 0], linear)
     with torch.no_grad(), VerifierPass(verifier, cache, 20) as verifier_pass:
         verifier_pass.prefill(prompt(5, rows=2), None, None)
@@ -143,7 +162,7 @@ def test_a_state_that_was_taken_back_is_that_of_the_accepted_tokens(
             for mine, theirs in zip(
                 states_of(cache.layers[number]), states_of(once.layers[number]), strict=True
             ):
-                torch.testing.assert_close(mine[row], theirs[0], atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(mine[row], theirs[0], atol=1e-4, rtol=1e-3)
 
 
 def states_of(layer: Any) -> Sequence[Tensor]:
@@ -153,10 +172,29 @@ def states_of(layer: Any) -> Sequence[Tensor]:
     ]
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_bfloat16_output_is_the_verifiers_up_to_rounding(kind: str) -> None:
+    """Each token is the best one by the same weights in float32, or as good up to rounding.
+
+    Without the state being taken back, some tokens are worse by 40 times the rounding.
+    """
+    rounded, exact = (verifier_of(kind, context=0.05).bfloat16() for _ in range(2))
+    exact.float()
+    length = 5
+    found = speculated(knowing(rounded), prompt(length), num_draft_tokens=3)
+    assert len(set(found.accepted[0])) > 1
+    tokens = found.sequences
+    with torch.no_grad():
+        best, other = (one(tokens[:, :-1]).logits[0, length - 1 :] for one in (exact, rounded))
+    rounding = (best - other).abs().amax(1)
+    gaps = best.amax(1) - best.gather(1, tokens[0, length:, None])[:, 0]
+    assert (gaps <= 4 * rounding).all()
+
+
 def test_sampling_starts_from_the_right_state() -> None:
     """With a top_k of 1, sampling has one outcome: the greedy one."""
     verifier = verifier_of("qwen3_next")
-    draft = knowing_draft(verifier)
+    draft = knowing(verifier)
     settings = {"do_sample": True, "top_k": 1, "num_draft_tokens": 3, "proposal": "sampling"}
     assert torch.equal(
         speculated(draft, prompt(5), **settings).sequences, generated(verifier, prompt(5))
@@ -182,7 +220,7 @@ def test_inputs_of_layers_are_kept_for_blocks_and_not_for_prompts(
         attention.register_forward_pre_hook(note, with_kwargs=True),
         head.register_forward_pre_hook(look),
     ]
-    speculated(random_draft(verifier), prompt(9), num_draft_tokens=3)
+    speculated(guessing(verifier), prompt(9), num_draft_tokens=3)
     for hook in hooks:
         hook.remove()
     assert not kept[0]
@@ -192,7 +230,7 @@ def test_inputs_of_layers_are_kept_for_blocks_and_not_for_prompts(
 def test_trees_are_refused() -> None:
     verifier = verifier_of("qwen3_next")
     with pytest.raises(GenerationError, match=r"a single path.*choose greedy or sampling"):
-        speculated(random_draft(verifier), prompt(4), proposal="static_tree")
+        speculated(guessing(verifier), prompt(4), proposal="static_tree")
 
 
 def test_images_are_refused() -> None:
@@ -207,8 +245,9 @@ def test_images_are_refused() -> None:
     verifier = Qwen3_5ForConditionalGeneration(
         Qwen3_5Config(text_config=text, vision_config=vision | sizes, image_token_id=40)
     ).eval()
+    verifier.to(DEVICE)
     verifier.generation_config.update(eos_token_id=None, pad_token_id=0)
-    draft, ids = random_draft(verifier), prompt(6)
+    draft, ids = guessing(verifier), prompt(6)
     images = {"pixel_values": torch.zeros(4, 96), "image_grid_thw": torch.tensor([[1, 2, 2]])}
     with pytest.raises(GenerationError, match=r"tokens only, and no pixel_values; leave it out"):
         speculated(draft, ids, **images)
@@ -219,5 +258,5 @@ def test_images_are_refused() -> None:
 
 def test_hooks_are_gone_afterwards() -> None:
     verifier = verifier_of("qwen3_next")
-    speculated(knowing_draft(verifier), prompt(4))
+    speculated(knowing(verifier), prompt(4))
     assert not any(module._forward_pre_hooks for module in verifier.modules())

@@ -25,25 +25,33 @@ MAX_PROGRAMS = 256
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Scale vectors, (..., width), to a mean square of 1, and then by ``weight``, (width)."""
-    flat = x.reshape(-1, x.shape[-1])
-    normed = torch.empty_like(flat)
+    """Scale vectors, (..., width), to a mean square of 1, and then by ``weight``, (width).
+
+    The vectors may be parts of wider ones.
+    """
+    flat = dense_vectors(x.reshape(-1, x.shape[-1]))
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width = flat.shape[1]
     block = triton.next_power_of_2(width)
-    _rms_norm[(len(flat),)](flat, weight, normed, width, epsilon, block)
-    return normed.view(x.shape)
+    _rms_norm[(len(flat),)](flat, weight, normed, flat.stride(0), width, epsilon, block)
+    return normed
 
 
-@triton.jit(do_not_specialize=["width"])
-def _rms_norm(x, weight, normed, width, epsilon, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * width
+def dense_vectors(x: Tensor) -> Tensor:
+    """The same values, with those of the last dimension one after the other in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit(do_not_specialize=["x_row", "width"])
+def _rms_norm(x, weight, normed, x_row, width, epsilon, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    value = tl.load(x + row + column, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / width + epsilon)
     gain = tl.load(weight + column, mask=inside, other=0.0)
     scaled = (value * scale).to(gain.dtype).to(tl.float32) * gain.to(tl.float32)
-    tl.store(normed + row + column, scaled.to(gain.dtype), mask=inside)
+    tl.store(normed + row * width + column, scaled.to(gain.dtype), mask=inside)
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
@@ -159,6 +167,7 @@ def _rotate(
 
 def write(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, at: Tensor) -> None:
     """See ``BlockCache.write``."""
+    new_keys, new_values = dense_vectors(new_keys), dense_vectors(new_values)
     rows, heads, length, size = new_keys.shape
     _write[(rows * length, heads)](
         keys,
