@@ -2,7 +2,8 @@
 
 With build 11434, `convert_hf_to_gguf.py --mtp` made the same GGUF, tensor by tensor and key by key,
 of what is cut as of the whole verifier: of Qwen3-Next (`golden-families/mtp_qwen3_next` with a
-vocabulary of 49,152), a Qwen3.5 with vision and a tied head, and a GLM-4-MoE.
+vocabulary of 49,152), a Qwen3.5 with vision and a tied head, and a GLM-4-MoE. Of what is cut,
+llama-server then drafted what docs/mtp.md says.
 """
 
 from pathlib import Path
@@ -31,14 +32,24 @@ def of_the_verifier(directory: Path) -> Tensors:
     }
 
 
+GLM4V = {"architectures": ["Glm4vMoeForConditionalGeneration"]}
+
+
 @pytest.mark.parametrize("kind", ["qwen3_next", "glm4v_moe", "mimo_v2_flash", "hy_v3"])
 def test_it_has_what_the_converter_keeps(tmp_path: Path, kind: str) -> None:
-    config = {"architectures": ["Glm4vMoeForConditionalGeneration"]} if kind == "glm4v_moe" else {}
-    verifier = write_verifier(tmp_path / kind, kind, config=config, spread=True)
+    config, mtp = GLM4V if kind == "glm4v_moe" else {}, mtp_of(kind)
+    if kind == "glm4v_moe":
+        mtp = {name: it for name, it in mtp.items() if ".layers.2." in name}
+    elif kind == "mimo_v2_flash":
+        copies = [(f".layers.{layer}.", name, it) for layer in range(3) for name, it in mtp.items()]
+        mtp = {name.replace(".layers.0.", layer): it.clone() for layer, name, it in copies}
+    text = VERIFIERS[kind].config.get("text_config")
+    more = {"text_config": text | {"num_nextn_predict_layers": 1}} if text else {}
+    verifier = write_verifier(tmp_path / kind, kind, config=config | more, mtp=mtp, spread=True)
     (verifier / "vocab.json").write_text("{}")
     cut(verifier, tmp_path / "out", to="llamacpp")
     assert len(of_the_verifier(verifier)) == len(BESIDE)
-    expected = {**mtp_of(kind), **of_the_verifier(verifier)}
+    expected = {**mtp, **of_the_verifier(verifier)}
     assert bytes_of(stored_tensors(tmp_path / "out")) == bytes_of(expected)
     assert entries(tmp_path / "out") == [
         "config.json",
@@ -70,8 +81,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "several layers": (
         "qwen3_5_moe",
         {"architectures": ["Qwen3_5MoeForCausalLM"]},
-        "an MTP of 2 layers, and llama.cpp runs those of Qwen with one only",
+        r"an MTP of 2 layer\(s\), and llama\.cpp runs .* Qwen3_5MoeForCausalLM only if it has 1;",
     ),
+    "several layers of another": ("glm4v_moe", GLM4V, "an MTP of 2 layer.* only if it has 1;"),
+    "fewer layers": ("mimo_v2_flash", {}, "an MTP of 1 layer.* only if it has 3;"),
     "an embedding of its own": ("qwen3_5", {}, r"has mtp\.embed_tokens\.weight, an embedding"),
 }
 

@@ -3,7 +3,7 @@
 Of a verifier's directory it keeps the MTP, the embedding, the final norm and the head, and reads
 the tokenizer. A directory with these alone is enough, and far smaller. What it knows was read off
 llama.cpp's build 11434 (``conversion/*.py``, classes with ``supports_mtp_export``; ``src/models``
-for what runs), and it was run on Qwen3-Next, Qwen3.5 and GLM-4-MoE.
+for what runs). docs/mtp.md says with which models that build was run.
 """
 
 import re
@@ -16,31 +16,30 @@ from speculators.mtp.types import PREFIX, language_config
 
 __all__ = ["TOKENIZER_FILES", "taken_along"]
 
-ARCHITECTURES = frozenset(
-    {
-        "BailingMoeV3ForCausalLM",
-        "DeepseekV32ForCausalLM",
-        "DeepseekV4ForCausalLM",
-        "Glm4MoeForCausalLM",
-        "Glm4MoeLiteForCausalLM",
-        "Glm4vMoeForConditionalGeneration",
-        "GlmMoeDsaForCausalLM",
-        "HYV3ForCausalLM",
-        "MiMoV2FlashForCausalLM",
-        "MiMoV2ForCausalLM",
-        "NemotronHForCausalLM",
-        "Qwen3NextForCausalLM",
-        "Qwen3_5ForCausalLM",
-        "Qwen3_5ForConditionalGeneration",
-        "Qwen3_5MoeForCausalLM",
-        "Qwen3_5MoeForConditionalGeneration",
-        "Qwen4ExpForCausalLM",
-        "Qwen4ExpForConditionalGeneration",
-        "Step3p5ForCausalLM",
-        "Step3p7ForConditionalGeneration",
-    }
-)
-"""What config.json has to say first under ``architectures``. Of others, such as DeepSeek-V3, the
+ARCHITECTURES: Mapping[str, int | None] = {
+    "BailingMoeV3ForCausalLM": 1,
+    "DeepseekV32ForCausalLM": 1,
+    "DeepseekV4ForCausalLM": 1,
+    "Glm4MoeForCausalLM": 1,
+    "Glm4MoeLiteForCausalLM": 1,
+    "Glm4vMoeForConditionalGeneration": 1,
+    "GlmMoeDsaForCausalLM": 1,
+    "HYV3ForCausalLM": None,
+    "MiMoV2FlashForCausalLM": 3,
+    "MiMoV2ForCausalLM": 3,
+    "NemotronHForCausalLM": None,
+    "Qwen3NextForCausalLM": 1,
+    "Qwen3_5ForCausalLM": 1,
+    "Qwen3_5ForConditionalGeneration": 1,
+    "Qwen3_5MoeForCausalLM": 1,
+    "Qwen3_5MoeForConditionalGeneration": 1,
+    "Qwen4ExpForCausalLM": 1,
+    "Qwen4ExpForConditionalGeneration": 1,
+    "Step3p5ForCausalLM": None,
+    "Step3p7ForConditionalGeneration": None,
+}
+"""What config.json has to say first under ``architectures`` → how many MTP layers llama.cpp runs;
+``None`` for any number (the two of Nemotron-H's are one to it). Of others, such as DeepSeek-V3, the
 converter takes no MTP alone, or leaves it out of the whole model, too."""
 
 BESIDE = re.compile(
@@ -90,17 +89,17 @@ def taken_along(
             f"{name} is of the architecture {architecture}, of which llama.cpp's converter takes "
             "no MTP alone; docs/mtp.md has a list of those that it knows."
         )
-    if mtp.type.name in {"qwen", "qwen3_next"}:
-        if mtp.layers > 1:
-            raise ConversionError(
-                f"{name} has an MTP of {mtp.layers} layers, and llama.cpp runs those of Qwen with "
-                "one only; serve it with vLLM."
-            )
-        if own := [it for it in mtp.slots if it.startswith("mtp.embed_tokens.")]:
-            raise ConversionError(
-                f"{name} has {own[0]}, an embedding of the MTP's own, which llama.cpp's converter "
-                "does not know; serve it with vLLM."
-            )
+    if (layers := ARCHITECTURES[architecture]) not in {None, mtp.layers}:
+        raise ConversionError(
+            f"{name} has an MTP of {mtp.layers} layer(s), and llama.cpp runs an MTP of "
+            f"{architecture} only if it has {layers}; serve it with vLLM."
+        )
+    own = next((it for it in mtp.slots if it.startswith("mtp.embed_tokens.")), None)
+    if own is not None and mtp.type.name in {"qwen", "qwen3_next"}:
+        raise ConversionError(
+            f"{name} has {own}, an embedding of the MTP's own, which llama.cpp's converter does "
+            "not know; serve it with vLLM."
+        )
     found = frozenset(it for it in names if BESIDE.fullmatch(it) and it not in mtp.slots)
     tied = bool(language_config(config).get("tie_word_embeddings"))
     for what, pattern in (
