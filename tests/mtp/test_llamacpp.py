@@ -32,20 +32,13 @@ def of_the_verifier(directory: Path) -> Tensors:
     }
 
 
-GLM4V = {"architectures": ["Glm4vMoeForConditionalGeneration"]}
-
-
-@pytest.mark.parametrize("kind", ["qwen3_next", "glm4v_moe", "mimo_v2_flash", "hy_v3"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "mimo_v2_flash", "hy_v3"])
 def test_it_has_what_the_converter_keeps(tmp_path: Path, kind: str) -> None:
-    config, mtp = GLM4V if kind == "glm4v_moe" else {}, mtp_of(kind)
-    if kind == "glm4v_moe":
-        mtp = {name: it for name, it in mtp.items() if ".layers.2." in name}
-    elif kind == "mimo_v2_flash":
+    mtp = mtp_of(kind)
+    if kind == "mimo_v2_flash":
         copies = [(f".layers.{layer}.", name, it) for layer in range(3) for name, it in mtp.items()]
         mtp = {name.replace(".layers.0.", layer): it.clone() for layer, name, it in copies}
-    text = VERIFIERS[kind].config.get("text_config")
-    more = {"text_config": text | {"num_nextn_predict_layers": 1}} if text else {}
-    verifier = write_verifier(tmp_path / kind, kind, config=config | more, mtp=mtp, spread=True)
+    verifier = write_verifier(tmp_path / kind, kind, mtp=mtp, spread=True)
     (verifier / "vocab.json").write_text("{}")
     cut(verifier, tmp_path / "out", to="llamacpp")
     assert len(of_the_verifier(verifier)) == len(BESIDE)
@@ -76,14 +69,18 @@ def test_a_tied_head_need_not_be_there(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "DeepSeek-V3": ("deepseek_v3", {}, "DeepseekV3ForCausalLM, of which .* takes no MTP alone"),
+    "DeepSeek-V3": ("deepseek_v3", {}, "DeepseekV3ForCausalLM, of which .* runs no MTP alone"),
     "no architecture": ("glm4v_moe", {}, "no list of architectures"),
     "several layers": (
         "qwen3_5_moe",
         {"architectures": ["Qwen3_5MoeForCausalLM"]},
         r"an MTP of 2 layer\(s\), and llama\.cpp runs .* Qwen3_5MoeForCausalLM only if it has 1;",
     ),
-    "several layers of another": ("glm4v_moe", GLM4V, "an MTP of 2 layer.* only if it has 1;"),
+    "M-RoPE in GLM": (
+        "glm4v_moe",
+        {"architectures": ["Glm4vMoeForConditionalGeneration"]},
+        "Glm4vMoeForConditionalGeneration, of which llama.cpp runs no MTP alone",
+    ),
     "fewer layers": ("mimo_v2_flash", {}, "an MTP of 1 layer.* only if it has 3;"),
     "an embedding of its own": ("qwen3_5", {}, r"has mtp\.embed_tokens\.weight, an embedding"),
 }

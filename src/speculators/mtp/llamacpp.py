@@ -22,7 +22,6 @@ ARCHITECTURES: Mapping[str, int | None] = {
     "DeepseekV4ForCausalLM": 1,
     "Glm4MoeForCausalLM": 1,
     "Glm4MoeLiteForCausalLM": 1,
-    "Glm4vMoeForConditionalGeneration": 1,
     "GlmMoeDsaForCausalLM": 1,
     "HYV3ForCausalLM": None,
     "MiMoV2FlashForCausalLM": 3,
@@ -40,7 +39,8 @@ ARCHITECTURES: Mapping[str, int | None] = {
 }
 """What config.json has to say first under ``architectures`` → how many MTP layers llama.cpp runs;
 ``None`` for any number (the two of Nemotron-H's are one to it). Of others, such as DeepSeek-V3, the
-converter takes no MTP alone, or leaves it out of the whole model, too."""
+converter takes no MTP alone, or leaves it out of the whole model, too. GLM-4.5V's it takes, but
+llama.cpp ends in an assertion, since the MTP's RoPE does not know M-RoPE."""
 
 BESIDE = re.compile(
     rf"{PREFIX}(?:embed_tokens|word_embeddings|norm)\.weight|lm_head\..+"
@@ -86,8 +86,8 @@ def taken_along(
         )
     if architecture not in ARCHITECTURES:
         raise ConversionError(
-            f"{name} is of the architecture {architecture}, of which llama.cpp's converter takes "
-            "no MTP alone; docs/mtp.md has a list of those that it knows."
+            f"{name} is of the architecture {architecture}, of which llama.cpp runs no MTP alone; "
+            "docs/mtp.md has a list of those that it knows."
         )
     if (layers := ARCHITECTURES[architecture]) not in {None, mtp.layers}:
         raise ConversionError(
