@@ -1,7 +1,7 @@
 """Which MTPs llama.cpp's converter makes a GGUF of alone: ``convert_hf_to_gguf.py --mtp``.
 
 Read off llama.cpp's build 11434 (``conversion/*.py``, classes with ``supports_mtp_export``;
-``src/models`` for what runs); it was run on Qwen3-Next, Qwen3.5 and GLM-4-MoE. ``inspect`` and
+``src/models`` for what runs); docs/mtp.md says on which models that build was run. ``inspect`` and
 ``mtp cut --to llamacpp`` both ask here.
 """
 
@@ -11,38 +11,35 @@ from typing import Any
 
 __all__ = ["why_not_in_gguf"]
 
-QWEN = {
-    r"mtp\.layers\.[1-9]\d*\..*": "has an MTP of several layers, of which llama.cpp runs one only",
-    r"mtp\.embed_tokens\..*": (
-        "has an embedding of the MTP's own, which llama.cpp's converter does not know"
-    ),
+ARCHITECTURES: Mapping[str, int | None] = {
+    "BailingMoeV3ForCausalLM": 1,
+    "DeepseekV32ForCausalLM": 1,
+    "DeepseekV4ForCausalLM": 1,
+    "Glm4MoeForCausalLM": 1,
+    "Glm4MoeLiteForCausalLM": 1,
+    "GlmMoeDsaForCausalLM": 1,
+    "HYV3ForCausalLM": None,
+    "MiMoV2FlashForCausalLM": 3,
+    "MiMoV2ForCausalLM": 3,
+    "NemotronHForCausalLM": None,
+    "Qwen3NextForCausalLM": 1,
+    "Qwen3_5ForCausalLM": 1,
+    "Qwen3_5ForConditionalGeneration": 1,
+    "Qwen3_5MoeForCausalLM": 1,
+    "Qwen3_5MoeForConditionalGeneration": 1,
+    "Qwen4ExpForCausalLM": 1,
+    "Qwen4ExpForConditionalGeneration": 1,
+    "Step3p5ForCausalLM": None,
+    "Step3p7ForConditionalGeneration": None,
 }
+"""What config.json has to say first under ``architectures`` → how many MTP layers llama.cpp runs;
+``None`` for any number (the two of Nemotron-H's are one to it). Of others, such as DeepSeek-V3, the
+converter takes no MTP alone, or leaves it out of the whole model, too. GLM-4.5V's it takes, but
+llama.cpp ends in an assertion, since the MTP's RoPE does not know M-RoPE."""
 
-ARCHITECTURES: Mapping[str, Mapping[str, str]] = {
-    "BailingMoeV3ForCausalLM": {},
-    "DeepseekV32ForCausalLM": {},
-    "DeepseekV4ForCausalLM": {},
-    "Glm4MoeForCausalLM": {},
-    "Glm4MoeLiteForCausalLM": {},
-    "Glm4vMoeForConditionalGeneration": {},
-    "GlmMoeDsaForCausalLM": {},
-    "HYV3ForCausalLM": {},
-    "MiMoV2FlashForCausalLM": {},
-    "MiMoV2ForCausalLM": {},
-    "NemotronHForCausalLM": {},
-    "Qwen3NextForCausalLM": QWEN,
-    "Qwen3_5ForCausalLM": QWEN,
-    "Qwen3_5ForConditionalGeneration": QWEN,
-    "Qwen3_5MoeForCausalLM": QWEN,
-    "Qwen3_5MoeForConditionalGeneration": QWEN,
-    "Qwen4ExpForCausalLM": {},
-    "Qwen4ExpForConditionalGeneration": {},
-    "Step3p5ForCausalLM": {},
-    "Step3p7ForConditionalGeneration": {},
-}
-"""What config.json has to say first under ``architectures`` → pattern of tensor names → what they
-show that llama.cpp does not compute. Of other architectures, such as DeepSeek-V3, the converter
-takes no MTP alone, or leaves it out of the whole model, too."""
+LAYER = re.compile(r"(?:layers|mtp)\.(\d+)\.")
+OWN_EMBEDDING = re.compile(r"mtp\.embed_tokens\..+")
+"""In Qwen's names."""
 
 
 def why_not_in_gguf(config: Mapping[str, Any], names: Collection[str]) -> str | None:
@@ -50,7 +47,7 @@ def why_not_in_gguf(config: Mapping[str, Any], names: Collection[str]) -> str | 
 
     Args:
         config: the config.json of the MTP or of its verifier.
-        names: of the tensors.
+        names: of the MTP's tensors; those of the verifier that have no layer's number may be there.
 
     """
     said = config.get("architectures")
@@ -61,15 +58,13 @@ def why_not_in_gguf(config: Mapping[str, Any], names: Collection[str]) -> str | 
             "models apart"
         )
     if architecture not in ARCHITECTURES:
+        return f"is of the architecture {architecture}, of which llama.cpp runs no MTP alone"
+    layers = len({found[1] for name in names if (found := LAYER.search(name))})
+    if (most := ARCHITECTURES[architecture]) not in {None, layers}:
         return (
-            f"is of the architecture {architecture}, of which llama.cpp's converter takes no MTP "
-            "alone"
+            f"has an MTP of {layers} layer(s), and llama.cpp runs an MTP of {architecture} only if "
+            f"it has {most}"
         )
-    return next(
-        (
-            what
-            for pattern, what in ARCHITECTURES[architecture].items()
-            if any(re.fullmatch(pattern, name) for name in names)
-        ),
-        None,
-    )
+    if architecture.startswith("Qwen3") and any(map(OWN_EMBEDDING.fullmatch, names)):
+        return "has an embedding of the MTP's own, which llama.cpp's converter does not know"
+    return None
