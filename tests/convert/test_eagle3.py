@@ -851,6 +851,10 @@ def test_a_verifier_of_another_vocabulary(tmp_path: Path) -> None:
 # What is told
 
 
+def verified_by(architecture: str) -> dict[str, Any]:
+    return {"speculators_config": {"verifier": {"architectures": [architecture]}}}
+
+
 @pytest.mark.parametrize(
     ("name", "config", "expected"),
     [
@@ -859,6 +863,8 @@ def test_a_verifier_of_another_vocabulary(tmp_path: Path) -> None:
         ("fc_bias", {}, r"vLLM and the PyPI project speculators drop fc\.bias"),
         (QWEN3, {}, r"vLLM drops o_proj\.bias"),
         (SAILAB, {"rope_theta": 500000.0}, "trainers always used 10000"),
+        (UPSTREAM, verified_by("Gemma3ForConditionalGeneration"), "on other logits than it has"),
+        (UPSTREAM, verified_by("Qwen3_5MoeForConditionalGeneration"), "on other logits"),
     ],
 )
 def test_told(
@@ -873,6 +879,14 @@ def test_tables_that_may_never_have_been_filled(tmp_path: Path, log: list[str]) 
     out = converted(write(tmp_path / "source", SAILAB, {}, edit), tmp_path / "out")
     assert not stored_tensors(out)["d2t"].any()
     assert any("drafts the first 96 tokens of the vocabulary" in line for line in log)
+
+
+@pytest.mark.parametrize("architecture", ["Gemma3nForConditionalGeneration", "Gemma4ForCausalLM"])
+def test_a_verifier_whose_norm_multiplies_by_its_weight_is_not_told(
+    tmp_path: Path, log: list[str], architecture: str
+) -> None:
+    converted(write(tmp_path / "source", UPSTREAM, verified_by(architecture)), tmp_path / "out")
+    assert not [line for line in log if "on other logits" in line]
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [(None, 0.0), (None, 0.2), (torch.bfloat16, 9.0)])

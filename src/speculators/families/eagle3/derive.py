@@ -38,6 +38,9 @@ ARCHITECTURES = {"eagle3": "Eagle3Speculator", "peagle": "PEagleDraftModel"}
 MASK_TOKEN_KEYS = ("mask_token_id", "pard_token", "ptd_token_id")
 """Keys of the token that stands for what is not drafted yet: speculators, vLLM, AWS."""
 
+OFFSET_NORMS = re.compile(r"(Recurrent)?Gemma[23]?For\w+|Qwen3NextFor\w+|Qwen3_5(Moe)?For\w+")
+"""Architectures of verifiers whose final norm multiplies by one plus its weight."""
+
 READ = {
     *MASK_TOKEN_KEYS,
     "draft_vocab_size",
@@ -431,6 +434,14 @@ def _mask_token(source: Source, vocabulary: int, notes: list[str]) -> int | None
     return token
 
 
+def _verifiers(source: Source) -> list[str]:
+    """What the config of a draft in the format calls its verifier's class."""
+    settings = source.checkpoint.config.get("speculators_config")
+    verifier = settings.get("verifier") if isinstance(settings, dict) else None
+    named = verifier.get("architectures") if isinstance(verifier, dict) else None
+    return [it for it in named if isinstance(it, str)] if isinstance(named, list) else []
+
+
 def _warn(source: Source, publisher: Publisher, layer: LayerConfig, notes: list[str]) -> None:
     """Tell what cannot be seen in the tensors, and what engines do with the draft."""
     features = source.features
@@ -440,6 +451,12 @@ def _warn(source: Source, publisher: Publisher, layer: LayerConfig, notes: list[
         notes.append(
             "ModelOpt (0.47.0) trains with hidden_norm(input_layernorm(x)) where every engine, and "
             "this package, computes hidden_norm(x): tensors cannot show whether this draft was"
+        )
+    if publisher is SPECULATORS and any(map(OFFSET_NORMS.fullmatch, _verifiers(source))):
+        notes.append(
+            "speculators (0.9.0) trains a draft of this verifier on other logits than it has, with "
+            "a final norm that lacks the 1 that the verifier's adds to its weight: tensors cannot "
+            "show whether this draft was"
         )
     if publisher.name in {"SafeAILab", "AngelSlim"} and layer.rope_theta != REFERENCE_ROPE_BASE:
         notes.append(
