@@ -107,3 +107,14 @@ def test_null_says_as_little_as_no_key(draft: str) -> None:
 def test_a_token_may_be_null() -> None:
     """That says that there is none."""
     assert plan(opened("EAGLE"), eos_token_id=None).derived.layer.eos_token_id is None
+
+
+@pytest.mark.parametrize("draft", ["EAGLE-3", "DFlash"])
+def test_a_number_in_a_name_is_not_counted_up_to(draft: str) -> None:
+    """A small file must not ask for large work."""
+    checkpoint = opened(draft)
+    name = "layers.99999999999.input_layernorm.weight"
+    info = replace(checkpoint.tensors[next(iter(checkpoint.tensors))], name=name)
+    large = replace(checkpoint, tensors={**checkpoint.tensors, name: info})
+    with pytest.raises(ConversionError, match="has unknown layers.99999999999"):
+        plan(large)
