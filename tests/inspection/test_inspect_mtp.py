@@ -91,3 +91,21 @@ def test_what_a_config_counts_is_not_counted_up_to(tmp_path: Path, key: str) -> 
     config = json.loads((verifier / "config.json").read_text())
     (verifier / "config.json").write_text(json.dumps(config | {key: 10**30}))
     assert found(verifier).state == "incomplete"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "gptq", "dynamic": [1]},
+        {"quant_method": "gptq", "dynamic": ["-:mtp"]},
+        {"quant_method": "fp8", "modules_to_not_convert": 5},
+        {"quant_method": "fp8", "ignored_layers": {"mtp": 1}},
+        {"quant_method": "compressed-tensors", "ignore": [None, 1]},
+        {"quant_method": ["awq"]},
+    ],
+)
+def test_lists_of_another_form_name_nothing(tmp_path: Path, settings: dict[str, Any]) -> None:
+    verifier = write_verifier(
+        tmp_path / "verifier", "qwen3_next", config={"quantization_config": settings}
+    )
+    assert found(verifier).state == "complete"
