@@ -36,7 +36,7 @@ from speculators.models.config import SpeculatorPretrainedConfig
 from speculators.models.inputs import check_labels, check_mask, check_prompts, check_states
 from speculators.models.misuse import NotAnAssistant, refuse_pipeline
 from speculators.models.output import CACHE, DraftOutput, the_cache
-from speculators.models.placement import device_of, rows_of
+from speculators.models.placement import device_of, products_of, rows_of
 from speculators.models.tensors import map_tensor, most_used_dtype
 
 __all__ = ["Speculator"]
@@ -467,9 +467,7 @@ class Speculator(PreTrainedModel, ABC):
             VerifierError: as ``forward``.
 
         """
-        head = self._head()
-        logits: Tensor = head(hidden_states.to(device=device_of(head), dtype=head.weight.dtype))
-        return logits
+        return products_of(self._head(), hidden_states)
 
     def forward(
         self,
