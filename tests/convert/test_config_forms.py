@@ -104,6 +104,15 @@ def test_null_says_as_little_as_no_key(draft: str) -> None:
     assert layer.num_hidden_layers == plan(opened(draft)).derived.layer.num_hidden_layers
 
 
+@pytest.mark.parametrize("draft", ["EAGLE", "EAGLE-3", "DFlash"])
+def test_key_value_heads_that_are_not_given_are_those_of_the_tensors(draft: str) -> None:
+    """The reference takes those of the queries, which would not fit."""
+    given = plan(opened(draft)).derived.layer.num_key_value_heads
+    found = plan(opened(draft), num_key_value_heads=None)
+    assert found.derived.layer.num_key_value_heads == given == 2
+    assert any("gives no num_key_value_heads" in it for it in found.derived.discrepancies)
+
+
 def test_a_token_may_be_null() -> None:
     """That says that there is none."""
     assert plan(opened("EAGLE"), eos_token_id=None).derived.layer.eos_token_id is None
