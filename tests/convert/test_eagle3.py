@@ -439,6 +439,13 @@ CASES: dict[str, tuple[str, dict[str, Any], Edit, dict[str, Any], str]] = {
         {},
         r"lacks lm_head\.weight.*nothing is invented",
     ),
+    "a head that is tied to one of two": (
+        FULL,
+        {"tie_word_embeddings": True},
+        drop("lm_head.weight"),
+        {},
+        r"no lm_head\.weight, and .* tie_word_embeddings: its head may be its own embedding",
+    ),
     "offsets that are no whole numbers": (
         SAILAB,
         {},
