@@ -44,6 +44,13 @@ def test_short_names_of_dtypes(tmp_path: Path) -> None:
         assert conversion.dtype == long
 
 
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    """As in a checkpoint's config.json; editors on Windows write it."""
+    manifest = write_manifest(tmp_path, ENTRY)
+    manifest.write_text(manifest.read_text(), encoding="utf-8-sig")
+    assert len(read_manifest(manifest)) == 1
+
+
 def test_yaml_says_the_same_as_json(tmp_path: Path) -> None:
     full = {
         "revision": "v2",

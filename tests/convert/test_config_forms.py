@@ -104,6 +104,26 @@ def test_null_says_as_little_as_no_key(draft: str) -> None:
     assert layer.num_hidden_layers == plan(opened(draft)).derived.layer.num_hidden_layers
 
 
+@pytest.mark.parametrize("draft", ["EAGLE", "EAGLE-3", "DFlash"])
+def test_key_value_heads_that_are_not_given_are_those_of_the_tensors(draft: str) -> None:
+    """The reference takes those of the queries, which would not fit."""
+    given = plan(opened(draft)).derived.layer.num_key_value_heads
+    found = plan(opened(draft), num_key_value_heads=None)
+    assert found.derived.layer.num_key_value_heads == given == 2
+    assert any("gives no num_key_value_heads" in it for it in found.derived.discrepancies)
+
+
 def test_a_token_may_be_null() -> None:
     """That says that there is none."""
     assert plan(opened("EAGLE"), eos_token_id=None).derived.layer.eos_token_id is None
+
+
+@pytest.mark.parametrize("draft", ["EAGLE-3", "DFlash"])
+def test_a_number_in_a_name_is_not_counted_up_to(draft: str) -> None:
+    """A small file must not ask for large work."""
+    checkpoint = opened(draft)
+    name = "layers.99999999999.input_layernorm.weight"
+    info = replace(checkpoint.tensors[next(iter(checkpoint.tensors))], name=name)
+    large = replace(checkpoint, tensors={**checkpoint.tensors, name: info})
+    with pytest.raises(ConversionError, match=r"has unknown layers\.99999999999"):
+        plan(large)

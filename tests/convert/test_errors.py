@@ -178,6 +178,10 @@ ERRORS: dict[str, tuple[Callable[[Setting], object], str]] = {
         r"RoPE needs an even size",
     ),
     "eps is not a number": (with_config(rms_norm_eps=float("nan")), r"key rms_norm_eps: "),
+    "nothing but zeros": (
+        with_tensors(lambda tensors: [it.zero_() for it in tensors.values()]),
+        r"gives nothing but zeros, so the source's weights were never filled",
+    ),
     "eps is a word": (with_config(rms_norm_eps="small"), r"key rms_norm_eps: "),
     "theta is a word": (with_config(rope_theta="high"), r"key rope_theta: "),
     "theta is 0": (with_config(rope_theta=0), r"key rope_theta: "),

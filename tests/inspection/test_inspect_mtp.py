@@ -82,3 +82,30 @@ def test_dspark_is_told_from_it(tmp_path: Path) -> None:
     finding = inspect_checkpoint(write_verifier(tmp_path / "verifier", mtp=stages))
     assert finding.mtp is None
     assert any("a stage of DSpark and no MTP" in note for note in finding.notes)
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_experts"])
+def test_what_a_config_counts_is_not_counted_up_to(tmp_path: Path, key: str) -> None:
+    """A small file must not ask for large work."""
+    verifier = write_verifier(tmp_path / "verifier", "qwen3_next")
+    config = json.loads((verifier / "config.json").read_text())
+    (verifier / "config.json").write_text(json.dumps(config | {key: 10**30}))
+    assert found(verifier).state == "incomplete"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "gptq", "dynamic": [1]},
+        {"quant_method": "gptq", "dynamic": ["-:mtp"]},
+        {"quant_method": "fp8", "modules_to_not_convert": 5},
+        {"quant_method": "fp8", "ignored_layers": {"mtp": 1}},
+        {"quant_method": "compressed-tensors", "ignore": [None, 1]},
+        {"quant_method": ["awq"]},
+    ],
+)
+def test_lists_of_another_form_name_nothing(tmp_path: Path, settings: dict[str, Any]) -> None:
+    verifier = write_verifier(
+        tmp_path / "verifier", "qwen3_next", config={"quantization_config": settings}
+    )
+    assert found(verifier).state == "complete"

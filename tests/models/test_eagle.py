@@ -11,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaModel
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaModel,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+)
 
 from helpers import (
     GOLDEN,
@@ -269,20 +276,38 @@ def test_an_attached_embedding_is_shared(without_embedding: Path, own_verifier: 
     assert is_golden(model)
 
 
-def test_the_embedding_is_what_the_verifiers_file_holds(tmp_path: Path) -> None:
-    """Also where transformers' module multiplies its rows, as those of Gemma do."""
-    torch.manual_seed(1)
+def with_a_scaled_embedding() -> PreTrainedModel:
+    """Transformers' module of Gemma multiplies its rows."""
     config = Gemma3TextConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, intermediate_size=64
     )
-    gemma = Gemma3ForCausalLM(config).eval()
-    assert gemma.get_input_embeddings().embed_scale == 8
-    save_quietly(gemma, tmp_path / "verifier")
+    model = Gemma3ForCausalLM(config)
+    assert model.get_input_embeddings().embed_scale == 8
+    return model
+
+
+def with_a_biased_head() -> PreTrainedModel:
+    config = PhiConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = PhiForCausalLM(config)
+    model.lm_head.bias.data.normal_()
+    return model
+
+
+@pytest.mark.parametrize("kind", [with_a_scaled_embedding, with_a_biased_head])
+def test_a_draft_takes_what_its_verifiers_file_holds(
+    tmp_path: Path, kind: Callable[[], PreTrainedModel]
+) -> None:
+    """With its verifier attached it computes as from its directory alone."""
+    torch.manual_seed(1)
+    verifier = kind().eval()
+    save_quietly(verifier, tmp_path / "verifier")
     source = write_checkpoint(tmp_path / "source", edit=lambda it: it.pop("embed_tokens.weight"))
-    out = EagleConverter().convert(source, tmp_path / "out", tmp_path / "verifier", validate=False)
+    out = EagleConverter().convert(source, tmp_path / "out", tmp_path / "verifier")
     model = EagleSpeculator.from_pretrained(out)
     expected = logits_of(model)
-    model.attach_verifier(gemma)
+    model.attach_verifier(verifier)
     assert largest_difference(logits_of(model), expected) < TOLERANCE
 
 

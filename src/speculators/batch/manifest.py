@@ -146,7 +146,7 @@ def _read(option: Option, value: Any) -> Any:
 
 def _parse(file: Path) -> Any:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         meant = "" if file.exists() else meant_path(file)

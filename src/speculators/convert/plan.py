@@ -308,6 +308,7 @@ def plan_draft(
         transformer_layer_config=derived.layer,
         speculators_config=SpeculatorsConfig.model_construct(verifier=reference),
     )
+    tensors = {name: _one_row(it, required[name], config.sizes) for name, it in tensors.items()}
     _check_shapes(checkpoint, tensors, required, config.sizes)
     return DraftPlan(
         source=checkpoint,
@@ -451,6 +452,15 @@ def _reason_to_leave_out(family: Family, name: str) -> str | None:
     if is_rope_table(name):
         return ROPE_TABLE
     return next((why for form, why in family.omissions.items() if re.fullmatch(form, name)), None)
+
+
+def _one_row(info: TensorInfo, spec: TensorSpec, sizes: Mapping[str, int]) -> TensorInfo:
+    """A tensor of one row with the axes that the table has, however many of size 1 are stored."""
+    shape = spec.shape(sizes)
+    same = [size for size in info.shape if size != 1] == [size for size in shape if size != 1]
+    if "one" in spec.dimensions and same and info.strides is None:
+        return replace(info, shape=shape)
+    return info
 
 
 def _check_names(

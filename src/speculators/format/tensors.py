@@ -80,13 +80,16 @@ def required_tensors(
 
 
 def counts_shown(table: Iterable[TensorSpec], names: Collection[str]) -> dict[str, int]:
-    """How many numbered parts of each kind a draft has, by the highest numbers in these names."""
+    """How many numbered parts of each kind a draft has, by the highest numbers in these names.
+
+    Numbers that are higher than there are names do not count: no draft has so many parts.
+    """
     counts: dict[str, int] = {}
     for spec in table:
         if spec.numbered is not None:
             pattern = spec.pattern
             numbers = [int(found[1]) for name in names if (found := pattern.fullmatch(name))]
-            count = max(numbers, default=-1) + 1
+            count = max((it for it in numbers if it < len(names)), default=-1) + 1
             counts[spec.numbered] = max(count, counts.get(spec.numbered, 0))
     return counts
 

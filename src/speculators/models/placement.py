@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-__all__ = ["device_of", "rows_of", "value_of"]
+__all__ = ["device_of", "products_of", "rows_of", "value_of"]
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -48,6 +48,19 @@ def rows_of(embedding: nn.Module, ids: Tensor) -> Tensor:
         return rows
     weight = value_of(embedding, "weight")
     return F.embedding(ids.to(weight.device), weight)
+
+
+def products_of(head: nn.Module, states: Tensor) -> Tensor:
+    """The products of states with a head's rows, (batch, length, vocabulary).
+
+    A bias, as Phi's has, is a part of the verifier: trainers and engines give drafts its rows.
+    """
+    if getattr(head, "bias", None) is None:
+        weight: Any = head.weight
+        products: Tensor = head(states.to(device=device_of(head), dtype=weight.dtype))
+        return products
+    rows = value_of(head, "weight")
+    return F.linear(states.to(rows), rows)
 
 
 def _hooks_of(module: nn.Module) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ from speculators.models.inputs import check_labels, check_mask, check_prompts, c
 from speculators.models.layers import causal_inputs, frozen_linear
 from speculators.models.misuse import NotAnAssistant, refuse_pipeline
 from speculators.models.output import DraftOutput, the_cache
-from speculators.models.placement import device_of, rows_of
+from speculators.models.placement import device_of, products_of, rows_of
 from speculators.models.saving import SavableDraft
 from speculators.models.tensors import map_tensor, most_used_dtype
 
@@ -337,9 +337,7 @@ class Speculator(SavableDraft, ABC):
             VerifierError: as ``forward``.
 
         """
-        head = self._head()
-        logits: Tensor = head(hidden_states.to(device=device_of(head), dtype=head.weight.dtype))
-        return logits
+        return products_of(self._head(), hidden_states)
 
     def forward(
         self,

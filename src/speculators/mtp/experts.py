@@ -128,10 +128,12 @@ def _stacked(place: str, each: Mapping[tuple[int, str], TensorInfo]) -> dict[str
     planned = {}
     for stack, matrices in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", None)):
         names = matrices or (stack,)
-        keys = [(index, matrix) for index in range(count) for matrix in names]
-        if lost := [key for key in keys if key not in each]:
-            index, matrix = lost[0]
+        # Not all of them at once: the last may have any number.
+        needed = ((index, matrix) for index in range(count) for matrix in names)
+        if lost := next((key for key in needed if key not in each), None):
+            index, matrix = lost
             raise ConversionError(f"The MTP lacks {place}.{index}.{matrix}.weight.")
+        keys = [(index, matrix) for index in range(count) for matrix in names]
         pieces = tuple(each[key] for key in keys)
         first = pieces[0]
         if odd := [it for it in pieces if (it.shape, it.dtype) != (first.shape, first.dtype)]:

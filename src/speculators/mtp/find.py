@@ -39,6 +39,9 @@ PROMISES = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 EXPERTS = ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts")
 """The keys that say how many experts a layer has."""
 
+MOST_LAYERS, MOST_EXPERTS = 1_000, 10_000
+"""No MTP has more: what is missing beyond these is not listed, whatever a config or a name says."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mtp:
@@ -87,7 +90,7 @@ class Mtp:
         """The names of the tensors that every MTP of its type has, and their shapes."""
         for name, shape in self.type.once.items():
             yield self.name_of(name), shape
-        for layer in range(max(self.layers, self.promised or 0)):
+        for layer in range(min(max(self.layers, self.promised or 0), MOST_LAYERS)):
             for name, shape in self.type.each.items():
                 yield self.name_of(name.format(layer=layer)), shape
 
@@ -253,5 +256,6 @@ def _missing_experts(names: Collection[str], count: int) -> Iterator[str]:
             for matrix in expert.matrices:
                 found[expert.place, matrix].add(expert.index)
     for (place, matrix), indices in found.items():
-        for index in sorted(set(range(max(count, 1 + max(indices)))) - indices):
+        most = min(max(count, 1 + max(indices)), MOST_EXPERTS)
+        for index in sorted(set(range(most)) - indices):
             yield f"{place}.{index}.{matrix}.weight"

@@ -243,7 +243,7 @@ def with_exclusions(
         else:
             entries.append(_entry_for(module, method))
     if key is not None and (entries or key in settings):
-        said = settings.get(key) or {}
+        said = _patterns(settings)
         settings[key] = {it: said.get(it, {}) for it in entries} if method == "gptq" else entries
     return changed
 
@@ -251,10 +251,17 @@ def with_exclusions(
 def _list_in(settings: Mapping[str, Any], method: str) -> tuple[str | None, list[str]]:
     """The key of the list of modules that are left as they are, and its entries."""
     if method == "gptq":  # what begins with "-:" is not quantized
-        return "dynamic", list(settings.get("dynamic") or {})
+        return "dynamic", list(_patterns(settings))
     key = next((it for it in OTHER_LISTS if isinstance(settings.get(it), list)), LISTS.get(method))
-    said = settings.get(key or "") or ()
-    return key, [it for it in ([said] if isinstance(said, str) else said) if isinstance(it, str)]
+    said = settings.get(key or "")
+    entries = said if isinstance(said, list) else [said]
+    return key, [it for it in entries if isinstance(it, str)]
+
+
+def _patterns(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """GPTQ's patterns of modules, and what each says of those that it matches."""
+    found = settings.get("dynamic")
+    return found if isinstance(found, dict) else {}
 
 
 def _modelopt_settings(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -88,6 +88,11 @@ class ForwardCheck(ABC):
                 "The forward pass gives values that are not finite; "
                 "the source's weights are too large."
             )
+        if not drafted.any():
+            raise ValidationError(
+                "The forward pass gives nothing but zeros, so the source's weights were never "
+                "filled; give the checkpoint as it was trained."
+            )
         self._check_causality(drafted)
         drafted = drafted[: self.evaluated]
         reference = self.reference(PlannedTensors(self.plan), self.plan.config)

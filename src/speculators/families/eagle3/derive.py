@@ -186,6 +186,12 @@ def _refuse_variants(source: Source) -> None:
             "with SpecExit's early-stop signals",
             f"{fc.name} has {fc.shape[0]} rows for a hidden size of {norm.shape[0]}",
         )
+    if "lm_head.weight" not in tensors and layer.get("tie_word_embeddings"):
+        raise ConversionError(
+            f"{name} has no lm_head.weight, and its config.json says tie_word_embeddings: its head "
+            "may be its own embedding, which transformers does not store twice, or the verifier's, "
+            "which engines take; save it with the lm_head.weight that it was trained with."
+        )
     rope = {**(layer.get("rope_scaling") or {}), **(layer.get("rope_parameters") or {})}
     if "mrope_section" in rope or "mrope" in {rope.get("type"), rope.get("rope_type")}:
         raise refuse("with M-RoPE", "config.json says mrope")

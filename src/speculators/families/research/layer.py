@@ -163,7 +163,13 @@ def derive_layer(
         config = config_class.model_validate(values)
     except PydanticValidationError as error:
         raise ConversionError(f"{where}, {first_problem(error)}.") from error
-    config.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
+    if not config.num_key_value_heads:
+        config.num_key_value_heads = _key_value_heads(config, source)
+        if config.num_key_value_heads != config.num_attention_heads:
+            discrepancies.append(
+                "the config gives no num_key_value_heads, the tensors are those of "
+                f"{config.num_key_value_heads}"
+            )
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConversionError(
             f"{where}: {config.num_attention_heads} attention heads cannot share "
@@ -403,6 +409,16 @@ class _Rope:
             "does not say of which type the draft's layer is; add rope_theta with the base that "
             "the draft was trained with, or layer_types with its one type."
         )
+
+
+def _key_value_heads(config: LayerConfig, source: Source) -> int:
+    """The number of key-value heads, from k_proj: the reference's is that of the heads."""
+    queries, keys = (
+        source.tensors[f"layers.0.self_attn.{it}_proj.weight"].shape[:1] for it in "qk"
+    )
+    heads = config.num_attention_heads
+    shared, rest = divmod(heads * sum(keys), sum(queries) or 1)
+    return heads if rest or not shared else shared
 
 
 def _head_dim(
