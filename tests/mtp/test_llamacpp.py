@@ -66,12 +66,12 @@ def test_a_tied_head_need_not_be_there(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "DeepSeek-V3": ("deepseek_v3", {}, "DeepseekV3ForCausalLM, of which .* takes no MTP alone"),
+    "DeepSeek-V3": ("deepseek_v3", {}, "DeepseekV3ForCausalLM, whose MTP .* does not take alone"),
     "no architecture": ("glm4v_moe", {}, "has no list of architectures in its config.json"),
     "several layers": (
         "qwen3_5_moe",
         {"architectures": ["Qwen3_5MoeForCausalLM"]},
-        "has an MTP of several layers, of which llama.cpp runs one only",
+        "has an MTP of several layers, and llama.cpp runs only one",
     ),
     "an embedding of its own": ("qwen3_5", {}, "has an embedding of the MTP's own"),
 }

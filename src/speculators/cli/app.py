@@ -54,7 +54,10 @@ def _print_version(asked: bool) -> None:
 
 
 @app.callback(
-    epilog="Exit status: 0 done, 1 an error (told in one sentence), 2 wrong usage, 130 interrupted."
+    epilog=(
+        "Exit status: 0 done, 1 an error (explained in one sentence), 2 wrong usage, "
+        "130 interrupted."
+    )
 )
 def root(
     version: Annotated[

@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["why_not_in_gguf"]
 
 QWEN = {
-    r"mtp\.layers\.[1-9]\d*\..*": "has an MTP of several layers, of which llama.cpp runs one only",
+    r"mtp\.layers\.[1-9]\d*\..*": "has an MTP of several layers, and llama.cpp runs only one",
     r"mtp\.embed_tokens\..*": (
         "has an embedding of the MTP's own, which llama.cpp's converter does not know"
     ),
@@ -62,7 +62,7 @@ def why_not_in_gguf(config: Mapping[str, Any], names: Collection[str]) -> str | 
         )
     if architecture not in ARCHITECTURES:
         return (
-            f"is of the architecture {architecture}, of which llama.cpp's converter takes no MTP "
+            f"has the architecture {architecture}, whose MTP llama.cpp's converter does not take "
             "alone"
         )
     return next(
