@@ -279,7 +279,7 @@ def test_a_draft_for_another_verifier_is_told_at_start(
 ) -> None:
     assert outcomes.refused["misplaced"] == (
         f"VerifierError: The draft {converted['hass']} does not fit the verifier {tiny[0]}: its "
-        "hidden size is 576, the verifier's is 128; "
+        "hidden size is 576, but the verifier's is 128; "
         "serve it with the model that it was trained for."
     )
 

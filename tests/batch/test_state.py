@@ -223,4 +223,4 @@ def test_a_hub_that_does_not_answer(
     assert is_done(conversion)  # by the commit that the cache has for the branch
     assert is_done(conversion, HubAccess(tmp_path / "empty"))
     assert log[-1].startswith("WARNING ")
-    assert log[-1].endswith(f" {conversion.output} is taken for up to date.")
+    assert log[-1].endswith(f" {conversion.output} is assumed to be up to date.")

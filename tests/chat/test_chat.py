@@ -257,7 +257,7 @@ def test_accepted_tokens_beyond_the_end_are_not_counted_as_drafted(
 def test_an_mtp_is_refused(speculators: CommandLine) -> None:
     run = speculators("chat", GOLDEN_MTP, "--prompt", SAID)
     assert run.status == 1
-    assert f"{GOLDEN_MTP} has an MTP, which is no converted draft" in run.errors[0]
+    assert f"{GOLDEN_MTP} has an MTP, not a converted draft: `chat`" in run.errors[0]
 
 
 def test_a_character_of_several_tokens_appears_when_it_is_complete() -> None:

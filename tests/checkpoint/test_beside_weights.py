@@ -131,7 +131,7 @@ def test_tensors_beside_the_weights_are_named_in_a_warning(
     path = save(tmp_path / "x.bin", value)
     assert list(read_torch_file(path)) == list(WEIGHTS)
     [warning] = [line for line in log if line.startswith("WARNING")]
-    assert warning.startswith(f"WARNING {path} holds more tensors than those at ")
+    assert warning.startswith(f"WARNING {path} also holds tensors outside of ")
     assert warning.endswith(f", which are left out: {names}")
 
 

@@ -344,7 +344,7 @@ def test_a_path_that_exists_is_that_path(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("path", "told_of"),
     [
-        ("~nobody-of-this-name/draft", "begins with ~ and nobody's name"),
+        ("~nobody-of-this-name/draft", "begins with ~ and a name that no user"),
         ("a\0b", r"The path a\x00b has bytes that are not text"),
         ("./a\0b", r"The path ./a\x00b has bytes that are not text"),
         ("caf\udce9", r"The path caf\udce9 has bytes that are not text"),

@@ -243,7 +243,7 @@ def test_a_gated_repository(
     assert "gated and no access token was sent" in sentence(repository)
     assert f"accept its licence at {server.url}/org/gated" in sentence(repository)
     patch_hub(monkeypatch, server, cache, HF_TOKEN=STRANGER)
-    assert "gated and the access token is not let in" in sentence(repository)
+    assert "gated and the access token has no access to it" in sentence(repository)
     assert f"accept its licence at {server.url}/org/gated" in sentence(repository)
     patch_hub(monkeypatch, server, cache, HF_TOKEN=MEMBER)
     assert repository.file("config.json") is not None

@@ -75,7 +75,7 @@ def cut(path: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "replaced": (replace, r"was replaced after it was first read, so nothing is made of it; run"),
+    "replaced": (replace, r"was replaced after it was first read, so it is not used; run"),
     "rewritten": (rewrite, r"was written to after it was first read"),
     "cut off": (cut, r"was written to \(it had \d+ bytes, and now has \d+\) after it"),
 }

@@ -318,7 +318,7 @@ ODD_INDEXES: dict[str, tuple[Callable[[Path], object], str]] = {
     "map is a list": (written('{"weight_map": []}'), "has no weight_map"),
     "map is empty": (written('{"weight_map": {}}'), "has no weight_map"),
     "no JSON": (written("{"), "index.json is not valid JSON"),
-    "a list": (written("[]"), "index.json holds no JSON object"),
+    "a list": (written("[]"), "index.json does not hold a JSON object"),
     "endless nesting": (written("[" * 200_000), "is not valid JSON"),
     "a name twice": (
         written(f'{{"weight_map": {{"fc.weight": "{FIRST}", "fc.weight": "{SECOND}"}}}}'),
@@ -426,7 +426,9 @@ def test_a_key_that_stands_twice_in_a_config_is_told(directory: Path, log: list[
 def test_a_config_larger_than_any_is_not_read(directory: Path) -> None:
     with (directory / "config.json").open("r+b") as file:
         file.truncate(1 << 30)  # a hole: it takes no space
-    with pytest.raises(CheckpointError, match=r"config\.json has more than 32 MiB, as no config"):
+    with pytest.raises(
+        CheckpointError, match=r"config\.json has more than 32 MiB, which no config"
+    ):
         read_config(LocalDirectory(directory))
 
 

@@ -246,8 +246,8 @@ def test_odd_headers_are_errors(path: Path, case: str) -> None:
     ("header", "message"),
     [
         (b"", "not valid JSON"),
-        (b"null", "holds no JSON object"),
-        (b"[]", "holds no JSON object"),
+        (b"null", "does not hold a JSON object"),
+        (b"[]", "does not hold a JSON object"),
         (b"{", "not valid JSON"),
         (b"{}}", "not valid JSON"),
         (b'{"a":' * 100_000, "not valid JSON"),

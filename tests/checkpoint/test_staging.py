@@ -291,7 +291,7 @@ def test_it_is_told_when_the_old_one_cannot_be_removed_whole(
         [sibling] = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
         kept = sibling / "new" / "sub" / "old.txt"
         [warning] = [line for line in log if line.startswith("WARNING")]
-        assert warning.startswith(f"WARNING {sibling} could not be removed whole (")
+        assert warning.startswith(f"WARNING {sibling} could not be removed completely (")
         assert f"a part of {output}; remove it yourself" in warning
     finally:
         subprocess.run(["chattr", "-i", str(kept)], check=True)
@@ -320,7 +320,9 @@ def test_an_output_that_leads_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_path_with_a_nul(tmp_path: Path) -> None:
     for act in (lambda it: check_output(it, overwrite=False), write):
-        with pytest.raises(OutputError, match=r"a\\x00b has a NUL in it; choose another output"):
+        with pytest.raises(
+            OutputError, match=r"a\\x00b contains a NUL character; choose another output"
+        ):
             act(tmp_path / "a\0b")
 
 

@@ -532,7 +532,7 @@ def test_one_storage_of_two_sizes_is_an_error(tmp_path: Path) -> None:
 
 def test_one_name_for_two_tensors_is_an_error(tmp_path: Path) -> None:
     two = state_pickle({"w": (0, (1,), (1,))})[:-1], state_pickle({"w": (1, (1,), (1,))})[3:]
-    with pytest.raises(CheckpointError, match="under the key w, where names are needed, once"):
+    with pytest.raises(CheckpointError, match="under the key w, where distinct names are"):
         read_torch_file(zipped(tmp_path, b"".join(two), {"data/0": bytes(8)}))
 
 

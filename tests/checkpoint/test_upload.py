@@ -206,8 +206,8 @@ def test_no_token(
 ) -> None:
     patch_hub(monkeypatch, server, tmp_path / "cache")
     text = sentence(draft)
-    assert text.startswith("Uploading to org/draft takes an access token: log in with")
-    with pytest.raises(HubError, match="takes an access token"):
+    assert text.startswith("Uploading to org/draft needs an access token: log in with")
+    with pytest.raises(HubError, match="needs an access token"):
         check_upload("org/draft")
     check_upload("org/draft", token=MEMBER)
     assert not server.requests

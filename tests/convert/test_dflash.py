@@ -281,7 +281,7 @@ REFUSED: dict[str, tuple[Config, Edit, str]] = {
     "some layers slide": (
         native(layer_types=sliding(True, False, True), **WINDOW),
         nothing,
-        r"layers 0, 2 slide and are causal, .* cannot say of a DFlash draft.*Keep the native",
+        r"layers 0, 2 slide and are causal, .* cannot express for a DFlash draft.*Keep the native",
     ),
     "attention sinks": (
         native(nested={"attention_sink_bias": True}),
@@ -313,7 +313,7 @@ REFUSED: dict[str, tuple[Config, Edit, str]] = {
     "no mask token": (
         native(nested={"mask_token_id": None}),
         nothing,
-        "which token stands for .* Say it with --mask-token-id",
+        "which token stands for .* Specify it with --mask-token-id",
     ),
     "two mask tokens": (
         native(mask_token_id=318),
@@ -333,7 +333,7 @@ REFUSED: dict[str, tuple[Config, Edit, str]] = {
     "layers out of order": (
         native(nested={"target_layer_ids": [3, 1, 5]}),
         nothing,
-        "not in ascending order",
+        "not distinct and in ascending order",
     ),
     "too few layers": (
         native(nested={"target_layer_ids": [1, 3]}),
@@ -368,7 +368,7 @@ REFUSED: dict[str, tuple[Config, Edit, str]] = {
     "no rope_theta": (
         native(rope_theta=None),
         nothing,
-        "lacks rope_theta, which vLLM takes for 1000000 and transformers for 10000",
+        "lacks rope_theta, which vLLM takes to be 1000000 and transformers to be 10000",
     ),
     "a head size": (native(head_dim=32), nothing, r"says head_dim 32, but"),
     "the number of layers": (
@@ -384,12 +384,12 @@ REFUSED: dict[str, tuple[Config, Edit, str]] = {
     "a layer that is not there": (
         native(),
         lambda tensors: tensors.pop("layers.1.mlp.up_proj.weight"),
-        "lacks layers.1.mlp.up_proj.weight; nothing is invented",
+        "lacks layers.1.mlp.up_proj.weight; missing tensors are not made up",
     ),
     "a tensor too many": (
         native(),
         lambda tensors: tensors.update({"layers.1.gate": torch.ones(3)}),
-        "has unknown layers.1.gate; nothing is dropped",
+        "has unknown layers.1.gate; no tensor is dropped",
     ),
     "tokens without a head": (
         native(),
@@ -541,7 +541,7 @@ def test_a_verifier_of_another_size_is_refused(tmp_path: Path) -> None:
     verifier.mkdir()
     config = json.loads((TARGET / "config.json").read_text())
     (verifier / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
-    with pytest.raises(VerifierError, match="its vocabulary is 320, the verifier's is 400"):
+    with pytest.raises(VerifierError, match="its vocabulary is 320, but the verifier's is 400"):
         converted(GOLDEN_FAMILIES / PLAIN, tmp_path / "out", verifier)
     (verifier / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
     with pytest.raises(ConversionError, match="whose hidden size is 128"):
@@ -880,10 +880,10 @@ def test_a_mask_embedding_is_carried_along(tmp_path: Path, *, alone: bool) -> No
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"embedding": torch.ones(64), "mask_token_id": 7}, "that of the mask token 7"),
+        ({"embedding": torch.ones(64), "mask_token_id": 7}, "belongs to the mask token 7"),
         ({"embedding": torch.ones(32)}, r"the embedding has the shape \(32\)"),
         ({"embedding": torch.ones(64), "per_position": True}, "for each position"),
-        ({"weight": torch.ones(64)}, "holds no embedding"),
+        ({"weight": torch.ones(64)}, "does not hold an embedding"),
     ],
 )
 def test_another_mask_embedding_is_refused(tmp_path: Path, value: object, message: str) -> None:

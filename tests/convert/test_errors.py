@@ -164,7 +164,7 @@ ERRORS: dict[str, tuple[Callable[[Setting], object], str]] = {
         lambda s: s.config.write_bytes(b'{"note": "\xe4"}'),
         r"since its byte 10 is not UTF-8; save it as UTF-8, or fetch it again\.$",
     ),
-    "JSON list": (lambda s: s.config.write_text("[]"), r"config\.json holds no JSON object"),
+    "JSON list": (lambda s: s.config.write_text("[]"), r"config\.json does not hold a JSON object"),
     "endless nesting": (lambda s: s.config.write_text("[" * 200_000), r"is not valid JSON"),
     "config without sizes": (
         with_config(hidden_size=..., vocab_size=...),
@@ -722,8 +722,8 @@ def test_a_head_that_is_not_the_verifiers_is_refused(tmp_path: Path, verifier: P
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"hidden_size": 128}, r"hidden size is 64, the verifier's is 128"),
-        ({"vocab_size": 321}, r"vocabulary is 320, the verifier's is 321"),
+        ({"hidden_size": 128}, r"hidden size is 64, but the verifier's is 128"),
+        ({"vocab_size": 321}, r"vocabulary is 320, but the verifier's is 321"),
     ],
 )
 @pytest.mark.parametrize("validate", [True, False])

@@ -275,10 +275,13 @@ def test_advice_fits_what_is_missing_and_what_is_too_much(tmp_path: Path, verifi
     name = "layers.0.mlp.up_proj.weight"
     cases: list[tuple[Callable[[Tensors], object], str]] = [
         (lambda t: t.pop(name), "so give the complete checkpoint"),
-        (added(layers__0__mlp__extra__weight=ONE), "it is another architecture, or remove"),
+        (
+            added(layers__0__mlp__extra__weight=ONE),
+            "remove what was not trained; else the architecture differs",
+        ),
         (
             lambda t: t.update({"layers.0.mlp.extra.weight": t.pop(name)}),
-            "a draft with these tensors is another architecture",
+            "a draft with these is a different architecture",
         ),
     ]
     for number, (edit, pattern) in enumerate(cases):
@@ -289,7 +292,7 @@ def test_advice_fits_what_is_missing_and_what_is_too_much(tmp_path: Path, verifi
 
 def test_no_tensors_at_all(tmp_path: Path, verifier: Path) -> None:
     source = write_checkpoint(tmp_path / "s", edit=lambda tensors: tensors.clear())
-    with pytest.raises(ConversionError, match="has no tensors, and they decide what it is"):
+    with pytest.raises(ConversionError, match="has no tensors, which decide what it is"):
         convert(source, tmp_path / "out", verifier)
 
 

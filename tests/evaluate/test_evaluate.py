@@ -538,7 +538,7 @@ def a_refusing_template(verifier: Path) -> None:
     [
         (shutil.rmtree, r"verifier does not exist; give a directory"),
         (without("config.json"), r"has no config\.json"),
-        (another_size, r"its hidden size is 64, the verifier's is 32"),
+        (another_size, r"its hidden size is 64, but the verifier's is 32"),
         (without("tokenizer.json", "tokenizer_config.json"), r"^The tokenizer of the verifier .*"),
         (without("model.safetensors"), r"^The weights of the verifier .* cannot be loaded: "),
         (another_tokenizer, r"^Prompt 81 has token \d+, but the verifier knows 320"),

@@ -161,7 +161,7 @@ def test_what_cannot_be_measured_is_told_before_a_verifier_is_loaded(
     run = speculators(*arguments(other, prompts=prompts))
     (error,) = run.errors
     assert error == (
-        f"{other} has the MTP of DeepSeek's type, which is not computed here, since it is for "
-        "deepseek_v3: those of qwen3_next, qwen3_5, qwen3_5_moe with one layer that is not "
-        "quantized are; where vLLM serves it, `speculators evaluate` measures it with --server."
+        f"{other} has the MTP of DeepSeek's type, which cannot be run here, since it is for "
+        "deepseek_v3: only those of qwen3_next, qwen3_5, qwen3_5_moe with one layer that is not "
+        "quantized can; where vLLM serves it, `speculators evaluate` measures it with --server."
     )

@@ -211,7 +211,7 @@ def test_a_draft_that_drafts_in_a_way_of_its_own(
 def test_an_mtp(recording: Path, speculators: CommandLine) -> None:
     run = speculators("evaluate", GOLDEN_MTP, "--recording", recording)
     assert len(run.errors) == 1
-    assert f"{GOLDEN_MTP} has an MTP, which is no converted draft" in run.errors[0]
+    assert f"{GOLDEN_MTP} has an MTP, not a converted draft: `chat`" in run.errors[0]
 
 
 def test_a_layer_that_the_verifier_lacks(

@@ -165,7 +165,7 @@ def test_a_server_that_answers_others_too(
         monkeypatch.setattr(server, "answer", busy)
         run = speculators(*arguments, "--server", server.url)
     assert run.status == 0
-    assert any("what it answers to others is counted too" in it for it in run.messages)
+    assert any("its answers to others are counted, too" in it for it in run.messages)
 
 
 def test_a_server_without_a_draft(arguments: list[str], speculators: CommandLine) -> None:
@@ -186,8 +186,8 @@ def test_a_server_that_is_not_there(arguments: list[str], speculators: CommandLi
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (["--server=localhost:8000"], 1, "given by its address"),
-        (["--server=http://me:secret@localhost:8000"], 1, "given by its address"),
+        (["--server=localhost:8000"], 1, "Give the server's address"),
+        (["--server=http://me:secret@localhost:8000"], 1, "Give the server's address"),
         (["--server=http://a", "--num-draft-tokens=3"], 2, "--num-draft-tokens does not work with"),
         (["--server=http://a", "--dtype=bf16"], 2, "--dtype does not work with --server"),
         (["--baseline-server=http://a"], 2, "only works with --server"),

@@ -14,7 +14,7 @@ WHAT = (
     "holds an MTP head of the Qwen type, which is not converted: no engine reads it in the "
     "speculators format, so it stays in its native layout: `speculators mtp graft` puts it into "
     "its verifier's checkpoint, `speculators mtp cut` takes it out, and `speculators evaluate` "
-    "measures it (other than Qwen's, with --server)."
+    "measures it (those other than Qwen's with --server)."
 )
 
 

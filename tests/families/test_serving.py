@@ -153,7 +153,7 @@ def test_of_what_cannot_be_read_only_the_kind_is_known(tmp_path: Path) -> None:
     found = inspect_checkpoint(write_checkpoint(tmp_path / "draft", edit=quantize))
     assert [it.engine for it in found.serving or ()] == ["vLLM", "SGLang"]
     assert found.not_serving == []
-    assert any("by its kind alone" in note for note in found.notes)
+    assert any("those that serve its kind" in note for note in found.notes)
     assert "Such drafts are served by vLLM" in str(found.conversion.why_not)
 
 

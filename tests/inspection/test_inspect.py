@@ -347,7 +347,7 @@ def test_without_weights_nothing_is_said_of_what_they_would_show(
     assert found["features"] is None
     assert not found["conversion"]["possible"]
     assert found["conversion"]["why_not"] == (
-        f"{source} has no weights that could be read, and they decide."
+        f"{source} has no weights that can be read, and they decide."
     )
     assert "\nwithout" not in speculators("inspect", source).stdout
 

@@ -19,7 +19,7 @@ PUBLISHERS = {
 
 ASKS = {
     "eagle31_specforge": "conversion asks for --norm-output",
-    "sailab_llama": "which states it reads is not in its config.json; it usually reads those "
+    "sailab_llama": "its config.json does not say which states it reads; it usually reads those "
     "entering the layers 2, n/2 and n-3",
 }
 

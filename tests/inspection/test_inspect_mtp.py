@@ -81,7 +81,7 @@ def test_dspark_is_told_from_it(tmp_path: Path) -> None:
     stages = {"mtp.0.main_proj.weight": torch.zeros(2, 2)}
     finding = inspect_checkpoint(write_verifier(tmp_path / "verifier", mtp=stages))
     assert finding.mtp is None
-    assert any("a stage of DSpark and no MTP" in note for note in finding.notes)
+    assert any("a stage of DSpark, not of an MTP" in note for note in finding.notes)
 
 
 @pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_experts"])

@@ -497,7 +497,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors, dict[str, Any]], object], str]] = {
     ),
     "another size in the config": (
         lambda t, c: c["transformer_layer_config"].update({"intermediate_size": 177}),
-        r"has the shape .* by config\.json it should have",
+        r"has the shape .* but by config\.json it should have",
     ),
     "no layer in the config": (
         lambda t, c: c.pop("transformer_layer_config"),

@@ -238,8 +238,8 @@ def test_an_mtp_that_is_only_promised(tmp_path: Path, speculators: CommandLine) 
     (error,) = run.errors
     assert error == (
         f"{verifier} has lost its MTP: config.json promises 1 layer(s) (num_nextn_predict_layers), "
-        "and no tensor has a name of the MTP of DeepSeek's type; take it from a checkpoint that "
-        "has it."
+        "but no tensor is named like one of the MTP of DeepSeek's type; take it from a checkpoint "
+        "that has it."
     )
 
 
@@ -256,7 +256,7 @@ def test_a_file_beside_the_index_may_hold_it(tmp_path: Path) -> None:
 
 def test_a_verifier_without_an_mtp(tmp_path: Path) -> None:
     verifier = write_verifier(tmp_path / "verifier", mtp={})
-    with pytest.raises(CheckpointError, match=r"has no MTP: no tensor has a name of one"):
+    with pytest.raises(CheckpointError, match=r"has no MTP: no tensor is named like one"):
         cut(verifier, tmp_path / "out")
 
 
@@ -265,7 +265,9 @@ def test_dspark_below_mtp_is_not_taken_for_one(tmp_path: Path, name: str) -> Non
     stages = {f"mtp.0.{name}": torch.zeros(2, 2), "mtp.0.attn.wq_a.weight": torch.zeros(2, 2)}
     for kind in ("deepseek_v4", "qwen3_next"):
         verifier = write_verifier(tmp_path / kind, kind, mtp=stages)
-        with pytest.raises(CheckpointError, match=r"a stage of DSpark and no MTP; vLLM serves it"):
+        with pytest.raises(
+            CheckpointError, match=r"a stage of DSpark, not of an MTP; vLLM serves it"
+        ):
             cut(verifier, tmp_path / "out")
 
 
@@ -318,7 +320,7 @@ def test_nothing_that_exists_is_touched(tmp_path: Path) -> None:
 
 def test_one_shard_of_several(tmp_path: Path) -> None:
     verifier = write_verifier(tmp_path / "verifier", "qwen3_5", shards=2)
-    with pytest.raises(CheckpointError, match=r"no tensor has .* give the directory\.$"):
+    with pytest.raises(CheckpointError, match=r"no tensor is named .* give the directory\.$"):
         cut(verifier / "model-00001-of-00002.safetensors", tmp_path / "out")
 
 

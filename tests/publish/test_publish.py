@@ -408,7 +408,7 @@ def test_a_dry_run_looks_for_the_token_too(
         "--push-to-hub", "org/draft", "--dry-run",
     )  # fmt: skip
     assert run.status == 1
-    assert "takes an access token" in run.errors[0]
+    assert "needs an access token" in run.errors[0]
 
 
 def test_a_wrong_report_is_told_before_anything_is_converted(

@@ -120,7 +120,7 @@ def _changes_on_hub(
         try:
             repository.holds("config.json")
         except HubError as error:
-            logger.warning(f"{error} {conversion.output} is taken for up to date.")
+            logger.warning(f"{error} {conversion.output} is assumed to be up to date.")
             return
         commit = repository.commit or ""
     if commit != source.revision:

@@ -94,7 +94,7 @@ def _cached_repository(folder: Folder) -> str | None:
     if not snapshots:
         return None
     return (
-        f"it is a repository in a cache of the Hub's client: give its id, or {folder.name}/"
+        f"it is a repository in the cache of the Hub's client: give its id, or {folder.name}/"
         f"{snapshots[-1][1]}"
     )
 

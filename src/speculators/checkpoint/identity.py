@@ -74,6 +74,6 @@ def _check(file: BinaryIO, known: FileIdentity, path: Path) -> None:
         else "was written to"
     )
     raise CheckpointError(
-        f"{path} {how} after it was first read, so nothing is made of it; run again once nothing "
-        "changes it any more."
+        f"{path} {how} after it was first read, so it is not used; run again when nothing changes "
+        "it any more."
     )

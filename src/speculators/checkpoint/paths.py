@@ -33,7 +33,9 @@ def local_path(
         path = Path(given).expanduser()
         path.exists()
     except RuntimeError:
-        raise error(f"The path {text} begins with ~ and nobody's name; write it out.") from None
+        raise error(
+            f"The path {text} begins with ~ and a name that no user has; write it out."
+        ) from None
     except OSError as problem:
         shown = printable(text)
         raise error(f"The path {shown} cannot be looked up: {problem.strerror}.") from problem

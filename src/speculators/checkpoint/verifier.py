@@ -133,7 +133,7 @@ class Verifier:
         ):
             if draft != verifier:
                 raise VerifierError(
-                    f"The draft does not fit the verifier {self.name}: its {what} is {draft}, "
+                    f"The draft does not fit the verifier {self.name}: its {what} is {draft}, but "
                     f"the verifier's is {verifier}; give the model that it was trained for."
                 )
 
@@ -184,7 +184,7 @@ class Verifier:
         if info.shape != (self.vocab_size, self.hidden_size):
             raise IncompleteVerifierError(
                 f"The verifier {self.name} has an {what} ({info.name}) of shape "
-                f"{describe_shape(info.shape)}, its config.json says "
+                f"{describe_shape(info.shape)}, but its config.json says "
                 f"{describe_shape((self.vocab_size, self.hidden_size))}."
             )
         return info

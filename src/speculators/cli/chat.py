@@ -141,7 +141,9 @@ def _prompts(given: str | None) -> Iterator[str]:
     elif not sys.stdin.isatty():
         said = sys.stdin.read().strip()
         if not said:
-            raise typer.BadParameter("Standard input is empty; it is the prompt, without --prompt.")
+            raise typer.BadParameter(
+                "Standard input is empty, and without --prompt it is the prompt."
+            )
         yield said
     else:
         import readline  # noqa: F401  (lets input() edit lines)

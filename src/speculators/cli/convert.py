@@ -34,7 +34,7 @@ speculators convert {name} {draft} ./converted
 SHORT_HELP = "Convert a research checkpoint to the speculators format."
 
 ANY = "auto"
-"""The command that converts drafts of whatever family they are."""
+"""The command that converts drafts of any family."""
 
 ANY_EXAMPLE = ("ORG/DRAFT", "ORG/VERIFIER")
 
@@ -124,7 +124,7 @@ def command_of(family: "Family | None") -> Any:
         [it.replace(kind=inspect.Parameter.KEYWORD_ONLY) for it in parameters]
     )
     draft, verifier = family.example if family else ANY_EXAMPLE
-    noun = family.noun if family else "a draft of whatever family it is"
+    noun = family.noun if family else "a draft of any family"
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     one.command(
         name,

@@ -323,7 +323,7 @@ def _check_server_options(
             raise typer.BadParameter(
                 f"{option} only works with --server."
                 if server is None
-                else f"{option} does not work with --server: it is as the server was started."
+                else f"{option} does not work with --server, whose settings are used."
             )
 
 
@@ -401,8 +401,8 @@ def _draft_lengths(text: str | None) -> list[int] | list[None]:
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
         if not 1 <= first <= last:
             raise typer.BadParameter(
-                f"{text!r} is neither a number of tokens, as 4, nor a range, as 1..8, nor a list, "
-                "as 1,3,5.",
+                f"{text!r} is neither a number of tokens, such as 4, nor a range, such as 1..8, "
+                "nor a list, such as 1,3,5.",
                 param_hint="--num-draft-tokens",
             )
         lengths |= {*range(first, last + 1)}

@@ -124,7 +124,7 @@ def _mtp(finding: Finding, mtp: MtpFinding) -> list[str]:
     lines.append(f"{'quantized' if mtp.quantized else 'not quantized'}; its matrices: {stored}")
     if mtp.not_excluded:
         lines.append(
-            "the quantization_config does not except these, which are not quantized: "
+            "the quantization_config does not exclude these, which are not quantized: "
             + listed(sorted(mtp.not_excluded))
         )
     if mtp.state == "complete" and finding.kind == "language-model":

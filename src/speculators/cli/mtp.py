@@ -28,8 +28,8 @@ def cut(
     to: Annotated[
         Literal["llamacpp"] | None,
         typer.Option(
-            help="For whom: llama.cpp's convert_hf_to_gguf.py --mtp also takes the verifier's "
-            "embedding, norm, head and tokenizer from OUT.",
+            help="Who will read it: for llamacpp, OUT also gets the verifier's embedding, norm, "
+            "head and tokenizer, which llama.cpp's convert_hf_to_gguf.py --mtp needs.",
             show_default=False,
         ),
     ] = None,

@@ -103,8 +103,8 @@ def record(
     opened = open_verifier(base_model, HubAccess(cache_dir))
     if wanted and opened.layers is not None and max(wanted) > opened.layers:
         raise EvaluationError(
-            f"{base_model} has {opened.layers} layers, so --layers takes 0 to {opened.layers}, "
-            f"which is what leaves the last one, and not {max(wanted)}."
+            f"{base_model} has {opened.layers} layers, so --layers takes 0 to {opened.layers}, the "
+            f"state that leaves the last one, and not {max(wanted)}."
         )
     identity = identify(opened)
     existing: Recording | None = None
@@ -166,6 +166,6 @@ def _layers(text: str | None) -> set[int]:
         return set()
     if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
         raise typer.BadParameter(
-            f"{text!r} is not a list of layers, as 2,15,28.", param_hint="--layers"
+            f"{text!r} is not a list of layers, such as 2,15,28.", param_hint="--layers"
         )
     return {int(part) for part in text.split(",")}

@@ -43,7 +43,7 @@ def compute(a: Side, b: Side) -> Computation:
     one, other = _outputs(a), _outputs(b)
     if one.shape != other.shape:
         raise ConversionError(
-            f"{a.checkpoint.name} and {b.checkpoint.name} have outputs of other sizes, so what "
+            f"{a.checkpoint.name} and {b.checkpoint.name} have outputs of different sizes, so what "
             "they compute cannot be compared; leave --compute out."
         )
     largest = float((one - other).abs().max())

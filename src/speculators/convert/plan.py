@@ -346,7 +346,7 @@ def family_of(checkpoint: Checkpoint, found: Recognition, wanted: Family | None 
         )
     if not checkpoint.tensors:
         raise ConversionError(
-            f"{checkpoint.name} has no tensors, and they decide what it is; give a checkpoint with "
+            f"{checkpoint.name} has no tensors, which decide what it is; give a checkpoint with "
             "its weights."
         )
     if found.quantized:
@@ -356,7 +356,7 @@ def family_of(checkpoint: Checkpoint, found: Recognition, wanted: Family | None 
             + _served(found.signature, checkpoint)
         )
     if found.signature is None or found.family is None:
-        near = "; ".join(map(str, found.near)) or "it resembles none that is"
+        near = "; ".join(map(str, found.near)) or "it resembles no known kind"
         raise ConversionError(
             f"{checkpoint.name} is not a checkpoint of a known kind: it has "
             f"{listed(sorted(checkpoint.tensors))}; {near}."
@@ -486,13 +486,12 @@ def _check_names(
         # A part of a feature may be all that was trained: then the format cannot say it.
         partial = all(required[name].feature for name in difference.missing)
         advice = (
-            "nothing is invented, so give the complete checkpoint"
+            "missing tensors are not made up, so give the complete checkpoint"
             + (", or, if these never were in it, serve it as it was published" if partial else "")
             if not unknown
-            else "nothing is dropped, so it is another architecture, or remove what was not trained"
+            else "no tensor is dropped: remove what was not trained; else the architecture differs"
             if not missing
-            else "nothing is invented or dropped, and a draft with these tensors is another "
-            "architecture"
+            else "no tensor is made up or dropped: a draft with these is a different architecture"
         )
         raise ConversionError(
             f"{checkpoint.name} does not have the tensors of {family.noun}"
@@ -515,7 +514,7 @@ def _check_dtypes(
         if info.dtype not in dtypes:
             raise ConversionError(
                 f"{info.file}: {info.name} has the type {info.dtype}, so its weights are quantized "
-                f"or not a draft's; a draft's are one of {', '.join(dtypes)}."
+                f"or not a draft's, which are of one of the types {', '.join(dtypes)}."
             )
 
 

@@ -227,7 +227,9 @@ def warn_of_another_source(
     known = [path for path in paths if path.name in record.source.files]
     new = [path.name for path in paths if path.name not in record.source.files]
     for name in new + _changed(record.source.files, known, progress):
-        logger.warning(f"{name} of {source} is not the file that was converted, but gives the same")
+        logger.warning(
+            f"{name} of {source} is not the file that was converted, but gives the same draft"
+        )
 
 
 def _source_name(source: Checkpoint) -> str:

@@ -115,6 +115,6 @@ def _check_finite(plan: ConversionPlan, model: "Speculator") -> None:
                 else "the source is damaged, or its training diverged"
             )
             raise ValidationError(
-                f"{name} has values that are not finite (NaN or infinity), so it drafts nothing; "
+                f"{name} has values that are not finite (NaN or infinity), so it cannot draft; "
                 f"{whose}."
             )

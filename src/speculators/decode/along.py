@@ -56,8 +56,8 @@ def draft_along(
     check_proposal(proposal)
     if generation.do_sample or proposal.proposal_type == "sampling" or len(input_ids) != 1:
         raise GenerationError(
-            "Along the verifier's own output a draft can only be followed greedily, one prompt at "
-            "a time; set temperature 0, and propose greedily or by a tree."
+            "A draft can follow the verifier's own output only greedily and one prompt at a time; "
+            "set temperature 0, and propose greedily or by a tree."
         )
     sequences: Tensor = verifier.generate(  # type: ignore[operator]
         input_ids, generation_config=generation, **settings

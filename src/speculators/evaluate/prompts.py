@@ -94,7 +94,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise PromptsError(f"{path} is not text in UTF-8: {error.reason}.") from error
     except OSError as error:
         raise PromptsError(
-            f"The prompts {path} cannot be read: {error.strerror or error}."
+            f"The prompts in {path} cannot be read: {error.strerror or error}."
         ) from error
     prompts = [
         _parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()

@@ -173,7 +173,7 @@ def _checked(checkpoint: Checkpoint, family: Family, config: SpeculatorConfig) -
     for name, shape in difference.reshaped.items():
         raise FormatError(
             f"{checkpoint.name}: {tensors[name].name} has the shape "
-            f"{describe_shape(tensors[name].shape)}, by config.json it should have "
+            f"{describe_shape(tensors[name].shape)}, but by config.json it should have "
             f"{describe_shape(shape)}; convert it again."
         )
     for name, dtypes in difference.retyped.items():

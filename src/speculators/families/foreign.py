@@ -84,7 +84,7 @@ EAGLE3_MLA = Signature(
     needs=(r"(midlayer|layers\.0)\.hidden_norm\.weight",),
     parts=("fc.weight", "midlayer.hidden_norm.weight", "midlayer.self_attn.kv_b_proj.weight"),
     advice=(
-        "its attention, DeepSeek's and Kimi's, is another than the format's layers have, so it is "
+        "its attention, DeepSeek's and Kimi's, is not that of the format's layers, so it is "
         "not converted; it is served as published"
     ),
     serving=(
@@ -100,7 +100,7 @@ EAGLE3_EH_PROJ = Signature(
     marks=r"(midlayer|layers\.0)\.(eh_proj|enorm)\..*|(eh_proj|enorm)\..*",
     needs=(r"(midlayer|layers\.0)\.hidden_norm\.weight",),
     advice=(
-        "it computes something else than other EAGLE-3 drafts, so it is not converted; "
+        "it computes something different from other EAGLE-3 drafts, so it is not converted; "
         "TensorRT-LLM, whose variant it is, serves it as published"
     ),
     serving=(Serving("TensorRT-LLM", "Eagle3"),),
@@ -131,7 +131,7 @@ PARD = Signature(
     never=r"mask_hidden|fc\.weight|midlayer\..*",
     hints={"pard_token": r"\d+"},
     hinted=True,
-    advice="it needs nothing of its verifier, and nothing to be converted: serve it as published",
+    advice="it takes nothing from its verifier and needs no conversion: serve it as published",
     serving=(
         vllm("draft_model", parallel_drafting=True),
         Serving("TensorRT-LLM", "PARD"),
@@ -159,8 +159,8 @@ MLP_SPECULATOR = Signature(
     hints={"model_type": r"mlp_speculator"},
     parts=("emb.0.weight", "proj.0.weight", "ln.0.weight", "head.0.weight"),
     advice=(
-        "no current engine serves it (vLLM removed it in 0.33.0, and 0.32 has no way to it), so it "
-        "is not converted"
+        "no current engine serves it (vLLM removed it in 0.33.0, and 0.32 has no setting for it), "
+        "so it is not converted"
     ),
     serving=(),
 )
@@ -177,7 +177,7 @@ DRAFT_IN_MODEL = Signature(
 
 ONE_MATRIX = Signature(
     "matrix",
-    "one matrix and no draft; it may be the verifier's head",
+    "one matrix, not a draft; it may be the verifier's head",
     marks=r"weight",
     alone=True,
     advice="give the file that holds the draft's tensors",
@@ -190,7 +190,7 @@ UNO = Signature(
     alone=True,
     advice=(
         "UNO drafts with the verifier itself and this adapter, so there is nothing to convert; "
-        "another adapter is no draft"
+        "any other adapter is not a draft"
     ),
     serving=(Serving("SGLang", "UNO", note="with --uno-lora-path, if it was trained as a draft"),),
 )
@@ -199,7 +199,7 @@ GRIFFIN = Signature(
     "griffin",
     "a GRIFFIN draft",
     marks=r"fc\.fc\.(weight|bias)|fc\.mlp\..*",
-    advice="its token-guided fusion is another architecture than EAGLE's, and is not converted",
+    advice="its token-guided fusion is not a part of EAGLE, so it is not converted",
     serving=(),
 )
 
@@ -208,8 +208,8 @@ MINICPM = Signature(
     "an EAGLE draft of MiniCPM",
     marks=r"eagle_layers\.\d+\..*|input_norm[12]\.weight",
     advice=(
-        "MiniCPM's draft has norms of its own and scales its embedding and residuals: it is "
-        "another architecture, and is not converted; vLLM serves it as published"
+        "MiniCPM's draft has norms of its own and scales its embedding and residuals: it is a "
+        "different architecture, so it is not converted; vLLM serves it as published"
     ),
     serving=(vllm("eagle"),),
 )
@@ -218,7 +218,7 @@ MISTRAL = Signature(
     "mistral-eagle",
     "an EAGLE draft in Mistral's own names",
     marks=r"eagle_linear\..*",
-    advice="it is another architecture, and is not converted; it is served as published",
+    advice="it is a different architecture, so it is not converted; it is served as published",
     serving=(vllm("eagle"), Serving("SGLang", "EAGLE")),
 )
 
@@ -233,8 +233,8 @@ COHERE = Signature(
     both=True,
     hints={"architectures": r"(Eagle)?Cohere.*"},
     advice=(
-        "Cohere's layer, which attends and computes its MLP side by side, and the norm after it "
-        "are another architecture, and are not converted; vLLM serves it as published, if its "
+        "Cohere's layer, which computes attention and MLP in parallel, and the norm after it make "
+        "it a different architecture, so it is not converted; vLLM serves it as published, if its "
         "config.json says architectures CohereForCausalLM or EagleCohereForCausalLM"
     ),
     serving=(vllm("eagle"),),
@@ -250,9 +250,9 @@ DEEPSEEK = Signature(
     both=True,
     hints={"architectures": r"EagleDeepSeek.*"},
     advice=(
-        "its latent attention and its norms on embedding and state (enorm, hnorm) are another "
-        "architecture, and are not converted; vLLM serves it as published, if its config.json "
-        "says architectures EagleDeepSeekMTPModel"
+        "its latent attention and its norms on embedding and state (enorm, hnorm) make it a "
+        "different architecture, so it is not converted; vLLM serves it as published, if its "
+        "config.json says architectures EagleDeepSeekMTPModel"
     ),
     serving=(vllm("eagle"),),
 )
@@ -264,7 +264,7 @@ LLAMA4 = Signature(
     fc_inputs=2,
     both=True,
     advice=(
-        "Llama 4's layer is another architecture than Llama's, and is not converted; vLLM serves "
+        "Llama 4's layer differs from Llama's, so it is not converted; vLLM serves "
         "such drafts as published"
     ),
     serving=(vllm("eagle"),),

@@ -25,7 +25,7 @@ DSPARK_OF_DEEPSEEK = Signature(
     marks=r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\..*",
     parts=("mtp.0.main_proj.weight", "mtp.2.markov_head.markov_w1.weight"),
     advice=(
-        "it has three stages with hyper-connections, and is no MTP; it is served from its "
+        "it has three stages with hyper-connections and is not an MTP; it is served from its "
         "verifier's checkpoint as published, and is not converted"
     ),
     serving=(

@@ -14,7 +14,7 @@ BODY = r"(?!mtp\.)(.*\.)?(layers|h|blocks)\.\d+\..*"
 FORMAT = (
     "no engine reads it in the speculators format, so it stays in its native layout: "
     "`speculators mtp graft` puts it into its verifier's checkpoint, `speculators mtp cut` takes "
-    "it out, and `speculators evaluate` measures it (other than Qwen's, with --server)"
+    "it out, and `speculators evaluate` measures it (those other than Qwen's with --server)"
 )
 
 VLLM = vllm("mtp")
@@ -22,7 +22,7 @@ SGLANG = Serving("SGLang", "NEXTN")
 LLAMA_CPP = Serving(
     "llama.cpp",
     "draft-mtp",
-    note="as `mtp cut --to llamacpp` takes it out of its verifier",
+    note="cut out of its verifier with `mtp cut --to llamacpp`",
     refuses=why_not_in_gguf,
 )
 TENSORRT = Serving(
@@ -36,8 +36,8 @@ MTP_OF_UPSTREAM = Signature(
     hints={"speculators_model_type": r"mtp"},
     decisive=True,
     advice=(
-        "no engine reads this type, and it holds a head of NaN that nobody trained: take the MTP "
-        "from its verifier's checkpoint again, with `speculators mtp cut`"
+        "no engine reads this type, and its head is all NaN: cut the MTP out of its verifier's "
+        "checkpoint, with `speculators mtp cut`"
     ),
     serving=(),
 )

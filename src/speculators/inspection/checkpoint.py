@@ -63,7 +63,7 @@ SIZES = (
 )
 """The sizes that are reported, by their keys in config.json."""
 
-BY_KIND = "Which engines serve it is said by its kind alone, since more of it cannot be read."
+BY_KIND = "The engines are those that serve its kind: more of it could not be read."
 
 
 def inspect_checkpoint(
@@ -148,7 +148,7 @@ def _read(repository: Repository) -> tuple[Checkpoint, list[str]]:
         tensors = read_tensors(repository)
     except NoWeightsError as error:
         tensors = {}
-        notes.append(f"{error} What it is, is judged by its config.json alone.")
+        notes.append(f"{error} It is judged by its config.json alone.")
     if repository.commit:  # name files as on the Hub, not as in the cache
         home = Path(repository.name)
         tensors = {n: replace(info, file=home / info.file.name) for n, info in tensors.items()}
@@ -325,7 +325,7 @@ def _details(checkpoint: Checkpoint, found: Recognition) -> Details:
 def _details_of_draft(checkpoint: Checkpoint, family: Family, found: Recognition) -> Details:
     notes = [family.ambiguity(checkpoint.name)] if family.ambiguity else []
     if not checkpoint.tensors:
-        why_not = f"{checkpoint.name} has no weights that could be read, and they decide."
+        why_not = f"{checkpoint.name} has no weights that can be read, and they decide."
         return Details(
             checkpoint.config, ConversionFinding(possible=False, why_not=why_not), notes=notes
         )

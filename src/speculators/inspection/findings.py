@@ -156,7 +156,7 @@ class Finding(Ending, _Part):
     facts: dict[str, str] = Field(default_factory=dict)
     """For a draft of a family: what else is worth knowing about it, such as who published it."""
     serving: list[ServingFinding] | None = None
-    """For a draft: the engines that serve it, if any; null for what is no draft."""
+    """For a draft: the engines that serve it, if any; null for what is not a draft."""
     not_serving: list[RefusalFinding] = Field(default_factory=list)
     """For a draft: the engines that do not serve it, and why; of what is not of a family, those
     that serve other drafts of its kind."""

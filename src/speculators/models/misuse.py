@@ -27,8 +27,8 @@ class NotAnAssistant(GenerationConfig):
 
         """
         raise GenerationError(
-            "This draft reads its verifier's hidden states, which assistant_model is not given: "
-            "attach the verifier to the draft and call the draft's generate, "
+            "This draft reads its verifier's hidden states, which transformers does not pass to "
+            "an assistant_model: attach the verifier to the draft and call the draft's generate, "
             "draft.attach_verifier(verifier); draft.generate(**inputs)"
         )
 

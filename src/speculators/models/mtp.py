@@ -293,7 +293,7 @@ class QwenMtp(nn.Module):
 
         """
         if not self._verifier:
-            raise VerifierError("Generating takes the whole verifier; attach the loaded model.")
+            raise VerifierError("Generating needs the whole verifier; attach the loaded model.")
         return speculate(
             self,
             self._verifier[0],

@@ -458,7 +458,7 @@ class Speculator(SavableDraft, ABC):
         """
         if self.verifier is None:
             raise VerifierError(
-                "Generating takes the whole verifier. Attach the verifier first: "
+                "Generating needs the whole verifier. Attach the verifier first: "
                 f"{self._how_to_attach()}, or load both at once: "
                 f"{type(self).__name__}.from_pretrained({str(self.name_or_path)!r}, "
                 "verifier='auto')"
@@ -544,7 +544,7 @@ class Speculator(SavableDraft, ABC):
         head = self.get_output_embeddings()
         if head is None:
             raise VerifierError(
-                "The draft has no head: logits are made by its verifier's. "
+                "The draft has no head of its own: its verifier's makes the logits. "
                 f"Attach the verifier first: {self._how_to_attach()}"
             )
         return head

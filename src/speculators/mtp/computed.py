@@ -45,7 +45,7 @@ def computed_as(
         else f"is quantized ({odd.name} is {odd.dtype})"
     )
     raise FormatError(
-        f"{name} has {mtp.type.title}, which is not computed here, since it {what}: those of "
-        f"{', '.join(COMPUTED)} with one layer that is not quantized are; where vLLM serves it, "
+        f"{name} has {mtp.type.title}, which cannot be run here, since it {what}: only those of "
+        f"{', '.join(COMPUTED)} with one layer that is not quantized can; where vLLM serves it, "
         "`speculators evaluate` measures it with --server."
     )

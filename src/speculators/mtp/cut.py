@@ -142,13 +142,15 @@ def check_mtp(
         raise CheckpointError(f"{repository.name} {why}.")
     if mtp is None:
         why = why_unknown(config, names) or (
-            "has no MTP: no tensor has a name of one, and config.json promises none"
+            "has no MTP: no tensor is named like one of an MTP, and config.json does not promise "
+            "one"
         )
         raise CheckpointError(f"{repository.name} {why}.")
     if mtp.state == "missing":
         raise CheckpointError(
             f"{repository.name} has lost its MTP: config.json promises {mtp.promised} layer(s) "
-            f"({mtp.key}), and no tensor has a name of {mtp.type.title}{_elsewhere(repository)}."
+            f"({mtp.key}), but no tensor is named like one of "
+            f"{mtp.type.title}{_elsewhere(repository)}."
         )
     if mtp.missing:
         raise CheckpointError(

@@ -107,7 +107,7 @@ def _taken_apart(expert: Expert, info: TensorInfo) -> dict[str, PlannedTensor]:
     if rows % len(expert.matrices):
         raise ConversionError(
             f"{info.file}: {info.name} {describe_shape(info.shape)} has an odd number of rows for "
-            "each expert, and those of two matrices belong there."
+            "each expert, but should hold the rows of two matrices."
         )
     height = rows // len(expert.matrices)
     planned = {}

@@ -153,8 +153,8 @@ def why_unknown(config: Mapping[str, Any], names: Collection[str]) -> str | None
     """
     if dspark := find_dspark(names):
         return (
-            f"has {dspark}, a stage of DSpark and no MTP; vLLM serves it out of the verifier's own "
-            "directory with the method dspark and no model, SGLang with the algorithm DSPARK"
+            f"has {dspark}, a stage of DSpark, not of an MTP; vLLM serves it out of the verifier's "
+            "own directory with the method dspark and no model, SGLang with the algorithm DSPARK"
         )
     for kind in sorted(model_types(config) & NAMED_ONLY.keys()):
         return (

@@ -93,7 +93,7 @@ def graft(
     """
     directory = _open_directory(verifier)
     if (output is None) != in_place:
-        raise OutputError("Give the directory to create, or say in place: one of the two.")
+        raise OutputError("Give either a directory to create or in_place, not both.")
     place = directory if output is None else local_path(output, OutputError)
     if output is None:
         _refuse_links(directory)
@@ -156,7 +156,7 @@ def _read_receiver(directory: Path) -> Receiver:
     if other := next((it for it in tensors.values() if it.file.suffix != ".safetensors"), None):
         raise ConversionError(
             f"{directory} has its weights in {other.file.name}, and an MTP is grafted into "
-            "safetensors files; save the verifier as such (save_pretrained of transformers)."
+            "safetensors files; save the verifier as such (with save_pretrained of transformers)."
         )
     if "speculators_model_type" in config:
         raise ConversionError(f"{config_file} is a draft's; give the verifier that gets the MTP.")
@@ -240,7 +240,7 @@ def _find_place(receiver: Receiver, source: Mtp, names: tuple[str, str]) -> Mtp:
     if found is None or found.type != source.type:
         there = found.type.title if found else "none of a known type"
         raise ConversionError(
-            f"{names[0]} has {source.type.title}, and what {names[1]} would get is {there}; give "
+            f"{names[0]} has {source.type.title}, but {names[1]} takes {there}; give "
             "an MTP of this verifier's architecture."
         )
     layers = max(found.layers, found.promised or 0)

@@ -221,8 +221,8 @@ def with_exclusions(
     key, entries = _list_in(settings, method)
     if key is None and modules.whole:
         raise ConversionError(
-            f"config.json says quant_method {method or '(nothing)'}, and how that lists modules "
-            f"that are not quantized is not known, such as {modules.whole[0]} of the MTP; list "
+            f"config.json says quant_method {method or '(nothing)'}, and it is not known how that "
+            f"lists modules that are not quantized, such as {modules.whole[0]} of the MTP; list "
             f"them yourself in config.json, under one of {', '.join(OTHER_LISTS[:3])}."
         )
     for module in modules.quantized:

@@ -47,7 +47,7 @@ def parse_json(raw: bytes) -> tuple[dict[str, Any], str | None]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError("holds no JSON object")  # noqa: TRY004 - its value is wrong, not its type
+        raise ValueError("does not hold a JSON object")  # noqa: TRY004 - its value is wrong, not its type
     return value, twice[0] if twice else None
 
 
@@ -71,8 +71,8 @@ def read_json(
         raw = file.read(MAX_JSON_BYTES + 1)
     if len(raw) > MAX_JSON_BYTES:
         raise CheckpointError(
-            f"{path} has more than {MAX_JSON_BYTES >> 20} MiB, as no config or index has; "
-            "fetch it again."
+            f"{path} has more than {MAX_JSON_BYTES >> 20} MiB, which no config or index has; fetch "
+            "it again."
         )
     raw = raw.removeprefix(codecs.BOM_UTF8)
     if raw.startswith(UTF16) or raw[:2].count(0) == 1:

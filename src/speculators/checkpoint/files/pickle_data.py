@@ -136,9 +136,9 @@ def read_pickle(
         return _run(machine, source)
     except Refused as refusal:
         raise UnsafeCheckpointError(
-            f"{name} was refused, and nothing in it was run, for its pickle asks for {refusal}, "
-            "which plain tensors do not need: convert it to safetensors with the library that made "
-            "it, and in a sandbox if you do not trust where it comes from."
+            f"{name} was refused, and nothing in it was run, because its pickle asks for "
+            f"{refusal}, which plain tensors do not need: convert it to safetensors with the "
+            "library that made it, and in a sandbox if you do not trust where it comes from."
         ) from None
     except CheckpointError:
         raise

@@ -404,16 +404,15 @@ def _find_tensors(value: object, path: Path) -> dict[str, _Tensor]:
             tensors[key] = item
         else:
             raise CheckpointError(
-                f"{path} holds a tensor under the key {_shown(key)}, where names are needed, once "
-                "each: save the weights with torch.save(model.state_dict(), ...)."
+                f"{path} holds a tensor under the key {_shown(key)}, where distinct names are "
+                "needed: save the weights with torch.save(model.state_dict(), ...)."
             )
     if not tensors:
         raise CheckpointError(f"{path} holds no dict of tensors{_what_instead(value)}")
     others = [key for key, item in left_out if _has_tensors(item)]
     if others:
         logger.warning(
-            f"{path} holds more tensors than those at {where}, which are left out: "
-            f"{_listed(others)}"
+            f"{path} also holds tensors outside of {where}, which are left out: {_listed(others)}"
         )
     if left_out:
         names = _listed([key for key, _ in left_out])

@@ -59,7 +59,7 @@ _SENTENCES = {
         " then set HF_TOKEN or log in with 'hf auth login'"
     ),
     "GatedRepoError, token sent": (
-        "{repo} is gated and the access token is not let in: accept its licence at"
+        "{repo} is gated and the access token has no access to it: accept its licence at"
         " {endpoint}/{repo} with the account of the token"
     ),
     "DisabledRepoError": ("{endpoint} has disabled {repo}: its page {endpoint}/{repo} may say why"),

@@ -43,7 +43,7 @@ BRANCH = re.compile(r"(?!/|.*(?:\.\.|//|@\{|\.lock$|[/.]$))[^\x00-\x20\x7f~^:?*\
 """A name that git allows for a branch (git-check-ref-format), but for details."""
 
 _NO_TOKEN = (
-    "Uploading to {repo} takes an access token: log in with 'hf auth login', or set HF_TOKEN to a"
+    "Uploading to {repo} needs an access token: log in with 'hf auth login', or set HF_TOKEN to a"
     " token with the role 'write'"
 )
 

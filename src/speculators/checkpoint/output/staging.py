@@ -132,7 +132,9 @@ def _is_marked(directory: Path, marker: Marker) -> bool:
 def _located(output: Path) -> Path:
     """The same place, by a path that ends with its name and does not lead up again."""
     if "\0" in str(output):
-        raise OutputError(f"{printable(str(output))} has a NUL in it; choose another output.")
+        raise OutputError(
+            f"{printable(str(output))} contains a NUL character; choose another output."
+        )
     if output.name in {"", ".."}:
         return output.resolve()
     return output.parent.resolve() / output.name if ".." in output.parts else output
@@ -190,7 +192,7 @@ def staged_directory(
         advice = ADVICE.get(error.errno, "choose another output if it stays so")
         raise OutputError(
             f"{output} could not be written: {error.strerror}; {advice} "
-            "(nothing was left there that was not there before)."
+            "(nothing new was left there)."
         ) from error
     finally:
         _discard(sibling, output, lock)
@@ -306,8 +308,8 @@ def _discard(sibling: Path, output: Path, lock: int) -> None:
             left += _remove_tree(sibling / name)
     if left:
         logger.warning(
-            f"{sibling} could not be removed whole ({left[0].strerror}: {left[0].filename}): what "
-            f"is left there was a part of {output}; remove it yourself"
+            f"{sibling} could not be removed completely ({left[0].strerror}: {left[0].filename}): "
+            f"what is left there was a part of {output}; remove it yourself"
         )
         os.close(lock)
         return

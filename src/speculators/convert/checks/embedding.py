@@ -44,7 +44,7 @@ def warn_of_untrained_embedding(plan: ConversionPlan) -> None:
     try:
         verifiers = _sample(plan.verifier.embedding())
     except (SpeculatorsError, KeyError):
-        others = "the verifier's is not there to compare"
+        others = "the verifier's is not available to compare"
     else:
         if _correlation(sample, verifiers) > LIKENESS:
             return

@@ -133,7 +133,7 @@ class Recording:
         if not recorded.is_same(verifier):
             raise EvaluationError(
                 f"{self.directory} is a recording of {recorded.name}, but the verifier of {of} is "
-                f"{verifier.name}, which is another model; record that one."
+                f"{verifier.name}, which is a different model; record that one."
             )
 
     def check_layers(self, layers: Iterable[int], draft: str) -> None:

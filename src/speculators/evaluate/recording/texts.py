@@ -117,7 +117,7 @@ def _decode(
     if warp_of(logits_processor) != recorded_warp(settings):
         raise EvaluationError(
             "The generation_config.json of the verifier asks for more than temperature, top_k and "
-            "top_p (min_p, or the like), which a recording cannot be made with; remove it there."
+            "top_p (min_p, for example), and no recording can be made with that; remove it there."
         )
     attention_mask = inputs.get("attention_mask")
     padding = left_padding(input_ids, attention_mask)

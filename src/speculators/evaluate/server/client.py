@@ -107,7 +107,7 @@ class Server:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
             raise EvaluationError(
-                "The server is given by its address, as http://localhost:8000; a key for it is "
+                "Give the server's address, such as http://localhost:8000; a key for it is "
                 f"read from the environment variable {KEY}."
             )
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -167,8 +167,8 @@ class Server:
         prompt_tokens = (answer.get("usage") or {}).get("prompt_tokens")
         if not isinstance(tokens, list) or not isinstance(prompt_tokens, int):
             raise EvaluationError(
-                f"{self.url} does not tell the tokens of its answers (return_token_ids), as vLLM "
-                "from 0.11 on does."
+                f"{self.url} does not return the tokens of its answers (return_token_ids), as vLLM "
+                "does from 0.11 on."
             )
         return Answer(prompt_tokens, tokens, seconds)
 

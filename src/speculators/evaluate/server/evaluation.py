@@ -74,8 +74,8 @@ class ServedEvaluation:
         self._groups = _grouped(prompts, together=concurrency > 1)
         if (largest := max(map(len, self._groups))) < concurrency and len(self._groups) > 1:
             logger.warning(
-                f"No category has more than {largest} prompts, so no more than that are answered "
-                f"at the same time, not {concurrency}"
+                f"No category has more than {largest} prompts, so that many are answered at the "
+                f"same time, not {concurrency}"
             )
         counters = server.counters()
         positions = len(counters.accepted)
@@ -100,7 +100,7 @@ class ServedEvaluation:
             if after.generated != before.generated + told:
                 logger.warning(
                     f"{self.server.url} counted {after.generated - before.generated} new tokens, "
-                    f"but answered {told} here: what it answers to others is counted too"
+                    f"but answered {told} here: its answers to others are counted, too"
                 )
             counted = after.since(before)
             plain = self._answers(self.baseline, prompts) if self.baseline is not None else None

@@ -119,9 +119,8 @@ def open_draft(
     found = find_draft(source, hub, revision=revision)
     if isinstance(found, FoundMtp):
         raise EvaluationError(
-            f"{source} has an MTP, which is no converted draft, so there is no chat with it, and "
-            "it is not scored on a recording; `speculators evaluate` measures those of Qwen3-Next "
-            "and Qwen3.5."
+            f"{source} has an MTP, not a converted draft: `chat` and `--recording` do not take "
+            "one; `speculators evaluate` measures those of Qwen3-Next and Qwen3.5."
         )
     return _open_converted(str(source), found, verifier)
 

@@ -150,9 +150,9 @@ class DFlashConfig(SpeculatorConfig):
             raise ValueError("is_causal and sliding_window_non_causal contradict each other")
         if causal is None and not non_causal and FULL in self.transformer_layer_config.layer_types:
             raise ValueError(
-                "sliding_window_non_causal is false, which vLLM takes to make full layers causal, "
-                "too, and the trainer that writes it does not; convert the draft again with "
-                "--causal or --no-causal"
+                "sliding_window_non_causal is false, which makes full layers causal in vLLM, but "
+                "not for the trainer that writes it; convert the draft again with --causal or "
+                "--no-causal"
             )
         if non_causal or FULL not in self.transformer_layer_config.layer_types:
             self.transformer_layer_config.is_causal = None  # which adds nothing

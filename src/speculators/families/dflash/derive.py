@@ -115,7 +115,7 @@ def complete(source: Source) -> Completion:
         if name in source.tensors and "lm_head.weight" not in source.tensors:
             raise ConversionError(
                 f"{source.checkpoint.name} has {source.tensors[name].name}, so it drafts a part of "
-                "the vocabulary, but no lm_head.weight; nothing is invented: give the complete "
+                "the vocabulary, but no lm_head.weight; it is not made up: give the complete "
                 "checkpoint."
             )
     return completion
@@ -211,7 +211,7 @@ def _refuse_variants(source: Source) -> None:
             if re.fullmatch(pattern, info.name.removeprefix("model.")):
                 raise ConversionError(
                     f"{source.checkpoint.name} holds a draft with {what} (it has {info.name}), "
-                    "which the speculators format cannot say; serve it as it was published."
+                    "which the speculators format cannot express; serve it as it was published."
                 )
 
 
@@ -220,8 +220,8 @@ def _refuse_architectures(said: Said) -> None:
     for architecture in architectures_of(said.source.checkpoint.config):
         if served_by := ELSEWHERE.get(architecture):
             raise NativeLayoutError(
-                f"{said.where} says architectures {architecture}, which the engines have to read "
-                f"there, and the format says in another way; {' and '.join(served_by)} "
+                f"{said.where} says architectures {architecture}, which engines have to find "
+                f"there, and the format does not write; {' and '.join(served_by)} "
                 f"serve{'s' * (len(served_by) == 1)} it as it was published.",
                 served_by,
             )
@@ -270,7 +270,7 @@ def _ways_to_say(said: Said, kind: Kind, attention: Attention) -> dict[str, Any]
         layers = ", ".join(str(layer) for layer, it in enumerate(causal) if it)
         raise NativeLayoutError(
             f"{said.source.checkpoint.name}: its layers {layers} slide and are causal, and the "
-            "others are not, which today's speculators format cannot say of a "
+            "others are not, which today's speculators format cannot express for a "
             f"{'DFlash 2' if kind == 'dflash2' else 'DFlash'} draft: vLLM would make all of them "
             "causal. Keep the native layout, which vLLM and SGLang serve as it is.",
             {"vLLM", "SGLang"},
@@ -386,7 +386,7 @@ def _settle_rope(said: Said) -> None:
         for key in ("rope_parameters", "rope_scaling")
     ):
         raise ConversionError(
-            f"{said.where} lacks rope_theta, which vLLM takes for 1000000 and transformers for "
+            f"{said.where} lacks rope_theta, which vLLM takes to be 1000000 and transformers to be "
             "10000; add the one that the draft was trained with."
         )
 

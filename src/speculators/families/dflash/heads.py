@@ -14,15 +14,15 @@ def no_heads(said: Said) -> dict[str, Any]:
     rank = said.whole_number("markov_rank", "dspark_markov_rank", at_least=0, becomes="it is 0")
     if rank:
         raise ConversionError(
-            f"{said.where} says markov_rank {rank}, but the tensors have no Markov head; nothing "
-            "is invented: give the complete checkpoint."
+            f"{said.where} says markov_rank {rank}, but the tensors have no Markov head; it is not "
+            "made up: give the complete checkpoint."
         )
     for name in ("markov_head_type", "confidence_head_with_markov"):
         said.find(name, becomes="it has no Markov head")
     if said.flag("enable_confidence_head", "use_confidence_head", becomes="it has none"):
         raise ConversionError(
             f"{said.where} says that the draft has a confidence head, but the tensors have none; "
-            "nothing is invented: give the complete checkpoint."
+            "it is not made up: give the complete checkpoint."
         )
     for name in ("output_multiplier", "input_embedding_scale", "final_logit_softcapping"):
         value = said.find(name, becomes="with this value it changes nothing")
@@ -46,7 +46,8 @@ def selector(said: Said) -> dict[str, Any]:
     if not number or hidden % number:
         raise ConversionError(
             f"{groups.file}: {groups.name} has the shape {describe_shape(groups.shape)}, which "
-            f"gives no groups of the {hidden} channels; give the checkpoint as it was published."
+            f"does not divide the {hidden} channels into groups; give the checkpoint as it was "
+            "published."
         )
     found = {
         "conv_kernel_size": taps,

@@ -66,8 +66,8 @@ def _check_embedding(file: Path, token: int, hidden: int) -> None:
     embedding = entries.get("embedding", entries.get(""))
     if not isinstance(embedding, TensorInfo) or embedding.dtype not in FLOATS:
         raise ConversionError(
-            f"{file} holds no embedding, neither by itself nor under 'embedding', as vLLM and "
-            "SGLang read it; give the file as it was published, or remove it."
+            f"{file} does not hold an embedding, by itself or under 'embedding', where vLLM and "
+            "SGLang look for it; give the file as it was published, or remove it."
         )
     if entries.get("per_position"):
         raise ConversionError(
@@ -81,6 +81,6 @@ def _check_embedding(file: Path, token: int, hidden: int) -> None:
         )
     if entries.get("mask_token_id", token) != token:
         raise ConversionError(
-            f"{file} is that of the mask token {entries['mask_token_id']}, but config.json says "
+            f"{file} belongs to the mask token {entries['mask_token_id']}, but config.json says "
             f"{token}; give the file that belongs to it."
         )

@@ -243,7 +243,7 @@ class Said:
             if value is not None and value not in neutral:
                 raise ConversionError(
                     f"{self.where} says {name} {_shown(value)}: the draft has {what}, which the "
-                    "speculators format cannot say; serve it as it was published."
+                    "speculators format cannot express; serve it as it was published."
                 )
         for name, why in WITHOUT_EFFECT.items():
             self.find(name, becomes=why)

@@ -43,7 +43,7 @@ def verifier_states(said: Said, layers: int, notes: list[str]) -> dict[str, Any]
     if None not in (shifted, ours) and shifted != ours:
         raise ConversionError(
             f"{said.where} says target_layer_ids {native} and aux_hidden_state_layer_ids {ours}, "
-            "which is not the same by the states that enter the layers; keep the right one."
+            "which do not name the same states (target_layer_ids are one less); keep the right one."
         )
     answer, told = said.source.options.get(AUX_LAYERS.name), shifted or ours
     if answer is not None and told is not None and answer != told:
@@ -58,7 +58,7 @@ def verifier_states(said: Said, layers: int, notes: list[str]) -> dict[str, Any]
         notes.append(
             "its config.json has no target_layer_ids, so it is taken to read the states that "
             f"enter the layers {known}, as the reference does with {layers} layers and a verifier "
-            f"of {depth}; {AUX_LAYERS.flag} says others"
+            f"of {depth}; {AUX_LAYERS.flag} overrides this"
         )
     if known is None:
         notes.append(
@@ -86,7 +86,7 @@ def check_states(said: Said, keys: dict[str, Any], hidden: int) -> None:
     ids = keys["aux_hidden_state_layer_ids"]
     if rest or not states:
         raise ConversionError(
-            f"{fc.file}: {fc.name} has the shape {describe_shape(fc.shape)}, which takes no whole "
+            f"{fc.file}: {fc.name} has the shape {describe_shape(fc.shape)}, which is not a whole "
             f"number of states of the verifier's hidden size {width}; give the model that the "
             "draft was trained for."
         )
@@ -105,7 +105,7 @@ def check_states(said: Said, keys: dict[str, Any], hidden: int) -> None:
         )
     if any(one >= other for one, other in pairwise(ids)):
         raise ConversionError(
-            f"{where}: the layers {shown} are not in ascending order, each once; engines "
+            f"{where}: the layers {shown} are not distinct and in ascending order; engines "
             "sort them, so the states would reach the wrong columns of fc."
         )
     depth = keys["num_target_layers"]

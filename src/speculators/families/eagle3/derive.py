@@ -166,7 +166,7 @@ def _refuse_variants(source: Source) -> None:
     def refuse(what: str, since: str) -> ConversionError:
         return ConversionError(
             f"{name} holds an EAGLE-3 draft {what} ({since}), which is not converted: it computes "
-            "something else than other EAGLE-3 drafts do."
+            "something different from other EAGLE-3 drafts."
         )
 
     layer = _layer(source)
@@ -345,8 +345,8 @@ def _norm_before_residual(source: Source, publisher: Publisher) -> bool:
     said = config.get("norm_before_residual", eagle_config(config).get("norm_before_residual"))
     if said is None and publisher is SPECULATORS:
         raise ConversionError(
-            f"{source.checkpoint.config_file} lacks norm_before_residual, which vLLM takes for "
-            "true and speculators for false; add the one that it was trained with."
+            f"{source.checkpoint.config_file} lacks norm_before_residual, which vLLM takes to be "
+            "true and speculators to be false; add the one that it was trained with."
         )
     return bool(said)
 
@@ -390,7 +390,7 @@ def _why_norm_output_is_open(said: bool) -> str:
         "its config.json says norm_output false, which has two meanings: to engines, and in "
         "SpecForge since pull request 879 (September 2026), the output before the final norm is "
         "fed back and the norm applied before the head (head-only); a draft of SpecForge up to "
-        "0.2.0 has no final norm at all then, which nothing serves, and is not converted."
+        "0.2.0 has no final norm at all then; no engine serves it, and it is not converted."
     )
 
 
@@ -476,13 +476,12 @@ def _warn(source: Source, publisher: Publisher, layer: LayerConfig, notes: list[
         )
     if "fc_bias" in features:
         notes.append(
-            "vLLM and the PyPI project speculators drop fc.bias without a word, and then draft "
-            "badly"
+            "vLLM and the PyPI project speculators silently drop fc.bias, and then draft badly"
         )
     if {"qk_norm", "attention_bias"} <= features:
         notes.append(
-            "vLLM drops o_proj.bias of a layer with norms on queries and keys without a word, and "
-            "then drafts badly"
+            "vLLM silently drops o_proj.bias of a layer with norms on queries and keys, and then "
+            "drafts badly"
         )
     if {"mask_hidden", "fc_norm"} <= features:
         notes.append("vLLM does not read fc_norm of a P-EAGLE draft, and refuses it")

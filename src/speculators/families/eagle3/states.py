@@ -38,7 +38,7 @@ def count_states(source: Source, width: int) -> int:
     fc = source.tensors["fc.weight"]
     if len(fc.shape) != 2 or fc.shape[1] == 0 or fc.shape[1] % width:
         raise ConversionError(
-            f"{fc.file}: {fc.name} has the shape {describe_shape(fc.shape)}, which takes no whole "
+            f"{fc.file}: {fc.name} has the shape {describe_shape(fc.shape)}, which is not a whole "
             f"number of states of the verifier's hidden size {width}; give the model that the "
             "draft was trained for."
         )
@@ -98,9 +98,9 @@ def verifier_layers(
             notes.append(_ask_for_layers(source, publisher, states))
             return None
         notes.append(
-            f"its config.json does not say which states of the verifier it reads: taken to be "
+            "its config.json does not say which states of the verifier it reads: taken to be "
             f"those entering the layers {usual}, the reference's 2, n/2 and n-3 of {depth}; "
-            f"{AUX_LAYERS.flag} says others"
+            f"{AUX_LAYERS.flag} overrides this"
         )
         return usual
     _check(source, key, layers, states, depth)
@@ -182,7 +182,7 @@ def _ask_for_layers(source: Source, publisher: Publisher, states: int) -> str:
         else ""
     )
     if usually and source.verifier is None:
-        return "which states it reads is not in its config.json" + usually
+        return "its config.json does not say which states it reads" + usually
     return ask(
         source,
         AUX_LAYERS,
@@ -201,12 +201,12 @@ def _check(source: Source, key: str, layers: list[int], states: int, depth: int 
         )
     if not _ascending(layers):
         raise ConversionError(
-            f"{where}: {layers} are not in ascending order, each once; engines sort them, so the "
+            f"{where}: {layers} are not distinct and in ascending order; engines sort them, so the "
             "states would reach the wrong columns of fc. Give the order of the training with "
             f"{AUX_LAYERS.flag} if it was ascending."
         )
     if layers[0] < 0:
-        raise ConversionError(f"{where}: {layers} has a number below 0, and layers have none.")
+        raise ConversionError(f"{where}: {layers} has a negative number.")
     if depth is not None and layers[-1] > depth:
         assert source.verifier is not None
         raise ConversionError(

@@ -240,8 +240,8 @@ def _judge_the_rest(
     if changing:
         raise ConversionError(
             f"{keys.where} has {', '.join(changing)}, with which the draft would compute what the "
-            "format cannot say; if the training ignored it, as the reference does, remove it from "
-            "the config."
+            "format cannot express; if the training ignored it, as the reference does, remove it "
+            "from the config."
         )
     if not unknown:
         return []
@@ -269,8 +269,8 @@ def _check_window(keys: SourceKeys, config: LayerConfig, layer_type: str | None)
         if window.value < config.max_position_embeddings and not (off and "sliding" in name):
             raise ConversionError(
                 f"{keys.where}, key {window.path}: the draft's layer may see no further back than "
-                f"{window.value} positions, and the format cannot say so; if the training did not "
-                "limit it, remove the key."
+                f"{window.value} positions, which the format cannot express; if the training did "
+                "not limit it, remove the key."
             )
 
 

@@ -70,5 +70,5 @@ def ask(source: Source, option: Option, why: str) -> str:
 
     """
     if source.verifier is not None:
-        raise ConversionError(f"{source.checkpoint.name}: {why} Say it with {option.answers}.")
+        raise ConversionError(f"{source.checkpoint.name}: {why} Specify it with {option.answers}.")
     return f"conversion asks for {option.answers}: {why.removesuffix('.')}"

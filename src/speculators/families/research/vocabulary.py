@@ -85,8 +85,8 @@ def complete_vocabulary(source: Source, vocabulary: int) -> Completion:
     if d2t is None and t2d is None:
         raise ConversionError(
             f"{source.checkpoint.name}: its head has {drafted} tokens of {vocabulary}, but neither "
-            "d2t nor t2d is there to say which; nothing is invented: look for them in another file "
-            "of the publisher's."
+            "d2t nor t2d is there to say which; they are not made up: look for them in the "
+            "publisher's other files."
         )
     _check_forms(d2t, t2d, drafted, vocabulary)
     if source.verifier is None:

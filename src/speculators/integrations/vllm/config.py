@@ -32,7 +32,7 @@ def update_eagle(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]
     layer = config.transformer_layer_config
     if layer.hidden_act != "silu":
         raise FormatError(
-            f"The draft's activation is {layer.hidden_act}, and vLLM's Llama layer has silu alone; "
+            f"The draft's activation is {layer.hidden_act}, but vLLM's Llama layer has only silu; "
             "this draft cannot be served with vLLM."
         )
     sizes = config.sizes

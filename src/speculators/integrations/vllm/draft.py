@@ -173,9 +173,9 @@ class EagleDraft(EagleLlamaForCausalLM):
                 )
             if shape != self.config.tensor_shapes[name]:
                 raise FormatError(
-                    f"{self.directory}: {stored_name} has the shape {describe_shape(shape)}, by "
-                    f"config.json it should have {describe_shape(self.config.tensor_shapes[name])};"
-                    " convert it again."
+                    f"{self.directory}: {stored_name} has the shape {describe_shape(shape)}, but "
+                    "by config.json it should have "
+                    f"{describe_shape(self.config.tensor_shapes[name])}; convert it again."
                 )
             found.add(name)
             yield f"model.{name}", tensor
@@ -188,6 +188,6 @@ class EagleDraft(EagleLlamaForCausalLM):
             if draft != verifier:
                 raise VerifierError(
                     f"The draft {self.directory} does not fit the verifier {target.model}: its "
-                    f"{what} is {draft}, the verifier's is {verifier}; "
-                    "serve it with the model that it was trained for."
+                    f"{what} is {draft}, but the verifier's is {verifier}; serve it with the model "
+                    "that it was trained for."
                 )

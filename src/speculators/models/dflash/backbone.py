@@ -409,7 +409,9 @@ def _read_mask_embedding(file: Path, hidden: int) -> Tensor:
     entries = read_torch_entries(file)
     held = entries.get("embedding", entries.get(""))
     if not isinstance(held, TensorInfo) or held.elements != hidden:
-        raise FormatError(f"{file} holds no embedding of {hidden} values; convert the draft again.")
+        raise FormatError(
+            f"{file} does not hold an embedding of {hidden} values; convert the draft again."
+        )
     return read_tensor(held).flatten()
 
 
