@@ -100,6 +100,12 @@ def taken_along(
             f"{name} has {own}, an embedding of the MTP's own, which llama.cpp's converter does "
             "not know; serve it with vLLM."
         )
+    apart = next((it for it in mtp.slots if it.endswith("self_attn.q_proj.weight")), None)
+    if apart is not None and mtp.type.name == "mimo_v2":
+        raise ConversionError(
+            f"{name} has {apart}, and llama.cpp runs an MTP of MiMo-V2 only if its queries, keys "
+            "and values are in one matrix, self_attn.qkv_proj.weight; serve it with vLLM."
+        )
     found = frozenset(it for it in names if BESIDE.fullmatch(it) and it not in mtp.slots)
     tied = bool(language_config(config).get("tie_word_embeddings"))
     for what, pattern in (
