@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import CommandLine, Tensors, config_of, entries, stored_tensors
@@ -33,12 +34,16 @@ def of_the_verifier(directory: Path) -> Tensors:
     }
 
 
+def three_layers() -> Tensors:
+    """An MTP of MiMo-V2 with as many layers as llama.cpp's converter expects."""
+    mtp = mtp_of("mimo_v2_flash")
+    copies = [(f".layers.{layer}.", name, it) for layer in range(3) for name, it in mtp.items()]
+    return {name.replace(".layers.0.", layer): it.clone() for layer, name, it in copies}
+
+
 @pytest.mark.parametrize("kind", ["qwen3_next", "mimo_v2_flash", "hy_v3"])
 def test_it_has_what_the_converter_keeps(tmp_path: Path, kind: str) -> None:
-    mtp = mtp_of(kind)
-    if kind == "mimo_v2_flash":
-        copies = [(f".layers.{layer}.", name, it) for layer in range(3) for name, it in mtp.items()]
-        mtp = {name.replace(".layers.0.", layer): it.clone() for layer, name, it in copies}
+    mtp = three_layers() if kind == "mimo_v2_flash" else mtp_of(kind)
     verifier = write_verifier(tmp_path / kind, kind, mtp=mtp, spread=True)
     (verifier / "vocab.json").write_text("{}")
     cut(verifier, tmp_path / "out", to="llamacpp")
@@ -113,6 +118,18 @@ def test_inspect_promises_what_cut_does(tmp_path: Path, kind: str) -> None:
     for refusal in found.not_serving:
         assert refusal.engine == "llama.cpp"
         assert refusal.why.removeprefix("it ") in str(why)
+
+
+def test_queries_keys_and_values_of_mimo_v2_are_one_matrix(tmp_path: Path) -> None:
+    mtp = three_layers()
+    place = "model.mtp.layers.0.self_attn"
+    mtp[f"{place}.qkv_proj.weight"] = torch.ones(4, 16)
+    together = write_verifier(tmp_path / "together", "mimo_v2_flash", mtp=mtp)
+    cut(together, tmp_path / "out", to="llamacpp")
+    mtp[f"{place}.q_proj.weight"] = mtp.pop(f"{place}.qkv_proj.weight")
+    apart = write_verifier(tmp_path / "apart", "mimo_v2_flash", mtp=mtp)
+    with pytest.raises(ConversionError, match="queries, keys and values in matrices of their own"):
+        cut(apart, tmp_path / "refused", to="llamacpp")
 
 
 def test_an_mtp_that_was_cut_lacks_the_rest(tmp_path: Path, speculators: CommandLine) -> None:

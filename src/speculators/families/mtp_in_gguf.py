@@ -38,8 +38,20 @@ converter takes no MTP alone, or leaves it out of the whole model, too. GLM-4.5V
 llama.cpp ends in an assertion, since the MTP's RoPE does not know M-RoPE."""
 
 LAYER = re.compile(r"(?:layers|mtp)\.(\d+)\.")
-OWN_EMBEDDING = re.compile(r"mtp\.embed_tokens\..+")
-"""In Qwen's names."""
+
+REFUSED: Mapping[str, tuple[str, str]] = {
+    "Qwen3": (
+        r"mtp\.embed_tokens\..+",
+        "has an embedding of the MTP's own, which llama.cpp's converter does not know",
+    ),
+    "MiMoV2": (
+        r".+\.self_attn\.q_proj\.weight",
+        "has queries, keys and values in matrices of their own, and llama.cpp takes them only in "
+        "one, self_attn.qkv_proj.weight",
+    ),
+}
+"""What an architecture's name begins with → a pattern of names of tensors that llama.cpp does not
+compute, and what they show."""
 
 
 def why_not_in_gguf(config: Mapping[str, Any], names: Collection[str]) -> str | None:
@@ -65,6 +77,7 @@ def why_not_in_gguf(config: Mapping[str, Any], names: Collection[str]) -> str | 
             f"has an MTP of {layers} layer(s), and llama.cpp runs an MTP of {architecture} only if "
             f"it has {most}"
         )
-    if architecture.startswith("Qwen3") and any(map(OWN_EMBEDDING.fullmatch, names)):
-        return "has an embedding of the MTP's own, which llama.cpp's converter does not know"
+    for begins, (pattern, why) in REFUSED.items():
+        if architecture.startswith(begins) and any(re.fullmatch(pattern, it) for it in names):
+            return why
     return None

@@ -11,7 +11,10 @@ from speculators.format.config import LayerConfig
 __all__ = ["keys_of_rope", "misread_rope"]
 
 UNREAD_OF_YARN = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "truncate": True}
-"""Parameter that it writes, if at all, where llama.cpp does not look → what llama.cpp takes."""
+"""Parameter that it writes, if at all, where llama.cpp does not look → what llama.cpp takes.
+
+``findings/llama-cpp-b11549-ignores-the-betas-of-yarn.sh`` shows it of the newer b11549, too.
+"""
 
 
 def keys_of_rope(layer: LayerConfig) -> dict[str, Any]:
