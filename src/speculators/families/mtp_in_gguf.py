@@ -46,8 +46,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     ),
     "MiMoV2": (
         r".+\.self_attn\.q_proj\.weight",
-        "has queries, keys and values in matrices of their own, and llama.cpp takes them only in "
-        "one, self_attn.qkv_proj.weight",
+        "has queries, keys and values in matrices of their own, where llama.cpp takes one of all",
     ),
 }
 """What an architecture's name begins with → a pattern of names of tensors that llama.cpp does not
