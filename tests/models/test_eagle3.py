@@ -293,3 +293,24 @@ def test_a_parallel_draft_has_a_class_of_its_own(eagle3_drafts: dict[str, Path])
     assert isinstance(PEagleSpeculator(config), Eagle3Speculator)
     with pytest.raises(FormatError, match="build a PEagleSpeculator"):
         Eagle3Speculator(config)
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda it: it["d2t"].add_(1000), "the vocabulary has 320"),
+        (lambda it: it["d2t"].sub_(1000), "tokens are not negative"),
+        (lambda it: it.update(d2t=it["d2t"].flip(0)), "does not give ascending tokens"),
+        (lambda it: it.update(t2d=it["t2d"].flip(0)), "name different tokens"),
+    ],
+)
+def test_tables_that_name_other_tokens_are_refused(
+    tmp_path: Path, eagle3_drafts: dict[str, Path], edit: Any, expected: str
+) -> None:
+    """They would propose wrong tokens, or none that there are."""
+    shutil.copytree(eagle3_drafts["sailab_llama"], tmp_path / "out")
+    tensors = stored_tensors(tmp_path / "out")
+    edit(tensors)
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(FormatError, match=expected):
+        load_draft(tmp_path / "out")

@@ -19,10 +19,17 @@ from speculators.checkpoint.reader import (
 from speculators.checkpoint.repository import Repository, open_repository
 from speculators.checkpoint.tensor import TensorInfo, describe_shape
 from speculators.checkpoint.verifier import Verifier, open_verifier
-from speculators.errors import CheckpointError, FormatError, SpeculatorsError, VerifierError
+from speculators.errors import (
+    CheckpointError,
+    ConversionError,
+    FormatError,
+    SpeculatorsError,
+    VerifierError,
+)
 from speculators.families.family import Family
 from speculators.families.recognition import recognise
 from speculators.families.registry import families, family_named
+from speculators.families.research.vocabulary import read_tokens
 from speculators.format.config import SpeculatorConfig
 from speculators.format.problems import first_problem
 from speculators.format.tensors import compare, required_tensors
@@ -118,7 +125,26 @@ def read_converted(repository: Repository, config: dict[str, Any], config_file: 
     tensors = read_tensors(repository)
     companions = find_companions(repository, parsed[0].companions)
     checkpoint = Checkpoint(repository, config, config_file, tensors, companions=companions)
-    return _checked(checkpoint, *parsed)
+    converted = _checked(checkpoint, *parsed)
+    _check_tables(converted)
+    return converted
+
+
+def _check_tables(converted: Converted) -> None:
+    """Check the tables of the tokens that are drafted: wrong ones propose wrong tokens, or none.
+
+    Raises:
+        FormatError: if they are not what they should be.
+
+    """
+    d2t, t2d = (converted.tensors.get(name) for name in ("d2t", "t2d"))
+    if d2t is None or not d2t.elements:
+        return
+    vocabulary, _ = converted.config.verifier_sizes
+    try:
+        read_tokens(d2t, t2d, d2t.shape[0], vocabulary)
+    except ConversionError as error:
+        raise FormatError(str(error)) from error
 
 
 def _refuse_what_is_not_converted(repository: Repository, config: dict[str, Any]) -> None:

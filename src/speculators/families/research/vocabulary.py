@@ -11,7 +11,7 @@ from speculators.checkpoint.tensor import Constant, PlannedTensor, TensorInfo, d
 from speculators.errors import ConversionError
 from speculators.families.family import Completion, Source
 
-__all__ = ["complete_vocabulary", "drafted_tokens", "vocabulary_size"]
+__all__ = ["complete_vocabulary", "drafted_tokens", "read_tokens", "vocabulary_size"]
 
 INTEGERS = {"I32": "i", "I64": "q"}
 """Dtypes that offsets are stored with → the typecodes of ``array``."""
@@ -92,7 +92,7 @@ def complete_vocabulary(source: Source, vocabulary: int) -> Completion:
     if source.verifier is None:
         tokens = list(range(drafted))  # no data is read, and what is made here is not written
     else:
-        tokens = _tokens(d2t, t2d, drafted, vocabulary)
+        tokens = read_tokens(d2t, t2d, drafted, vocabulary)
     if drafted == vocabulary:
         return Completion(
             left_out={
@@ -150,10 +150,15 @@ def _check_forms(
         )
 
 
-def _tokens(
+def read_tokens(
     d2t: TensorInfo | None, t2d: TensorInfo | None, drafted: int, vocabulary: int
 ) -> list[int]:
-    """The verifier's ids of the draft's tokens."""
+    """The verifier's ids of the draft's tokens, by one of the tables or both.
+
+    Raises:
+        ConversionError: if they are no ascending tokens of the verifier, or contradict each other.
+
+    """
     by_flag: list[int] | None = None
     if t2d is not None:
         by_flag = [token for token, there in enumerate(_data(t2d)) if there]
