@@ -1,8 +1,9 @@
 """Run vLLM in a process of its own: a job arrives as JSON on standard input.
 
-    {"engines": {name: {...}, ...}, "prompts": [[token, ...], ...], "max_tokens": 32}
+    {"engines": {name: {...}, ...}, "prompts": [[token, ...], ...], "sampling": [{...}, ...]}
 
-An engine is given by the arguments of ``LLM``. One after another starts, answers, and stops. The
+An engine is given by the arguments of ``LLM``, and the sampling of each prompt by those of
+``SamplingParams``. One after another starts, answers, and stops. The
 result is written to the file that is named, as JSON by the engine's name: the tokens of each
 answer, what was drafted for it step by step, and how many tokens were accepted; or why the engine
 did not start.
@@ -19,7 +20,9 @@ from unittest.mock import patch
 from vllm import LLM, SamplingParams
 
 
-def try_engine(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+def try_engine(
+    engine: dict[str, Any], prompts: list[list[int]], sampling: list[dict[str, Any]]
+) -> dict[str, Any]:
     try:
         llm = LLM(**engine)
     except Exception as error:
@@ -27,7 +30,7 @@ def try_engine(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int
     proposals = recorded_proposals(llm)
     answers = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(temperature=0, max_tokens=max_tokens),
+        [SamplingParams(**it) for it in sampling],
         use_tqdm=False,
     )
     found: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
@@ -66,7 +69,7 @@ def main(result: Path) -> None:
     for name, engine in job["engines"].items():
         # vLLM does so ten times for each engine, every time through all that is imported here.
         with patch.object(gc, "collect", return_value=0):
-            outcomes[name] = try_engine(engine, job["prompts"], job["max_tokens"])
+            outcomes[name] = try_engine(engine, job["prompts"], job["sampling"])
         gc.collect()
     result.write_text(json.dumps(outcomes))
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +86,7 @@ def run(
     engines: Mapping[str, Mapping[str, Any]],
     environment: Mapping[str, str] | None = None,
     max_tokens: int = MAX_TOKENS,
+    sampling: Sequence[Mapping[str, Any]] | None = None,
 ) -> Outcomes:
     """Start engines one after another in one process, and let each answer and stop.
 
@@ -95,9 +96,12 @@ def run(
         engines: name → arguments of ``LLM``.
         environment: environment variables to set for the process.
         max_tokens: how many tokens each answer may have.
+        sampling: arguments of ``SamplingParams`` for each prompt; greedy by default.
 
     """
-    job = {"engines": engines, "prompts": prompts, "max_tokens": max_tokens}
+    shared = {"temperature": 0, "max_tokens": max_tokens}
+    of_each = [shared | dict(it) for it in sampling or [{}] * len(prompts)]
+    job = {"engines": engines, "prompts": prompts, "sampling": of_each}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("engine.py"), result],
         check=False,

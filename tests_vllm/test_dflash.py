@@ -1,23 +1,20 @@
-"""A trained DFlash draft, converted, and served by vLLM as it is, without the plugin.
+"""A trained DFlash draft, converted, and served by vLLM, with the plugin and without.
 
 On a CPU, vLLM norms the context keys of all layers with the first layer's ``k_norm``
-(findings/vllm-0.32-norms-dflash-context-by-the-first-layer.sh). So the draft is served twice: as it
-is, and with that norm in all layers, where nothing is wrong.
+(findings/vllm-0.32-norms-dflash-context-by-the-first-layer.sh). The plugin mends that.
 """
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from drafts import EXAMPLES, VERIFIER
-from processes import ENGINE, WITHOUT_PLUGINS, Outcomes, run
+from processes import ENGINE, WITHOUT_PLUGINS, Answers, run
 from simulation import Known, known
 from speculators.convert.conversion import convert
 from speculators.convert.references.dflash import DFlashReference
@@ -44,31 +41,16 @@ class ReferenceOnCpus(DFlashReference):
 
 
 REFERENCES: dict[str, type[DFlashReference]] = {
-    "as trained": ReferenceOnCpus,
-    "with one k_norm": DFlashReference,
+    "with the plugin": DFlashReference,
+    "without plugins": ReferenceOnCpus,
 }
-"""What vLLM computes of each draft."""
-
-
-def with_one_k_norm(directory: Path) -> Path:
-    """The trained draft, with the first layer's ``k_norm`` in all layers."""
-    shutil.copytree(TRAINED, directory)
-    tensors = load_file(TRAINED / "model.safetensors")
-    name = "layers.{}.self_attn.k_norm.weight"
-    for layer in range(json.loads((TRAINED / "config.json").read_text())["num_hidden_layers"]):
-        tensors[name.format(layer)] = tensors[name.format(0)].clone()
-    save_file(tensors, directory / "model.safetensors")
-    return directory
+"""What vLLM computes of the draft."""
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("converted")
-    sources = dict(zip(REFERENCES, (TRAINED, with_one_k_norm(root / "source")), strict=True))
-    return {
-        name: convert(None, it, root / name, VERIFIER, validate=False)
-        for name, it in sources.items()
-    }
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "draft"
+    return convert(None, TRAINED, out, VERIFIER, validate=False)
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +67,18 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def served(
-    tmp_path_factory: pytest.TempPathFactory,
-    converted: dict[str, Path],
-    prompts: list[list[int]],
-) -> Outcomes:
-    """What vLLM answers when it is given a converted directory, which says all the rest."""
+    tmp_path_factory: pytest.TempPathFactory, converted: Path, prompts: list[list[int]]
+) -> dict[str, Answers]:
+    """What vLLM answers when it is given the converted directory, which says all the rest."""
+    root = tmp_path_factory.mktemp("served")
     whole = {"max_num_batched_tokens": 1024}  # proposals begin after the prompt
-    engines = {name: ENGINE | whole | {"model": str(it)} for name, it in converted.items()}
-    outcomes = run(tmp_path_factory.mktemp("served") / "result", prompts, engines, WITHOUT_PLUGINS)
-    assert not outcomes.refused
-    return outcomes
+    engines = {"dflash": ENGINE | whole | {"model": str(converted)}}
+    outcomes = {
+        "with the plugin": run(root / "with", prompts, engines),
+        "without plugins": run(root / "without", prompts, engines, WITHOUT_PLUGINS),
+    }
+    assert not any(it.refused for it in outcomes.values())
+    return {name: it.answers["dflash"] for name, it in outcomes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -103,23 +87,25 @@ def verifier() -> Any:
 
 
 @pytest.fixture(scope="module")
-def conversations(verifier: Any, prompts: list[list[int]], served: Outcomes) -> list[Known]:
+def conversations(
+    verifier: Any, prompts: list[list[int]], served: dict[str, Answers]
+) -> list[Known]:
     """The prompts and the answers, a block longer: vLLM also accepts beyond an answer's end."""
-    return known(verifier, prompts, served.answers["as trained"].tokens, LENGTH)
+    return known(verifier, prompts, served["without plugins"].tokens, LENGTH)
 
 
 @pytest.mark.parametrize("name", REFERENCES)
 @torch.no_grad()
 def test_proposals_and_acceptance_are_those_of_the_reference(
-    converted: dict[str, Path],
-    served: Outcomes,
+    converted: Path,
+    served: dict[str, Answers],
     verifier: Any,
     conversations: list[Known],
     name: str,
 ) -> None:
-    answers = served.answers[name]
-    config: Any = open_converted(converted[name]).config
-    tensors = load_file(converted[name] / "model.safetensors")
+    answers = served[name]
+    config: Any = open_converted(converted).config
+    tensors = load_file(converted / "model.safetensors")
     draft = REFERENCES[name]({key: it.float() for key, it in tensors.items()}, config)
     embeddings = verifier.get_input_embeddings().weight
     accepted = [0] * LENGTH

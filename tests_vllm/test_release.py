@@ -81,6 +81,25 @@ def test_as_much_is_accepted_as_of_our_own_model(
     assert answers.acceptance_length == pytest.approx(ours.acceptance_length, abs=0.02)
 
 
+def test_each_request_is_sampled_by_its_own_settings(
+    tmp_path: Path, verifier: Path, converted: dict[str, Path], served: Outcomes
+) -> None:
+    """Of settings that leave one token, each gives the greedy answer; others are in the batch.
+
+    vLLM itself samples by other numbers on CPUs
+    (findings/vllm-0.32-samples-by-unwritten-memory-on-cpus.sh).
+    """
+    one = [{"temperature": 2.0, "top_k": 1}, {"temperature": 1.0, "top_p": 1e-6}]
+    others = [{"temperature": 1.0, "top_k": 50}, {"temperature": 0.7, "top_p": 0.9}]
+    prompts = [prompt for prompt in PROMPTS[:4] for _ in (*one, *others)]
+    engines = {"sampled": engine(converted["every feature"], model=str(verifier))}
+    outcomes = run(tmp_path / "result", prompts, engines, sampling=(one + others) * 4)
+    answers = outcomes.answers["sampled"].tokens
+    for number, greedy in enumerate(served.answers["without"].tokens[:4]):
+        assert answers[4 * number : 4 * number + 2] == [greedy, greedy]
+    assert outcomes.answers["sampled"].acceptance_length > 1.2
+
+
 def test_every_draft_drafts_otherwise(served: Outcomes) -> None:
     """Otherwise the tests above would prove little."""
     counters = [(answer.drafts, *answer.accepted) for answer in served.answers.values()]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from speculators.integrations.vllm.compile_cache import add_draft_to_key
 from speculators.integrations.vllm.config import update_eagle
+from speculators.integrations.vllm.cpu import mend_cpu_backend
 from speculators.integrations.vllm.models import MODELS
 from speculators.integrations.vllm.releases import INSTALL, is_tested, missing_parts
 
@@ -48,6 +49,7 @@ def register() -> None:
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)
     add_draft_to_key(SpeculativeConfig)
+    mend_cpu_backend()
 
 
 def _step_aside(version: str, why: str) -> None:
