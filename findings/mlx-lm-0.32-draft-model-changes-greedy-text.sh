@@ -60,7 +60,9 @@ def llama(seed, **keys):
             **keys,
         )
     )
-    random = tree_map(lambda it: 0.3 * mx.random.normal(it.shape) if it.ndim > 1 else it, model.parameters())
+    random = tree_map(
+        lambda it: 0.3 * mx.random.normal(it.shape) if it.ndim > 1 else it, model.parameters()
+    )
     model.update(random)
     return model
 

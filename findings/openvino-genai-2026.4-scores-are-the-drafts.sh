@@ -112,7 +112,9 @@ for name, settings, drafting in [
     pipeline = openvino_genai.LLMPipeline(
         "main-exported", "CPU", scheduler_config=scheduler, **drafting, **FLOAT32
     )
-    config = openvino_genai.GenerationConfig(max_new_tokens=12, ignore_eos=True, logprobs=1, **settings)
+    config = openvino_genai.GenerationConfig(
+        max_new_tokens=12, ignore_eos=True, logprobs=1, **settings
+    )
     result = pipeline.generate([" ".join(prompt)], config)
     answer = result.texts[0].split()
     assert answer == [f"w{number}" for number in range(6, 18)]

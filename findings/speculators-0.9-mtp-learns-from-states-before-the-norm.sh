@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # speculators 0.9.0 trains an MTP on other hidden states than vLLM 0.32.0 drafts with.
 #
-# An MTP reads the verifier's last hidden states. vLLM hands them over after the verifier's final norm, as those who
-# pretrain MTPs do. What vLLM stores for training, layer num_hidden_layers of extract_hidden_states, is before that
-# norm. The trainer applies the norm for its other kinds of drafts, to make the targets; its MTP gets the states as they
-# are. The MTP's own norm evens out their size, so nothing fails and the loss falls; what differs is the weight of
-# the final norm, channel by channel. An MTP trained like that learns to undo a difference that is not there when it is
-# served.
+# An MTP reads the verifier's last hidden states. vLLM hands them over after the verifier's final norm. What it stores
+# for training, layer num_hidden_layers of extract_hidden_states, is before that norm. For its other kinds of drafts
+# the trainer applies the norm itself, to make the targets; its MTP gets the states as they are. The MTP's own norm
+# evens out their size, so nothing fails and the loss falls; what differs is the weight of the final norm, channel
+# by channel. An MTP trained like that unlearns it, and is served with it.
 #
 # Here the verifier is a small random Qwen3-Next with an MTP; the weights of its final norm vary by 0.5. For 16
 # prompts, the token that vLLM drafts is compared with that of the trainer's module, which loads the same MTP: given
@@ -16,7 +15,7 @@
 #     stored states are those before the final norm: yes
 #     the trainer's module drafts vLLM's tokens from them: no
 #     from the same after the final norm: yes
-# (PLACE of 16, and 16 of 16)
+# (9 of 16 tokens are vLLM's, and 16 of 16)
 #
 # It takes a Python 3.11 for which pip finds a CPU build of torch. It fails if that changes.
 set -euo pipefail

@@ -15,7 +15,13 @@ from safetensors.torch import save_file
 
 from helpers import Tensors
 from speculators.checkpoint.output.writer import contiguous_chunks
-from speculators.checkpoint.reader import Checkpoint, read_checkpoint, read_config, read_tensors
+from speculators.checkpoint.reader import (
+    Checkpoint,
+    read_checkpoint,
+    read_config,
+    read_names,
+    read_tensors,
+)
 from speculators.checkpoint.repository import LocalDirectory, open_repository
 from speculators.checkpoint.tensor import TensorInfo
 from speculators.errors import CheckpointError
@@ -208,6 +214,18 @@ def test_safetensors_come_first_and_it_is_said(
             (directory / name).write_text("not even a pickle")
     assert_all_there(read(directory).tensors)
     assert log == [f"INFO {directory} has {' and '.join(present)}: {present[0]} is read"]
+
+
+def test_a_shard_may_be_called_like_the_only_file(directory: Path, log: list[str]) -> None:
+    """As llm-compressor leaves a model whose MTP it adds."""
+    first, *others = TENSORS
+    save_file({first: TENSORS[first]}, directory / "model.safetensors")
+    save_file({name: TENSORS[name] for name in others}, directory / "model_mtp.safetensors")
+    files = {first: "model.safetensors"} | dict.fromkeys(others, "model_mtp.safetensors")
+    write_index(directory, "model.safetensors", files)
+    assert_all_there(read(directory).tensors)
+    assert read_names(LocalDirectory(directory)) == TENSORS.keys()
+    assert log == []
 
 
 def test_nothing_is_said_of_one_container_or_of_parts(directory: Path, log: list[str]) -> None:

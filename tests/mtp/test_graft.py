@@ -128,6 +128,26 @@ def test_a_single_file_gets_an_index(tmp_path: Path) -> None:
     assert (out / "model-body.safetensors").samefile(verifier / "model.safetensors")
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_mtp_that_was_added_beside_a_single_file(tmp_path: Path, in_place: bool) -> None:
+    """llm-compressor writes it so; the index then names a model.safetensors."""
+    verifier = write_verifier(tmp_path / "verifier", mtp={}, shards=1)
+    added, body = mtp_of("qwen3_next"), load_all(verifier)
+    save_file(added, verifier / "model_mtp.safetensors")
+    files = dict.fromkeys(body, "model.safetensors") | dict.fromkeys(added, "model_mtp.safetensors")
+    (verifier / INDEX).write_text(json.dumps({"metadata": {"by": "it"}, "weight_map": files}))
+    assert bytes_of(load_all(cut(verifier, tmp_path / "cut"))) == bytes_of(added)
+    mtp = write_mtp(tmp_path / "mtp", mtp=retrained())
+    out = verifier if in_place else tmp_path / "out"
+    graft(verifier, mtp, *([] if in_place else [out]), in_place=in_place)
+    assert bytes_of(load_all(out)) == bytes_of(body | retrained())
+    index = json.loads((out / INDEX).read_text())
+    assert index["metadata"]["by"] == "it"
+    assert {it for it in entries(out) if it.endswith(".safetensors")} == set(
+        index["weight_map"].values()
+    )
+
+
 def test_a_verifier_on_this_machine_or_on_the_hub_may_give_it(tmp_path: Path) -> None:
     verifier = write_verifier(tmp_path / "verifier", mtp={})
     donor = write_verifier(tmp_path / "donor", mtp=retrained())

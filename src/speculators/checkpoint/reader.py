@@ -278,7 +278,8 @@ def _weights_of(repository: Repository) -> dict[str, Container]:
     """The weight files to look for: ``WEIGHTS``, or the one that the user named."""
     named = repository.weights
     if named is None:
-        return WEIGHTS
+        parts = {it.filename for it in CONTAINERS if _is_a_shard(repository, it.filename)}
+        return {name: container for name, container in WEIGHTS.items() if name not in parts}
     for container in CONTAINERS:
         if named.removesuffix(INDEX).endswith(container.suffixes):
             return {named: container}
@@ -287,6 +288,18 @@ def _weights_of(repository: Repository) -> dict[str, Container]:
         f"{repository.name} is a file; give the directory that holds config.json, or in it a file "
         f"of weights (its name ends in one of {suffixes}) or the index of several (in {INDEX})."
     )
+
+
+def _is_a_shard(repository: Repository, filename: str) -> bool:
+    """Whether a file that is called like the only one is one of several, and an index says so.
+
+    So llm-compressor (0.14.0) leaves a model whose MTP it adds in a second file.
+    """
+    index = filename + INDEX
+    if not (repository.holds(filename) and repository.holds(index)):
+        return False
+    path = repository.file(index)
+    return path is not None and filename in _read_weight_map(path).values()
 
 
 def _fetch(

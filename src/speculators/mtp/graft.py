@@ -160,7 +160,8 @@ def _read_receiver(directory: Path) -> Receiver:
         )
     if "speculators_model_type" in config:
         raise ConversionError(f"{config_file} is a draft's; give the verifier that gets the MTP.")
-    index = {} if (directory / SINGLE).is_file() else read_json(directory / INDEX)
+    single = {it.file.name for it in tensors.values()} == {SINGLE}
+    index = {} if single else read_json(directory / INDEX)
     return Receiver(directory, config, tensors, index)
 
 
