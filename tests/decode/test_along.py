@@ -41,5 +41,5 @@ def test_it_is_greedy_and_takes_one_prompt() -> None:
         (prompt(4), greedy, "sampling"),
     ):
         proposal = ProposalMethod(proposal_type=method)
-        with pytest.raises(GenerationError, match="followed greedily, one prompt at a time"):
+        with pytest.raises(GenerationError, match="only greedily and one prompt at a time"):
             draft_along(draft, verifier, ids, proposal=proposal, generation=generation)
