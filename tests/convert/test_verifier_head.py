@@ -112,8 +112,14 @@ def test_a_stored_head_is_the_head_whatever_the_flag_says(
                 "text_config": {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, "n_layers": 3},
             },
         },
+        {
+            "hidden_size": HIDDEN,
+            "vocab_size": VOCABULARY,
+            "num_layers": 3,
+            "language_config": {"languages": ["en"]},
+        },
     ],
-    ids=["GPT-2", "ChatGLM", "InternVL", "Qwen-Omni"],
+    ids=["GPT-2", "ChatGLM", "InternVL", "Qwen-Omni", "no part"],
 )
 def test_sizes_are_read_in_every_spelling(tmp_path: Path, config: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["X"], **config}))
