@@ -292,6 +292,21 @@ def test_a_damaged_verifier_is_no_missing_one(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_were_not_fetched_are_missing_ones(tmp_path: Path, log: list[str]) -> None:
+    """As after a clone without Git LFS, or a download of ``*.json`` alone."""
+    source = write_checkpoint(tmp_path / "s")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    for name, content in (
+        ("model.safetensors", pointer),
+        ("model.safetensors.index.json", b'{"weight_map": {"lm_head.weight": "a.safetensors"}}'),
+    ):
+        path = write_verifier(tmp_path / name, {})
+        (path / "model.safetensors").unlink()
+        (path / name).write_bytes(content)
+        convert(source, tmp_path / f"out {name}", path)
+        assert any("Logits were not validated" in line for line in log[-4:])
+
+
 def test_a_quantized_head_does_not_take_the_embedding_away(tmp_path: Path, log: list[str]) -> None:
     tensors = {"lm_head.qweight": torch.ones(8, 8).int(), "model.embed_tokens.weight": EMBEDDING}
     path = write_verifier(tmp_path / "v", tensors)
