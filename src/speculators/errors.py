@@ -19,6 +19,7 @@ __all__ = [
     "ManifestError",
     "NativeLayoutError",
     "NoWeightsError",
+    "NotFetchedError",
     "OutputError",
     "PromptsError",
     "SpeculatorsError",
@@ -43,6 +44,10 @@ class CheckpointError(SpeculatorsError, ValueError):
 
 class NoWeightsError(CheckpointError):
     """A checkpoint has no weight files, or their headers cannot be read without the weights."""
+
+
+class NotFetchedError(CheckpointError):
+    """In place of weights there is only what names them: an index, or pointers of Git LFS."""
 
 
 class UnsafeCheckpointError(CheckpointError):

@@ -112,8 +112,14 @@ def test_a_stored_head_is_the_head_whatever_the_flag_says(
                 "text_config": {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, "n_layers": 3},
             },
         },
+        {
+            "hidden_size": HIDDEN,
+            "vocab_size": VOCABULARY,
+            "num_layers": 3,
+            "language_config": {"languages": ["en"]},
+        },
     ],
-    ids=["GPT-2", "ChatGLM", "InternVL", "Qwen-Omni"],
+    ids=["GPT-2", "ChatGLM", "InternVL", "Qwen-Omni", "no part"],
 )
 def test_sizes_are_read_in_every_spelling(tmp_path: Path, config: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["X"], **config}))
@@ -284,6 +290,21 @@ def test_a_damaged_verifier_is_no_missing_one(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="is truncated"):
             convert(source, tmp_path / "out", path)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_were_not_fetched_are_missing_ones(tmp_path: Path, log: list[str]) -> None:
+    """As after a clone without Git LFS, or a download of ``*.json`` alone."""
+    source = write_checkpoint(tmp_path / "s")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    for name, content in (
+        ("model.safetensors", pointer),
+        ("model.safetensors.index.json", b'{"weight_map": {"lm_head.weight": "a.safetensors"}}'),
+    ):
+        path = write_verifier(tmp_path / name, {})
+        (path / "model.safetensors").unlink()
+        (path / name).write_bytes(content)
+        convert(source, tmp_path / f"out {name}", path)
+        assert any("Logits were not validated" in line for line in log[-4:])
 
 
 def test_a_quantized_head_does_not_take_the_embedding_away(tmp_path: Path, log: list[str]) -> None:

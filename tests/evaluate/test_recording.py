@@ -15,6 +15,8 @@ from helpers import CommandLine, entries
 from hub_server import HubServer, patch_hub
 from mtp_verifiers import GOLDEN_MTP
 from pair import NEW_TOKENS, PROMPTS, Pair, make_pair, tiny_tokenizer
+from speculators.errors import EvaluationError
+from speculators.evaluate.recording import scoring
 from speculators.evaluate.recording.manifest import Manifest
 from speculators.evaluate.report import Comparison, Report
 from tiny_models import tiny_verifier
@@ -92,7 +94,11 @@ def test_every_proposal_method_is_scored(
 
 
 def test_drafts_are_compared(
-    pair: Pair, recording: Path, speculators: CommandLine, tmp_path: Path
+    pair: Pair,
+    recording: Path,
+    speculators: CommandLine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = shutil.copytree(pair.draft, tmp_path / "other")
     output = tmp_path / "comparison"
@@ -108,6 +114,20 @@ def test_drafts_are_compared(
     again = speculators(*drafts, "--json", "--output", output, "--overwrite")
     assert again.status == 0, again.stderr
     assert Comparison.model_validate_json(again.stdout) == comparison
+
+    load = scoring.load_scored
+
+    def fails(draft: Any, *rest: Any) -> Any:
+        if draft.name == str(other):
+            raise EvaluationError("It does not load.")
+        return load(draft, *rest)
+
+    monkeypatch.setattr(scoring, "load_scored", fails)
+    half = speculators(*drafts, "--json")
+    assert half.status == 1
+    found = Comparison.model_validate_json(half.stdout)
+    assert (found.ok, found.error) == (False, "It does not load.")
+    assert found.drafts == [one]  # which did not fail
 
 
 def a_dflash_draft(verifier: PreTrainedModel, *, layers: tuple[int, ...]) -> Any:

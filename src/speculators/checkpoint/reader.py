@@ -15,7 +15,7 @@ from speculators.checkpoint.folders import deepspeed_weights, describe_folder
 from speculators.checkpoint.identity import FileIdentity
 from speculators.checkpoint.repository import LocalDirectory, Repository
 from speculators.checkpoint.tensor import TensorInfo, check_name
-from speculators.errors import CheckpointError, NoWeightsError, printable
+from speculators.errors import CheckpointError, NotFetchedError, NoWeightsError, printable
 
 __all__ = [
     "Checkpoint",
@@ -331,7 +331,8 @@ def _read_shards(
     for shard in sorted(set(shards.values())):
         path = _fetch(repository, container, shard, only)
         if path is None:
-            raise CheckpointError(
+            some = any(it in _read_weight_map(index).values() for it in repository.names())
+            raise (CheckpointError if some else NotFetchedError)(
                 f"{repository.name} has no {shard}, which {index.name} names; "
                 f"{repository.unseen() or 'fetch the missing file'}."
             )

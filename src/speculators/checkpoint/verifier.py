@@ -86,7 +86,8 @@ HEAD_NAMES = tuple(part + name for name in HEADS for part in PARTS)
 EMBEDDING_NAMES = tuple(part + name for name in EMBEDDINGS for part in PARTS)
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Keys whose object is the language model's config in those of models of several parts (InternVL,
-DeepSeek-VL, Qwen-Omni); it may have one of these itself."""
+DeepSeek-VL, Qwen-Omni); it may have one of these itself. One without sizes is about something
+else."""
 SIZES = {
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
     "vocab_size": ("vocab_size", "padded_vocab_size"),
@@ -264,8 +265,10 @@ def check_loaded(name: str, missing: Collection[str]) -> None:
 def language_model_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's part of a config.json; the whole if it has no parts."""
     for key in TEXT_CONFIGS:
-        if isinstance(nested := config.get(key), dict) and nested:
-            return language_model_config(nested)
+        if isinstance(nested := config.get(key), dict):
+            part = language_model_config(nested)
+            if any(_first(part, keys) is not None for keys in SIZES.values()):
+                return part
     return config
 
 

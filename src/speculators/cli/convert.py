@@ -266,7 +266,6 @@ def convert_draft(
     _check_publishing_options(push_to_hub, private=private, report=report, validate=validate)
 
     from speculators.cli.printing import printed
-    from speculators.cli.progress import progress_bar
     from speculators.cli.results import ConvertResult
     from speculators.convert import conversion
 

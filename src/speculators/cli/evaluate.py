@@ -329,15 +329,22 @@ def _check_server_options(
 
 def _measure(measurement: Measurement, prompts: int, reports: "list[Report]") -> None:
     """Run a measurement, and add its report even if it is stopped, or fails."""
+    from speculators.cli.printing import message
     from speculators.cli.report_view import progress_bar
 
+    failure: str | None = None
     try:
         with progress_bar(prompts) as advance:
             for result in measurement.run():
                 advance(result)
+    except BaseException as error:
+        failure = message(error)
+        raise
     finally:
         if measurement.measured:
             reports.append(measurement.report())
+            if failure is not None:
+                reports[-1].fail(failure)
 
 
 @contextmanager
@@ -374,7 +381,6 @@ def _reporting(
             printing.result = comparison if several else reports[0]
             printing.result.warnings = [*printing.warnings]
             if failure is not None:
-                reports[-1].fail(failure)
                 printing.result.fail(failure)
             try:
                 if not as_json and several:

@@ -9,6 +9,7 @@ from speculators.convert.checks.planned import planned_matrix
 from speculators.errors import (
     CheckpointError,
     IncompleteVerifierError,
+    NotFetchedError,
     NoWeightsError,
     SpeculatorsError,
     ValidationError,
@@ -56,7 +57,7 @@ def refuse_incomplete(verifier: Verifier) -> None:
 def is_incomplete(error: SpeculatorsError) -> bool:
     """Whether an error says of a verifier that its weights are there, but damaged or not all."""
     return isinstance(error, IncompleteVerifierError | CheckpointError) and not isinstance(
-        error, NoWeightsError
+        error, NoWeightsError | NotFetchedError
     )
 
 
