@@ -197,9 +197,12 @@ def read_tensors(
         )
         if path is None:
             continue
+        chosen = filename
+        if index := _index_beside(repository, filename):
+            chosen, path = index.name, index
         if only is None:
-            _say_what_is_passed_over(repository, filename, weights)
-        if filename.endswith(INDEX):
+            _say_what_is_passed_over(repository, chosen, weights)
+        if chosen.endswith(INDEX):
             return _read_shards(repository, container, path, only)
         return _read_file(container, path)
     if repository.weights is None and (path := _find_deepspeed_weights(repository)):
@@ -222,8 +225,12 @@ def read_names(repository: Repository) -> set[str]:
     for filename in _weights_of(repository):
         if not repository.holds(filename):
             continue
-        if filename.endswith(INDEX) and (path := repository.file(filename)):
-            return set(_read_weight_map(path))
+        if filename.endswith(INDEX):
+            index = repository.file(filename)
+        else:
+            index = _index_beside(repository, filename)
+        if index is not None:
+            return set(_read_weight_map(index))
         break
     return set(read_tensors(repository))
 
@@ -278,8 +285,7 @@ def _weights_of(repository: Repository) -> dict[str, Container]:
     """The weight files to look for: ``WEIGHTS``, or the one that the user named."""
     named = repository.weights
     if named is None:
-        parts = {it.filename for it in CONTAINERS if _is_a_shard(repository, it.filename)}
-        return {name: container for name, container in WEIGHTS.items() if name not in parts}
+        return WEIGHTS
     for container in CONTAINERS:
         if named.removesuffix(INDEX).endswith(container.suffixes):
             return {named: container}
@@ -290,16 +296,16 @@ def _weights_of(repository: Repository) -> dict[str, Container]:
     )
 
 
-def _is_a_shard(repository: Repository, filename: str) -> bool:
-    """Whether a file that is called like the only one is one of several, and an index says so.
+def _index_beside(repository: Repository, filename: str) -> Path | None:
+    """The index that names a file as one of several though it is called like the only one, if any.
 
     So llm-compressor (0.14.0) leaves a model whose MTP it adds in a second file.
     """
     index = filename + INDEX
-    if not (repository.holds(filename) and repository.holds(index)):
-        return False
+    if repository.weights is not None or index not in WEIGHTS or not repository.holds(index):
+        return None
     path = repository.file(index)
-    return path is not None and filename in _read_weight_map(path).values()
+    return path if path is not None and filename in _read_weight_map(path).values() else None
 
 
 def _fetch(
