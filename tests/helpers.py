@@ -173,7 +173,7 @@ CommandLine = Callable[..., Run]
 def run_process(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> Run:
     """Run `speculators` in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", "from speculators.cli import main; main()", *map(str, arguments)],
+        [sys.executable, "-c", "from speculators.__main__ import run; run()", *map(str, arguments)],
         check=False,
         capture_output=True,
         text=True,

@@ -23,7 +23,7 @@ AT_ONCE = """
 import speculators.cli.progress as progress
 progress.SECONDS_WITHOUT_BAR = 0.0
 """
-MAIN = "from speculators.cli import main; main()"
+MAIN = "from speculators.__main__ import run; run()"
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 

@@ -17,7 +17,7 @@ SOURCE = GOLDEN / PLAIN
 COLOUR = re.compile(r"\x1b\[(\d+;)*(3[0-8]|9[0-7])(;\d+)*m")
 """An escape sequence that chooses a colour."""
 
-MAIN = "import sys; sys.argv[0] = 'speculators'; from speculators.cli import main; main()"
+MAIN = "import sys; sys.argv[0] = 'speculators'; from speculators.__main__ import run; run()"
 
 
 def on_a_terminal(*arguments: str | Path, **environment: str) -> str:

@@ -573,7 +573,7 @@ def validating(function: str, *, importing: bool = False) -> str:
         "stand_in = types.SimpleNamespace(validate_conversion=validate_conversion)\n"
         "sys.modules['speculators.convert.validation'] = stand_in\n"
         f"{'' if importing else IMPORTED}"
-        "from speculators.cli import main; main()\n"
+        "from speculators.__main__ import run; run()\n"
     )
 
 

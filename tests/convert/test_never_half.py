@@ -293,7 +293,7 @@ def test_where_a_disk_is_mounted_nothing_else_can_be(
 def test_a_limit_on_the_size_of_files(tmp_path: Path, verifier: Path, limit: int) -> None:
     """``ulimit -f``, whose signal Python ignores."""
     done = subprocess.run(
-        [sys.executable, "-c", "from speculators.cli import main; main()", "convert", "eagle"]
+        [sys.executable, "-c", "from speculators.__main__ import run; run()", "convert", "eagle"]
         + [str(path) for path in (GOLDEN / PLAIN, tmp_path / "new" / "out", verifier)]
         + ["--no-validate"],
         check=False,

@@ -29,6 +29,7 @@ from helpers import (
 from hub_server import HubServer, patch_hub
 from speculators import __version__
 from speculators.convert.eagle import EagleConverter
+from speculators.convert.proof import Proof
 from speculators.format.conversion import ConversionRecord
 
 convert = EagleConverter().convert
@@ -392,6 +393,11 @@ def test_where_the_verifier_is_gone_the_rest_is_checked(
         proven = "has the files that" if source is None else "has the config and the tensors that"
         assert log[-1].startswith(f"SUCCESS Valid: {out}. Proven: it {proven} ")
         assert " and computes what its tensors say. Left open: Logits were not val" in log[-1]
+
+
+def test_what_is_left_open_is_sentences() -> None:
+    proof = Proof(["computes what its tensors say"], ["This was not: it is gone", "Nor that."])
+    assert str(proof).endswith(" Left open: This was not: it is gone. Nor that.")
 
 
 def test_without_a_record_it_is_said_what_was_proven(

@@ -1,7 +1,5 @@
 """The command line: one module per command, which only parses and prints."""
 
-import atexit
-import gc
 import sys
 
 from speculators.cli.signals import StoppedError
@@ -13,7 +11,6 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line, and exit with one of the statuses that ``shared`` lists."""
     open_missing_streams()
-    atexit.register(gc.freeze)  # looking for garbage in torch takes a second, and the process ends
     try:
         # Imported here, so that Ctrl-C during the imports is reported like any other.
         from speculators.cli.app import run

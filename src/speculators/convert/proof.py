@@ -22,4 +22,5 @@ class Proof:
         """What to say after the directory's name; nothing if nothing was left open."""
         if not self.left_open:
             return ""
-        return f". Proven: it {' and '.join(self.proven)}. Left open: {' '.join(self.left_open)}"
+        open_ = " ".join(f"{it.removesuffix('.')}." for it in self.left_open)
+        return f". Proven: it {' and '.join(self.proven)}. Left open: {open_}"
