@@ -472,7 +472,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Edit, dict[str, Any], str]] = {
             }
         ),
         {},
-        r"lacks .*o_proj\.bias; .* or, if these never were in it, serve it as it was published",
+        r"lacks .*o_proj\.bias; .* or, if it never had these, serve it as it was published",
     ),
     "no tables are invented": (SAILAB, {}, drop("d2t", "t2d"), {}, "neither d2t nor t2d is there"),
     "no layer tensor is invented": (

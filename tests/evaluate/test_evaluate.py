@@ -418,6 +418,7 @@ def test_an_interrupted_evaluation_keeps_what_was_measured(
     assert done.errors == ["Interrupted."]
     report = report_in(tmp_path / "report")
     assert not report.complete
+    assert (report.ok, report.error) == (False, "Interrupted.")
     assert [prompt.id for prompt in report.prompts] == ["81", "82"]
     assert list(report.results[0].categories) == ["writing"]
     assert "Stopped after 2 of 3 prompts." in done.stdout

@@ -483,11 +483,11 @@ def _check_names(
             if names
         ]
         shown = ", ".join(family.features[feature] for feature in sorted(features))
-        # A part of a feature may be all that was trained: then the format cannot say it.
+        # A part of a feature may be all that was trained, which the format cannot express.
         partial = all(required[name].feature for name in difference.missing)
         advice = (
             "missing tensors are not made up, so give the complete checkpoint"
-            + (", or, if these never were in it, serve it as it was published" if partial else "")
+            + (", or, if it never had these, serve it as it was published" if partial else "")
             if not unknown
             else "no tensor is dropped: remove what was not trained; else the architecture differs"
             if not missing

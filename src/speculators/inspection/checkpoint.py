@@ -233,15 +233,15 @@ def _serving(
 ) -> list[ServingFinding] | None:
     """The engines that serve a draft, or at least drafts of its kind."""
     if judgement is not None:
-        return [_told(it.serving, it.export) for it in judgement.ways]
+        return [_finding_of(it.serving, it.export) for it in judgement.ways]
     kind = family.signature if family else signature
     if kind is None or kind.serving is None:
         return None
     config, names = checkpoint.config, checkpoint.tensors
-    return [_told(it) for it in kind.serving if not it.obstacle(config, names)]
+    return [_finding_of(it) for it in kind.serving if not it.obstacle(config, names)]
 
 
-def _told(it: Serving, export: str | None = None) -> ServingFinding:
+def _finding_of(it: Serving, export: str | None = None) -> ServingFinding:
     return ServingFinding(
         engine=it.engine,
         option=it.option,
