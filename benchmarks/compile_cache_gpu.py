@@ -57,7 +57,7 @@ def make_drafts(verifier: Path) -> None:
     """Convert the examples, and copy HASS with one key changed."""
     for name in ("hass", "layernorms", "eagle3"):
         source = ROOT / "examples" / f"smollm2-135m-{name}"
-        convert(None, source, WORK / name, verifier, validate=False)
+        convert(source, WORK / name, verifier, validate=False)
     for name, (key, value) in CHANGED.items():
         shutil.copytree(WORK / "hass", WORK / name)
         file = WORK / name / "config.json"

@@ -44,7 +44,7 @@ def main() -> None:
     from speculators.convert.conversion import convert
 
     with tempfile.TemporaryDirectory() as work:
-        converted = convert(None, DRAFT, Path(work) / "draft", options.verifier, validate=False)
+        converted = convert(DRAFT, Path(work) / "draft", options.verifier, validate=False)
         drafts = {"none": "none", "as published": str(DRAFT), "converted": str(converted)}
         engines = {name: start(options.verifier, draft, work) for name, draft in drafts.items()}
         results: dict[str, Any] = {

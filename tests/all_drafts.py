@@ -84,7 +84,7 @@ def convert_all(root: Path) -> dict[str, Pair]:
     return {
         name: Pair(
             source,
-            convert(None, source, root / f"{name} out", verifier, options=options, validate=False),
+            convert(source, root / f"{name} out", verifier, options=options, validate=False),
             verifier,
         )
         for name, (source, verifier, options) in found.items()

@@ -126,7 +126,7 @@ def lend(draft: Any, g: Tensors) -> Any:
 
 def convert_golden(name: str, root: Path, **options: Any) -> Path:
     """A golden draft, converted with validation into a folder of ``root``."""
-    return convert(None, GOLDEN_FAMILIES / name, root / name, VERIFIER, options=options)
+    return convert(GOLDEN_FAMILIES / name, root / name, VERIFIER, options=options)
 
 
 def golden_draft(name: str, directory: Path, **keys: Any) -> Any:

@@ -176,7 +176,7 @@ def both(*edits: Edit) -> Edit:
 
 def converted(source: Path, output: Path, verifier: Path = TARGET, **options: Any) -> Path:
     """A draft converted by whatever family it belongs to, without validation."""
-    return convert(None, source, output, verifier, options=options, validate=False)
+    return convert(source, output, verifier, options=options, validate=False)
 
 
 def sliding(*slides: bool) -> list[str]:

@@ -47,7 +47,7 @@ def convert_golden3(name: str, root: Path, *, validate: bool = True, **options: 
     if width is not None:
         verifier = save_quietly(narrow_verifier(width), root / "verifier")
     options = OPTIONS.get(name, {}) | options
-    return convert(None, source, output, verifier, options=options, validate=validate)
+    return convert(source, output, verifier, options=options, validate=validate)
 
 
 def narrow_verifier(width: int) -> PreTrainedModel:

@@ -85,7 +85,7 @@ def draft(
 ) -> Any:
     """A draft of the examples, converted with validation."""
     output, name = tmp_path_factory.mktemp("converted") / request.param, request.param
-    convert(None, EXAMPLES / name, output, VERIFIER, options=OPTIONS.get(name))
+    convert(EXAMPLES / name, output, VERIFIER, options=OPTIONS.get(name))
     return load_draft(output, dtype=torch.float32, verifier=verifier)
 
 

@@ -62,7 +62,7 @@ def test_blocks_of_one_pass_are_what_the_converted_draft_computes_one_by_one(
 ) -> None:
     """Each block sees the verifier's states before its anchor, and itself, in both directions."""
     publish(tmp_path / "published", draft, RECIPES["dflash"])
-    output = convert(None, tmp_path / "published", tmp_path / "converted", TARGET)
+    output = convert(tmp_path / "published", tmp_path / "converted", TARGET)
     converted = load_draft(output, dtype=torch.float32, verifier=verifier)
     assert type(converted).__name__ == "DFlashSpeculator"
     assert converted.verifier_layers == conversations.layers

@@ -50,7 +50,7 @@ REFERENCES: dict[str, type[DFlashReference]] = {
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "draft"
-    return convert(None, TRAINED, out, VERIFIER, validate=False)
+    return convert(TRAINED, out, VERIFIER, validate=False)
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The golden drafts, converted."""
     root = tmp_path_factory.mktemp("converted")
     return {
-        name: convert(None, GOLDEN / name, root / name, TARGET, options=OPTIONS.get(name, {}))
+        name: convert(GOLDEN / name, root / name, TARGET, options=OPTIONS.get(name, {}))
         for name in EXPECTED
     }
 

@@ -114,7 +114,7 @@ def convert_drafts(drafts: list[Path], verifier: Path, work: Path) -> dict[str, 
     converted = {}
     for source in drafts:
         name = source.name.rpartition("-")[2]
-        converted[name] = convert(None, source, work / name, verifier, validate=False)
+        converted[name] = convert(source, work / name, verifier, validate=False)
     return converted
 
 

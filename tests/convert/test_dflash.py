@@ -171,7 +171,7 @@ def drafts(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Path,
     for number, (name, (config, edit)) in enumerate(DRAFTS.items()):
         golden = SELECTING if "2" in name and "DFlash" in name else PLAIN
         source = write_draft(root / f"source{number}", config, edit, golden)
-        found[name] = (source, convert(None, source, root / f"out{number}", TARGET))
+        found[name] = (source, convert(source, root / f"out{number}", TARGET))
     return found
 
 
@@ -488,7 +488,7 @@ def test_a_bidirectional_draft_stays_one(drafts: Mapping[str, tuple[Path, Path]]
 
 def test_nothing_of_dflash_config_vanishes(tmp_path: Path) -> None:
     source = write_draft(tmp_path / "source", native(nested={"temperature_of_masks": 3}))
-    planned = plan(None, source, TARGET)
+    planned = plan(source, TARGET)
     assert any("dflash_config.temperature_of_masks" in it for it in planned.discrepancies)
     assert planned.config_left_out["dflash_config.temperature_of_masks"]
 
@@ -524,7 +524,7 @@ def test_the_embeddings_can_be_read(tmp_path: Path) -> None:
 def test_layers_that_are_not_said_are_the_references(tmp_path: Path) -> None:
     """As z-lab's code and SGLang count: 1 to the fourth-last of 8 layers, evenly."""
     source = write_draft(tmp_path / "source", native(nested={"target_layer_ids": None}))
-    planned = plan(None, source, TARGET)
+    planned = plan(source, TARGET)
     assert planned.config.aux_hidden_state_layer_ids == [2, 4, 6]  # type: ignore[attr-defined]
     assert any("no target_layer_ids" in clause for clause in planned.discrepancies)
 
@@ -581,7 +581,7 @@ def test_nan_is_refused(tmp_path: Path) -> None:
 
     source = write_draft(tmp_path / "source", native(), spoil)
     with pytest.raises(ValidationError, match=r"layers.1.mlp.up_proj.weight .* not finite"):
-        convert(None, source, tmp_path / "out", TARGET)
+        convert(source, tmp_path / "out", TARGET)
     assert not (tmp_path / "out").exists()
 
 
@@ -599,7 +599,7 @@ def test_rope_is_compared_where_it_turns_far(
     monkeypatch.setattr(DFlashSpeculator, "from_converted", classmethod(spoilt))
     source = write_draft(tmp_path / "source", native(rope_theta=4000000))
     with pytest.raises(ValidationError, match="The angles of RoPE are not those of the config"):
-        convert(None, source, tmp_path / "out", TARGET)
+        convert(source, tmp_path / "out", TARGET)
 
 
 def test_fused_projections_are_taken_apart(tmp_path: Path) -> None:
@@ -680,7 +680,7 @@ def test_the_anchor_of_specforge(tmp_path: Path) -> None:
         },
     )
     source = write_draft(tmp_path / "source", config, with_markov())
-    planned = plan(None, source, TARGET)
+    planned = plan(source, TARGET)
     assert planned.config.sample_from_anchor is False  # type: ignore[attr-defined]
     assert any("as SpecForge trains" in clause for clause in planned.discrepancies)
 
@@ -847,9 +847,9 @@ def test_what_was_converted_is_not_converted_again(
 def test_a_command_refuses_the_others(tmp_path: Path) -> None:
     source = write_draft(tmp_path / "source", deepspec(), with_markov())
     with pytest.raises(ConversionError, match="convert it with: speculators convert dspark"):
-        convert(DFLASH, source, tmp_path / "out", TARGET)
+        convert(source, tmp_path / "out", TARGET, family=DFLASH)
     with pytest.raises(ConversionError, match="convert it with: speculators convert dflash"):
-        convert(DSPARK, GOLDEN_FAMILIES / PLAIN, tmp_path / "out", TARGET)
+        convert(GOLDEN_FAMILIES / PLAIN, tmp_path / "out", TARGET, family=DSPARK)
 
 
 # A mask token's own embedding.

@@ -54,7 +54,7 @@ def write(
 
 
 def converted(source: Path, output: Path, verifier: Path = TARGET, **options: Any) -> Path:
-    return convert(EAGLE3, source, output, verifier, options=options, validate=False)
+    return convert(source, output, verifier, family=EAGLE3, options=options, validate=False)
 
 
 def verifier(directory: Path, **config: Any) -> Path:
@@ -249,7 +249,7 @@ def test_mask_hidden_is_one_row_however_it_is_stored(
                 mask_hidden=it["mask_hidden"].view((1,) * (axes - 1) + (-1,))
             ),
         )
-        out = convert(EAGLE3, source, tmp_path / f"out{axes}", TARGET)
+        out = convert(source, tmp_path / f"out{axes}", TARGET, family=EAGLE3)
         expected = stored_tensors(eagle3_drafts[PARALLEL])
         assert torch.equal(stored_tensors(out)["mask_hidden"], expected["mask_hidden"])
 
@@ -396,7 +396,7 @@ def test_offsets_of_32_bits(tmp_path: Path) -> None:
 
 def test_tables_are_never_rounded(tmp_path: Path) -> None:
     source = write(tmp_path / "source", edit=drop("d2t"))
-    out = convert(EAGLE3, source, tmp_path / "out", TARGET, dtype="bfloat16")
+    out = convert(source, tmp_path / "out", TARGET, family=EAGLE3, dtype="bfloat16")
     stored = stored_tensors(out)
     for name in ("d2t", "t2d"):
         assert torch.equal(stored[name], stored_tensors(GOLDEN3 / SAILAB)[name])
@@ -997,7 +997,7 @@ def test_values_that_are_not_finite_are_found(tmp_path: Path) -> None:
         tensors["norm.weight"][3] = torch.nan
 
     with pytest.raises(ValidationError, match=r"norm\.weight has values that are not finite"):
-        convert(EAGLE3, write(tmp_path / "source", edit=spoil), tmp_path / "out", TARGET)
+        convert(write(tmp_path / "source", edit=spoil), tmp_path / "out", TARGET, family=EAGLE3)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -149,7 +149,7 @@ def with_rope(directory: Path, scaling: dict[str, Any]) -> Path:
     config = config_of(GOLDEN3 / "sailab_llama") | {"rope_scaling": scaling}
     (source / "config.json").write_text(json.dumps(config))
     (source / "model.safetensors").symlink_to(GOLDEN3 / "sailab_llama" / "model.safetensors")
-    return convert(EAGLE3, source, directory / "draft", TARGET, validate=False)
+    return convert(source, directory / "draft", TARGET, family=EAGLE3, validate=False)
 
 
 LLAMA3 = {
@@ -223,7 +223,12 @@ def test_layers_that_a_reader_cannot_be_told(
     for name in ("config.json", "model.safetensors"):
         (source / name).symlink_to(GOLDEN3 / "sailab_llama" / name)
     draft = convert(
-        EAGLE3, source, tmp_path / "draft", TARGET, options={"aux_layers": layers}, validate=False
+        source,
+        tmp_path / "draft",
+        TARGET,
+        family=EAGLE3,
+        options={"aux_layers": layers},
+        validate=False,
     )
     with pytest.raises(ConversionError, match=expected):
         export(draft, tmp_path / "out", to)
@@ -250,7 +255,12 @@ def test_tensorrt_has_no_fc_for_one_state(tmp_path: Path) -> None:
     save_file(tensors, source / "model.safetensors")
     shutil.copy(GOLDEN3 / "sailab_llama" / "config.json", source)
     draft = convert(
-        EAGLE3, source, tmp_path / "draft", TARGET, options={"aux_layers": [4]}, validate=False
+        source,
+        tmp_path / "draft",
+        TARGET,
+        family=EAGLE3,
+        options={"aux_layers": [4]},
+        validate=False,
     )
     with pytest.raises(ConversionError, match="reads only one state"):
         export(draft, tmp_path / "out", "trtllm")

@@ -108,7 +108,7 @@ def test_eagle3_drafts_too(tmp_path: Path, log: list[str], name: str) -> None:
     tensors = load_file(GOLDEN3 / name / "model.safetensors")
     weights = {key: it.bfloat16() for key, it in tensors.items() if it.is_floating_point()}
     save_file(tensors | weights, source / "model.safetensors")
-    out = convert_any(None, source, tmp_path / "out", TARGET, options=OPTIONS.get(name))
+    out = convert_any(source, tmp_path / "out", TARGET, options=OPTIONS.get(name))
     validate(out, source)
     assert not [line for line in log if line.startswith("WARNING") and "compared" in line]
 

@@ -42,7 +42,7 @@ def test_there_and_back(tmp_path: Path, all_drafts: dict[str, Pair], name: str) 
             out = export(draft.converted, tmp_path / to, to)
         except ConversionError:
             continue
-        back = convert(None, out, tmp_path / f"{to} back", draft.verifier, validate=False)
+        back = convert(out, tmp_path / f"{to} back", draft.verifier, validate=False)
         after = flat(config_of(back))
         del after[NOT_SAID]
         differ = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
@@ -61,7 +61,7 @@ def test_added_zeros_that_were_trained_since_are_not_dropped(
     tensors["fc.bias"][3] = 1.0
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(ConversionError, match=r"fc\.bias is not zero, but .* exported_zeros"):
-        convert(None, out, tmp_path / "back", draft.verifier, validate=False)
+        convert(out, tmp_path / "back", draft.verifier, validate=False)
 
 
 def test_numbers_are_written_as_they_were_read(all_drafts: dict[str, Pair]) -> None:

@@ -241,7 +241,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("converted")
     return {
         name: convert(
-            None, ROOT / "examples" / f"smollm2-135m-{name}", root / name, VERIFIER, validate=False
+            ROOT / "examples" / f"smollm2-135m-{name}", root / name, VERIFIER, validate=False
         )
         for name in NAMES
     }

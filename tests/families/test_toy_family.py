@@ -78,7 +78,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def converted(tmp_path: Path, source: Path, verifier: Path) -> Path:
-    return conversion.convert(TOY, source, tmp_path / "converted", verifier)
+    return conversion.convert(source, tmp_path / "converted", verifier, family=TOY)
 
 
 def test_it_is_recognised(source: Path) -> None:
@@ -93,7 +93,7 @@ def test_it_is_recognised(source: Path) -> None:
 
 def test_another_family_refuses_it(source: Path, tmp_path: Path, verifier: Path) -> None:
     with pytest.raises(ConversionError, match=r"holds a toy draft .*: speculators convert toy"):
-        conversion.convert(registry.families()[-1], source, tmp_path / "out", verifier)
+        conversion.convert(source, tmp_path / "out", verifier, family=registry.families()[-1])
 
 
 def test_the_command_line_converts_it(
@@ -113,7 +113,7 @@ def test_the_command_line_converts_it(
 
 
 def test_its_tables_are_never_rounded(tmp_path: Path, source: Path, verifier: Path) -> None:
-    out = conversion.convert(TOY, source, tmp_path / "out", verifier, dtype="bfloat16")
+    out = conversion.convert(source, tmp_path / "out", verifier, family=TOY, dtype="bfloat16")
     stored, expected = stored_tensors(out), toy_tensors()
     assert torch.equal(stored["offsets"], expected["offsets"])
     assert torch.equal(stored["fc.weight"], expected["in.weight"].to(torch.bfloat16))
@@ -126,7 +126,7 @@ def test_a_wrong_computation_is_found(
 ) -> None:
     monkeypatch.setattr(ToySpeculator, "project", lambda self, states: -self.projection(states))
     with pytest.raises(ValidationError, match="not what the source's tensors compute"):
-        conversion.convert(TOY, source, tmp_path / "out", verifier)
+        conversion.convert(source, tmp_path / "out", verifier, family=TOY)
 
 
 def test_a_layer_too_many_is_refused(tmp_path: Path, converted: Path) -> None:

@@ -441,4 +441,4 @@ def test_validation_finds_a_block_that_sees_too_much(
 
     monkeypatch.setattr(DFlashSpeculator, "__init__", misread)
     with pytest.raises(ValidationError, match="not causal" if causal else "not what the source"):
-        convert(None, source, tmp_path / "out", VERIFIER)
+        convert(source, tmp_path / "out", VERIFIER)

@@ -293,10 +293,10 @@ def _work(
 
 def _convert(conversion: Conversion, cache_dir: Path | None) -> None:
     convert(
-        family_named(conversion.family),
         conversion.input,
         conversion.output,
         conversion.base_model,
+        family=family_named(conversion.family),
         asked=conversion.asked,
         options=conversion.options,
         validate=conversion.validated,

@@ -284,7 +284,7 @@ def convert_draft(
             check_publishing(push_to_hub, report)
         if dry_run:
             _warn_of_what_is_in_the_way(output, overwrite=overwrite)
-            plan = conversion.plan(family, source, base_model, **planned)
+            plan = conversion.plan(source, base_model, family=family, **planned)
             result.tell_plan(plan)
             if not as_json:
                 from speculators.cli.plan_view import print_plan
@@ -295,10 +295,10 @@ def convert_draft(
 
         with progress_bar() as progress:
             conversion.convert(
-                family,
                 source,
                 output,
                 base_model,
+                family=family,
                 validate=validate,
                 overwrite=overwrite,
                 progress=progress,

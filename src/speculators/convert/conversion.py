@@ -47,11 +47,11 @@ __all__ = ["convert", "plan", "validate"]
 
 
 def convert(
-    family: Family | None,
     source: str | Path,
     output: str | Path,
     base_model: str | Path,
     *,
+    family: Family | None = None,
     asked: Collection[str] = (),
     options: Mapping[str, Any] | None = None,
     validate: bool = True,
@@ -61,18 +61,18 @@ def convert(
     dtype: str | None = None,
     progress: Progress = silent,
 ) -> Path:
-    """Convert a checkpoint of a family into a directory in the speculators format.
+    """Convert a checkpoint of any family into a directory in the speculators format.
 
     The directory appears only when it is complete and, unless ``validate`` is off, validated.
     Until then, and if anything fails, ``output`` is left as it was.
 
     Args:
-        family: the family that the checkpoint has to belong to; any if ``None``.
         source: a directory, a file of weights beside a config.json, or a Hugging Face id.
         output: the directory to create: config.json, model.safetensors, conversion.json and a model
             card, README.md.
         base_model: the verifier that the draft was trained for: a directory or a Hugging
             Face id. Its config is read, and its weights only for validation.
+        family: the family that the checkpoint has to belong to; found out if not given.
         asked: the features that the checkpoint must have.
         options: what is said about the checkpoint where its files leave it open: name of an option
             of the family → its value.
@@ -104,9 +104,9 @@ def convert(
     _refuse_to_replace_what_is_read({"input": source, "verifier": base_model}, output)
     check_output(output, overwrite=overwrite)
     planned = plan(
-        family,
         source,
         base_model,
+        family=family,
         asked=asked,
         options=options,
         cache_dir=cache_dir,
@@ -250,10 +250,10 @@ def validate(
 
 
 def plan(
-    family: Family | None,
     source: str | Path,
     base_model: str | Path,
     *,
+    family: Family | None = None,
     asked: Collection[str] = (),
     options: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,

@@ -76,10 +76,10 @@ class EagleConverter:
 
         """
         return conversion.convert(
-            EAGLE,
             input_path,
             output_path,
             base_model,
+            family=EAGLE,
             asked=_asked(fusion_bias=fusion_bias, layernorms=layernorms),
             validate=validate,
             cache_dir=cache_dir,
@@ -104,9 +104,9 @@ class EagleConverter:
     ) -> ConversionPlan:
         """Plan what ``convert`` would do, without writing anything; see there for the arguments."""
         return conversion.plan(
-            EAGLE,
             input_path,
             base_model,
+            family=EAGLE,
             asked=_asked(fusion_bias=fusion_bias, layernorms=layernorms),
             cache_dir=cache_dir,
             revision=revision,

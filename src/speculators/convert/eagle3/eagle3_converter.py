@@ -87,10 +87,10 @@ class Eagle3Converter:
 
         """
         return conversion.convert(
-            EAGLE3,
             input_path,
             output_path,
             base_model,
+            family=EAGLE3,
             options=_options(aux_layers, aux_numbering, norm_output, mask_token_id),
             validate=validate,
             cache_dir=cache_dir,
@@ -117,9 +117,9 @@ class Eagle3Converter:
     ) -> ConversionPlan:
         """Plan what ``convert`` would do, without writing anything; see there for the arguments."""
         return conversion.plan(
-            EAGLE3,
             input_path,
             base_model,
+            family=EAGLE3,
             options=_options(aux_layers, aux_numbering, norm_output, mask_token_id),
             cache_dir=cache_dir,
             revision=revision,
