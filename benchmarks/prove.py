@@ -11,6 +11,7 @@ which the system can drop at any time. The raw numbers go into benchmarks/result
 """
 
 import argparse
+import compileall
 import json
 import os
 import shutil
@@ -88,14 +89,22 @@ def measured(code: Path, *arguments: str | Path) -> Proof:
 
 
 @contextmanager
-def code_of(commit: str) -> Iterator[Path]:
-    """The ``src`` of a commit, in a temporary folder."""
+def code_of(commit: str | None) -> Iterator[Path]:
+    """The ``src`` of a commit, or of this checkout, in a temporary folder.
+
+    It is compiled there, as pip does when it installs.
+    """
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="code-") as name:
-        archive = subprocess.run(
-            ["git", "-C", ROOT, "archive", commit, "src"], check=True, capture_output=True
-        )
-        subprocess.run(["tar", "-x", "-C", name], check=True, input=archive.stdout)
-        yield Path(name) / "src"
+        code = Path(name) / "src"
+        if commit is None:
+            shutil.copytree(ROOT / "src", code)
+        else:
+            archive = subprocess.run(
+                ["git", "-C", ROOT, "archive", commit, "src"], check=True, capture_output=True
+            )
+            subprocess.run(["tar", "-x", "-C", name], check=True, input=archive.stdout)
+        compileall.compile_dir(code, quiet=1)
+        yield code
 
 
 def cases(folder: Path) -> dict[str, tuple[str | Path, ...]]:
@@ -111,13 +120,15 @@ def cases(folder: Path) -> dict[str, tuple[str | Path, ...]]:
     return found
 
 
-def compare(folder: Path, before: Path, repeats: int) -> dict[str, dict[str, list[Proof]]]:
+def compare(
+    folder: Path, before: Path, now: Path, repeats: int
+) -> dict[str, dict[str, list[Proof]]]:
     """Run every case, in turns with either code."""
     runs: dict[str, dict[str, list[Proof]]] = {}
     for case, command in cases(folder).items():
         runs[case] = {"before": [], "now": []}
         for _ in range(repeats):
-            for which, code in (("before", before), ("now", ROOT / "src")):
+            for which, code in (("before", before), ("now", now)):
                 runs[case][which].append(measured(code, *command))
                 print(f"{case}, {which}: {runs[case][which][-1]}", flush=True)
     return runs
@@ -158,6 +169,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory(dir=CACHE, prefix="prove-") as name,
         code_of(arguments.before) as before,
+        code_of(None) as now,
     ):
         folder = Path(name)
         for kind in ("verifier", "eagle", "eagle3"):
@@ -165,7 +177,7 @@ def main() -> None:
                 [sys.executable, MAKER, folder / kind, "--size", arguments.size, "--kind", kind],
                 check=True,
             )
-        runs = compare(folder, before, arguments.repeats)
+        runs = compare(folder, before, now, arguments.repeats)
         shutil.rmtree(folder, ignore_errors=True)
     about["load_average_at_end"] = os.getloadavg()
     summary = summarise(runs)

@@ -1,14 +1,12 @@
 """What every object says that a command prints with ``--json``."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 __all__ = ["Ending"]
 
 
 class Ending(BaseModel):
     """How a command ended: its exit status, and what its log says."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     ok: bool = True
     """Whether the command did what it was asked for: its exit status is then 0."""
