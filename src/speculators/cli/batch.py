@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from speculators.cli.shared import CacheDir
+from speculators.cli.shared import CacheDir, keep_blas_to_one_thread
 from speculators.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def run_batch(
     from speculators.cli.results import BatchResult
 
     result = BatchResult(manifest=str(manifest))
+    keep_blas_to_one_thread()
     with printed(as_json, result):
         run = Batch(read_manifest(manifest, family), jobs=jobs, cache_dir=cache_dir)
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from speculators.cli.command import Command, Group
-from speculators.cli.shared import CacheDir, DType, share
+from speculators.cli.shared import CacheDir, DType, keep_blas_to_one_thread, share
 from speculators.errors import OutputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -277,6 +277,7 @@ def convert_draft(
         "dtype": dtype,
     }
     result = ConvertResult(output=str(output))
+    keep_blas_to_one_thread()
     with printed(as_json, result):
         if push_to_hub is not None:
             from speculators.publish.draft import check_publishing, publish_draft

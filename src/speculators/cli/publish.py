@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from speculators.cli.shared import CacheDir
+from speculators.cli.shared import CacheDir, keep_blas_to_one_thread
 
 if TYPE_CHECKING:
     from speculators.publish.draft import Publication
@@ -74,6 +74,8 @@ def publish(
     from loguru import logger
 
     from speculators.cli.progress import progress_bar
+
+    keep_blas_to_one_thread()
     from speculators.convert.conversion import validate
     from speculators.publish.draft import check_publishing, plan_publication, publish_draft
 

@@ -28,6 +28,7 @@ __all__ = [
     "Revision",
     "first_paragraph",
     "is_quiet",
+    "keep_blas_to_one_thread",
     "share",
     "share_options",
 ]
@@ -87,6 +88,14 @@ def share_options(app: typer.Typer) -> None:
     for group in app.registered_groups:
         if group.typer_instance is not None:
             share_options(group.typer_instance)
+
+
+def keep_blas_to_one_thread() -> None:
+    """Let numpy's BLAS start no threads in this process and those that it starts.
+
+    They spin while torch is imported, and a proof computes in one thread.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def first_paragraph(text: str | None) -> str:

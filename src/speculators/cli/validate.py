@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from speculators.cli.shared import CacheDir
+from speculators.cli.shared import CacheDir, keep_blas_to_one_thread
 
 __all__ = ["validate"]
 
@@ -56,6 +56,7 @@ def validate(
     from speculators.convert import conversion
 
     result = ValidateResult(output=output, source=source)
+    keep_blas_to_one_thread()
     with printed(as_json, result), progress_bar() as progress:
         proof = conversion.validate(
             output, source, cache_dir=cache_dir, revision=revision, progress=progress
