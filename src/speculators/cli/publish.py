@@ -75,10 +75,10 @@ def publish(
 
     from speculators.cli.progress import progress_bar
 
-    keep_blas_to_one_thread()
     from speculators.convert.conversion import validate
     from speculators.publish.draft import check_publishing, plan_publication, publish_draft
 
+    keep_blas_to_one_thread()
     check_publishing(repo, report, directory=output, revision=revision, with_token=not dry_run)
     with progress_bar() as progress:
         validate(output, cache_dir=cache_dir, progress=progress)
