@@ -74,7 +74,6 @@ def publish(
     from loguru import logger
 
     from speculators.cli.progress import progress_bar
-
     from speculators.convert.conversion import validate
     from speculators.publish.draft import check_publishing, plan_publication, publish_draft
 
